@@ -1,0 +1,59 @@
+"""Train Llama-2 models on the Apple Neural Engine, or on any CPU, from plain Python.
+
+Importing this package loads nothing heavy: names are imported, and the native library found, when
+first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AnepyError": "errors",
+    "Engine": "engine",
+    "Model": "model",
+    "ModelConfig": "model",
+    "PRESETS": "model",
+    "StepReport": "trainer",
+    "StepStats": "engine",
+    "TokenData": "data",
+    "Tokenizer": "tokenizer",
+    "TrainConfig": "train_config",
+    "Trainer": "trainer",
+    "UpdateStats": "engine",
+    "devices": "engine",
+    "generate": "generate",
+    "prepare": "data",
+    "stream": "generate",
+    "variants": "engine",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .data import TokenData, prepare
+    from .engine import Engine, StepStats, UpdateStats, devices, variants
+    from .errors import AnepyError
+    from .generate import generate, stream
+    from .model import PRESETS, Model, ModelConfig
+    from .tokenizer import Tokenizer
+    from .train_config import TrainConfig
+    from .trainer import StepReport, Trainer
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    # Importing a submodule binds its name here; `generate` must stay the function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,184 @@
+"""`anepy info` and `anepy lib`: this machine, and the native library on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_common import JsonOption, examples, guarded, print_json, table
+from .errors import AnepyError, LibraryNotFoundError
+
+lib = typer.Typer(
+    help="Find, build, fetch or check the native library.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=examples("anepy lib build", "anepy lib verify"),
+)
+
+
+@guarded
+def info(as_json: JsonOption = False) -> None:
+    """Describe machine, library and devices, for bug reports too."""
+    facts = _facts()
+    if as_json:
+        print_json(facts)
+        return
+    machine, library = facts["machine"], facts["library"]
+    rows = [
+        ("anepy", f"{facts['anepy']}, Python {facts['python']}, numpy {facts['numpy']}"),
+        ("system", f"{machine['system']} ({facts['platform']})"),
+        ("processor", f"{machine['processor']}, {machine['cpus']} CPUs usable"),
+        ("memory", f"{machine['memory'] / 1e9:.1f} GB"),
+    ]
+    if "error" in library:
+        rows.append(("library", library["error"]))
+    else:
+        rows += [(name, _text(value)) for name, value in library.items()]
+    for device in facts["devices"]:
+        usable = "" if device["usable"] else "not usable: "
+        rows.append((f"device {device['name']}", usable + device["reason"]))
+    rows += [
+        (f"variant {name}", ", ".join(switches) or "no switches")
+        for name, switches in facts["variants"].items()
+    ]
+    rows.append(("cache", facts["cache"]))
+    rows += [(name, value) for name, value in facts["environment"].items()]
+    table("anepy info", rows)
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _facts() -> dict[str, Any]:
+    import numpy
+
+    from . import __version__, _native, hub
+
+    facts: dict[str, Any] = {
+        "anepy": __version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "machine": {
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "processor": _processor(),
+            "cpus": _usable_cpus(),
+            "memory": _memory(),
+        },
+        "platform": "unknown",
+        "library": {},
+        "devices": [],
+        "variants": {},
+        "cache": str(hub.cache_dir()),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("ANEPY_")},
+    }
+    try:
+        facts["platform"] = _native.platform_tag()
+        from . import engine
+
+        facts["library"] = dict(engine.library_info())
+        facts["devices"] = [
+            {"name": item.name, "usable": item.usable, "reason": item.reason}
+            for item in engine.devices()
+        ]
+        facts["variants"] = {name: list(on) for name, on in engine.variants().items()}
+    except (AnepyError, OSError) as error:
+        # Somebody who cannot load the library needs this command most.
+        facts["library"] = {"error": str(error)}
+    return facts
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.check_output(command, text=True, timeout=5).strip()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model"):
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int:
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+@lib.command(epilog=examples("anepy lib path", "ls -l $(anepy lib path)"))
+@guarded
+def path() -> None:
+    """Print where the library is; exit code 1 if there is none yet."""
+    from . import _native
+
+    places = _native.search()
+    for place in places:
+        if place.status == "usable":
+            print(place.path)
+            return
+    tried = "; ".join(f"{place.place}: {place.reason}" for place in places)
+    raise LibraryNotFoundError(f"there is no library yet ({tried}): run `anepy lib build`")
+
+
+@lib.command(epilog=examples("anepy lib build", "CC=clang anepy lib build --verbose"))
+@guarded
+def build(
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to put it into instead.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Unoptimized, with assertions.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler at work.")] = False,
+) -> None:
+    """Compile the library with $CC and print its path."""
+    from . import _native
+
+    print(_native.build(out=out, debug=debug, verbose=verbose))
+
+
+@lib.command(epilog=examples("anepy lib fetch", "anepy lib fetch --from /media/usb/libanepy.so"))
+@guarded
+def fetch(
+    from_file: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Install this file instead.")
+    ] = None,
+) -> None:
+    """Download the library, or install it from a file; print its path."""
+    from . import _native
+
+    print(_native.fetch(from_file))
+
+
+@lib.command(epilog=examples("anepy lib verify", "anepy lib verify ./libanepy.so --json"))
+@guarded
+def verify(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Default: the library in use.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check hash, sources and interface; exit code 1 if they are wrong."""
+    from . import _native
+
+    result = _native.verify(file)
+    if as_json:
+        print_json(result)
+    else:
+        rows = [(name, str(value)) for name, value in result.items() if value is not None]
+        table("anepy lib verify", rows)
+    if not result["ok"]:
+        raise typer.Exit(1)

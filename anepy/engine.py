@@ -1,0 +1,404 @@
+"""The step engine from Python: forward, backward and update; and the decoder for generation."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _abi, _native
+from .errors import ClosedError, ConfigError
+from .model import Array, Model
+
+Ids = npt.NDArray[np.int32]
+_E = TypeVar("_E", bound="Engine")
+_D = TypeVar("_D", bound="Decoder")
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did; times are milliseconds of the calling thread unless said otherwise.
+
+    Attributes:
+        loss: mean cross-entropy in nats.
+        step_ms: the whole step.
+        tflops: 10^12 floating-point operations per second, counted as in ane-facts 7.1.
+        allocations: heap operations during the step.
+        loss_scale: factor the gradients carry; 1 unless losses are scaled (fp16).
+        skipped: a gradient was not finite and nothing was accumulated (fp16).
+        device_ms: programs on the device, forward and backward.
+        io_ms: to and from surfaces.
+        classifier_ms: logits and their gradients.
+        softmax_ms: soft-max and loss.
+        norm_ms: RMSNorm outside the programs.
+        elementwise_ms: embedding and residuals.
+        dw_ms: weight gradients, busy time summed over threads.
+        dw_wait_ms: the step waited for weight gradients.
+        flops: floating-point operations.
+    """
+
+    loss: float
+    step_ms: float
+    tflops: float
+    allocations: int
+    loss_scale: float
+    skipped: bool
+    device_ms: float
+    io_ms: float
+    classifier_ms: float
+    softmax_ms: float
+    norm_ms: float
+    elementwise_ms: float
+    dw_ms: float
+    dw_wait_ms: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one update did.
+
+    Attributes:
+        grad_norm: global norm of the mean gradient before clipping; NaN when clipping is off.
+        update_ms: time of the update in milliseconds.
+        skipped: the norm was not finite and the weights were left alone.
+    """
+
+    grad_norm: float
+    update_ms: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device by name; `reason` says what it is, or why it cannot be used here."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+class _Owner:
+    """A native handle that is closed once, by `close`, `with`, or when it is forgotten."""
+
+    _finalizer: weakref.finalize[[Any], Any] | None = None
+    _handle: ctypes.c_void_p | None = None
+
+    def _own(self, handle: ctypes.c_void_p, free: Any) -> None:
+        self._handle = handle
+        self._finalizer = weakref.finalize(self, free, handle)
+        self._finalizer.atexit = False  # threads and memory end with the process
+
+    def close(self) -> None:
+        """Free the native object; a second call does nothing."""
+        self._handle = None
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def _open_handle(self) -> ctypes.c_void_p:
+        if self._handle is None:
+            raise ClosedError(f"this {type(self).__name__} was closed: make a new one")
+        return self._handle
+
+
+class Engine(_Owner):
+    """Trains a model: one sequence per step, gradients accumulate until `update`.
+
+    Use one engine from one thread at a time. The model's weights are updated in place.
+
+    Args:
+        model: the model to train.
+        variant: a named set of switches, with any of +switch and -switch behind it.
+        device: "auto", "cpu" or "ane".
+        precision: "auto" or "fp32".
+        seq_len: longest sequence; default the model's.
+        threads: default from CPU affinity, cgroup quota and physical cores.
+
+    Raises:
+        ConfigError: a name is unknown, a value out of range, or a device not usable here.
+        NativeError: the system gives no memory.
+
+    Example:
+        >>> with Engine(Model.init(PRESETS["stories260K"])) as engine:
+        ...     loss = engine.step([1, 2, 3], [2, 3, 4]).loss
+        ...     engine.update(lr=1e-3)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        variant: str = "max",
+        device: str = "auto",
+        precision: str = "auto",
+        seq_len: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        for name, value in (("seq_len", seq_len), ("threads", threads)):
+            if value is not None and not 1 <= value < 2**31:
+                raise ConfigError(f"{name} is {value}, expected a number >= 1")
+        self.model = model
+        self.variant = variant
+        self._lib = model.table.lib
+        self._grads, self._m, self._v = (model.table.arena() for _ in range(3))
+        self.gradients: Mapping[str, Array] = model.table.views(self._grads)
+        self.adam_m: Mapping[str, Array] = model.table.views(self._m)
+        self.adam_v: Mapping[str, Array] = model.table.views(self._v)
+        options = _abi.EngineOptions(
+            params=_address(model.arena),
+            grads=_address(self._grads),
+            adam_m=_address(self._m),
+            adam_v=_address(self._v),
+            variant=variant.encode(),
+            device=device.encode(),
+            precision=precision.encode(),
+            seq_len=seq_len or 0,
+            threads=threads or 0,
+        )
+        handle = ctypes.c_void_p()
+        self._lib.anepy_engine_create(
+            ctypes.byref(handle), model.table.handle, ctypes.byref(options)
+        )
+        self._own(handle, self._lib.anepy_engine_free)
+        info = self._info()
+        self.device: str = info.device.decode()
+        self.precision: str = info.precision.decode()
+        self.isa: str = info.isa.decode()
+        self.threads: int = info.threads
+        self.seq_len: int = info.seq_len
+        self.switches = _switch_names(self._lib, info.switches)
+
+    def __enter__(self: _E) -> _E:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def accumulated(self) -> int:
+        """Steps since the last update."""
+        return int(self._info().accumulated)
+
+    @property
+    def updates(self) -> int:
+        """Updates so far: Adam's t."""
+        return int(self._info().updates)
+
+    def step(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> StepStats:
+        """Run forward and backward on one sequence; gradients accumulate.
+
+        Args:
+            tokens: integer ids (n,), 1 <= n <= seq_len.
+            targets: the ids that follow each of them, (n,).
+
+        Raises:
+            ConfigError: a wrong length or an id beyond the vocabulary.
+        """
+        tokens, targets = _pair(tokens, targets)
+        stats = _abi.StepStats()
+        self._lib.anepy_engine_step(
+            self._open_handle(), ctypes.byref(stats), _ids(tokens), _ids(targets), len(tokens)
+        )
+        return StepStats(
+            loss=stats.loss,
+            step_ms=stats.step_ms,
+            tflops=stats.flops / stats.step_ms / 1e9,
+            allocations=stats.allocations,
+            loss_scale=stats.loss_scale,
+            skipped=bool(stats.skipped),
+            device_ms=stats.device_ms,
+            io_ms=stats.io_ms,
+            classifier_ms=stats.classifier_ms,
+            softmax_ms=stats.softmax_ms,
+            norm_ms=stats.norm_ms,
+            elementwise_ms=stats.elementwise_ms,
+            dw_ms=stats.dw_ms,
+            dw_wait_ms=stats.dw_wait_ms,
+            flops=stats.flops,
+        )
+
+    def update(
+        self,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip: float | None = None,
+    ) -> UpdateStats:
+        """Apply AdamW to the mean of the accumulated gradients, then clear them.
+
+        The arithmetic is that of PyTorch's AdamW (Loshchilov & Hutter 2019); decay is applied to
+        matrices only. With `grad_clip` the global norm of the mean gradient is limited to it.
+
+        Raises:
+            ConfigError: a value is out of range.
+            NativeError: no step was made since the last update.
+        """
+        options = _abi.UpdateOptions(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip=0.0 if grad_clip is None else grad_clip,
+        )
+        stats = _abi.UpdateStats()
+        self._lib.anepy_engine_update(
+            self._open_handle(), ctypes.byref(stats), ctypes.byref(options)
+        )
+        return UpdateStats(stats.grad_norm, stats.update_ms, bool(stats.skipped))
+
+    def logits(self, tokens: npt.ArrayLike) -> Array:
+        """Return the logits of every position, float32 (n, vocab_size), without gradients."""
+        ids = _as_ids(tokens, "tokens")
+        out = np.empty((len(ids), self.model.config.vocab_size), dtype=np.float32)
+        self._lib.anepy_engine_logits(self._open_handle(), _floats(out), _ids(ids), len(ids))
+        return out
+
+    def evaluate(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+        """Return the mean cross-entropy in nats, without gradients."""
+        tokens, targets = _pair(tokens, targets)
+        loss = ctypes.c_double(math.nan)
+        self._lib.anepy_engine_evaluate(
+            self._open_handle(), ctypes.byref(loss), _ids(tokens), _ids(targets), len(tokens)
+        )
+        return loss.value
+
+    def restore(self, accumulated: int, updates: int) -> None:
+        """Tell the engine what has been loaded into `gradients`, `adam_m` and `adam_v`."""
+        self._lib.anepy_engine_restore(self._open_handle(), accumulated, updates)
+
+    def _info(self) -> _abi.EngineInfo:
+        info = _abi.EngineInfo()
+        self._lib.anepy_engine_get_info(self._open_handle(), ctypes.byref(info))
+        return info
+
+
+class Decoder(_Owner):
+    """Computes logits one token at a time with a key/value cache, always on the CPU in fp32.
+
+    Args:
+        model: the model; its weights may change between tokens, not during one.
+        max_len: positions to make room for; default the model's sequence length.
+        threads: as for Engine.
+    """
+
+    def __init__(
+        self, model: Model, max_len: int | None = None, threads: int | None = None
+    ) -> None:
+        self.model = model
+        self._lib = model.table.lib
+        self._logits = np.zeros(model.config.vocab_size, dtype=np.float32)
+        handle = ctypes.c_void_p()
+        self._lib.anepy_decoder_create(
+            ctypes.byref(handle),
+            model.table.handle,
+            _address(model.arena),
+            max_len or 0,
+            threads or 0,
+        )
+        self._own(handle, self._lib.anepy_decoder_free)
+
+    def __enter__(self: _D) -> _D:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def forward(self, token: int, position: int) -> Array:
+        """Return the logits after `token`, float32 (vocab_size,), valid until the next call.
+
+        Positions run 0, 1, 2, ...; position 0 starts a new sequence.
+        """
+        self._lib.anepy_decoder_forward(
+            self._open_handle(), _floats(self._logits), int(token), position
+        )
+        return self._logits
+
+
+def devices() -> list[DeviceInfo]:
+    """List the devices this build knows, in the order "auto" tries them."""
+    lib = _native.library()
+    found = []
+    for index in range(256):
+        info = _abi.DeviceInfo()
+        try:
+            lib.anepy_device_get_info(index, ctypes.byref(info))
+        except ConfigError:
+            break
+        found.append(DeviceInfo(info.name.decode(), bool(info.usable), info.reason.decode()))
+    return found
+
+
+def variants(device: str = "auto") -> dict[str, tuple[str, ...]]:
+    """Return the switches of every named variant that makes sense on a device."""
+    lib = _native.library()
+    found: dict[str, tuple[str, ...]] = {}
+    index = 0
+    while (name := lib.anepy_variant_name(index)) is not None:
+        index += 1
+        switches = ctypes.c_uint32()
+        try:
+            lib.anepy_variant_parse(name, device.encode(), ctypes.byref(switches))
+        except ConfigError:
+            continue
+        found[name.decode()] = _switch_names(lib, switches.value)
+    return found
+
+
+def library_info() -> dict[str, Any]:
+    """Describe the loaded library: instruction sets, matrix kernel, compiler, threads."""
+    lib = _native.library()
+    info = _abi.LibraryInfo()
+    lib.anepy_library_get_info(ctypes.byref(info))
+    return {
+        "isa": info.isa.decode(),
+        "isa_available": info.isa_all.decode().split(),
+        "gemm": info.gemm.decode(),
+        "compiler": info.compiler.decode(),
+        "build_id": lib.anepy_build_id().decode(),
+        "abi": lib.anepy_abi_version(),
+        "threads": info.threads,
+        "cores": info.cores,
+    }
+
+
+def _switch_names(lib: ctypes.CDLL, bits: int) -> tuple[str, ...]:
+    return tuple(lib.anepy_switch_name(i).decode() for i in range(32) if bits >> i & 1)
+
+
+def _address(array: Array) -> int:
+    return int(array.ctypes.data)
+
+
+def _floats(array: Array) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def _ids(array: Ids) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+
+
+def _as_ids(values: npt.ArrayLike, what: str) -> Ids:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        raise ConfigError(
+            f"{what} has shape {array.shape} and type {array.dtype}, expected integers in one "
+            "dimension, at least one"
+        )
+    if array.dtype != np.int32 and (array.max() >= 2**31 or array.min() < -(2**31)):
+        raise ConfigError(f"{what} holds {array.max()}, which is no token id")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _pair(tokens: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[Ids, Ids]:
+    ids, wanted = _as_ids(tokens, "tokens"), _as_ids(targets, "targets")
+    if len(ids) != len(wanted):
+        raise ConfigError(f"{len(ids)} tokens but {len(wanted)} targets: they go in pairs")
+    return ids, wanted

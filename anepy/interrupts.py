@@ -1,0 +1,78 @@
+"""Ctrl-C during training: the first finishes the step, the second ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+# Wrappers like `uv run` pass on a Ctrl-C that the terminal has delivered already.
+_ECHO_S = 0.3
+
+
+class StopRequest:
+    """Watch for SIGINT and SIGTERM while the block runs.
+
+    Python runs signal handlers only between two steps. A thread that reads the wake-up socket
+    learns of a signal while the native library is still working, so it can say so, and a second
+    one can end the process in the middle of a long step.
+
+    Args:
+        on_first: told of the first signal, on another thread.
+        on_second: called before the process ends, on another thread.
+
+    Attributes:
+        signal: number of the signal that asked to stop, or None.
+    """
+
+    def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
+        self.signal: int | None = None
+        self._on_first = on_first
+        self._on_second = on_second
+
+    def __enter__(self) -> StopRequest:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="anepy-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code by the convention of shells: 128 and the signal's number."""
+        return 128 + (self.signal or 0)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+
+    def _watch(self) -> None:
+        first_at: float | None = None
+        while received := self._reader.recv(64):
+            for number in received:
+                if number not in _SIGNALS:
+                    continue
+                now = time.monotonic()
+                if first_at is None:
+                    first_at = now
+                    self._on_first()
+                elif now - first_at > _ECHO_S:
+                    self._on_second()
+                    os._exit(128 + number)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)

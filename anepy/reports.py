@@ -1,0 +1,267 @@
+"""What a training run tells about itself: per step, and in sum. No arithmetic on tensors."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .engine import StepStats
+    from .model import ModelConfig
+
+# Attributes of the engine's StepStats, in milliseconds, under the names reports use.
+PHASES = {
+    "device": "device_ms",
+    "io": "io_ms",
+    "classifier": "classifier_ms",
+    "softmax": "softmax_ms",
+    "norm": "norm_ms",
+    "elementwise": "elementwise_ms",
+    "dw": "dw_ms",
+    "dw_wait": "dw_wait_ms",
+}
+LOSS_TAIL = 200
+# Losses of single sequences are noisy: first and last loss are means over this many steps.
+_LOSS_WINDOW = 10
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        step: number of the step, from 1; `total` is the last one of the run.
+        total: see `step`.
+        loss: mean cross-entropy of this sequence, in nats per token.
+        lr: learning rate of the update this step belongs to.
+        ms_per_step: wall time of forward and backward; update and evaluation excluded.
+        tokens_per_s: tokens of this sequence per second of that time.
+        gflops: GFLOP/s of that time, by the formula of `flops_per_step`.
+        updated: whether the weights were updated after this step.
+        updates: updates done so far.
+        accumulated: steps waiting for the next update.
+        skipped: whether half-precision gradients overflowed and this step counts for nothing.
+        loss_scale: factor on the gradients, 1 unless half precision needs one.
+        grad_norm: global norm of the mean gradient; None unless an update computed it.
+        update_ms: wall time of the update; 0 if there was none.
+        allocations: allocations of the step engine during this step.
+        phases: busy time in ms by phase (keys of `PHASES`).
+        held_out_loss: mean loss on held-out data after this step; None if not evaluated.
+    """
+
+    step: int
+    total: int
+    loss: float
+    lr: float
+    ms_per_step: float
+    tokens_per_s: float
+    gflops: float
+    updated: bool
+    updates: int
+    accumulated: int
+    skipped: bool
+    loss_scale: float
+    grad_norm: float | None
+    update_ms: float
+    allocations: int
+    phases: Mapping[str, float]
+    held_out_loss: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did so far, from its start or resume.
+
+    Attributes:
+        step: last step done; `total` is the one the run stops at.
+        total: see `step`.
+        steps: steps done by this object.
+        updates: updates done since the very first step.
+        skipped: steps that counted for nothing (half-precision overflow).
+        tokens: tokens trained on by this object.
+        wall_s: seconds from the first step to the end of the last, everything included.
+        train_ms: sum of step times.
+        update_ms: mean time of an update; None if there was none.
+        ms_per_step: median step time; q1 and q3 are its quartiles.
+        ms_q1: see `ms_per_step`.
+        ms_q3: see `ms_per_step`.
+        tokens_per_s: tokens per second of steps and updates together.
+        tflops: TFLOP/s at the median step time.
+        phases: mean busy time in ms per step, by phase.
+        allocations: most allocations any step but the first made.
+        peak_memory: largest resident size of the process in bytes; 0 if unknown.
+        first_loss: mean training loss of the first steps; None before the first step.
+        last_loss: mean training loss of the last steps.
+        held_out_before: held-out loss before the first step; None without held-out data.
+        held_out_after: held-out loss after the last evaluation.
+    """
+
+    step: int
+    total: int
+    steps: int
+    updates: int
+    skipped: int
+    tokens: int
+    wall_s: float
+    train_ms: float
+    update_ms: float | None
+    ms_per_step: float
+    ms_q1: float
+    ms_q3: float
+    tokens_per_s: float
+    tflops: float
+    phases: Mapping[str, float]
+    allocations: int
+    peak_memory: int
+    first_loss: float | None
+    last_loss: float | None
+    held_out_before: float | None
+    held_out_after: float | None
+
+
+class Measurements:
+    """Add up what the steps of one run took.
+
+    Args:
+        seq: tokens per step.
+        flops: FLOPs per step.
+        losses: last losses before a resume, oldest first.
+
+    Attributes:
+        losses: the last losses, oldest first.
+        held_out_before: held-out loss before the first step, None until known.
+        held_out_after: the latest one after it.
+    """
+
+    def __init__(self, seq: int, flops: int, losses: Sequence[float] = ()) -> None:
+        self.losses = [float(loss) for loss in losses[-LOSS_TAIL:]]
+        self.held_out_before: float | None = None
+        self.held_out_after: float | None = None
+        self._seq = seq
+        self._flops = flops
+        self._started: float | None = None
+        self._wall_s = 0.0
+        self._step_ms = array("d")
+        self._update_ms = array("d")
+        self._phase_ms = dict.fromkeys(PHASES, 0.0)
+        self._skipped = 0
+        self._allocations = 0
+        self._first_losses: list[float] = []
+
+    def start(self) -> None:
+        """Start the clock; later calls do nothing."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def step(self, ms: float, stats: StepStats) -> dict[str, float]:
+        """Add a step and return its times by phase."""
+        # The first step allocates on purpose: buffers, worker threads.
+        if self._step_ms:
+            self._allocations = max(self._allocations, int(stats.allocations))
+        self._step_ms.append(ms)
+        phases = {name: float(getattr(stats, key)) for name, key in PHASES.items()}
+        for name, value in phases.items():
+            self._phase_ms[name] += value
+        self._skipped += bool(stats.skipped)
+        self.losses.append(float(stats.loss))
+        del self.losses[:-LOSS_TAIL]
+        if len(self._first_losses) < _LOSS_WINDOW:
+            self._first_losses.append(float(stats.loss))
+        return phases
+
+    def update(self, ms: float) -> None:
+        """Add an update."""
+        self._update_ms.append(ms)
+
+    def stop(self) -> None:
+        """Take the time at the end of a step."""
+        if self._started is not None:
+            self._wall_s = time.perf_counter() - self._started
+
+    def summary(self, step: int, total: int, updates: int) -> Summary:
+        """Return it all.
+
+        Args:
+            step: last step done; `total` is the one the run stops at.
+            total: see `step`.
+            updates: updates done since the very first step.
+        """
+        steps = len(self._step_ms)
+        q1, median, q3 = (
+            [float(value) for value in np.percentile(np.frombuffer(self._step_ms), [25, 50, 75])]
+            if steps
+            else [0.0] * 3
+        )
+        train_ms = math.fsum(self._step_ms)
+        busy_s = (train_ms + math.fsum(self._update_ms)) / 1e3
+        last_losses = self.losses[-min(_LOSS_WINDOW, steps) :] if steps else []
+        return Summary(
+            step=step,
+            total=total,
+            steps=steps,
+            updates=updates,
+            skipped=self._skipped,
+            tokens=steps * self._seq,
+            wall_s=self._wall_s,
+            train_ms=train_ms,
+            update_ms=_mean(self._update_ms),
+            ms_per_step=median,
+            ms_q1=q1,
+            ms_q3=q3,
+            tokens_per_s=steps * self._seq / busy_s if busy_s else 0.0,
+            tflops=self._flops / median / 1e9 if median else 0.0,
+            phases={name: ms / max(1, steps) for name, ms in self._phase_ms.items()},
+            allocations=self._allocations,
+            peak_memory=peak_memory(),
+            first_loss=_mean(self._first_losses),
+            last_loss=_mean(last_losses),
+            held_out_before=self.held_out_before,
+            held_out_after=self.held_out_after,
+        )
+
+
+def flops_per_step(config: ModelConfig, seq: int) -> dict[str, int]:
+    """Count the floating-point operations of one step, as the research programs do.
+
+    Args:
+        config: dimensions of the model.
+        seq: tokens of the sequence.
+
+    Returns:
+        FLOPs of `fwd`, `bwd_dx` and `bwd_dw` (matrix products of the layers), `sdpa_bwd`,
+        `classifier` and their `total`. Attention products of the forward pass are not counted.
+    """
+    dim, kv_dim = config.dim, config.dim // config.n_heads * config.n_kv_heads
+    products = 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * config.hidden_dim
+    layers = config.n_layers * 2 * products * seq
+    sdpa = config.n_layers * 2 * 5 * dim * seq * seq
+    classifier = 3 * 2 * config.vocab_size * dim * seq
+    return {
+        "fwd": layers,
+        "bwd_dx": layers,
+        "bwd_dw": layers,
+        "sdpa_bwd": sdpa,
+        "classifier": classifier,
+        "total": 3 * layers + sdpa + classifier,
+    }
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process in bytes, 0 where nobody tells."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

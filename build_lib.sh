@@ -1,0 +1,228 @@
+#!/usr/bin/env bash
+# Compile libsrc/ into the one shared library anepy loads: libanepy.so, or libanepy.dylib on macOS.
+#
+# usage: ./build_lib.sh [--out DIR] [--target TAG] [--debug] [--asan] [--ubsan] [--tsan] [--werror]
+#                       [--quiet] | --print-tag | --print-hash
+#
+#   --out DIR      folder of the result (default: anepy/_lib/<tag>; sanitized: <tag>-address and so on)
+#   --target TAG   platform it is for, e.g. linux-aarch64-musl or macos-arm64 (default: this one);
+#                  gcc needs CC=<triple>-gcc, which is the default; clang and zig cc get --target
+#   --debug        -O1 -g, assertions on
+#   --asan --ubsan --tsan   the sanitizers, also with -O1 -g and assertions
+#   --werror       all the warnings the project is free of, as errors
+#   --quiet        print nothing unless something fails
+#   --print-tag    print the platform tag of this machine
+#   --print-hash   print the SHA-256 of the sources; its first 16 digits are the library's build id
+#
+# environment: CC, the C11 compiler (default cc, else gcc or clang; "zig cc" works too);
+#              JOBS, how many files are compiled at once (default: the processors of this process).
+# CFLAGS and LDFLAGS are not read: a -march=native or -ffast-math meant for another program would
+# change results, or make a library that does not run on the next machine.
+#
+# Works from any folder and from a read-only source tree (give --out). Several may run at once: each
+# builds in its own folder inside the output folder and then renames.
+set -euo pipefail
+
+die() {
+    printf 'build_lib.sh: %s\n' "$2" >&2
+    exit "$1"
+}
+
+root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ -d "$root/libsrc" ] || die 1 "no folder libsrc beside $root/build_lib.sh"
+
+# ---------------------------------------------------------------------------------- platform, hash
+
+host_tag() {
+    local system machine
+    system=$(uname -s)
+    machine=$(uname -m)
+    case $system in
+    Darwin) echo "macos-$machine" ;;
+    Linux)
+        case $machine in
+        amd64) machine=x86_64 ;;
+        arm64) machine=aarch64 ;;
+        esac
+        if getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
+            echo "linux-$machine-glibc"
+        else
+            echo "linux-$machine-musl"
+        fi
+        ;;
+    *) die 1 "$system is not supported, only Linux and macOS are" ;;
+    esac
+}
+
+source_files() { find -H libsrc -type f \( -name '*.c' -o -name '*.h' -o -name '*.m' \); }
+
+# The SHA-256 of a text with one line "<SHA-256 of file>  <path>" per file, in byte order of the
+# paths. anepy/_native.py computes the same; a library whose id differs was built from other sources.
+source_hash() {
+    local sha=(sha256sum)
+    command -v sha256sum >/dev/null || sha=(shasum -a 256)
+    (
+        cd "$root"
+        { source_files && echo build_lib.sh; } |
+            LC_ALL=C sort | tr '\n' '\0' | xargs -0 "${sha[@]}" | "${sha[@]}" | cut -c 1-64
+    )
+}
+
+# ----------------------------------------------------------------------------------------- options
+
+out='' target='' debug=no werror=no quiet=no sanitizers=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    --out | --target)
+        [ -n "${2:-}" ] || die 2 "$1 needs a value"
+        if [ "$1" = --out ]; then out=$2; else target=$2; fi
+        shift
+        ;;
+    --debug) debug=yes ;;
+    --asan) sanitizers="$sanitizers address" ;;
+    --ubsan) sanitizers="$sanitizers undefined" ;;
+    --tsan) sanitizers="$sanitizers thread" ;;
+    --werror) werror=yes ;;
+    --quiet) quiet=yes ;;
+    --print-tag) host_tag && exit ;;
+    --print-hash) source_hash && exit ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" && exit ;;
+    *) die 2 "unknown option $1 (see --help)" ;;
+    esac
+    shift
+done
+case $sanitizers in *address*thread* | *thread*address*) die 2 "--asan and --tsan exclude each other" ;; esac
+
+host=$(host_tag)
+target=${target:-$host}
+case $target in
+linux-*-glibc) triple=${target#linux-} triple=${triple%-glibc}-linux-gnu ;;
+linux-*-musl) triple=${target#linux-} triple=${triple%-musl}-linux-musl ;;
+linux-*-*) die 2 "unknown target $target (linux-<machine>-glibc, linux-<machine>-musl, macos-arm64)" ;;
+linux-?*) triple=${target#linux-}-linux-gnu target=$target-glibc ;;
+macos-arm64 | macos-x86_64) triple=${target#macos-}-apple-macos13 ;;
+*) die 2 "unknown target $target (linux-<machine>-glibc, linux-<machine>-musl, macos-arm64)" ;;
+esac
+
+if [ -z "$out" ]; then
+    [ -d "$root/anepy" ] || die 2 "give --out DIR: $root is not a checkout of anepy"
+    out=$root/anepy/_lib/$target
+    for name in $sanitizers; do out=$out-$name; done
+fi
+
+# ---------------------------------------------------------------------------------------- compiler
+
+remedy='install one: "apt install gcc libc6-dev" (Debian, Ubuntu), "dnf install gcc glibc-devel" (Fedora, RHEL), "apk add gcc musl-dev" (Alpine)'
+[ "$(uname -s)" != Darwin ] || remedy='install one: "xcode-select --install"'
+
+if [ "$target" != "$host" ]; then
+    : "${CC:=$triple-gcc}"
+elif [ -z "${CC:-}" ]; then
+    for CC in cc gcc clang ''; do if command -v "$CC" >/dev/null; then break; fi; done
+    [ -n "$CC" ] || die 1 "no C compiler found (tried cc, gcc, clang); $remedy"
+fi
+# CC may carry arguments ("zig cc"), unless all of it is one file.
+if command -v "$CC" >/dev/null; then cc=("$CC"); else read -r -a cc <<<"$CC"; fi
+command -v "${cc[0]:-}" >/dev/null || die 1 "the C compiler CC=$CC was not found; $remedy"
+# Without the command line tools, macOS has a cc that only opens a dialog.
+if [ "$(uname -s)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; then
+    die 1 "no C compiler (the command line tools are missing); $remedy"
+fi
+if [ "$target" != "$host" ]; then
+    case "$CC" in *-target*) ;; *)
+        case "$("${cc[@]}" --version 2>/dev/null || true)" in
+        *clang*) cc+=("--target=$triple") ;;
+        esac
+        ;;
+    esac
+fi
+
+# ------------------------------------------------------------------------------------------- flags
+
+build_id=$(source_hash)
+build_id=${build_id:0:16}
+
+flags=(-std=c11)
+if [ "$debug$sanitizers" = no ]; then
+    flags+=(-O3 -DNDEBUG)
+else
+    flags+=(-O1 -g -fno-omit-frame-pointer)
+    build_id=$build_id-debug
+fi
+flags+=(-fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -fvisibility=hidden -pthread)
+flags+=(-Ilibsrc "-DANEPY_BUILD_ID=\"$build_id\"")
+if [ "$werror" = yes ]; then
+    flags+=(-Wall -Wextra -Wshadow -Wundef -Wvla -Wstrict-prototypes -Wmissing-prototypes -Werror)
+fi
+link=(-shared -pthread)
+for name in $sanitizers; do
+    flags+=("-fsanitize=$name")
+    link+=("-fsanitize=$name")
+    [ "$name" != undefined ] || flags+=(-fno-sanitize-recover=undefined)
+done
+case $target in
+macos-*)
+    library=libanepy.dylib source_pattern='\.[cm]$'
+    link+=(-framework Accelerate)
+    ;;
+*)
+    library=libanepy.so source_pattern='\.c$'
+    # An undefined symbol must fail here, not at load. Sanitizers leave theirs to the program.
+    [ -n "$sanitizers" ] || link+=("-Wl,-z,defs")
+    ;;
+esac
+
+# ----------------------------------------------------------------------------------------- compile
+
+say() { [ "$quiet" = yes ] || printf '%s\n' "$*"; }
+quoted() {
+    local word
+    for word; do
+        case $word in *[!A-Za-z0-9_./,=+-]*) printf '%q ' "$word" ;; *) printf '%s ' "$word" ;; esac
+    done
+}
+
+mkdir -p "$out" 2>/dev/null || die 1 "cannot create the folder $out; give --out DIR"
+out=$(cd "$out" && pwd)
+# What killed builds left behind.
+find "$out" -maxdepth 1 -name '.build.*' -mtime +1 -exec rm -rf {} + 2>/dev/null || true
+work=$(mktemp -d "$out/.build.XXXXXX" 2>/dev/null) || die 1 "cannot write in $out; give --out DIR"
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+cd "$root"
+printf '#include <math.h>\n#include <pthread.h>\nint anepy_probe(void) { return 0; }\n' >"$work/probe.c"
+"${cc[@]}" -std=c11 -c "$work/probe.c" -o "$work/probe.o" 2>"$work/probe.log" || {
+    cat "$work/probe.log" >&2
+    die 1 "the C compiler $CC cannot compile an empty program for $target; $remedy"
+}
+rm "$work"/probe.*
+
+# Largest first, so that no long one is left for the end.
+sources=()
+while IFS= read -r source; do sources+=("$source"); done < <(
+    source_files | grep "$source_pattern" | tr '\n' '\0' | LC_ALL=C xargs -0 ls -1S
+)
+[ ${#sources[@]} -gt 0 ] || die 1 "no C files in $root/libsrc"
+jobs=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)}
+
+say "$(quoted "${cc[@]}" "${flags[@]}")-c FILE.c -o FILE.o   # ${#sources[@]} files, $jobs at a time"
+# shellcheck disable=SC2016 # the inner shell expands these: "$@" ends with the source file
+printf '%s\0' "${sources[@]}" | xargs -0 -n 1 -P "$jobs" bash -c '
+    source=${!#}
+    exec "$@" -o "$0/${source//\//-}.o"' "$work" "${cc[@]}" "${flags[@]}" -c ||
+    die 1 "compiling failed (messages above); compiler: $("${cc[@]}" --version 2>&1 | head -n 1)"
+
+say "$(quoted "${cc[@]}" "${link[@]}")-o $library *.o -lm"
+"${cc[@]}" "${link[@]}" -o "$work/$library" "$work"/*.o -lm ||
+    die 1 "linking failed (messages above); compiler: $("${cc[@]}" --version 2>&1 | head -n 1)"
+
+# Signed last, and never over a file that is in use: macOS kills processes whose library changed.
+if [ "$(uname -s)" = Darwin ]; then codesign --force --sign - "$work/$library"; fi
+mv -f "$work/$library" "$out/$library" || die 1 "cannot replace $out/$library"
+
+say "$out/$library"
+if [ "$quiet" = no ]; then
+    { sha256sum "$out/$library" 2>/dev/null || shasum -a 256 "$out/$library"; } | sed 's/ .*//;s/^/sha256 /'
+fi

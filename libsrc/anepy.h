@@ -1,0 +1,233 @@
+/* anepy.h - the only public header of libanepy.
+ *
+ * Trains Llama-2 transformers. One step engine runs on several devices; optimizations are switches.
+ * The library never prints, aborts, exits, installs signal handlers or changes the caller's
+ * floating-point mode. Every function returns a status (0 or a frozen negative number) unless it
+ * says otherwise; anepy_last_error() gives the sentence that belongs to this thread's last failure.
+ *
+ * Threads: one handle is used by one thread at a time (a second caller gets ANEPY_E_BUSY).
+ * Structs: the caller fills struct_size; fields are only ever appended; zero means default.
+ */
+#ifndef ANEPY_H
+#define ANEPY_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ANEPY_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define ANEPY_API __declspec(dllexport)
+#else
+#define ANEPY_API __attribute__((visibility("default")))
+#endif
+
+/* ------------------------------------------------------------------------------------ status */
+
+#define ANEPY_OK 0
+#define ANEPY_E_ARGUMENT (-10)    /* a value is out of range */
+#define ANEPY_E_NAME (-11)        /* unknown variant, switch, device or precision */
+#define ANEPY_E_TOKEN (-12)       /* a token id is outside the vocabulary */
+#define ANEPY_E_MEMORY (-20)      /* the system gave no memory */
+#define ANEPY_E_BUSY (-30)        /* another thread is using this handle */
+#define ANEPY_E_STATE (-31)       /* the call does not fit the handle's state */
+#define ANEPY_E_DEVICE (-40)      /* the device failed */
+#define ANEPY_E_UNAVAILABLE (-41) /* the device cannot be used on this machine */
+#define ANEPY_E_UNSUPPORTED (-50) /* this device cannot do what was asked */
+#define ANEPY_E_SYSTEM (-60)      /* the operating system refused a thread or a mapping */
+
+ANEPY_API int32_t anepy_abi_version(void);
+ANEPY_API const char *anepy_build_id(void);              /* hash of the sources, static text */
+ANEPY_API const char *anepy_status_name(int32_t status); /* static text, never NULL */
+
+/* Copies this thread's last error sentence into buf (at most cap bytes with the final zero) and
+ * returns its full length without the zero. */
+ANEPY_API int32_t anepy_last_error(char *buf, uint64_t cap);
+
+/* sizeof of the struct with this index: 0 config, 1 tensor, 2 engine options, 3 engine info,
+ * 4 step stats, 5 update options, 6 update stats, 7 library info, 8 device info; -1 beyond. */
+ANEPY_API int32_t anepy_struct_size(int32_t index);
+
+/* --------------------------------------------------------------------------- model, tensors */
+
+/* Llama-2 dimensions, as in the header of llama2.c's .bin v0. */
+typedef struct anepy_config {
+    uint32_t struct_size;
+    uint32_t flags;
+    int32_t dim;        /* D, model width */
+    int32_t hidden_dim; /* F, feed-forward width */
+    int32_t n_layers;
+    int32_t n_heads;
+    int32_t n_kv_heads; /* divides n_heads; head h reads KV head h / (n_heads / n_kv_heads) */
+    int32_t vocab_size; /* V */
+    int32_t seq_len;    /* longest position the model knows */
+    int32_t tied;       /* 1: the classifier is tok_embeddings; 0: separate output.weight */
+} anepy_config;
+
+/* One row of the tensor table: a named view into each of the four arenas. */
+typedef struct anepy_tensor {
+    uint32_t struct_size;
+    uint32_t flags;
+    char name[64];  /* as in Meta's Llama, e.g. layers.0.attention.wq.weight */
+    int64_t offset; /* first element in the arena; tensors follow each other without gaps */
+    int64_t rows;   /* 1 for vectors */
+    int64_t cols;
+    int32_t is_matrix; /* matrices get weight decay, vectors (norms) do not */
+    int32_t reserved;
+} anepy_tensor;
+
+typedef struct anepy_model anepy_model; /* dimensions + tensor table; holds no weights */
+
+ANEPY_API int32_t anepy_model_create(anepy_model **out, const anepy_config *config);
+ANEPY_API void anepy_model_free(anepy_model *model); /* accepts NULL */
+ANEPY_API int32_t anepy_model_tensor_n(const anepy_model *model);
+ANEPY_API int32_t anepy_model_tensor(const anepy_model *model, int32_t index, anepy_tensor *out);
+/* Elements (float32) of one arena: the number of parameters. */
+ANEPY_API int64_t anepy_model_arena_n(const anepy_model *model);
+
+/* Zeroed, 64-byte aligned memory, on large pages where the system has them. The pages are backed
+ * when first touched. Free with the same size. */
+ANEPY_API int32_t anepy_memory_alloc(void **out, uint64_t nbytes);
+ANEPY_API void anepy_memory_free(void *memory, uint64_t nbytes); /* accepts NULL */
+
+/* ------------------------------------------------------------------------------------ engine */
+
+typedef struct anepy_engine anepy_engine;
+
+/* The arenas are float32[anepy_model_arena_n], 64-byte aligned, owned by the caller and alive
+ * until anepy_engine_free. params is read and, by update, written. */
+typedef struct anepy_engine_options {
+    uint32_t struct_size;
+    uint32_t flags;
+    float *params;
+    float *grads;
+    float *adam_m;
+    float *adam_v;
+    const char *variant;   /* NULL: "max"; else NAME, then any of +switch -switch */
+    const char *device;    /* NULL: "auto" */
+    const char *precision; /* NULL: "auto" */
+    int32_t seq_len;       /* longest sequence of this engine; 0: the model's */
+    int32_t threads;       /* 0: affinity, cgroup quota and physical cores decide */
+} anepy_engine_options;
+
+typedef struct anepy_engine_info {
+    uint32_t struct_size;
+    uint32_t switches; /* bit i: switch i of anepy_switch_name */
+    char device[16];
+    char precision[16];
+    char isa[32];
+    int32_t threads;
+    int32_t seq_len;
+    int64_t accumulated; /* steps since the last update */
+    int64_t updates;     /* updates so far: Adam's t */
+} anepy_engine_info;
+
+/* What one step did. Times are milliseconds of the calling thread unless "busy" says all threads. */
+typedef struct anepy_step_stats {
+    uint32_t struct_size;
+    uint32_t skipped;      /* 1: a gradient was not finite, nothing was accumulated */
+    double loss;           /* mean cross-entropy in nats */
+    double loss_scale;     /* gradients carry this factor; 1 without fp16 */
+    double flops;          /* ane-facts.md 7.1 */
+    double step_ms;        /* all of it */
+    double device_ms;      /* programs on the device, forward and backward */
+    double io_ms;          /* to and from surfaces */
+    double classifier_ms;  /* logits and their gradients */
+    double softmax_ms;     /* softmax + loss */
+    double norm_ms;        /* RMSNorm outside the programs */
+    double elementwise_ms; /* embedding, residuals */
+    double dw_ms;          /* weight-gradient products, busy, summed over threads */
+    double dw_wait_ms;     /* the step waited for them */
+    int64_t allocations;   /* heap operations during the step */
+} anepy_step_stats;
+
+typedef struct anepy_update_options {
+    uint32_t struct_size;
+    uint32_t flags;
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay; /* matrices only */
+    double grad_clip;    /* largest global norm; <= 0: none */
+} anepy_update_options;
+
+typedef struct anepy_update_stats {
+    uint32_t struct_size;
+    uint32_t skipped; /* 1: the global norm was not finite, the weights were left alone */
+    double grad_norm; /* before clipping; NaN when it was not asked for */
+    double update_ms;
+} anepy_update_stats;
+
+ANEPY_API int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
+                                      const anepy_engine_options *options);
+ANEPY_API void anepy_engine_free(anepy_engine *engine); /* joins its threads; accepts NULL */
+ANEPY_API int32_t anepy_engine_get_info(const anepy_engine *engine, anepy_engine_info *out);
+
+/* Forward + backward of one sequence; gradients accumulate.
+ * tokens, targets: int32[n], 1 <= n <= seq_len, ids in [0, vocab_size). */
+ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
+                                    const int32_t *tokens, const int32_t *targets, int32_t n);
+
+/* AdamW with the mean of the accumulated gradients (Loshchilov & Hutter 2019; PyTorch's order of
+ * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. */
+ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *out,
+                                      const anepy_update_options *options);
+
+/* Mean cross-entropy without gradients. */
+ANEPY_API int32_t anepy_engine_evaluate(anepy_engine *engine, double *loss, const int32_t *tokens,
+                                        const int32_t *targets, int32_t n);
+
+/* logits: float32 [n, vocab_size], row t predicts token t+1. No gradients. */
+ANEPY_API int32_t anepy_engine_logits(anepy_engine *engine, float *logits, const int32_t *tokens,
+                                      int32_t n);
+
+/* Tells the engine what a checkpoint has put into the arenas. */
+ANEPY_API int32_t anepy_engine_restore(anepy_engine *engine, int64_t accumulated, int64_t updates);
+
+/* ----------------------------------------------------------------------------------- decoder */
+
+typedef struct anepy_decoder anepy_decoder; /* one token at a time with a key/value cache */
+
+/* params: float32[anepy_model_arena_n], alive until anepy_decoder_free. */
+ANEPY_API int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model,
+                                       const float *params, int32_t max_len, int32_t threads);
+ANEPY_API void anepy_decoder_free(anepy_decoder *decoder); /* accepts NULL */
+/* logits: float32[vocab_size]. Positions run 0, 1, 2, ...; position 0 starts anew. */
+ANEPY_API int32_t anepy_decoder_forward(anepy_decoder *decoder, float *logits, int32_t token,
+                                        int32_t position);
+
+/* ------------------------------------------------------------------------------ introspection */
+
+typedef struct anepy_library_info {
+    uint32_t struct_size;
+    uint32_t flags;
+    char isa[32];       /* instruction set in use */
+    char isa_all[128];  /* all this machine can run, best first, separated by spaces */
+    char compiler[128]; /* what built the library */
+    char gemm[64];      /* name of the matrix kernel in use */
+    int32_t threads;    /* what "0 threads" means here */
+    int32_t cores;      /* physical cores this process may use */
+} anepy_library_info;
+
+typedef struct anepy_device_info {
+    uint32_t struct_size;
+    int32_t usable;
+    char name[16];
+    char reason[240]; /* why it cannot be used here; else what it is */
+} anepy_device_info;
+
+ANEPY_API int32_t anepy_library_get_info(anepy_library_info *out);
+ANEPY_API int32_t anepy_device_get_info(int32_t index, anepy_device_info *out); /* E_ARGUMENT: end */
+ANEPY_API const char *anepy_switch_name(int32_t index);  /* NULL beyond the last */
+ANEPY_API const char *anepy_variant_name(int32_t index); /* NULL beyond the last */
+/* The switches a variant text stands for on a device ("auto" included). */
+ANEPY_API int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,202 @@
+/* api.c - the exported surface of the engine: validate, take the handle, call inward, give back the
+ * caller's floating-point mode. Create and free live with their types. */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "runtime/clock.h"
+#include "runtime/fpmode.h"
+#include "runtime/machine.h"
+#include "runtime/memory.h"
+#include "train/update.h"
+
+#ifndef ANEPY_BUILD_ID
+#define ANEPY_BUILD_ID "unknown"
+#endif
+
+/* The layout Python mirrors in _abi.py: no padding the compiler could choose differently. */
+_Static_assert(sizeof(anepy_config) == 40, "config");
+_Static_assert(sizeof(anepy_tensor) == 104, "tensor");
+_Static_assert(sizeof(anepy_engine_info) == 96, "engine info");
+_Static_assert(sizeof(anepy_step_stats) == 112, "step stats");
+_Static_assert(sizeof(anepy_update_options) == 56, "update options");
+_Static_assert(sizeof(anepy_update_stats) == 24, "update stats");
+
+int32_t anepy_abi_version(void) { return ANEPY_ABI_VERSION; }
+
+const char *anepy_build_id(void) { return ANEPY_BUILD_ID; }
+
+int32_t anepy_struct_size(int32_t index) {
+    static const int32_t sizes[] = {
+        sizeof(anepy_config),         sizeof(anepy_tensor),       sizeof(anepy_engine_options),
+        sizeof(anepy_engine_info),    sizeof(anepy_step_stats),   sizeof(anepy_update_options),
+        sizeof(anepy_update_stats),   sizeof(anepy_library_info), sizeof(anepy_device_info),
+    };
+    return index >= 0 && index < (int32_t)(sizeof sizes / sizeof sizes[0]) ? sizes[index] : -1;
+}
+
+int32_t anepy_memory_alloc(void **out, uint64_t nbytes) {
+    *out = anepy_map(nbytes);
+    return *out != NULL ? ANEPY_OK
+                        : anepy_fail(ANEPY_E_MEMORY, "the system gave no %llu bytes",
+                                     (unsigned long long)nbytes);
+}
+
+void anepy_memory_free(void *memory, uint64_t nbytes) { anepy_unmap(memory, nbytes); }
+
+int32_t anepy_library_get_info(anepy_library_info *out) {
+    uint32_t size = out->struct_size;
+    const anepy_kernels *kernels = anepy_kernels_get(), *set;
+    if (kernels == NULL) return ANEPY_E_NAME;
+    memset(out, 0, sizeof *out);
+    out->struct_size = size;
+    strncpy(out->isa, kernels->isa, sizeof out->isa - 1);
+    for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
+        size_t used = strlen(out->isa_all);
+        if (i > 0) strncat(out->isa_all, " ", sizeof out->isa_all - used - 1);
+        strncat(out->isa_all, set->isa, sizeof out->isa_all - used - 2);
+    }
+#if defined(__clang__)
+    strncpy(out->compiler, "clang " __clang_version__, sizeof out->compiler - 1);
+#else
+    strncpy(out->compiler, "gcc " __VERSION__, sizeof out->compiler - 1);
+#endif
+    strncpy(out->gemm, kernels->gemm_name, sizeof out->gemm - 1);
+    out->threads = anepy_machine_threads();
+    out->cores = anepy_machine_cores();
+    return ANEPY_OK;
+}
+
+/* ------------------------------------------------------------------------------------ entering */
+
+static int32_t enter(anepy_engine *e) {
+    if (atomic_exchange(&e->busy, 1))
+        return anepy_fail(ANEPY_E_BUSY, "this engine is running in another thread");
+    e->caller_fpmode = anepy_fpmode_enter();
+    return ANEPY_OK;
+}
+
+static int32_t leave(anepy_engine *e, int32_t status) {
+    anepy_fpmode_leave(e->caller_fpmode);
+    atomic_store(&e->busy, 0);
+    return status;
+}
+
+static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t *ids, int32_t n) {
+    int32_t vocab = e->model->config.vocab_size;
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= vocab)
+            return anepy_fail(ANEPY_E_TOKEN, "%s[%d] is %d, the vocabulary has 0 to %d", what, i,
+                              ids[i], vocab - 1);
+    return ANEPY_OK;
+}
+
+/* targets may be NULL. */
+static int32_t set_sequence(anepy_engine *e, const int32_t *tokens, const int32_t *targets,
+                            int32_t n) {
+    if (n < 1 || n > e->seq_len)
+        return anepy_fail(ANEPY_E_ARGUMENT, "a sequence of %d tokens, this engine takes 1 to %d", n,
+                          e->seq_len);
+    ANEPY_TRY(check_ids(e, "tokens", tokens, n));
+    if (targets != NULL) ANEPY_TRY(check_ids(e, "targets", targets, n));
+    e->tokens = tokens;
+    e->targets = targets;
+    e->n = n;
+    e->columns = (int32_t)anepy_round_up(n, ANEPY_COLUMNS);
+    memset(&e->stats, 0, sizeof e->stats);
+    return ANEPY_OK;
+}
+
+static int32_t forward(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
+    ANEPY_TRY(set_sequence(e, tokens, targets, n));
+    return anepy_forward(e);
+}
+
+/* ----------------------------------------------------------------------------------- the calls */
+
+static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
+    double start = anepy_now_ms();
+    int64_t heap = anepy_heap_operations();
+    anepy_step_stats *stats = &e->stats;
+    ANEPY_TRY(forward(e, tokens, targets, n));
+    double mark = anepy_now_ms();
+    stats->loss = anepy_loss(e, 1);
+    stats->softmax_ms = anepy_now_ms() - mark;
+    int32_t status = anepy_backward(e);
+    if (status != ANEPY_OK) {
+        anepy_dw_wait(e); /* nothing may still write when the caller looks */
+        return status;
+    }
+    e->accumulated++;
+    stats->loss_scale = 1.0;
+    stats->flops = anepy_step_flops(e->model, n);
+    stats->allocations = anepy_heap_operations() - heap;
+    stats->step_ms = anepy_now_ms() - start;
+    return ANEPY_OK;
+}
+
+int32_t anepy_engine_step(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
+                          const int32_t *targets, int32_t n) {
+    ANEPY_TRY(enter(e));
+    int32_t status = step(e, tokens, targets, n);
+    if (status == ANEPY_OK) {
+        uint32_t size = out->struct_size;
+        *out = e->stats;
+        out->struct_size = size;
+    }
+    return leave(e, status);
+}
+
+int32_t anepy_engine_evaluate(anepy_engine *e, double *loss, const int32_t *tokens,
+                              const int32_t *targets, int32_t n) {
+    ANEPY_TRY(enter(e));
+    int32_t status = forward(e, tokens, targets, n);
+    if (status == ANEPY_OK) *loss = anepy_loss(e, 0);
+    return leave(e, status);
+}
+
+int32_t anepy_engine_logits(anepy_engine *e, float *logits, const int32_t *tokens, int32_t n) {
+    ANEPY_TRY(enter(e));
+    int32_t status = forward(e, tokens, NULL, n);
+    if (status == ANEPY_OK) {
+        int64_t vocab = e->model->config.vocab_size;
+        for (int64_t v = 0; v < vocab; v++)
+            for (int64_t t = 0; t < n; t++) logits[t * vocab + v] = e->logits[v * e->width + t];
+    }
+    return leave(e, status);
+}
+
+static int32_t check_update(const anepy_engine *e, const anepy_update_options *o) {
+    if (o->struct_size < sizeof *o)
+        return anepy_fail(ANEPY_E_ARGUMENT, "update options have %u bytes, expected %zu",
+                          o->struct_size, sizeof *o);
+    if (e->accumulated == 0)
+        return anepy_fail(ANEPY_E_STATE, "no step since the last update: nothing to apply");
+    if (!(o->lr >= 0.0 && isfinite(o->lr)))
+        return anepy_fail(ANEPY_E_ARGUMENT, "lr is %g, expected a number >= 0", o->lr);
+    if (!(o->beta1 >= 0.0 && o->beta1 < 1.0) || !(o->beta2 >= 0.0 && o->beta2 < 1.0))
+        return anepy_fail(ANEPY_E_ARGUMENT, "beta1 %g, beta2 %g: both must be in [0, 1)", o->beta1,
+                          o->beta2);
+    if (!(o->eps > 0.0) || !(o->weight_decay >= 0.0) || !(o->grad_clip >= 0.0))
+        return anepy_fail(ANEPY_E_ARGUMENT,
+                          "eps %g must be above 0, weight_decay %g and grad_clip %g not below",
+                          o->eps, o->weight_decay, o->grad_clip);
+    return ANEPY_OK;
+}
+
+int32_t anepy_engine_update(anepy_engine *e, anepy_update_stats *out,
+                            const anepy_update_options *options) {
+    ANEPY_TRY(enter(e));
+    int32_t status = check_update(e, options);
+    if (status == ANEPY_OK) anepy_update(e, out, options);
+    return leave(e, status);
+}
+
+int32_t anepy_engine_restore(anepy_engine *e, int64_t accumulated, int64_t updates) {
+    if (accumulated < 0 || updates < 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "%lld accumulated steps, %lld updates",
+                          (long long)accumulated, (long long)updates);
+    e->accumulated = accumulated;
+    e->updates = updates;
+    return ANEPY_OK;
+}

@@ -1,0 +1,30 @@
+/* device/cpu/cpu.h - inside of the native CPU device. */
+#ifndef ANEPY_DEVICE_CPU_H
+#define ANEPY_DEVICE_CPU_H
+
+#include "device/device.h"
+
+typedef struct {
+    anepy_device base;
+    float *cosine, *sine; /* RoPE angles [head_dim / 2, width] */
+    float *dattn;         /* [dim, width]: gradient of attn inside sdpa_bwd1 */
+    float *dscores;       /* [n_heads * width, width]: inside sdpa_bwd2 */
+    float *scratch;       /* per worker: scratch_n floats */
+    int64_t scratch_n;
+    void *owned; /* every surface, kernel and mapping, for close */
+} anepy_cpu;
+
+struct anepy_kernel {
+    anepy_cpu *cpu;
+    anepy_program program;
+    float *tensors[ANEPY_PROGRAM_TENSORS];       /* first element of each bound range */
+    const float *weights[ANEPY_PROGRAM_WEIGHTS]; /* in the parameter arena, in program order */
+};
+
+/* attention.c: on `columns` = n rounded up to 64. */
+void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t columns, float sign);
+void anepy_cpu_attention(const anepy_kernel *kernel, int32_t columns);
+void anepy_cpu_attention_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns);
+
+#endif

@@ -1,0 +1,202 @@
+/* device/cpu/decode.c - one token at a time with a key/value cache, for generation.
+ *
+ * Every product has one column, so the time is that of reading the weights once: rows are split
+ * over threads, nothing is packed. Always fp32 on the CPU, whatever device trained the model. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+#include "model/model.h"
+#include "runtime/fpmode.h"
+#include "runtime/memory.h"
+#include "runtime/threads.h"
+
+#define PIECE_ROWS 64
+
+struct anepy_decoder {
+    const anepy_model *model;
+    const float *params;
+    const anepy_kernels *kernels;
+    anepy_pool *pool;
+    int32_t max_len, position;
+    float *memory;
+    uint64_t nbytes;
+    float *x, *xnorm, *q, *attn, *out; /* [dim] */
+    float *hidden;                     /* [2 * hidden_dim]: h1, h3 */
+    float *scores;                     /* [n_heads, max_len] */
+    float *keys, *values;              /* [n_layers, max_len, kv_dim] */
+    float *rotation;                   /* [head_dim]: cos, sin of this position, pair by pair */
+};
+
+/* ------------------------------------------------------------------------------------ products */
+
+typedef struct {
+    const anepy_decoder *d;
+    float *y;
+    const float *w, *x;
+    int32_t rows, cols;
+} product;
+
+static void product_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const product *p = context;
+    int32_t first = index * PIECE_ROWS, rows = anepy_min_i32(PIECE_ROWS, p->rows - first);
+    p->d->kernels->gemv(p->y + first, p->w + (int64_t)first * p->cols, p->cols, p->x, rows, p->cols);
+}
+
+static void multiply(const anepy_decoder *d, float *y, int64_t weight, const float *x, int32_t rows,
+                     int32_t cols) {
+    product p = {d, y, d->params + weight, x, rows, cols};
+    anepy_pool_run(d->pool, (rows + PIECE_ROWS - 1) / PIECE_ROWS, product_rows, &p);
+}
+
+static void normalize(const anepy_decoder *d, int64_t weight) {
+    int32_t dim = d->model->config.dim;
+    double sum = d->kernels->sum_squares(d->x, dim);
+    float r = (float)(1.0 / sqrt(sum / dim + (double)ANEPY_RMS_EPS));
+    for (int32_t c = 0; c < dim; c++) d->xnorm[c] = d->params[weight + c] * (d->x[c] * r);
+}
+
+static void rotate(const anepy_decoder *d, float *x, int32_t heads) {
+    int32_t head_dim = d->model->head_dim;
+    for (int32_t h = 0; h < heads; h++, x += head_dim) {
+        for (int32_t i = 0; i < head_dim; i += 2) {
+            float cosine = d->rotation[i], sine = d->rotation[i + 1], re = x[i], im = x[i + 1];
+            x[i] = re * cosine - im * sine;
+            x[i + 1] = re * sine + im * cosine;
+        }
+    }
+}
+
+/* ----------------------------------------------------------------------------------- attention */
+
+typedef struct {
+    const anepy_decoder *d;
+    const float *keys, *values; /* of this layer */
+} attention;
+
+static void attend_head(void *context, int32_t head, int32_t worker) {
+    (void)worker;
+    const attention *a = context;
+    const anepy_decoder *d = a->d;
+    const anepy_model *m = d->model;
+    int32_t head_dim = m->head_dim, n = d->position + 1;
+    int64_t offset = (int64_t)(head / (m->config.n_heads / m->config.n_kv_heads)) * head_dim;
+    float *scores = d->scores + (int64_t)head * d->max_len, *out = d->attn + head * head_dim;
+    d->kernels->gemv(scores, a->keys + offset, m->kv_dim, d->q + head * head_dim, n, head_dim);
+    d->kernels->softmax_row(scores, n, n, 1.0f / sqrtf((float)head_dim));
+    memset(out, 0, (size_t)head_dim * sizeof(float));
+    for (int32_t t = 0; t < n; t++) {
+        const float *value = a->values + (int64_t)t * m->kv_dim + offset;
+        for (int32_t i = 0; i < head_dim; i++) out[i] += scores[t] * value[i];
+    }
+}
+
+static void layer_forward(anepy_decoder *d, int32_t l) {
+    const anepy_model *m = d->model;
+    int32_t dim = m->config.dim, hidden = m->config.hidden_dim, kv = m->kv_dim;
+    int64_t cache = (int64_t)l * d->max_len * kv, here = cache + (int64_t)d->position * kv;
+    normalize(d, anepy_model_layer(m, l, ANEPY_ATTENTION_NORM));
+    multiply(d, d->q, anepy_model_layer(m, l, ANEPY_WQ), d->xnorm, dim, dim);
+    multiply(d, d->keys + here, anepy_model_layer(m, l, ANEPY_WK), d->xnorm, kv, dim);
+    multiply(d, d->values + here, anepy_model_layer(m, l, ANEPY_WV), d->xnorm, kv, dim);
+    rotate(d, d->q, m->config.n_heads);
+    rotate(d, d->keys + here, m->config.n_kv_heads);
+    attention a = {d, d->keys + cache, d->values + cache};
+    anepy_pool_run(d->pool, m->config.n_heads, attend_head, &a);
+    multiply(d, d->out, anepy_model_layer(m, l, ANEPY_WO), d->attn, dim, dim);
+    d->kernels->add(d->x, d->x, d->out, dim);
+    normalize(d, anepy_model_layer(m, l, ANEPY_FFN_NORM));
+    multiply(d, d->hidden, anepy_model_layer(m, l, ANEPY_W1), d->xnorm, 2 * hidden, dim);
+    d->kernels->swiglu(d->hidden, d->hidden, d->hidden + hidden, hidden);
+    multiply(d, d->out, anepy_model_layer(m, l, ANEPY_W2), d->hidden, dim, hidden);
+    d->kernels->add(d->x, d->x, d->out, dim);
+}
+
+int32_t anepy_decoder_forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
+    const anepy_config *c = &d->model->config;
+    if (token < 0 || token >= c->vocab_size)
+        return anepy_fail(ANEPY_E_TOKEN, "token %d, the vocabulary has 0 to %d", token,
+                          c->vocab_size - 1);
+    if (position != 0 && position != d->position + 1)
+        return anepy_fail(ANEPY_E_STATE, "position %d after %d: positions follow each other",
+                          position, d->position);
+    if (position >= d->max_len)
+        return anepy_fail(ANEPY_E_ARGUMENT, "position %d, this decoder has room for %d", position,
+                          d->max_len);
+    uint64_t fpmode = anepy_fpmode_enter();
+    d->position = position;
+    for (int32_t i = 0; i < d->model->head_dim; i += 2) {
+        double angle = position * pow(ANEPY_ROPE_THETA, -(double)i / d->model->head_dim);
+        d->rotation[i] = (float)cos(angle);
+        d->rotation[i + 1] = (float)sin(angle);
+    }
+    memcpy(d->x, d->params + anepy_model_embedding(d->model) + (int64_t)token * c->dim,
+           (size_t)c->dim * sizeof(float));
+    for (int32_t l = 0; l < c->n_layers; l++) layer_forward(d, l);
+    normalize(d, anepy_model_final_norm(d->model));
+    multiply(d, logits, anepy_model_classifier(d->model), d->xnorm, c->vocab_size, c->dim);
+    anepy_fpmode_leave(fpmode);
+    return ANEPY_OK;
+}
+
+/* ----------------------------------------------------------------------------- make and unmake */
+
+/* base NULL: measures. Returns the number of floats. */
+static int64_t lay_out(anepy_decoder *d, float *base) {
+    const anepy_model *m = d->model;
+    int64_t dim = m->config.dim, used = 0;
+    int64_t cache = (int64_t)m->config.n_layers * d->max_len * m->kv_dim;
+    struct {
+        float **at;
+        int64_t n;
+    } parts[] = {{&d->x, dim},
+                 {&d->xnorm, dim},
+                 {&d->q, dim},
+                 {&d->attn, dim},
+                 {&d->out, dim},
+                 {&d->hidden, 2 * (int64_t)m->config.hidden_dim},
+                 {&d->scores, (int64_t)m->config.n_heads * d->max_len},
+                 {&d->rotation, m->head_dim},
+                 {&d->keys, cache},
+                 {&d->values, cache}};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        if (base != NULL) *parts[i].at = base + used;
+        used += anepy_round_up(parts[i].n, 16);
+    }
+    return used;
+}
+
+int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model, const float *params,
+                             int32_t max_len, int32_t threads) {
+    const anepy_kernels *kernels = anepy_kernels_get();
+    if (kernels == NULL) return ANEPY_E_NAME;
+    if (max_len == 0) max_len = model->config.seq_len;
+    if (max_len < 1 || max_len > model->config.seq_len)
+        return anepy_fail(ANEPY_E_ARGUMENT, "%d positions, the model allows 1 to %d", max_len,
+                          model->config.seq_len);
+    anepy_decoder *d = calloc(1, sizeof *d);
+    if (d == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the decoder");
+    *d = (anepy_decoder){.model = model, .params = params, .kernels = kernels, .max_len = max_len};
+    d->position = -1;
+    int32_t status = anepy_pool_create(&d->pool, threads);
+    d->nbytes = (uint64_t)lay_out(d, NULL) * sizeof(float);
+    if (status == ANEPY_OK && (d->memory = anepy_map(d->nbytes)) == NULL)
+        status = anepy_fail(ANEPY_E_MEMORY, "no memory for a key/value cache of %llu bytes",
+                            (unsigned long long)d->nbytes);
+    if (status != ANEPY_OK) {
+        anepy_decoder_free(d);
+        return status;
+    }
+    lay_out(d, d->memory);
+    *out = d;
+    return ANEPY_OK;
+}
+
+void anepy_decoder_free(anepy_decoder *d) {
+    if (d == NULL) return;
+    anepy_pool_free(d->pool);
+    anepy_unmap(d->memory, d->nbytes);
+    free(d);
+}

@@ -1,0 +1,72 @@
+/* device/device.c - the device table, and what all devices have in common. */
+#include "device/device.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static int32_t no_ane(void) {
+    return anepy_fail(ANEPY_E_UNAVAILABLE,
+                      "device ane: this build has no Apple Neural Engine support (it needs macOS on "
+                      "Apple silicon); use --device cpu");
+}
+
+static const anepy_device_type anepy_device_ane = {
+    .name = "ane", .about = "Apple Neural Engine", .precisions = 1u << ANEPY_F16, .probe = no_ane};
+
+/* In the order "auto" tries them. */
+static const anepy_device_type *const DEVICES[] = {&anepy_device_ane, &anepy_device_cpu};
+#define DEVICE_N ((int32_t)(sizeof DEVICES / sizeof DEVICES[0]))
+
+const anepy_device_type *anepy_device_find(const char *name) {
+    char known[64] = "auto";
+    int automatic = name == NULL || strcmp(name, "auto") == 0;
+    for (int32_t i = 0; i < DEVICE_N; i++) {
+        if (automatic ? DEVICES[i]->probe() == ANEPY_OK : strcmp(name, DEVICES[i]->name) == 0)
+            return DEVICES[i];
+        snprintf(known + strlen(known), sizeof known - strlen(known), ", %s", DEVICES[i]->name);
+    }
+    anepy_fail(ANEPY_E_NAME, "unknown device '%s': use one of %s", automatic ? "auto" : name, known);
+    return NULL;
+}
+
+int32_t anepy_device_get_info(int32_t index, anepy_device_info *out) {
+    if (index < 0 || index >= DEVICE_N)
+        return anepy_fail(ANEPY_E_ARGUMENT, "device %d of %d", index, DEVICE_N);
+    uint32_t size = out->struct_size;
+    memset(out, 0, sizeof *out);
+    out->struct_size = size;
+    out->usable = DEVICES[index]->probe() == ANEPY_OK;
+    snprintf(out->name, sizeof out->name, "%s", DEVICES[index]->name);
+    if (out->usable) snprintf(out->reason, sizeof out->reason, "%s", DEVICES[index]->about);
+    else anepy_last_error(out->reason, sizeof out->reason);
+    return ANEPY_OK;
+}
+
+int32_t anepy_surface_read(anepy_surface *surface, int32_t channel, int32_t count, float *dst) {
+    const anepy_device_ops *ops = surface->device->ops;
+    size_t row = (size_t)surface->width * sizeof(float);
+    ANEPY_TRY(ops->lock(surface, 0));
+    memcpy(dst, (const char *)surface->data + (size_t)channel * row, (size_t)count * row);
+    return ops->unlock(surface, 0);
+}
+
+int32_t anepy_surface_write(anepy_surface *surface, int32_t channel, int32_t count,
+                            const float *src) {
+    const anepy_device_ops *ops = surface->device->ops;
+    size_t row = (size_t)surface->width * sizeof(float);
+    ANEPY_TRY(ops->lock(surface, 1));
+    memcpy((char *)surface->data + (size_t)channel * row, src, (size_t)count * row);
+    return ops->unlock(surface, 1);
+}
+
+int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surface *src,
+                           int32_t src_channel, int32_t count) {
+    const anepy_device_ops *ops = dst->device->ops;
+    size_t row = (size_t)dst->width * sizeof(float);
+    ANEPY_TRY(ops->lock(src, 0));
+    ANEPY_TRY(ops->lock(dst, 1));
+    memcpy((char *)dst->data + (size_t)dst_channel * row,
+           (const char *)src->data + (size_t)src_channel * row, (size_t)count * row);
+    ANEPY_TRY(ops->unlock(dst, 1));
+    return ops->unlock(src, 0);
+}

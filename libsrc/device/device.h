@@ -1,0 +1,88 @@
+/* device/device.h - the one interface between the step engine and whatever runs its programs.
+ *
+ * A device owns surfaces ([channels, width] in its element type), compiles programs of the table
+ * for the weights of one layer, and evaluates them. A new device is a file with one
+ * anepy_device_type and a row in the table of device.c; capabilities say what the engine may skip.
+ * Every call returns a status; a failed evaluation leaves its outputs undefined and says so. */
+#ifndef ANEPY_DEVICE_H
+#define ANEPY_DEVICE_H
+
+#include "kernels/gemm.h"
+#include "programs/programs.h"
+
+typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
+
+/* Capabilities: what the engine may leave out, and which switches mean something. */
+#define ANEPY_BINDS 1u         /* tensors may be bound to channels of any surface: nothing is packed */
+#define ANEPY_LIVE_WEIGHTS 2u  /* reads the parameters themselves: updates need no recompilation */
+#define ANEPY_OFFLOADS 4u      /* has the programs for norms, classifier and soft-max */
+#define ANEPY_DYNAMIC 8u       /* can take weights through surfaces */
+#define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
+#define ANEPY_METAL 32u        /* a GPU shares its memory */
+
+typedef struct anepy_device anepy_device;
+typedef struct anepy_surface anepy_surface;
+typedef struct anepy_kernel anepy_kernel; /* a compiled program */
+
+struct anepy_surface {
+    anepy_device *device;
+    anepy_dtype dtype;
+    int32_t channels, width;
+    void *data; /* where the host sees it between lock and unlock, row-major */
+};
+
+/* What a device is opened for. Everything outlives the device. */
+typedef struct {
+    const anepy_model *model;
+    const anepy_gemm *gemm; /* kernels, threads and scratch: host work, and the cpu device's own */
+    int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len */
+    int32_t seq_len;
+    anepy_dtype dtype;      /* of surfaces and products */
+} anepy_device_options;
+
+typedef struct {
+    const char *name;
+    const char *about;
+    uint32_t precisions; /* bit per anepy_dtype; the first set bit is what "auto" means */
+    uint32_t capabilities;
+    /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
+    int32_t (*probe)(void);
+    int32_t (*open)(anepy_device **out, const anepy_device_options *options);
+} anepy_device_type;
+
+typedef struct {
+    void (*close)(anepy_device *device); /* frees its surfaces and kernels as well */
+    int32_t (*surface_create)(anepy_device *device, int32_t channels, anepy_surface **out);
+    /* Before and after the host touches surface->data. */
+    int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
+    int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
+    /* params: the parameter arena; weights are those of the program in this layer. */
+    int32_t (*compile)(anepy_device *device, const anepy_program *program, const float *params,
+                       int32_t layer, anepy_kernel **out);
+    void (*release)(anepy_kernel *kernel);
+    /* Tensor `index` of the program lives at surface[channel ...] from now on. */
+    int32_t (*bind)(anepy_kernel *kernel, int32_t index, anepy_surface *surface, int32_t channel);
+    /* Computes the first n columns; further columns of the outputs are unspecified but finite. */
+    int32_t (*evaluate)(anepy_kernel *kernel, int32_t n);
+} anepy_device_ops;
+
+struct anepy_device {
+    const anepy_device_type *type;
+    const anepy_device_ops *ops;
+    anepy_device_options options;
+};
+
+/* The type with this name; "auto" is the first usable one. NULL with an error sentence. */
+const anepy_device_type *anepy_device_find(const char *name);
+
+/* Copies channels between a surface and host memory of [count, width] float32, converting. */
+int32_t anepy_surface_read(anepy_surface *surface, int32_t channel, int32_t count, float *dst);
+int32_t anepy_surface_write(anepy_surface *surface, int32_t channel, int32_t count,
+                            const float *src);
+/* Copies channels between two surfaces of one device without converting. */
+int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surface *src,
+                           int32_t src_channel, int32_t count);
+
+extern const anepy_device_type anepy_device_cpu;
+
+#endif

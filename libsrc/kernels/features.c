@@ -1,0 +1,34 @@
+/* kernels/features.c - CPUID together with the OS state of XCR0; never model numbers. */
+#include "kernels/features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static uint64_t read_xcr0(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+static int all(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
+
+uint32_t anepy_cpu_features(void) {
+    uint32_t a, b, c, d, found = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const uint32_t osxsave = 1u << 27, avx = 1u << 28, fma = 1u << 12;
+    if (!all(c, osxsave | avx | fma)) return 0;
+    uint64_t state = read_xcr0();
+    if ((state & 0x6) != 0x6) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (b & 1u << 5) found |= ANEPY_CPU_AVX2;
+    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+    /* macOS on Intel enables zmm state lazily, so XCR0 hides it there; AVX2 is enough. */
+    if (found != 0 && all(b, f | dq | bw | vl) && (state & 0xe6) == 0xe6)
+        found |= ANEPY_CPU_AVX512;
+    return found;
+}
+#elif defined(__aarch64__)
+uint32_t anepy_cpu_features(void) { return ANEPY_CPU_NEON; } /* part of the base architecture */
+#else
+uint32_t anepy_cpu_features(void) { return 0; }
+#endif

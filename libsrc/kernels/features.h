@@ -1,0 +1,14 @@
+/* kernels/features.h - what this processor and operating system let us use.
+ * Compiled without any instruction-set flag: the detector must run everywhere. */
+#ifndef ANEPY_KERNELS_FEATURES_H
+#define ANEPY_KERNELS_FEATURES_H
+
+#include <stdint.h>
+
+#define ANEPY_CPU_AVX2 1u   /* AVX2 + FMA, and the OS saves ymm */
+#define ANEPY_CPU_AVX512 2u /* F, DQ, BW, VL, and the OS saves zmm and opmask */
+#define ANEPY_CPU_NEON 4u
+
+uint32_t anepy_cpu_features(void);
+
+#endif

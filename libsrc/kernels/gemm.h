@@ -1,0 +1,54 @@
+/* kernels/gemm.h - blocked matrix products over the tile kernel.
+ *
+ * All products of the step are C (+)= A . B with the weights (or output gradients) as A, whose
+ * elements are broadcast, and activations as B, whose rows are vectors. Blocking and its reasons:
+ * cpu-performance.md 1.3 and 1.5. Every element of C is summed by one thread in a fixed order, so
+ * results do not depend on the number of threads. */
+#ifndef ANEPY_KERNELS_GEMM_H
+#define ANEPY_KERNELS_GEMM_H
+
+#include "kernels/kernels.h"
+#include "runtime/threads.h"
+
+/* C[m, n] = or += A[m, k] . B[k, n]. A(i,p) = a[i*a_row + p*a_step] with a_row or a_step 1.
+ * B(p,j) = b[p*ldb + j], then n is a multiple of 64; or, transposed, b[j*ldb + p] with any n. */
+typedef struct {
+    float *c;
+    const float *a, *b;
+    int64_t ldc, a_row, a_step, ldb;
+    int32_t b_transposed;
+    int32_t m, n, k;
+    int32_t accumulate;
+} anepy_product;
+
+/* What products need to run. */
+typedef struct {
+    const anepy_kernels *kernels;
+    anepy_pool *pool;
+    float *panels;  /* shared: anepy_gemm_panels_n floats, 64-byte aligned */
+    float *scratch; /* per worker: scratch_n floats, 64-byte aligned */
+    int64_t scratch_n;
+} anepy_gemm;
+
+int64_t anepy_gemm_panels_n(int32_t columns); /* for products of up to so many columns */
+int64_t anepy_gemm_scratch_n(int32_t k);      /* for anepy_gemm_piece with reductions up to k */
+
+/* On all threads, now. */
+void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product);
+
+/* A product with transposed B (a weight gradient) cut into pieces that need nothing from each
+ * other, so that it can run in the background: submit anepy_gemm_piece with an anepy_gemm_job. */
+typedef struct {
+    const anepy_gemm *gemm;
+    anepy_product product;
+} anepy_gemm_job;
+
+int32_t anepy_gemm_pieces(const anepy_product *product);
+void anepy_gemm_piece(void *job, int32_t index, int32_t worker); /* an anepy_loop_fn */
+
+/* On the calling thread alone, B not transposed and not packed: for operands in the cache. */
+void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const float *a,
+                      int64_t a_row, int64_t a_step, const float *b, int64_t ldb, int32_t m,
+                      int32_t n, int32_t k, int32_t accumulate);
+
+#endif

@@ -1,0 +1,65 @@
+/* kernels/kernels.c - which kernel set runs: the table of sets, and the one decision per process. */
+#include "kernels/kernels.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/features.h"
+
+/* Best first. */
+static const struct {
+    const anepy_kernels *set;
+    uint32_t needs;
+} SETS[] = {
+#if defined(__x86_64__)
+    {&anepy_kernels_avx512_set, ANEPY_CPU_AVX512},
+    {&anepy_kernels_avx2_set, ANEPY_CPU_AVX2},
+#elif defined(__aarch64__)
+    {&anepy_kernels_neon_set, ANEPY_CPU_NEON},
+#endif
+    {&anepy_kernels_scalar_set, 0},
+};
+#define SET_N ((int32_t)(sizeof SETS / sizeof SETS[0]))
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static const anepy_kernels *chosen;
+static char unknown_mask[32];
+
+/* The mask can only lower: a set above what the machine has is skipped, never forced. */
+static void choose(void) {
+    uint32_t features = anepy_cpu_features();
+    const char *mask = getenv("ANEPY_CPU_MASK");
+    int32_t first = 0;
+    if (mask != NULL && mask[0] != '\0') {
+        while (first < SET_N && strcmp(SETS[first].set->isa, mask) != 0) first++;
+        if (first == SET_N) {
+            strncpy(unknown_mask, mask, sizeof unknown_mask - 1);
+            return;
+        }
+    }
+    for (int32_t i = first; i < SET_N && chosen == NULL; i++)
+        if ((features & SETS[i].needs) == SETS[i].needs) chosen = SETS[i].set;
+}
+
+const anepy_kernels *anepy_kernels_get(void) {
+    pthread_once(&once, choose);
+    if (chosen == NULL) {
+        char names[96] = "";
+        for (int32_t i = 0; i < SET_N; i++) {
+            strcat(names, i > 0 ? ", " : "");
+            strcat(names, SETS[i].set->isa);
+        }
+        anepy_fail(ANEPY_E_NAME, "ANEPY_CPU_MASK=%s is unknown: use one of %s", unknown_mask, names);
+    }
+    return chosen;
+}
+
+const anepy_kernels *anepy_kernels_scalar(void) { return &anepy_kernels_scalar_set; }
+
+const anepy_kernels *anepy_kernels_at(int32_t index) {
+    uint32_t features = anepy_cpu_features();
+    for (int32_t i = 0; i < SET_N; i++)
+        if ((features & SETS[i].needs) == SETS[i].needs && index-- == 0) return SETS[i].set;
+    return NULL;
+}

@@ -1,0 +1,103 @@
+/* kernels/kernels.h - the kernel table: one set of function pointers per instruction set.
+ *
+ * Every kernel has a plain reference in scalar.c; the vector sets are filled from one template
+ * (vector_impl.h) over the few primitives of each instruction set. A new instruction set is a
+ * simd_*.h with those primitives, a file that includes the template, and a row in SETS
+ * (kernels.c). Vectors of float32 throughout; `n` counts elements; pointers need no alignment
+ * unless stated; outputs come first and are overwritten unless "accumulates" is said. */
+#ifndef ANEPY_KERNELS_H
+#define ANEPY_KERNELS_H
+
+#include "runtime/status.h"
+
+#define ANEPY_TILE_ROWS 6   /* rows of C a matrix kernel computes at once, on every set */
+#define ANEPY_COLUMNS 64    /* columns per panel; activations are padded to it */
+#define ANEPY_RMS_EPS 1e-5f /* of RMSNorm, as in llama2.c */
+
+typedef struct {
+    float lr;           /* already divided by 1 - beta1^t */
+    float beta1, beta2;
+    float one_beta1, one_beta2; /* 1 - beta, rounded once */
+    float eps;
+    float decay;        /* 1 - lr * weight_decay */
+    float inv_sqrt_c2;  /* 1 / sqrt(1 - beta2^t) */
+    float grad_scale;   /* multiplies every gradient first */
+} anepy_adam;
+
+typedef struct anepy_kernels {
+    const char *isa;
+    const char *gemm_name;
+    int32_t gemm_cols; /* columns of the matrix kernel's tile: divides ANEPY_COLUMNS */
+
+    /* C[rows][gemm_cols] = or += A . B. A(i,p) = a[i*a_row + p*a_step], B(p,j) = b[p*ldb + j],
+     * C(i,j) = c[i*ldc + j]; 1 <= rows <= ANEPY_TILE_ROWS; 0 <= p < k. */
+    void (*gemm_tile)(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_step,
+                      const float *b, int64_t ldb, int32_t k, int32_t rows, int32_t accumulate);
+
+    /* dst[p*64 + j] = src[j*ld + p] for j < rows, 0 for rows <= j < 64; 0 <= p < n. */
+    void (*transpose_panel)(float *dst, const float *src, int64_t ld, int32_t rows, int32_t n);
+
+    /* y[i] = sum_p w[i*ldw + p] * x[p], i < rows. */
+    void (*gemv)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows, int32_t k);
+
+    void (*add)(float *dst, const float *a, const float *b, int64_t n); /* dst may be a or b */
+    void (*scale)(float *dst, float factor, int64_t n);
+    void (*exp)(float *dst, const float *x, int64_t n); /* within 2 ulp; 0 below -87.3 */
+    double (*sum_squares)(const float *x, int64_t n);
+
+    /* RMSNorm over rows c < channels of 64 columns (Zhang & Sennrich 2019; eps 1e-5 as llama2.c):
+     * rstd[s] = 1/sqrt(mean_c x^2 + eps); y[c][s] = w[c] * x[c][s] * rstd[s]. */
+    void (*rmsnorm)(float *y, float *rstd, const float *x, const float *w, int32_t channels,
+                    int64_t ld);
+    /* First half of its backward for 64 columns: rstd as above and
+     * coef[s] = rstd^3 / channels * sum_c w[c] dy[c][s] x[c][s]. */
+    void (*rmsnorm_stats)(float *rstd, float *coef, const float *dy, const float *x, const float *w,
+                          int32_t channels, int64_t ld);
+    /* Second half for one channel of n columns: dx = residual + rstd*w*dy - coef*x; returns
+     * sum_s dy*x*rstd, the gradient of w. dx may be residual. */
+    float (*rmsnorm_row)(float *dx, const float *residual, const float *dy, const float *x,
+                         const float *rstd, const float *coef, float w, int32_t n);
+
+    /* Rotates the channel pair (a, b) by the angle whose cos and sin are given; sign -1 inverts. */
+    void (*rope)(float *a, float *b, const float *cosine, const float *sine, float sign, int32_t n);
+
+    void (*swiglu)(float *gate, const float *h1, const float *h3, int64_t n);
+    /* ds = dgate in; dh1, dh3 out. dh1 may be ds. */
+    void (*swiglu_backward)(float *dh1, float *dh3, const float *ds, const float *h1,
+                            const float *h3, int64_t n);
+
+    /* Soft-max down the columns of x[rows][64] in place, times scale inside the exponent, without
+     * the division; inverse[64] = 1 / sum. Column j of row t is masked if t > first + j. */
+    void (*softmax_columns)(float *x, float *inverse, int32_t rows, int32_t first, float scale);
+    /* Soft-max of x[0..valid) times scale, in place; zeroes x[valid..padded). */
+    void (*softmax_row)(float *x, int32_t valid, int32_t padded, float scale);
+    /* ds = p * (dp - sum(p*dp)) * scale over n elements. ds may be dp. */
+    void (*softmax_row_backward)(float *ds, const float *p, const float *dp, float scale,
+                                 int32_t n);
+
+    /* Columnwise max and sum of exp(x - max) over x[rows][64], leading dimension ld. */
+    void (*logsumexp_columns)(float *max, float *sum, const float *x, int64_t ld, int32_t rows);
+    /* x = exp(x - lse[s]) * scale over x[rows][64], in place. */
+    void (*softmax_gradient)(float *x, const float *lse, float scale, int64_t ld, int32_t rows);
+
+    /* AdamW on n elements (Loshchilov & Hutter 2019), in place; clears g. */
+    void (*adam)(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a);
+} anepy_kernels;
+
+/* The best set this machine and ANEPY_CPU_MASK allow; NULL with an error sentence if the mask names
+ * no known set. Decided once per process. */
+const anepy_kernels *anepy_kernels_get(void);
+
+/* The plain reference. */
+const anepy_kernels *anepy_kernels_scalar(void);
+
+/* All sets this machine can run, best first, mask ignored; NULL beyond the last. */
+const anepy_kernels *anepy_kernels_at(int32_t index);
+
+/* One per instruction set, filled in its own file; present only on its processor family. */
+extern const anepy_kernels anepy_kernels_scalar_set;
+extern const anepy_kernels anepy_kernels_avx2_set;
+extern const anepy_kernels anepy_kernels_avx512_set;
+extern const anepy_kernels anepy_kernels_neon_set;
+
+#endif

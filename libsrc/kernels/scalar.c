@@ -1,0 +1,193 @@
+/* kernels/scalar.c - every kernel once more, in plain C: the reference the vector sets are checked
+ * against, the fallback for unknown processors, and the "scalar loop" of switch simd_adam.
+ * Deliberately not tuned. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-vectorize") /* scalar means scalar */
+#endif
+#include <math.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+#define COLS ANEPY_COLUMNS
+
+static void gemm_tile_6x16__scalar(float *c, int64_t ldc, const float *a, int64_t a_row,
+                                   int64_t a_step, const float *b, int64_t ldb, int32_t k,
+                                   int32_t rows, int32_t accumulate) {
+    for (int32_t i = 0; i < rows; i++) {
+        float sum[16] = {0};
+        for (int32_t p = 0; p < k; p++)
+            for (int32_t j = 0; j < 16; j++) sum[j] += a[i * a_row + p * a_step] * b[p * ldb + j];
+        for (int32_t j = 0; j < 16; j++)
+            c[i * ldc + j] = accumulate ? c[i * ldc + j] + sum[j] : sum[j];
+    }
+}
+
+static void transpose_panel__scalar(float *dst, const float *src, int64_t ld, int32_t rows,
+                                    int32_t n) {
+    for (int32_t p = 0; p < n; p++)
+        for (int32_t j = 0; j < COLS; j++) dst[p * COLS + j] = j < rows ? src[j * ld + p] : 0.0f;
+}
+
+static void gemv__scalar(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
+                         int32_t k) {
+    for (int32_t i = 0; i < rows; i++) {
+        float sum = 0.0f;
+        for (int32_t p = 0; p < k; p++) sum += w[i * ldw + p] * x[p];
+        y[i] = sum;
+    }
+}
+
+static void add__scalar(float *dst, const float *a, const float *b, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = a[i] + b[i];
+}
+
+static void scale__scalar(float *dst, float factor, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] *= factor;
+}
+
+static void exp__scalar(float *dst, const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = expf(x[i]);
+}
+
+static double sum_squares__scalar(const float *x, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i++) sum += (double)x[i] * x[i];
+    return sum;
+}
+
+static void rmsnorm__scalar(float *y, float *rstd, const float *x, const float *w,
+                            int32_t channels, int64_t ld) {
+    for (int32_t s = 0; s < COLS; s++) {
+        float sum = 0.0f;
+        for (int32_t c = 0; c < channels; c++) sum += x[c * ld + s] * x[c * ld + s];
+        rstd[s] = 1.0f / sqrtf(sum / (float)channels + ANEPY_RMS_EPS);
+        for (int32_t c = 0; c < channels; c++) y[c * ld + s] = w[c] * (x[c * ld + s] * rstd[s]);
+    }
+}
+
+static void rmsnorm_stats__scalar(float *rstd, float *coef, const float *dy, const float *x,
+                                  const float *w, int32_t channels, int64_t ld) {
+    for (int32_t s = 0; s < COLS; s++) {
+        float sum = 0.0f, dot = 0.0f;
+        for (int32_t c = 0; c < channels; c++) {
+            sum += x[c * ld + s] * x[c * ld + s];
+            dot += w[c] * dy[c * ld + s] * x[c * ld + s];
+        }
+        float r = 1.0f / sqrtf(sum / (float)channels + ANEPY_RMS_EPS);
+        rstd[s] = r;
+        coef[s] = r * r * r / (float)channels * dot;
+    }
+}
+
+static float rmsnorm_row__scalar(float *dx, const float *residual, const float *dy, const float *x,
+                                 const float *rstd, const float *coef, float w, int32_t n) {
+    float dw = 0.0f;
+    for (int32_t s = 0; s < n; s++) {
+        dw += dy[s] * x[s] * rstd[s];
+        dx[s] = residual[s] + rstd[s] * w * dy[s] - coef[s] * x[s];
+    }
+    return dw;
+}
+
+static void rope__scalar(float *a, float *b, const float *cosine, const float *sine, float sign,
+                         int32_t n) {
+    for (int32_t s = 0; s < n; s++) {
+        float re = a[s], im = b[s], si = sign * sine[s];
+        a[s] = re * cosine[s] - im * si;
+        b[s] = re * si + im * cosine[s];
+    }
+}
+
+static void swiglu__scalar(float *gate, const float *h1, const float *h3, int64_t n) {
+    for (int64_t i = 0; i < n; i++) gate[i] = h1[i] / (1.0f + expf(-h1[i])) * h3[i];
+}
+
+static void swiglu_backward__scalar(float *dh1, float *dh3, const float *ds, const float *h1,
+                                    const float *h3, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float sig = 1.0f / (1.0f + expf(-h1[i])), d = ds[i];
+        dh3[i] = d * h1[i] * sig;
+        dh1[i] = d * h3[i] * sig * (1.0f + h1[i] * (1.0f - sig));
+    }
+}
+
+static void softmax_columns__scalar(float *x, float *inverse, int32_t rows, int32_t first,
+                                    float scale) {
+    for (int32_t j = 0; j < COLS; j++) {
+        float max = -INFINITY, sum = 0.0f;
+        for (int32_t t = 0; t < rows && t <= first + j; t++) max = fmaxf(max, x[t * COLS + j]);
+        for (int32_t t = 0; t < rows; t++) {
+            float e = t <= first + j ? expf((x[t * COLS + j] - max) * scale) : 0.0f;
+            x[t * COLS + j] = e;
+            sum += e;
+        }
+        inverse[j] = 1.0f / sum;
+    }
+}
+
+static void softmax_row__scalar(float *x, int32_t valid, int32_t padded, float scale) {
+    float max = -INFINITY, sum = 0.0f;
+    for (int32_t i = 0; i < valid; i++) max = fmaxf(max, x[i]);
+    for (int32_t i = 0; i < valid; i++) sum += x[i] = expf((x[i] - max) * scale);
+    for (int32_t i = 0; i < valid; i++) x[i] /= sum;
+    for (int32_t i = valid; i < padded; i++) x[i] = 0.0f;
+}
+
+static void softmax_row_backward__scalar(float *ds, const float *p, const float *dp, float scale,
+                                         int32_t n) {
+    float dot = 0.0f;
+    for (int32_t i = 0; i < n; i++) dot += p[i] * dp[i];
+    for (int32_t i = 0; i < n; i++) ds[i] = p[i] * (dp[i] - dot) * scale;
+}
+
+static void logsumexp_columns__scalar(float *max, float *sum, const float *x, int64_t ld,
+                                      int32_t rows) {
+    for (int32_t s = 0; s < COLS; s++) {
+        max[s] = -INFINITY;
+        sum[s] = 0.0f;
+        for (int32_t r = 0; r < rows; r++) max[s] = fmaxf(max[s], x[r * ld + s]);
+        for (int32_t r = 0; r < rows; r++) sum[s] += expf(x[r * ld + s] - max[s]);
+    }
+}
+
+static void softmax_gradient__scalar(float *x, const float *lse, float scale, int64_t ld,
+                                     int32_t rows) {
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t s = 0; s < COLS; s++) x[r * ld + s] = expf(x[r * ld + s] - lse[s]) * scale;
+}
+
+static void adam__scalar(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a) {
+    for (int64_t i = 0; i < n; i++) {
+        float grad = g[i] * a->grad_scale;
+        m[i] = a->beta1 * m[i] + a->one_beta1 * grad;
+        v[i] = a->beta2 * v[i] + a->one_beta2 * grad * grad;
+        p[i] = p[i] * a->decay - a->lr * m[i] / (sqrtf(v[i]) * a->inv_sqrt_c2 + a->eps);
+        g[i] = 0.0f;
+    }
+}
+
+const anepy_kernels anepy_kernels_scalar_set = {
+    .isa = "scalar",
+    .gemm_name = "gemm_tile_6x16__scalar",
+    .gemm_cols = 16,
+    .gemm_tile = gemm_tile_6x16__scalar,
+    .transpose_panel = transpose_panel__scalar,
+    .gemv = gemv__scalar,
+    .add = add__scalar,
+    .scale = scale__scalar,
+    .exp = exp__scalar,
+    .sum_squares = sum_squares__scalar,
+    .rmsnorm = rmsnorm__scalar,
+    .rmsnorm_stats = rmsnorm_stats__scalar,
+    .rmsnorm_row = rmsnorm_row__scalar,
+    .rope = rope__scalar,
+    .swiglu = swiglu__scalar,
+    .swiglu_backward = swiglu_backward__scalar,
+    .softmax_columns = softmax_columns__scalar,
+    .softmax_row = softmax_row__scalar,
+    .softmax_row_backward = softmax_row_backward__scalar,
+    .logsumexp_columns = logsumexp_columns__scalar,
+    .softmax_gradient = softmax_gradient__scalar,
+    .adam = adam__scalar,
+};

@@ -1,0 +1,82 @@
+/* kernels/simd_avx2.h - the primitives of vector_impl.h on 256-bit registers with FMA. */
+#include <immintrin.h>
+
+#include "runtime/common.h"
+
+#define SIMD_NAME "avx2"
+#define SIMD_TARGET __attribute__((target("avx2,fma")))
+#define SIMD_FN(name) name##__avx2
+#define VL 8
+#define TILE_VECTORS 2 /* 6 x 2 accumulators + 2 columns of B + 1 broadcast = 15 of 16 registers */
+
+typedef __m256 vf;
+#define V_INLINE static inline __attribute__((always_inline)) SIMD_TARGET
+
+V_INLINE __m256i v_mask(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+V_INLINE vf v_load(const float *p) { return _mm256_loadu_ps(p); }
+V_INLINE void v_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+V_INLINE vf v_load_n(const float *p, int64_t n) { return _mm256_maskload_ps(p, v_mask(n)); }
+V_INLINE void v_store_n(float *p, vf v, int64_t n) { _mm256_maskstore_ps(p, v_mask(n), v); }
+V_INLINE vf v_set(float x) { return _mm256_set1_ps(x); }
+V_INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+V_INLINE vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+V_INLINE vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); } /* b if either is NaN */
+V_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); } /* b if either is NaN */
+V_INLINE vf v_round(vf a) { return _mm256_round_ps(a, 0x08); }
+/* 2^n for integral n in [-126, 127] */
+V_INLINE vf v_pow2(vf n) {
+    __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_castsi256_ps(e);
+}
+/* v where x >= bound or x is NaN, else 0 */
+V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
+    return _mm256_and_ps(v, _mm256_cmp_ps(x, bound, _CMP_NLT_UQ));
+}
+V_INLINE float v_sum(vf v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+V_INLINE float v_largest(vf v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+V_INLINE double v_sum_squares(vf v) {
+    __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    __m256d sum = _mm256_fmadd_pd(low, low, _mm256_mul_pd(high, high));
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+/* dst[p*dst_ld + j] = src[j*src_ld + p] for 8 x 8 elements. */
+V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
+    __m256 r[8], t[8];
+    ANEPY_UNROLL
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(src + i * src_ld);
+    ANEPY_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(dst + i * dst_ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(dst + (i + 4) * dst_ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}

@@ -1,0 +1,82 @@
+/* kernels/simd_avx512.h - the primitives of vector_impl.h on 512-bit registers. */
+#include <immintrin.h>
+
+#include "runtime/common.h"
+
+#define SIMD_NAME "avx512"
+#define SIMD_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+#define SIMD_FN(name) name##__avx512
+#define VL 16
+#define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B = 28 of 32 registers */
+
+typedef __m512 vf;
+#define V_INLINE static inline __attribute__((always_inline)) SIMD_TARGET
+
+V_INLINE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+V_INLINE void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+V_INLINE vf v_load_n(const float *p, int64_t n) {
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+V_INLINE void v_store_n(float *p, vf v, int64_t n) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
+}
+V_INLINE vf v_set(float x) { return _mm512_set1_ps(x); }
+V_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+V_INLINE vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+V_INLINE vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); } /* b if either is NaN */
+V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); } /* b if either is NaN */
+V_INLINE vf v_round(vf a) { return _mm512_roundscale_ps(a, 0x08); }
+/* 2^n for integral n in [-126, 127] */
+V_INLINE vf v_pow2(vf n) {
+    __m512i e = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+    return _mm512_castsi512_ps(e);
+}
+/* v where x >= bound or x is NaN, else 0 */
+V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), v);
+}
+V_INLINE float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
+V_INLINE float v_largest(vf v) { return _mm512_reduce_max_ps(v); }
+V_INLINE double v_sum_squares(vf v) {
+    __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    return _mm512_reduce_add_pd(_mm512_fmadd_pd(low, low, _mm512_mul_pd(high, high)));
+}
+
+/* dst[p*dst_ld + j] = src[j*src_ld + p] for 16 x 16 elements. */
+V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
+    __m512 r[16], t[16];
+    ANEPY_UNROLL
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(src + i * src_ld);
+    ANEPY_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+        __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_ps(dst + i * dst_ld, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_ps(dst + (i + 8) * dst_ld, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+    }
+}

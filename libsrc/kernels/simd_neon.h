@@ -1,0 +1,61 @@
+/* kernels/simd_neon.h - the primitives of vector_impl.h on 128-bit AArch64 registers. */
+#include <arm_neon.h>
+
+#include "runtime/common.h"
+
+#define SIMD_NAME "neon"
+#define SIMD_TARGET /* part of the base architecture */
+#define SIMD_FN(name) name##__neon
+#define VL 4
+#define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B + 1 broadcast = 29 of 32 registers */
+
+typedef float32x4_t vf;
+#define V_INLINE static inline __attribute__((always_inline))
+
+V_INLINE vf v_load(const float *p) { return vld1q_f32(p); }
+V_INLINE void v_store(float *p, vf v) { vst1q_f32(p, v); }
+V_INLINE vf v_load_n(const float *p, int64_t n) {
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int64_t i = 0; i < n; i++) part[i] = p[i];
+    return vld1q_f32(part);
+}
+V_INLINE void v_store_n(float *p, vf v, int64_t n) {
+    float part[4];
+    vst1q_f32(part, v);
+    for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+V_INLINE vf v_set(float x) { return vdupq_n_f32(x); }
+V_INLINE vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return vdivq_f32(a, b); } /* exact: estimates lose Adam's zeros */
+V_INLINE vf v_sqrt(vf a) { return vsqrtq_f32(a); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+V_INLINE vf v_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
+V_INLINE vf v_max(vf a, vf b) { return vmaxq_f32(a, b); } /* NaN if either is */
+V_INLINE vf v_min(vf a, vf b) { return vminq_f32(a, b); } /* NaN if either is */
+V_INLINE vf v_round(vf a) { return vrndnq_f32(a); }
+/* 2^n for integral n in [-126, 127] */
+V_INLINE vf v_pow2(vf n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+/* v where x >= bound or x is NaN, else 0 */
+V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, bound)));
+}
+V_INLINE float v_sum(vf v) { return vaddvq_f32(v); }
+V_INLINE float v_largest(vf v) { return vmaxvq_f32(v); }
+V_INLINE double v_sum_squares(vf v) {
+    float64x2_t low = vcvt_f64_f32(vget_low_f32(v)), high = vcvt_high_f64_f32(v);
+    return vaddvq_f64(vfmaq_f64(vmulq_f64(high, high), low, low));
+}
+
+/* dst[p*dst_ld + j] = src[j*src_ld + p] for 4 x 4 elements. */
+V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
+    float32x4x2_t a = vtrnq_f32(vld1q_f32(src), vld1q_f32(src + src_ld));
+    float32x4x2_t b = vtrnq_f32(vld1q_f32(src + 2 * src_ld), vld1q_f32(src + 3 * src_ld));
+    vst1q_f32(dst, vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0])));
+    vst1q_f32(dst + dst_ld, vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1])));
+    vst1q_f32(dst + 2 * dst_ld, vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0])));
+    vst1q_f32(dst + 3 * dst_ld, vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1])));
+}

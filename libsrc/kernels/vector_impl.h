@@ -1,0 +1,358 @@
+/* kernels/vector_impl.h - every kernel of the table, once, over the primitives of a simd_*.h.
+ * Included by one file per instruction set; contracts stand in kernels.h. */
+#include <math.h>
+
+#include "kernels/kernels.h"
+
+#define COLS ANEPY_COLUMNS
+#define COL_VECTORS (COLS / VL) /* vectors across one panel */
+
+/* Full or partial vector, by what is left. */
+V_INLINE vf load_left(const float *p, int64_t left) {
+    return left >= VL ? v_load(p) : v_load_n(p, left);
+}
+V_INLINE void store_left(float *p, vf v, int64_t left) {
+    if (left >= VL) v_store(p, v);
+    else v_store_n(p, v, left);
+}
+
+/* ---------------------------------------------------------------------------------- products */
+
+/* `rows` is a constant at every call, so that the accumulators live in registers. */
+V_INLINE void gemm_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_step,
+                        const float *b, int64_t ldb, int32_t k, const int rows, int accumulate) {
+    vf acc[ANEPY_TILE_ROWS][TILE_VECTORS];
+    ANEPY_UNROLL
+    for (int i = 0; i < rows; i++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(0.0f);
+    }
+    for (int32_t p = 0; p < k; p++) {
+        vf col[TILE_VECTORS];
+        ANEPY_UNROLL
+        for (int j = 0; j < TILE_VECTORS; j++) col[j] = v_load(b + j * VL);
+        ANEPY_UNROLL
+        for (int i = 0; i < rows; i++) {
+            vf x = v_set(a[i * a_row]);
+            ANEPY_UNROLL
+            for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_fma(x, col[j], acc[i][j]);
+        }
+        a += a_step;
+        b += ldb;
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < rows; i++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            float *out = c + i * ldc + j * VL;
+            v_store(out, accumulate ? v_add(v_load(out), acc[i][j]) : acc[i][j]);
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(gemm_tile)(float *c, int64_t ldc, const float *a, int64_t a_row,
+                                           int64_t a_step, const float *b, int64_t ldb, int32_t k,
+                                           int32_t rows, int32_t accumulate) {
+    switch (rows) {
+    case 6: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 6, accumulate); break;
+    case 5: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 5, accumulate); break;
+    case 4: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 4, accumulate); break;
+    case 3: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 3, accumulate); break;
+    case 2: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 2, accumulate); break;
+    default: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 1, accumulate); break;
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(transpose_panel)(float *dst, const float *src, int64_t ld,
+                                                 int32_t rows, int32_t n) {
+    int32_t full_rows = rows / VL * VL, full_n = n / VL * VL;
+    for (int32_t j = 0; j < full_rows; j += VL)
+        for (int32_t p = 0; p < full_n; p += VL)
+            v_transpose(dst + p * COLS + j, COLS, src + j * ld + p, ld);
+    for (int32_t j = 0; j < full_rows; j++)
+        for (int32_t p = full_n; p < n; p++) dst[p * COLS + j] = src[j * ld + p];
+    for (int32_t p = 0; p < n && full_rows < COLS; p++)
+        for (int32_t j = full_rows; j < COLS; j++)
+            dst[p * COLS + j] = j < rows ? src[j * ld + p] : 0.0f;
+}
+
+SIMD_TARGET static void SIMD_FN(gemv)(float *y, const float *w, int64_t ldw, const float *x,
+                                      int32_t rows, int32_t k) {
+    int32_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        vf acc[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
+        const float *row = w + i * ldw;
+        for (int32_t p = 0; p < k; p += VL) {
+            vf xv = load_left(x + p, k - p);
+            ANEPY_UNROLL
+            for (int r = 0; r < 4; r++)
+                acc[r] = v_fma(load_left(row + r * ldw + p, k - p), xv, acc[r]);
+        }
+        ANEPY_UNROLL
+        for (int r = 0; r < 4; r++) y[i + r] = v_sum(acc[r]);
+    }
+    for (; i < rows; i++) {
+        vf acc = v_set(0.0f);
+        for (int32_t p = 0; p < k; p += VL)
+            acc = v_fma(load_left(w + i * ldw + p, k - p), load_left(x + p, k - p), acc);
+        y[i] = v_sum(acc);
+    }
+}
+
+/* ------------------------------------------------------------------------------- element-wise */
+
+SIMD_TARGET static void SIMD_FN(add)(float *dst, const float *a, const float *b, int64_t n) {
+    for (int64_t i = 0; i < n; i += VL)
+        store_left(dst + i, v_add(load_left(a + i, n - i), load_left(b + i, n - i)), n - i);
+}
+
+SIMD_TARGET static void SIMD_FN(scale)(float *dst, float factor, int64_t n) {
+    vf f = v_set(factor);
+    for (int64_t i = 0; i < n; i += VL)
+        store_left(dst + i, v_mul(load_left(dst + i, n - i), f), n - i);
+}
+
+/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, ln 2 in two parts so that r is
+ * exact (Cody & Waite 1980). The polynomial r^2 * q(r) + r + 1, q of degree 4, is the relative
+ * minimax fit of exp on that interval (Lawson's iteration): 3.1e-9, a twentieth of an ulp. */
+V_INLINE vf v_exp(vf x) {
+    vf low = v_set(-87.33654f); /* ln of the smallest normal number */
+    vf xc = v_min(v_set(88.37626f), v_max(low, x));
+    vf n = v_round(v_mul(xc, v_set(1.44269504f)));
+    vf r = v_fnma(n, v_set(0.693359375f), xc);
+    r = v_fnma(n, v_set(-2.12194440e-4f), r);
+    vf q = v_fma(v_set(0x1.6a23cep-10f), r, v_set(0x1.123a2p-7f));
+    q = v_fma(q, r, v_set(0x1.5558f2p-5f));
+    q = v_fma(q, r, v_set(0x1.555492p-3f));
+    q = v_fma(q, r, v_set(0x1.fffffcp-2f));
+    vf e = v_fma(v_mul(q, r), r, v_add(r, v_set(1.0f)));
+    return v_zero_below(v_mul(e, v_pow2(n)), x, low);
+}
+
+SIMD_TARGET static void SIMD_FN(exp)(float *dst, const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += VL)
+        store_left(dst + i, v_exp(load_left(x + i, n - i)), n - i);
+}
+
+SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i += VL) sum += v_sum_squares(load_left(x + i, n - i));
+    return sum;
+}
+
+V_INLINE vf v_sigmoid(vf x) {
+    vf one = v_set(1.0f);
+    return v_div(one, v_add(one, v_exp(v_sub(v_set(0.0f), x))));
+}
+
+SIMD_TARGET static void SIMD_FN(swiglu)(float *gate, const float *h1, const float *h3, int64_t n) {
+    for (int64_t i = 0; i < n; i += VL) {
+        vf h = load_left(h1 + i, n - i);
+        vf silu = v_mul(h, v_sigmoid(h));
+        store_left(gate + i, v_mul(silu, load_left(h3 + i, n - i)), n - i);
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(swiglu_backward)(float *dh1, float *dh3, const float *ds,
+                                                 const float *h1, const float *h3, int64_t n) {
+    for (int64_t i = 0; i < n; i += VL) {
+        vf h = load_left(h1 + i, n - i), d = load_left(ds + i, n - i);
+        vf sig = v_sigmoid(h);
+        vf dsig = v_mul(d, sig);
+        vf slope = v_fma(h, v_sub(v_set(1.0f), sig), v_set(1.0f));
+        vf up = load_left(h3 + i, n - i);
+        store_left(dh3 + i, v_mul(dsig, h), n - i);
+        store_left(dh1 + i, v_mul(v_mul(dsig, up), slope), n - i);
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(rope)(float *a, float *b, const float *cosine, const float *sine,
+                                      float sign, int32_t n) {
+    vf sg = v_set(sign);
+    for (int32_t s = 0; s < n; s += VL) {
+        vf re = load_left(a + s, n - s), im = load_left(b + s, n - s);
+        vf co = load_left(cosine + s, n - s), si = v_mul(sg, load_left(sine + s, n - s));
+        store_left(a + s, v_fnma(im, si, v_mul(re, co)), n - s);
+        store_left(b + s, v_fma(im, co, v_mul(re, si)), n - s);
+    }
+}
+
+/* ------------------------------------------------------------------------------------ RMSNorm */
+
+V_INLINE vf v_rstd(vf sum, int32_t channels) {
+    vf mean = v_div(sum, v_set((float)channels));
+    return v_div(v_set(1.0f), v_sqrt(v_add(mean, v_set(ANEPY_RMS_EPS))));
+}
+
+SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, float *rstd, const float *x, const float *w,
+                                         int32_t channels, int64_t ld) {
+    vf r[COL_VECTORS];
+    ANEPY_UNROLL
+    for (int j = 0; j < COL_VECTORS; j++) r[j] = v_set(0.0f);
+    for (int32_t c = 0; c < channels; c++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS; j++) {
+            vf v = v_load(x + c * ld + j * VL);
+            r[j] = v_fma(v, v, r[j]);
+        }
+    }
+    ANEPY_UNROLL
+    for (int j = 0; j < COL_VECTORS; j++) {
+        r[j] = v_rstd(r[j], channels);
+        v_store(rstd + j * VL, r[j]);
+    }
+    for (int32_t c = 0; c < channels; c++) {
+        vf wc = v_set(w[c]);
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS; j++) {
+            vf v = v_load(x + c * ld + j * VL);
+            v_store(y + c * ld + j * VL, v_mul(wc, v_mul(v, r[j])));
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(rmsnorm_stats)(float *rstd, float *coef, const float *dy,
+                                               const float *x, const float *w, int32_t channels,
+                                               int64_t ld) {
+    for (int j0 = 0; j0 < COLS; j0 += COLS / 2) { /* two halves: sums of both kinds in registers */
+        vf sum[COL_VECTORS / 2], dot[COL_VECTORS / 2];
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS / 2; j++) sum[j] = dot[j] = v_set(0.0f);
+        for (int32_t c = 0; c < channels; c++) {
+            vf wc = v_set(w[c]);
+            ANEPY_UNROLL
+            for (int j = 0; j < COL_VECTORS / 2; j++) {
+                vf v = v_load(x + c * ld + j0 + j * VL);
+                sum[j] = v_fma(v, v, sum[j]);
+                dot[j] = v_fma(v_mul(wc, v_load(dy + c * ld + j0 + j * VL)), v, dot[j]);
+            }
+        }
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS / 2; j++) {
+            vf r = v_rstd(sum[j], channels);
+            vf cube = v_div(v_mul(v_mul(r, r), r), v_set((float)channels));
+            v_store(rstd + j0 + j * VL, r);
+            v_store(coef + j0 + j * VL, v_mul(cube, dot[j]));
+        }
+    }
+}
+
+SIMD_TARGET static float SIMD_FN(rmsnorm_row)(float *dx, const float *residual, const float *dy,
+                                              const float *x, const float *rstd, const float *coef,
+                                              float w, int32_t n) {
+    vf wc = v_set(w), dw = v_set(0.0f);
+    for (int32_t s = 0; s < n; s += VL) {
+        vf r = v_mul(load_left(rstd + s, n - s), load_left(dy + s, n - s));
+        vf v = load_left(x + s, n - s);
+        dw = v_fma(r, v, dw);
+        vf sum = v_fma(wc, r, load_left(residual + s, n - s));
+        store_left(dx + s, v_fnma(load_left(coef + s, n - s), v, sum), n - s);
+    }
+    return v_sum(dw);
+}
+
+/* ----------------------------------------------------------------------------------- soft-max */
+
+SIMD_TARGET static void SIMD_FN(softmax_columns)(float *x, float *inverse, int32_t rows,
+                                                 int32_t first, float scale) {
+    for (int32_t t = first + 1 > 0 ? first + 1 : 0; t < rows; t++)
+        for (int32_t j = 0; j < COLS && j < t - first; j++) x[t * COLS + j] = -INFINITY;
+    for (int j = 0; j < COLS; j += VL) {
+        vf max = v_set(-INFINITY), sum = v_set(0.0f), sc = v_set(scale);
+        for (int32_t t = 0; t < rows; t++) max = v_max(max, v_load(x + t * COLS + j));
+        for (int32_t t = 0; t < rows; t++) {
+            vf e = v_exp(v_mul(v_sub(v_load(x + t * COLS + j), max), sc));
+            v_store(x + t * COLS + j, e);
+            sum = v_add(sum, e);
+        }
+        v_store(inverse + j, v_div(v_set(1.0f), sum));
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(softmax_row)(float *x, int32_t valid, int32_t padded, float scale) {
+    vf max = v_set(x[0]), sum = v_set(0.0f), sc = v_set(scale);
+    int32_t i = 0;
+    for (; i + VL <= valid; i += VL) max = v_max(max, v_load(x + i));
+    float largest = v_largest(max);
+    for (; i < valid; i++) largest = fmaxf(largest, x[i]);
+    for (i = valid; i < padded; i++) x[i] = -INFINITY; /* exp makes them zero */
+    max = v_set(largest);
+    for (i = 0; i < padded; i += VL) {
+        vf e = v_exp(v_mul(v_sub(load_left(x + i, padded - i), max), sc));
+        store_left(x + i, e, padded - i);
+        sum = v_add(sum, load_left(x + i, padded - i)); /* zeros beyond a partial vector */
+    }
+    vf inverse = v_set(1.0f / v_sum(sum));
+    for (i = 0; i < padded; i += VL)
+        store_left(x + i, v_mul(load_left(x + i, padded - i), inverse), padded - i);
+}
+
+SIMD_TARGET static void SIMD_FN(softmax_row_backward)(float *ds, const float *p, const float *dp,
+                                                      float scale, int32_t n) {
+    vf sum = v_set(0.0f), sc = v_set(scale);
+    for (int32_t i = 0; i < n; i += VL)
+        sum = v_fma(load_left(p + i, n - i), load_left(dp + i, n - i), sum);
+    vf dot = v_set(v_sum(sum));
+    for (int32_t i = 0; i < n; i += VL) {
+        vf d = v_sub(load_left(dp + i, n - i), dot);
+        store_left(ds + i, v_mul(v_mul(load_left(p + i, n - i), d), sc), n - i);
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(logsumexp_columns)(float *max, float *sum, const float *x,
+                                                   int64_t ld, int32_t rows) {
+    for (int j = 0; j < COLS; j += VL) {
+        vf m = v_set(-INFINITY), s = v_set(0.0f);
+        for (int32_t r = 0; r < rows; r++) m = v_max(m, v_load(x + r * ld + j));
+        for (int32_t r = 0; r < rows; r++) s = v_add(s, v_exp(v_sub(v_load(x + r * ld + j), m)));
+        v_store(max + j, m);
+        v_store(sum + j, s);
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(softmax_gradient)(float *x, const float *lse, float scale,
+                                                  int64_t ld, int32_t rows) {
+    vf sc = v_set(scale);
+    for (int32_t r = 0; r < rows; r++) {
+        for (int j = 0; j < COLS; j += VL) {
+            float *out = x + r * ld + j;
+            v_store(out, v_mul(v_exp(v_sub(v_load(out), v_load(lse + j))), sc));
+        }
+    }
+}
+
+/* -------------------------------------------------------------------------------------- AdamW */
+
+/* Exact square root and division: memory-bound either way, and safe at zero (5.3 no. 7). */
+SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, int64_t n,
+                                      const anepy_adam *a) {
+    vf b1 = v_set(a->beta1), b2 = v_set(a->beta2), lr = v_set(a->lr), eps = v_set(a->eps);
+    vf o1 = v_set(a->one_beta1), o2 = v_set(a->one_beta2), decay = v_set(a->decay);
+    vf c2 = v_set(a->inv_sqrt_c2), gs = v_set(a->grad_scale), zero = v_set(0.0f);
+    for (int64_t i = 0; i < n; i += VL) {
+        int64_t left = n - i;
+        vf grad = v_mul(load_left(g + i, left), gs);
+        vf mean = v_fma(b1, load_left(m + i, left), v_mul(o1, grad));
+        vf var = v_fma(b2, load_left(v + i, left), v_mul(v_mul(o2, grad), grad));
+        vf step = v_div(v_mul(lr, mean), v_fma(v_sqrt(var), c2, eps));
+        store_left(m + i, mean, left);
+        store_left(v + i, var, left);
+        store_left(p + i, v_sub(v_mul(load_left(p + i, left), decay), step), left);
+        store_left(g + i, zero, left);
+    }
+}
+
+#define VECTOR_KERNELS(name)                                                                       \
+    {                                                                                              \
+        .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
+        .gemm_tile = SIMD_FN(gemm_tile), .transpose_panel = SIMD_FN(transpose_panel),              \
+        .gemv = SIMD_FN(gemv), .add = SIMD_FN(add), .scale = SIMD_FN(scale), .exp = SIMD_FN(exp),  \
+        .sum_squares = SIMD_FN(sum_squares), .rmsnorm = SIMD_FN(rmsnorm),                          \
+        .rmsnorm_stats = SIMD_FN(rmsnorm_stats), .rmsnorm_row = SIMD_FN(rmsnorm_row),              \
+        .rope = SIMD_FN(rope), .swiglu = SIMD_FN(swiglu),                                          \
+        .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_columns = SIMD_FN(softmax_columns),  \
+        .softmax_row = SIMD_FN(softmax_row),                                                       \
+        .softmax_row_backward = SIMD_FN(softmax_row_backward),                                     \
+        .logsumexp_columns = SIMD_FN(logsumexp_columns),                                           \
+        .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam),                      \
+    }

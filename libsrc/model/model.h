@@ -1,0 +1,41 @@
+/* model/model.h - Llama-2 dimensions and the tensor table.
+ *
+ * One table serves the params, grads, Adam m and Adam v arenas. Tensors that are multiplied with
+ * the same input stand next to each other (wq wk wv; w1 w3), so that one product covers them. */
+#ifndef ANEPY_MODEL_H
+#define ANEPY_MODEL_H
+
+#include "runtime/status.h"
+
+#define ANEPY_ROPE_THETA 10000.0 /* Su et al. 2021; what llama2.c uses */
+
+/* Tensors of one layer, in arena order. */
+enum {
+    ANEPY_ATTENTION_NORM,
+    ANEPY_WQ,
+    ANEPY_WK,
+    ANEPY_WV,
+    ANEPY_WO,
+    ANEPY_FFN_NORM,
+    ANEPY_W1,
+    ANEPY_W3,
+    ANEPY_W2,
+    ANEPY_LAYER_TENSORS
+};
+
+struct anepy_model {
+    anepy_config config;
+    int32_t head_dim;
+    int32_t kv_dim; /* n_kv_heads * head_dim */
+    int32_t tensor_n;
+    int64_t arena_n;
+    anepy_tensor tensors[]; /* embeddings, layers, final norm, classifier if separate */
+};
+
+/* Offsets into an arena. */
+int64_t anepy_model_embedding(const anepy_model *model);
+int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t tensor);
+int64_t anepy_model_final_norm(const anepy_model *model);
+int64_t anepy_model_classifier(const anepy_model *model); /* the embedding when tied */
+
+#endif

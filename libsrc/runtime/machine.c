@@ -1,0 +1,130 @@
+/* runtime/machine.c - cores, affinity and cgroup quota.
+ *
+ * os.cpu_count() is the wrong default in containers: eight threads on a quota of four CPUs are many
+ * times slower than four (style.md section 4, item 10). */
+#define _GNU_SOURCE
+#include "runtime/machine.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#else
+#include <sched.h>
+#endif
+
+#define MAX_THREADS 256
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int32_t cores_found = 1;
+static int32_t threads_found = 1;
+
+#ifdef __APPLE__
+static int32_t count_cores(void) {
+    int32_t n = 0;
+    size_t size = sizeof n;
+    if (sysctlbyname("hw.perflevel0.physicalcpu", &n, &size, NULL, 0) == 0 && n > 0) return n;
+    size = sizeof n;
+    if (sysctlbyname("hw.physicalcpu", &n, &size, NULL, 0) == 0 && n > 0) return n;
+    return 1;
+}
+
+static double cpu_quota(void) { return 0.0; }
+#else
+/* Is this CPU the first of its SMT siblings? Unknown topology counts as its own core. */
+static int is_first_sibling(int cpu) {
+    char path[96];
+    int first = cpu;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+    FILE *file = fopen(path, "re");
+    if (file == NULL) return 1;
+    if (fscanf(file, "%d", &first) != 1) first = cpu;
+    fclose(file);
+    return first == cpu;
+}
+
+static int32_t count_cores(void) {
+    cpu_set_t set;
+    int32_t all = 0, first = 0;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) {
+        long online = sysconf(_SC_NPROCESSORS_ONLN);
+        return online > 0 ? (int32_t)online : 1;
+    }
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, &set)) continue;
+        all++;
+        first += is_first_sibling(cpu);
+    }
+    /* An affinity mask of second siblings only still is one core each. */
+    return first > 0 ? first : (all > 0 ? all : 1);
+}
+
+/* CPUs granted by "quota period" of one file; 0 = unlimited or unreadable. */
+static double read_quota(const char *quota_path, const char *period_path) {
+    char quota[32] = "";
+    double period = 100000.0;
+    FILE *file = fopen(quota_path, "re");
+    if (file == NULL) return 0.0;
+    int fields = fscanf(file, "%31s %lf", quota, &period);
+    fclose(file);
+    if (fields < 1) return 0.0;
+    if (period_path != NULL && (file = fopen(period_path, "re")) != NULL) {
+        if (fscanf(file, "%lf", &period) != 1) period = 100000.0;
+        fclose(file);
+    }
+    double value = strtod(quota, NULL); /* "max" reads as 0, -1 means unlimited */
+    return value > 0.0 && period > 0.0 ? value / period : 0.0;
+}
+
+/* The tightest limit of our cgroup and its parents (version 2), or of version 1. */
+static double cpu_quota(void) {
+    double best = 0.0;
+    char line[512], path[640];
+    FILE *file = fopen("/proc/self/cgroup", "re");
+    if (file != NULL) {
+        while (fgets(line, sizeof line, file) != NULL) {
+            if (strncmp(line, "0::", 3) != 0) continue;
+            char *group = line + 3;
+            group[strcspn(group, "\n")] = '\0';
+            for (;;) {
+                snprintf(path, sizeof path, "/sys/fs/cgroup%s/cpu.max", group);
+                double quota = read_quota(path, NULL);
+                if (quota > 0.0 && (best == 0.0 || quota < best)) best = quota;
+                char *slash = strrchr(group, '/');
+                if (slash == NULL) break;
+                *slash = '\0';
+            }
+        }
+        fclose(file);
+    }
+    if (best == 0.0)
+        best = read_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+                          "/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    return best;
+}
+#endif
+
+static void find(void) {
+    cores_found = count_cores();
+    threads_found = cores_found;
+    double quota = cpu_quota();
+    if (quota > 0.0 && quota < threads_found) threads_found = quota >= 1.0 ? (int32_t)quota : 1;
+    const char *wanted = getenv("ANEPY_NUM_THREADS");
+    long n = wanted != NULL ? strtol(wanted, NULL, 10) : 0;
+    if (n > 0) threads_found = (int32_t)n;
+    if (threads_found > MAX_THREADS) threads_found = MAX_THREADS;
+}
+
+int32_t anepy_machine_cores(void) {
+    pthread_once(&once, find);
+    return cores_found;
+}
+
+int32_t anepy_machine_threads(void) {
+    pthread_once(&once, find);
+    return threads_found;
+}

@@ -1,0 +1,269 @@
+/* runtime/threads.c - the pool: one mutex, one atomic counter per loop, bounded spinning. */
+#define _GNU_SOURCE
+#include "runtime/threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "runtime/clock.h"
+#include "runtime/fpmode.h"
+#include "runtime/machine.h"
+#include "runtime/memory.h"
+
+#define MAX_WORKERS 256
+#define SPIN_MS 0.1 /* longer than the gaps between loops of a step, shorter than a time slice */
+
+typedef struct {
+    anepy_pool *pool;
+    int32_t worker;
+    pthread_t thread;
+} worker_arg;
+
+struct anepy_pool {
+    int32_t threads;
+    int32_t started; /* workers running besides the caller */
+    pid_t pid;       /* the process they run in */
+    pthread_mutex_t mutex;
+    pthread_cond_t work; /* a loop was added, or the pool stops */
+    pthread_cond_t done; /* the last worker left a loop */
+    int32_t sleepers;    /* workers waiting on `work` */
+    int32_t watchers;    /* callers waiting on `done` */
+    int32_t serial;      /* background loops run one after the other */
+    int32_t stop;
+    anepy_loop *foreground;
+    anepy_loop *head, *tail;     /* background loops, oldest first */
+    _Atomic uint32_t epoch;      /* counts loops added: what spinning workers look at */
+    _Atomic uint32_t interrupts; /* counts foreground loops: calls workers back */
+    _Atomic int64_t busy_ns;
+    worker_arg workers[MAX_WORKERS];
+};
+
+static void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int exhausted(anepy_loop *loop) {
+    return atomic_load_explicit(&loop->next, memory_order_relaxed) >= loop->count;
+}
+
+/* ------------------------------------------------------------------------ with the mutex held */
+
+static void drop_finished(anepy_pool *pool) {
+    while (pool->head != NULL && exhausted(pool->head) && atomic_load(&pool->head->active) == 0) {
+        pool->head = pool->head->link;
+        if (pool->head == NULL) pool->tail = NULL;
+    }
+}
+
+static anepy_loop *find_loop(anepy_pool *pool) {
+    if (pool->foreground != NULL && !exhausted(pool->foreground)) return pool->foreground;
+    drop_finished(pool);
+    for (anepy_loop *loop = pool->head; loop != NULL; loop = loop->link) {
+        if (!exhausted(loop)) return loop;
+        if (pool->serial) return NULL; /* the oldest is still being finished */
+    }
+    return NULL;
+}
+
+static void leave(anepy_pool *pool, anepy_loop *loop) {
+    if (atomic_fetch_sub(&loop->active, 1) == 1 && pool->watchers > 0)
+        pthread_cond_broadcast(&pool->done);
+}
+
+/* ------------------------------------------------------------------------------ without it */
+
+static void take_indices(anepy_pool *pool, anepy_loop *loop, int32_t worker) {
+    uint32_t seen = atomic_load_explicit(&pool->interrupts, memory_order_relaxed);
+    double start = loop->background ? anepy_now_ms() : 0.0;
+    for (;;) {
+        int32_t index = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed);
+        if (index >= loop->count) {
+            atomic_store_explicit(&loop->next, loop->count, memory_order_relaxed);
+            break;
+        }
+        loop->fn(loop->context, index, worker);
+        if (loop->background &&
+            atomic_load_explicit(&pool->interrupts, memory_order_relaxed) != seen)
+            break;
+    }
+    if (loop->background)
+        atomic_fetch_add(&pool->busy_ns, (int64_t)((anepy_now_ms() - start) * 1e6));
+}
+
+/* Runs one loop if there is one; returns whether there was. Expects and leaves the mutex held. */
+static int work_once(anepy_pool *pool, int32_t worker) {
+    anepy_loop *loop = find_loop(pool);
+    if (loop == NULL) return 0;
+    atomic_fetch_add(&loop->active, 1);
+    pthread_mutex_unlock(&pool->mutex);
+    take_indices(pool, loop, worker);
+    pthread_mutex_lock(&pool->mutex);
+    leave(pool, loop);
+    return 1;
+}
+
+static void spin_for_epoch(anepy_pool *pool, uint32_t seen) {
+    double end = anepy_now_ms() + SPIN_MS;
+    do {
+        for (int i = 0; i < 64; i++) {
+            if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen) return;
+            pause_cpu();
+        }
+    } while (anepy_now_ms() < end);
+}
+
+static void *worker_main(void *argument) {
+    worker_arg *arg = argument;
+    anepy_pool *pool = arg->pool;
+    anepy_fpmode_enter();
+#ifdef __APPLE__
+    pthread_set_qos_class_self_np(QOS_CLASS_USER_INITIATED, 0); /* off the efficiency cores */
+#endif
+    pthread_mutex_lock(&pool->mutex);
+    while (!pool->stop) {
+        uint32_t seen = atomic_load(&pool->epoch);
+        if (work_once(pool, arg->worker)) continue;
+        pthread_mutex_unlock(&pool->mutex);
+        spin_for_epoch(pool, seen);
+        pthread_mutex_lock(&pool->mutex);
+        if (atomic_load(&pool->epoch) != seen || pool->stop) continue;
+        pool->sleepers++;
+        pthread_cond_wait(&pool->work, &pool->mutex);
+        pool->sleepers--;
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    return NULL;
+}
+
+static void init_sync(anepy_pool *pool) {
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->done, NULL);
+}
+
+/* Starts the threads once per process: after fork only the calling thread exists, and the mutex
+ * may have been held by one that does not. */
+static void ensure_started(anepy_pool *pool) {
+    if (pool->pid == getpid()) return;
+    init_sync(pool);
+    pool->pid = getpid();
+    pool->started = pool->sleepers = pool->watchers = 0;
+    pool->foreground = pool->head = pool->tail = NULL;
+    sigset_t all, saved; /* signals stay with the interpreter's threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &saved);
+    for (int32_t i = 1; i < pool->threads; i++) {
+        worker_arg *arg = &pool->workers[i];
+        arg->pool = pool;
+        arg->worker = i;
+        if (pthread_create(&arg->thread, NULL, worker_main, arg) != 0) break; /* fewer will do */
+        pool->started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &saved, NULL);
+}
+
+static void publish(anepy_pool *pool) {
+    atomic_fetch_add_explicit(&pool->epoch, 1, memory_order_release);
+    if (pool->sleepers > 0) pthread_cond_broadcast(&pool->work);
+}
+
+/* Waits until no worker is inside the loop. Expects and leaves the mutex held. */
+static void await_leavers(anepy_pool *pool, anepy_loop *loop) {
+    while (atomic_load(&loop->active) > 0) {
+        pthread_mutex_unlock(&pool->mutex);
+        double end = anepy_now_ms() + SPIN_MS;
+        while (atomic_load_explicit(&loop->active, memory_order_acquire) > 0 &&
+               anepy_now_ms() < end)
+            pause_cpu();
+        pthread_mutex_lock(&pool->mutex);
+        if (atomic_load(&loop->active) == 0) break;
+        pool->watchers++;
+        pthread_cond_wait(&pool->done, &pool->mutex);
+        pool->watchers--;
+    }
+}
+
+int32_t anepy_pool_create(anepy_pool **out, int32_t threads) {
+    if (threads < 0 || threads > MAX_WORKERS)
+        return anepy_fail(ANEPY_E_ARGUMENT, "threads must be 1 to %d, not %d", MAX_WORKERS, threads);
+    anepy_pool *pool = calloc(1, sizeof *pool);
+    if (pool == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the thread pool");
+    pool->threads = threads > 0 ? threads : anepy_machine_threads();
+    *out = pool;
+    return ANEPY_OK;
+}
+
+void anepy_pool_free(anepy_pool *pool) {
+    if (pool == NULL) return;
+    if (pool->pid == getpid()) {
+        pthread_mutex_lock(&pool->mutex);
+        pool->stop = 1;
+        publish(pool);
+        pthread_mutex_unlock(&pool->mutex);
+        for (int32_t i = 1; i <= pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
+        pthread_mutex_destroy(&pool->mutex);
+        pthread_cond_destroy(&pool->work);
+        pthread_cond_destroy(&pool->done);
+    }
+    free(pool);
+}
+
+int32_t anepy_pool_threads(const anepy_pool *pool) { return pool->threads; }
+
+void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context) {
+    if (count <= 0) return;
+    if (count == 1 || pool->threads == 1) {
+        for (int32_t i = 0; i < count; i++) fn(context, i, 0);
+        return;
+    }
+    ensure_started(pool);
+    anepy_loop loop = {.fn = fn, .context = context, .count = count};
+    pthread_mutex_lock(&pool->mutex);
+    pool->foreground = &loop;
+    atomic_fetch_add(&pool->interrupts, 1);
+    publish(pool);
+    pthread_mutex_unlock(&pool->mutex);
+    take_indices(pool, &loop, 0);
+    pthread_mutex_lock(&pool->mutex);
+    pool->foreground = NULL;
+    await_leavers(pool, &loop);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_loop_fn fn,
+                       void *context, int32_t serial) {
+    ensure_started(pool);
+    *loop = (anepy_loop){.fn = fn, .context = context, .count = count, .background = 1};
+    pthread_mutex_lock(&pool->mutex);
+    pool->serial = serial;
+    drop_finished(pool);
+    if (pool->tail != NULL) pool->tail->link = loop;
+    else pool->head = loop;
+    pool->tail = loop;
+    publish(pool);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+void anepy_pool_wait(anepy_pool *pool) {
+    ensure_started(pool);
+    pthread_mutex_lock(&pool->mutex);
+    for (;;) {
+        if (work_once(pool, 0)) continue;
+        drop_finished(pool);
+        if (pool->head == NULL) break;
+        await_leavers(pool, pool->head);
+    }
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+double anepy_pool_take_busy_ms(anepy_pool *pool) {
+    return (double)atomic_exchange(&pool->busy_ns, 0) * 1e-6;
+}

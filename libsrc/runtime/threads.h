@@ -1,0 +1,47 @@
+/* runtime/threads.h - a small thread pool: parallel loops, and a queue of background loops.
+ *
+ * The calling thread is worker 0 and computes too. A loop is `count` independent indices; who
+ * computes which index depends on timing, so results must not (each index writes its own output).
+ * While the caller has no loop running, the other workers take indices of background loops; a new
+ * foreground loop calls them back after the index they are in. Threads start at the first loop and
+ * are rebuilt after fork. One thread at a time may call into a pool. */
+#ifndef ANEPY_RUNTIME_THREADS_H
+#define ANEPY_RUNTIME_THREADS_H
+
+#include "runtime/status.h"
+
+typedef struct anepy_pool anepy_pool;
+
+/* worker is in [0, threads): it selects scratch memory. */
+typedef void (*anepy_loop_fn)(void *context, int32_t index, int32_t worker);
+
+/* One loop. The caller owns the memory and keeps it alive until the loop is done. */
+typedef struct anepy_loop {
+    anepy_loop_fn fn;
+    void *context;
+    int32_t count;
+    int32_t background;
+    _Atomic int32_t next;   /* first index nobody has taken */
+    _Atomic int32_t active; /* workers inside */
+    struct anepy_loop *link;
+} anepy_loop;
+
+int32_t anepy_pool_create(anepy_pool **out, int32_t threads); /* 0: the machine's default */
+void anepy_pool_free(anepy_pool *pool);                       /* accepts NULL */
+int32_t anepy_pool_threads(const anepy_pool *pool);
+
+/* Computes all indices, then returns. */
+void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context);
+
+/* Queues a background loop. With serial != 0 it starts only when all loops before it are done;
+ * otherwise it starts as soon as a worker is free. */
+void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_loop_fn fn,
+                       void *context, int32_t serial);
+
+/* Helps until every background loop is done. */
+void anepy_pool_wait(anepy_pool *pool);
+
+/* Milliseconds that all workers together spent in background loops since the last call. */
+double anepy_pool_take_busy_ms(anepy_pool *pool);
+
+#endif

@@ -1,0 +1,74 @@
+/* train/embed.c - token embeddings: rows of [vocab, dim] to columns of [dim, width] and back. */
+#include <string.h>
+
+#include "train/engine.h"
+
+#define COLS ANEPY_COLUMNS
+
+/* vector_embed off: element by element, as the research programs did. */
+static void gather_scalar(anepy_engine *e) {
+    const float *table = e->params + anepy_model_embedding(e->model);
+    float *x = e->layers[0].x.data;
+    int64_t dim = e->model->config.dim;
+    for (int64_t d = 0; d < dim; d++) {
+        for (int32_t s = 0; s < e->n; s++) x[d * e->width + s] = table[e->tokens[s] * dim + d];
+        for (int32_t s = e->n; s < e->columns; s++) x[d * e->width + s] = 0.0f;
+    }
+}
+
+static void scatter_scalar(anepy_engine *e) {
+    float *gradient = e->grads + anepy_model_embedding(e->model);
+    const float *dx = e->dx.data;
+    int64_t dim = e->model->config.dim;
+    for (int64_t d = 0; d < dim; d++)
+        for (int32_t s = 0; s < e->n; s++)
+            gradient[e->tokens[s] * dim + d] += dx[d * e->width + s];
+}
+
+/* On: 64 rows x 64 channels are copied together and transposed as a block. */
+static void gather_block(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    const float *table = e->params + anepy_model_embedding(e->model);
+    int32_t dim = e->model->config.dim, panels = e->columns / COLS;
+    int32_t first = index % panels * COLS, d0 = index / panels * COLS;
+    int32_t rows = anepy_min_i32(COLS, e->n - first), depth = anepy_min_i32(COLS, dim - d0);
+    float block[COLS * COLS], transposed[COLS * COLS];
+    for (int32_t j = 0; j < rows; j++)
+        memcpy(block + j * COLS, table + (int64_t)e->tokens[first + j] * dim + d0,
+               (size_t)depth * sizeof(float));
+    anepy_vector(e)->transpose_panel(transposed, block, COLS, rows, depth);
+    float *x = (float *)e->layers[0].x.data + first;
+    for (int32_t d = 0; d < depth; d++)
+        memcpy(x + (int64_t)(d0 + d) * e->width, transposed + d * COLS, COLS * sizeof(float));
+}
+
+/* A piece owns 64 channels of every row, so equal tokens never meet on two threads. */
+static void scatter_block(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    int32_t dim = e->model->config.dim, d0 = index * COLS, depth = anepy_min_i32(COLS, dim - d0);
+    float *gradient = e->grads + anepy_model_embedding(e->model) + d0;
+    const float *dx = (const float *)e->dx.data + (int64_t)d0 * e->width;
+    float transposed[COLS * COLS];
+    for (int32_t s0 = 0; s0 < e->n; s0 += COLS) {
+        int32_t count = anepy_min_i32(COLS, e->n - s0);
+        anepy_vector(e)->transpose_panel(transposed, dx + s0, e->width, depth, count);
+        for (int32_t s = 0; s < count; s++) {
+            float *row = gradient + (int64_t)e->tokens[s0 + s] * dim;
+            anepy_vector(e)->add(row, row, transposed + s * COLS, depth);
+        }
+    }
+}
+
+void anepy_embed(anepy_engine *e) {
+    int32_t blocks = (e->model->config.dim + COLS - 1) / COLS * (e->columns / COLS);
+    if (anepy_on(e, ANEPY_VECTOR_EMBED)) anepy_engine_run(e, blocks, gather_block);
+    else gather_scalar(e);
+}
+
+void anepy_embed_backward(anepy_engine *e) {
+    if (anepy_on(e, ANEPY_VECTOR_EMBED))
+        anepy_engine_run(e, (e->model->config.dim + COLS - 1) / COLS, scatter_block);
+    else scatter_scalar(e);
+}

@@ -1,0 +1,131 @@
+/* train/engine.h - inside of the step engine.
+ *
+ * One step: embed, layers forward, final norm, classifier, loss, and the same backward. Programs
+ * run on the device; norms outside programs, classifier, loss, weight gradients (dW) and the update
+ * run on the host. What a switch changes stands where it is asked: `anepy_on(engine, SWITCH)`. */
+#ifndef ANEPY_TRAIN_ENGINE_H
+#define ANEPY_TRAIN_ENGINE_H
+
+#include "train/switches.h"
+
+/* How a program's input gets there. */
+typedef enum {
+    BOUND,  /* the program reads the source itself */
+    WRITE,  /* host float32 -> surface */
+    COPY,   /* surface -> surface, raw */
+    BOUNCE, /* surface -> host float32 -> surface: what skip_dead_reads saves */
+} anepy_transfer;
+
+typedef struct {
+    anepy_transfer how;
+    anepy_surface *source;
+    int32_t channel; /* in source */
+} anepy_link;
+
+/* Weight-gradient products of a layer; those of one input are one product (model.h). */
+enum { DW_W2, DW_W13, DW_WO, DW_QKV, DW_N };
+
+/* Both factors of a product: where they are, and a float32 copy where one is needed. */
+typedef struct {
+    anepy_surface *source;
+    int32_t channel, channels;
+    float *capture;
+} anepy_operand;
+
+typedef struct {
+    anepy_operand dy, x;
+    int64_t gradient; /* offset in the arena */
+    anepy_gemm_job job;
+    anepy_loop loop;
+} anepy_dw;
+
+typedef struct {
+    anepy_kernel *kernels[ANEPY_PROGRAM_N];
+    anepy_surface *inputs[ANEPY_PROGRAM_N];  /* packed; only where tensors cannot be bound */
+    anepy_surface *outputs[ANEPY_PROGRAM_N]; /* packed */
+    anepy_link links[ANEPY_PROGRAM_N][ANEPY_PROGRAM_TENSORS];
+    anepy_surface x, x2;   /* host: what the attention and the feed-forward half start from */
+    anepy_surface dy, dx2; /* host: gradients of the layer's output and of x2 */
+    anepy_dw dw[DW_N];
+} anepy_layer;
+
+struct anepy_engine {
+    const anepy_model *model;
+    float *params, *grads, *adam_m, *adam_v;
+    uint32_t switches;
+    anepy_dtype dtype;
+    int32_t seq_len, width; /* width: seq_len rounded up to a panel */
+    int64_t accumulated, updates;
+    _Atomic int32_t busy;   /* a call is running */
+    uint64_t caller_fpmode; /* given back when it returns */
+    anepy_pool *pool;
+    anepy_gemm gemm;
+    anepy_device *device;
+    anepy_program programs[ANEPY_PROGRAM_N];
+    anepy_layer *layers;
+    anepy_surface x_final;  /* host: residual stream after the last layer */
+    anepy_surface dx;       /* host: gradient that reaches the embedding */
+    anepy_surface *scores;  /* probabilities and their gradients, of the layer being computed */
+    float *staging;         /* [max(dim, hidden), width]: read-back of a program output */
+    float *xnorm;           /* [dim, width] after the final norm */
+    float *dxnorm;          /* [dim, width] */
+    float *logits;          /* [vocab, width], then their gradients in place */
+    float *rstd, *coef;     /* [width]: statistics of one RMSNorm backward */
+    float *lse;             /* [width] */
+    float *zeros;           /* [width] */
+    float *partial;         /* soft-max: [2, chunks, width] */
+    double *sums;           /* gradient norm: one per update piece */
+    const int32_t *tokens;  /* of the running step */
+    const int32_t *targets;
+    int32_t n;              /* tokens of the running step */
+    int32_t columns;        /* n rounded up to a panel */
+    anepy_step_stats stats; /* of the running step */
+    float *host; /* one mapping: all of the host's memory above */
+    uint64_t host_nbytes;
+    float *captures; /* another: capture buffers with prealloc */
+    uint64_t captures_nbytes;
+};
+
+static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }
+
+static inline const anepy_kernels *anepy_vector(const anepy_engine *e) { return e->gemm.kernels; }
+
+int32_t anepy_chunks(const anepy_engine *e); /* pieces of the vocabulary in loss.c */
+
+/* Runs on [0, count) pieces on all threads with the engine as context. */
+void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);
+
+/* wiring.c: surfaces, kernels and links of all layers. */
+int32_t anepy_wire(anepy_engine *e);
+/* Moves a program's inputs to where it reads them. */
+int32_t anepy_transfer_inputs(anepy_engine *e, int32_t layer, anepy_program_id id);
+/* A program's output as float32 [channels, width]; valid until the next call. */
+int32_t anepy_read_output(anepy_engine *e, int32_t layer, anepy_program_id id, int32_t tensor,
+                          const float **out);
+
+/* embed.c */
+void anepy_embed(anepy_engine *e);
+void anepy_embed_backward(anepy_engine *e);
+
+/* norm.c */
+void anepy_final_norm(anepy_engine *e);
+/* dx = residual (NULL: 0) + gradient through RMSNorm of x; accumulates the norm weight's gradient. */
+void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
+                         const float *x, int64_t weight);
+void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
+
+/* loss.c */
+void anepy_classifier(anepy_engine *e);          /* xnorm -> logits */
+double anepy_loss(anepy_engine *e, int gradient); /* mean; with gradient: logits -> dlogits */
+void anepy_classifier_backward(anepy_engine *e); /* dlogits -> dxnorm, gradient of the classifier */
+
+/* step.c: tokens (and targets) are set. */
+int32_t anepy_forward(anepy_engine *e);
+int32_t anepy_backward(anepy_engine *e);
+double anepy_step_flops(const anepy_model *model, int32_t n);
+
+/* dw.c */
+int32_t anepy_dw_submit(anepy_engine *e, int32_t layer, int32_t which);
+void anepy_dw_wait(anepy_engine *e);
+
+#endif

@@ -1,0 +1,108 @@
+/* train/loss.c - classifier, soft-max cross-entropy, and their gradients. Logits are [vocab, width],
+ * so all sums over the vocabulary run down columns, lane-parallel over tokens. */
+#include <math.h>
+
+#include "train/engine.h"
+
+#define COLS ANEPY_COLUMNS
+#define CHUNK 512 /* vocabulary rows per piece: fixed, so that sums do not depend on threads */
+
+int32_t anepy_chunks(const anepy_engine *e) {
+    return (e->model->config.vocab_size + CHUNK - 1) / CHUNK;
+}
+
+/* Piece -> (chunk of the vocabulary, panel of tokens). */
+typedef struct {
+    int32_t chunk, row, rows, column;
+} place;
+
+static place locate(const anepy_engine *e, int32_t index) {
+    int32_t panels = e->columns / COLS, chunk = index / panels;
+    return (place){chunk, chunk * CHUNK,
+                   anepy_min_i32(CHUNK, e->model->config.vocab_size - chunk * CHUNK),
+                   index % panels * COLS};
+}
+
+static void partial_sums(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    place p = locate(e, index);
+    float *max = e->partial + (int64_t)p.chunk * e->width + p.column;
+    float *sum = max + (int64_t)anepy_chunks(e) * e->width;
+    anepy_vector(e)->logsumexp_columns(max, sum, e->logits + (int64_t)p.row * e->width + p.column,
+                                       e->width, p.rows);
+}
+
+static void logits_gradient(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    place p = locate(e, index);
+    anepy_vector(e)->softmax_gradient(e->logits + (int64_t)p.row * e->width + p.column,
+                                      e->lse + p.column, 1.0f / (float)e->n, e->width, p.rows);
+}
+
+double anepy_loss(anepy_engine *e, int gradient) {
+    int32_t count = anepy_chunks(e), pieces = count * (e->columns / COLS);
+    double loss = 0.0;
+    anepy_engine_run(e, pieces, partial_sums);
+    for (int32_t s = 0; s < e->n; s++) {
+        const float *max = e->partial + s, *sum = max + (int64_t)count * e->width;
+        float top = -INFINITY;
+        double total = 0.0;
+        for (int32_t c = 0; c < count; c++) top = fmaxf(top, max[(int64_t)c * e->width]);
+        for (int32_t c = 0; c < count; c++)
+            total += sum[(int64_t)c * e->width] * exp((double)max[(int64_t)c * e->width] - top);
+        double lse = top + log(total);
+        e->lse[s] = (float)lse;
+        loss += lse - e->logits[(int64_t)e->targets[s] * e->width + s];
+    }
+    if (gradient) {
+        /* Padding columns get exp(logit - inf) = 0. */
+        for (int32_t s = e->n; s < e->columns; s++) e->lse[s] = INFINITY;
+        anepy_engine_run(e, pieces, logits_gradient);
+        for (int32_t s = 0; s < e->n; s++)
+            e->logits[(int64_t)e->targets[s] * e->width + s] -= 1.0f / (float)e->n;
+    }
+    return loss / e->n;
+}
+
+void anepy_classifier(anepy_engine *e) {
+    int32_t dim = e->model->config.dim;
+    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->logits,
+                                              .ldc = e->width,
+                                              .a = e->params + anepy_model_classifier(e->model),
+                                              .a_row = dim,
+                                              .a_step = 1,
+                                              .b = e->xnorm,
+                                              .ldb = e->width,
+                                              .m = e->model->config.vocab_size,
+                                              .n = e->columns,
+                                              .k = dim});
+}
+
+void anepy_classifier_backward(anepy_engine *e) {
+    int32_t dim = e->model->config.dim, vocab = e->model->config.vocab_size;
+    int64_t weight = anepy_model_classifier(e->model);
+    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->dxnorm,
+                                              .ldc = e->width,
+                                              .a = e->params + weight,
+                                              .a_row = 1,
+                                              .a_step = dim,
+                                              .b = e->logits,
+                                              .ldb = e->width,
+                                              .m = dim,
+                                              .n = e->columns,
+                                              .k = vocab});
+    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->grads + weight,
+                                              .ldc = dim,
+                                              .a = e->logits,
+                                              .a_row = e->width,
+                                              .a_step = 1,
+                                              .b = e->xnorm,
+                                              .ldb = e->width,
+                                              .b_transposed = 1,
+                                              .m = vocab,
+                                              .n = dim,
+                                              .k = e->n,
+                                              .accumulate = e->accumulated > 0});
+}

@@ -1,0 +1,78 @@
+/* train/norm.c - RMSNorm outside the programs (final norm, all backward passes) and residuals. */
+#include "train/engine.h"
+
+#define COLS ANEPY_COLUMNS
+#define PIECE_ROWS 64
+
+typedef struct {
+    anepy_engine *e;
+    float *dx;
+    const float *residual, *dy, *x;
+    int64_t weight; /* offset of the norm weight in the arenas */
+} norm_task;
+
+static void norm_panel(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    float rstd[COLS];
+    int64_t j = (int64_t)index * COLS;
+    anepy_vector(e)->rmsnorm(e->xnorm + j, rstd, (const float *)e->x_final.data + j,
+                             e->params + anepy_model_final_norm(e->model), e->model->config.dim,
+                             e->width);
+}
+
+void anepy_final_norm(anepy_engine *e) { anepy_engine_run(e, e->columns / COLS, norm_panel); }
+
+/* With r = rstd: dx = r (w dy) - x r^3/D sum(w dy x); dw = sum over tokens of dy x r
+ * (ane-facts.md 5.3 no. 1 has the form to avoid). */
+static void stats_panel(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const norm_task *t = context;
+    int64_t j = (int64_t)index * COLS;
+    anepy_vector(t->e)->rmsnorm_stats(t->e->rstd + j, t->e->coef + j, t->dy + j, t->x + j,
+                                      t->e->params + t->weight, t->e->model->config.dim,
+                                      t->e->width);
+}
+
+static void backward_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const norm_task *t = context;
+    anepy_engine *e = t->e;
+    int32_t end = anepy_min_i32(e->model->config.dim, (index + 1) * PIECE_ROWS);
+    for (int32_t c = index * PIECE_ROWS; c < end; c++) {
+        int64_t row = (int64_t)c * e->width;
+        const float *residual = t->residual != NULL ? t->residual + row : e->zeros;
+        e->grads[t->weight + c] +=
+            anepy_vector(e)->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row, e->rstd,
+                                         e->coef, e->params[t->weight + c], e->columns);
+    }
+}
+
+void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
+                         const float *x, int64_t weight) {
+    norm_task task = {e, dx, residual, dy, x, weight};
+    anepy_pool_run(e->pool, e->columns / COLS, stats_panel, &task);
+    anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, backward_rows,
+                   &task);
+}
+
+typedef struct {
+    anepy_engine *e;
+    float *out;
+    const float *a, *b;
+} add_task;
+
+static void add_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const add_task *t = context;
+    int32_t end = anepy_min_i32(t->e->model->config.dim, (index + 1) * PIECE_ROWS);
+    for (int32_t c = index * PIECE_ROWS; c < end; c++) {
+        int64_t row = (int64_t)c * t->e->width;
+        anepy_vector(t->e)->add(t->out + row, t->a + row, t->b + row, t->e->columns);
+    }
+}
+
+void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b) {
+    add_task task = {e, out, a, b};
+    anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, add_rows, &task);
+}

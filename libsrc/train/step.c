@@ -1,0 +1,104 @@
+/* train/step.c - the step itself: what happens in which order, and which phase it counts for. */
+#include "runtime/clock.h"
+#include "train/engine.h"
+
+/* Adds the time since *mark to a phase and moves the mark. */
+static void count(double *mark, double *phase) {
+    double now = anepy_now_ms();
+    *phase += now - *mark;
+    *mark = now;
+}
+
+static int32_t evaluate(anepy_engine *e, int32_t layer, anepy_program_id id, double *mark) {
+    ANEPY_TRY(anepy_transfer_inputs(e, layer, id));
+    count(mark, &e->stats.io_ms);
+    ANEPY_TRY(e->device->ops->evaluate(e->layers[layer].kernels[id], e->n));
+    count(mark, &e->stats.device_ms);
+    return ANEPY_OK;
+}
+
+int32_t anepy_forward(anepy_engine *e) {
+    anepy_step_stats *stats = &e->stats;
+    int32_t layers = e->model->config.n_layers;
+    double mark = anepy_now_ms();
+    const float *out;
+    anepy_embed(e);
+    count(&mark, &stats->elementwise_ms);
+    for (int32_t l = 0; l < layers; l++) {
+        anepy_layer *layer = &e->layers[l];
+        float *next = l + 1 < layers ? e->layers[l + 1].x.data : e->x_final.data;
+        ANEPY_TRY(evaluate(e, l, ANEPY_SDPA_FWD, &mark));
+        ANEPY_TRY(anepy_read_output(e, l, ANEPY_SDPA_FWD, SDPA_FWD_OUT, &out));
+        count(&mark, &stats->io_ms);
+        anepy_residual_add(e, layer->x2.data, layer->x.data, out);
+        count(&mark, &stats->elementwise_ms);
+        ANEPY_TRY(evaluate(e, l, ANEPY_FFN_FWD, &mark));
+        ANEPY_TRY(anepy_read_output(e, l, ANEPY_FFN_FWD, FFN_FWD_OUT, &out));
+        count(&mark, &stats->io_ms);
+        anepy_residual_add(e, next, layer->x2.data, out);
+        count(&mark, &stats->elementwise_ms);
+    }
+    anepy_final_norm(e);
+    count(&mark, &stats->norm_ms);
+    anepy_classifier(e);
+    count(&mark, &stats->classifier_ms);
+    return ANEPY_OK;
+}
+
+/* One layer: from the gradient of its output (layer->dy) to that of its input (dx). The products of
+ * a layer are queued as soon as both factors are there and are waited for at the end of the step. */
+static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
+    anepy_step_stats *stats = &e->stats;
+    anepy_layer *layer = &e->layers[l];
+    const float *out;
+    ANEPY_TRY(anepy_dw_submit(e, l, DW_W2));
+    count(mark, &stats->io_ms);
+    ANEPY_TRY(evaluate(e, l, ANEPY_FFN_BWD, mark));
+    ANEPY_TRY(anepy_dw_submit(e, l, DW_W13));
+    ANEPY_TRY(anepy_read_output(e, l, ANEPY_FFN_BWD, FFN_BWD_DX, &out));
+    count(mark, &stats->io_ms);
+    anepy_norm_backward(e, layer->dx2.data, layer->dy.data, out, layer->x2.data,
+                        anepy_model_layer(e->model, l, ANEPY_FFN_NORM));
+    count(mark, &stats->norm_ms);
+    ANEPY_TRY(anepy_dw_submit(e, l, DW_WO));
+    count(mark, &stats->io_ms);
+    ANEPY_TRY(evaluate(e, l, ANEPY_SDPA_BWD1, mark));
+    ANEPY_TRY(evaluate(e, l, ANEPY_SDPA_BWD2, mark));
+    ANEPY_TRY(evaluate(e, l, ANEPY_QKV_BWD, mark));
+    ANEPY_TRY(anepy_dw_submit(e, l, DW_QKV));
+    ANEPY_TRY(anepy_read_output(e, l, ANEPY_QKV_BWD, QKV_BWD_DX, &out));
+    count(mark, &stats->io_ms);
+    anepy_norm_backward(e, dx, layer->dx2.data, out, layer->x.data,
+                        anepy_model_layer(e->model, l, ANEPY_ATTENTION_NORM));
+    count(mark, &stats->norm_ms);
+    return ANEPY_OK;
+}
+
+int32_t anepy_backward(anepy_engine *e) {
+    anepy_step_stats *stats = &e->stats;
+    int32_t layers = e->model->config.n_layers;
+    double mark = anepy_now_ms();
+    float *top = e->layers[layers - 1].dy.data;
+    anepy_classifier_backward(e);
+    count(&mark, &stats->classifier_ms);
+    anepy_norm_backward(e, top, NULL, e->dxnorm, e->x_final.data,
+                        anepy_model_final_norm(e->model));
+    count(&mark, &stats->norm_ms);
+    for (int32_t l = layers - 1; l >= 0; l--)
+        ANEPY_TRY(layer_backward(e, l, l > 0 ? e->layers[l - 1].dy.data : e->dx.data, &mark));
+    anepy_dw_wait(e);
+    count(&mark, &stats->dw_wait_ms);
+    stats->dw_ms += anepy_pool_take_busy_ms(e->pool);
+    anepy_embed_backward(e);
+    count(&mark, &stats->elementwise_ms);
+    return ANEPY_OK;
+}
+
+/* ane-facts.md 7.1, with grouped key/value heads counted as they are. */
+double anepy_step_flops(const anepy_model *model, int32_t n) {
+    const anepy_config *c = &model->config;
+    double s = n, dim = c->dim, hidden = c->hidden_dim, kv = model->kv_dim;
+    double forward = c->n_layers * (2 * 2 * dim * dim + 2 * 2 * dim * kv + 3 * 2 * dim * hidden) * s;
+    double attention = (double)c->n_layers * 2 * c->n_heads * 5 * s * s * model->head_dim;
+    return 3 * forward + attention + 3 * 2 * (double)c->vocab_size * dim * s;
+}

@@ -1,0 +1,121 @@
+/* train/switches.c - names to bits. */
+#include "train/switches.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define BIT(s) (1u << (s))
+
+/* needs: the device capability without which the switch means nothing; 0: host work. */
+static const struct {
+    const char *name;
+    uint32_t needs;
+} SWITCHES[ANEPY_SWITCH_N] = {
+    [ANEPY_SIMD_ADAM] = {"simd_adam", 0},
+    [ANEPY_FP16_CACHE] = {"fp16_cache", 0},
+    [ANEPY_PREALLOC] = {"prealloc", 0},
+    [ANEPY_CONCURRENT_DW] = {"concurrent_dw", 0},
+    [ANEPY_SKIP_DEAD_READS] = {"skip_dead_reads", 0},
+    [ANEPY_VECTOR_EMBED] = {"vector_embed", 0},
+    [ANEPY_METAL_DW] = {"metal_dw", ANEPY_METAL},
+    [ANEPY_OFFLOAD_RMSNORM] = {"offload_rmsnorm", ANEPY_OFFLOADS},
+    [ANEPY_OFFLOAD_CLASSIFIER] = {"offload_classifier", ANEPY_OFFLOADS},
+    [ANEPY_OFFLOAD_SOFTMAX] = {"offload_softmax", ANEPY_OFFLOADS},
+    [ANEPY_DYNAMIC_WEIGHTS] = {"dynamic_weights", ANEPY_DYNAMIC},
+    [ANEPY_BACKGROUND_COMPILE] = {"background_compile", ANEPY_COMPILES_BESIDE},
+};
+
+#define OPT                                                                                        \
+    (BIT(ANEPY_SIMD_ADAM) | BIT(ANEPY_FP16_CACHE) | BIT(ANEPY_PREALLOC) |                          \
+     BIT(ANEPY_CONCURRENT_DW) | BIT(ANEPY_SKIP_DEAD_READS) | BIT(ANEPY_VECTOR_EMBED))
+#define OFFLOADS                                                                                   \
+    (BIT(ANEPY_OFFLOAD_RMSNORM) | BIT(ANEPY_OFFLOAD_CLASSIFIER) | BIT(ANEPY_OFFLOAD_SOFTMAX))
+
+/* best_effort: takes those of its switches that the device knows. */
+static const struct {
+    const char *name;
+    uint32_t switches;
+    int best_effort;
+} VARIANTS[] = {
+    {"baseline", 0, 0},
+    {"opt", OPT, 0},
+    {"ane", OFFLOADS, 0},
+    {"dynamic", BIT(ANEPY_DYNAMIC_WEIGHTS), 0},
+    {"double-buffer", BIT(ANEPY_BACKGROUND_COMPILE), 0},
+    {"max", OPT | OFFLOADS, 1},
+};
+#define VARIANT_N ((int32_t)(sizeof VARIANTS / sizeof VARIANTS[0]))
+
+const char *anepy_switch_name(int32_t index) {
+    return index >= 0 && index < ANEPY_SWITCH_N ? SWITCHES[index].name : NULL;
+}
+
+const char *anepy_variant_name(int32_t index) {
+    return index >= 0 && index < VARIANT_N ? VARIANTS[index].name : NULL;
+}
+
+static int same(const char *name, const char *text, size_t n) {
+    return strlen(name) == n && memcmp(name, text, n) == 0;
+}
+
+/* "a, b, c" of whatever name(0), name(1)... yields. */
+static void join(char *out, size_t cap, const char *(*name)(int32_t)) {
+    size_t n = 0;
+    out[0] = '\0';
+    for (int32_t i = 0; name(i) != NULL && n < cap; i++)
+        n += (size_t)snprintf(out + n, cap - n, "%s%s", i > 0 ? ", " : "", name(i));
+}
+
+/* Finds text[0..n) among the names; -1 with an error sentence that lists them. */
+static int32_t find(const char *kind, const char *text, size_t n, const char *(*name)(int32_t)) {
+    for (int32_t i = 0; name(i) != NULL; i++)
+        if (same(name(i), text, n)) return i;
+    char known[256];
+    join(known, sizeof known, name);
+    anepy_fail(ANEPY_E_NAME, "unknown %s '%.*s': use one of %s", kind, (int)(n < 40 ? n : 40), text,
+               known);
+    return -1;
+}
+
+int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, uint32_t *out) {
+    uint32_t known = 0, switches;
+    for (int32_t i = 0; i < ANEPY_SWITCH_N; i++)
+        if ((device->capabilities & SWITCHES[i].needs) == SWITCHES[i].needs) known |= BIT(i);
+    if (text == NULL) text = "max";
+    size_t n = strcspn(text, "+");
+    int32_t variant = -1;
+    /* A minus may belong to the name (double-buffer): the longest variant that fits wins. */
+    for (int32_t i = 0; i < VARIANT_N; i++) {
+        size_t length = strlen(VARIANTS[i].name);
+        if (strncmp(text, VARIANTS[i].name, length) == 0 && strchr("+-", text[length]) != NULL) {
+            variant = i;
+            n = length;
+        }
+    }
+    if (variant < 0) {
+        find("variant", text, strcspn(text, "+"), anepy_variant_name);
+        return ANEPY_E_NAME;
+    }
+    switches = VARIANTS[variant].switches & (VARIANTS[variant].best_effort ? known : ~0u);
+    for (const char *rest = text + n; *rest != '\0'; rest += n) {
+        char sign = *rest++;
+        n = strcspn(rest, "+-");
+        int32_t i = find("switch", rest, n, anepy_switch_name);
+        if (i < 0) return ANEPY_E_NAME;
+        if (sign == '+') switches |= BIT(i);
+        else switches &= ~BIT(i);
+    }
+    for (int32_t i = 0; i < ANEPY_SWITCH_N; i++)
+        if ((switches & ~known) & BIT(i))
+            return anepy_fail(ANEPY_E_UNSUPPORTED,
+                              "variant '%s': switch %s means nothing on device %s; leave it out or "
+                              "choose another device",
+                              text, SWITCHES[i].name, device->name);
+    *out = switches;
+    return ANEPY_OK;
+}
+
+int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches) {
+    const anepy_device_type *type = anepy_device_find(device);
+    return type != NULL ? anepy_switches_parse(text, type, switches) : ANEPY_E_NAME;
+}

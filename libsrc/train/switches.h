@@ -1,0 +1,27 @@
+/* train/switches.h - the switch table and the named variants (design.md 1). */
+#ifndef ANEPY_TRAIN_SWITCHES_H
+#define ANEPY_TRAIN_SWITCHES_H
+
+#include "device/device.h"
+
+typedef enum {
+    ANEPY_SIMD_ADAM,
+    ANEPY_FP16_CACHE,
+    ANEPY_PREALLOC,
+    ANEPY_CONCURRENT_DW,
+    ANEPY_SKIP_DEAD_READS,
+    ANEPY_VECTOR_EMBED,
+    ANEPY_METAL_DW,
+    ANEPY_OFFLOAD_RMSNORM,
+    ANEPY_OFFLOAD_CLASSIFIER,
+    ANEPY_OFFLOAD_SOFTMAX,
+    ANEPY_DYNAMIC_WEIGHTS,
+    ANEPY_BACKGROUND_COMPILE,
+    ANEPY_SWITCH_N
+} anepy_switch;
+
+/* NAME, then any number of +switch or -switch. Fails if a name is unknown or a switch means nothing
+ * on the device. text NULL: "max". */
+int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, uint32_t *out);
+
+#endif

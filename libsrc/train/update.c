@@ -1,0 +1,84 @@
+/* train/update.c - AdamW over the flat arenas: one pass that scales, clips, steps and clears. */
+#include "train/update.h"
+
+#include <math.h>
+
+#include "runtime/clock.h"
+
+#define PIECE ANEPY_UPDATE_PIECE
+
+typedef struct {
+    anepy_engine *e;
+    const anepy_kernels *kernels;
+    anepy_adam matrices, vectors; /* differ in weight decay */
+} update_task;
+
+static void sum_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    int64_t first = (int64_t)index * PIECE, left = e->model->arena_n - first;
+    e->sums[index] = anepy_vector(e)->sum_squares(e->grads + first, left < PIECE ? left : PIECE);
+}
+
+/* A piece may span several tensors; each run of elements gets its tensor's weight decay. */
+static void update_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const update_task *t = context;
+    const anepy_engine *e = t->e;
+    const anepy_model *m = e->model;
+    int64_t at = (int64_t)index * PIECE, end = at + PIECE < m->arena_n ? at + PIECE : m->arena_n;
+    for (int32_t i = 0; i < m->tensor_n && at < end; i++) {
+        const anepy_tensor *tensor = &m->tensors[i];
+        int64_t stop = tensor->offset + tensor->rows * tensor->cols;
+        if (stop <= at) continue;
+        if (stop > end) stop = end;
+        t->kernels->adam(e->params + at, e->grads + at, e->adam_m + at, e->adam_v + at, stop - at,
+                         tensor->is_matrix ? &t->matrices : &t->vectors);
+        at = stop;
+    }
+}
+
+static int32_t pieces(const anepy_engine *e) {
+    return (int32_t)((e->model->arena_n + PIECE - 1) / PIECE);
+}
+
+/* Global norm of the mean gradient; the sum runs in a fixed order. */
+static double gradient_norm(anepy_engine *e, double scale) {
+    double sum = 0.0;
+    anepy_engine_run(e, pieces(e), sum_piece);
+    for (int32_t i = 0; i < pieces(e); i++) sum += e->sums[i];
+    return sqrt(sum) * scale;
+}
+
+void anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
+    double start = anepy_now_ms();
+    double scale = 1.0 / (double)e->accumulated;
+    stats->grad_norm = NAN;
+    stats->skipped = 0;
+    if (o->grad_clip > 0.0) {
+        stats->grad_norm = gradient_norm(e, scale);
+        if (!isfinite(stats->grad_norm)) {
+            stats->skipped = 1;
+            stats->update_ms = anepy_now_ms() - start;
+            return;
+        }
+        if (stats->grad_norm > o->grad_clip) scale *= o->grad_clip / stats->grad_norm;
+    }
+    double t = (double)(e->updates + 1);
+    anepy_adam adam = {.lr = (float)(o->lr / (1.0 - pow(o->beta1, t))),
+                       .beta1 = (float)o->beta1,
+                       .beta2 = (float)o->beta2,
+                       .one_beta1 = (float)(1.0 - o->beta1),
+                       .one_beta2 = (float)(1.0 - o->beta2),
+                       .eps = (float)o->eps,
+                       .decay = 1.0f,
+                       .inv_sqrt_c2 = (float)(1.0 / sqrt(1.0 - pow(o->beta2, t))),
+                       .grad_scale = (float)scale};
+    update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? anepy_vector(e) : anepy_kernels_scalar(),
+                        adam, adam};
+    task.matrices.decay = (float)(1.0 - o->lr * o->weight_decay);
+    anepy_pool_run(e->pool, pieces(e), update_piece, &task);
+    e->updates++;
+    e->accumulated = 0;
+    stats->update_ms = anepy_now_ms() - start;
+}

@@ -1,0 +1,545 @@
+"""Token files, windows and `prepare`, with every way they can be wrong."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import anepy.data
+from anepy.data import Sampler, TokenData, prepare, windows
+from anepy.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from anepy.tokenizer import Tokenizer
+
+Shared = Callable[[str], Path]
+# 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
+CHI2_9_DOF = 27.9
+
+
+def numbers(n: int, name: str = "the token array") -> TokenData:
+    return TokenData.from_array(np.arange(n, dtype=np.uint16), name=name)
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def write_sidecar(path: Path, **changes: object) -> None:
+    facts = {"format": "anepy-tokens-1", "dtype": "uint32", "vocab_size": 10, "tokens": 4}
+    path.with_name(path.name + ".json").write_text(json.dumps({**facts, **changes}))
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """Return a function that makes writing beyond a size fail, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- TokenData -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "raw"), [("uint16", "<u2"), ("uint32", "<u4")])
+def test_token_data_reads_flat_little_endian_files(tmp_path: Path, dtype: str, raw: str) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(np.array([1, 258, 65535], dtype=raw).tobytes())
+    data = TokenData(path, dtype)
+    assert data.tokens.tolist() == [1, 258, 65535]
+    assert len(data) == 3
+    assert data.path == path
+    assert isinstance(data.tokens, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        data.tokens[0] = 5
+
+
+def test_token_data_auto_without_sidecar_is_uint16(tmp_path: Path) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(bytes(8))
+    data = TokenData(str(path))
+    assert (len(data), data.vocab_size) == (4, None)
+
+
+def test_token_data_auto_follows_the_sidecar(tmp_path: Path) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(np.arange(4, dtype="<u4").tobytes())
+    write_sidecar(path)
+    data = TokenData(path)
+    assert (data.tokens.tolist(), data.vocab_size) == ([0, 1, 2, 3], 10)
+    assert len(TokenData(path, "uint16")) == 8
+
+
+def test_token_data_other_size_than_sidecar_raises(tmp_path: Path) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(bytes(12))
+    write_sidecar(path)
+    with pytest.raises(DataError, match=r"has 12 bytes, but d.bin.json says 16") as caught:
+        TokenData(path)
+    assert str(path) in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "other"},
+        {"dtype": "float32"},
+        {"dtype": ["uint16"]},
+        {"tokens": "4"},
+        {"tokens": -4},
+        {"tokens": True},
+        {"vocab_size": None},
+    ],
+)
+def test_token_data_bad_sidecar_field_raises(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(bytes(16))
+    write_sidecar(path, **changes)
+    with pytest.raises(DataError, match=r"d.bin.json does not describe token data") as caught:
+        TokenData(path)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+def test_token_data_sidecar_not_an_object_raises(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(bytes(16))
+    (tmp_path / "d.bin.json").write_bytes(raw)
+    with pytest.raises(DataError, match="does not describe token data"):
+        TokenData(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "dtype", "message"),
+    [
+        (b"", "auto", "is empty"),
+        (b"", "uint32", "is empty"),
+        (bytes(7), "auto", "has 7 bytes, not a multiple of the 2 of a uint16"),
+        (bytes(6), "uint32", "has 6 bytes, not a multiple of the 4 of a uint32"),
+    ],
+)
+def test_token_data_file_of_wrong_size_raises(
+    tmp_path: Path, raw: bytes, dtype: str, message: str
+) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=message) as caught:
+        TokenData(path, dtype)
+    assert str(path) in one_line(caught)
+
+
+def test_token_data_missing_file_or_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.bin: No such file") as caught:
+        TokenData(tmp_path / "none.bin")
+    one_line(caught)
+    with pytest.raises(DataError, match="it is a folder"):
+        TokenData(tmp_path)
+    with pytest.raises(DataError, match="it is not a regular file"):
+        TokenData(os.devnull)
+
+
+def test_token_data_unknown_dtype_raises(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown token type 'int8'"):
+        TokenData(tmp_path / "d.bin", "int8")
+
+
+def test_from_array_shares_memory_and_is_read_only() -> None:
+    array = np.arange(5)
+    data = TokenData.from_array(array)
+    assert np.shares_memory(data.tokens, array)
+    assert not data.tokens.flags.writeable
+    assert array.flags.writeable
+    assert data.path is None
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2), int), np.zeros(3), 5])
+def test_from_array_not_a_row_of_integers_raises(array: object) -> None:
+    with pytest.raises(DataError, match="give a one-dimensional array of integers"):
+        TokenData.from_array(array)  # type: ignore[arg-type]
+
+
+def test_check_names_the_first_bad_token_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anepy.data, "_CHECK_TOKENS", 4)
+    tokens = np.zeros(11, np.uint16)
+    data = TokenData.from_array(tokens, name="d.bin")
+    data.check(1)
+    tokens[6], tokens[7], tokens[10] = 512, 600, 700
+    data.check(701)
+    with pytest.raises(DataError, match=r"^d.bin: token 6 is 512, but .* has 512") as caught:
+        data.check(512)
+    one_line(caught)
+
+
+def test_check_negative_id_raises_and_huge_vocabulary_passes() -> None:
+    with pytest.raises(DataError, match="token 1 is -1"):
+        TokenData.from_array(np.array([3, -1])).check(10)
+    numbers(4).check(10**9)
+
+
+def test_split_keeps_the_end_and_shares_memory() -> None:
+    data = numbers(100)
+    train, held_out = data.split(0.25)
+    assert held_out is not None
+    assert (len(train), held_out.tokens.tolist()) == (75, list(range(75, 100)))
+    assert np.shares_memory(held_out.tokens, data.tokens)
+    assert data.split(0) == (data, None)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
+def test_split_fraction_out_of_range_raises(fraction: float) -> None:
+    with pytest.raises(ConfigError, match="held-out fraction"):
+        numbers(10).split(fraction)
+
+
+def test_split_too_short_part_is_named_by_the_sampler() -> None:
+    train, held_out = numbers(20, name="d.bin").split(0.1)
+    Sampler(train, 8, 0)
+    assert held_out is not None
+    with pytest.raises(DataError, match=r"the held-out part of d.bin has 2 tokens, but .* needs 9"):
+        Sampler(held_out, 8, 0)
+
+
+# --- Sampler and windows -------------------------------------------------------------------------
+
+
+def test_sampler_next_gives_int32_tokens_and_the_ones_after() -> None:
+    sampler = Sampler(numbers(50), 7, seed=1)
+    for _ in range(20):
+        tokens, targets = sampler.next()
+        assert tokens.shape == targets.shape == (7,)
+        assert tokens.dtype == targets.dtype == np.int32
+        assert tokens.flags.c_contiguous and targets.flags.c_contiguous
+        assert tokens.flags.owndata and targets.flags.owndata
+        assert tokens.tolist() == list(range(tokens[0], tokens[0] + 7))
+        assert (targets == tokens + 1).all()
+
+
+def test_sampler_every_start_is_equally_likely() -> None:
+    sampler = Sampler(numbers(15), 5, seed=0)
+    counts = np.bincount([sampler.next()[0][0] for _ in range(5000)], minlength=10)
+    assert len(counts) == 10
+    assert ((counts - 500) ** 2 / 500).sum() < CHI2_9_DOF
+
+
+def test_sampler_exactly_one_window_always_draws_it() -> None:
+    sampler = Sampler(numbers(9), 8, seed=5)
+    assert [sampler.next()[1].tolist() for _ in range(3)] == [list(range(1, 9))] * 3
+
+
+def test_sampler_draws_are_pinned_forever() -> None:
+    """A resumed run must see the same windows under any later version of numpy or anepy."""
+    sampler = Sampler(numbers(60000), 8, seed=1234)
+    assert [int(sampler.next()[0][0]) for _ in range(5)] == [38880, 14383, 22478, 21882, 15437]
+
+
+def test_sampler_rejects_biased_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([2**64 - 1, 2**64 - 2, 41])
+
+    class Bits:
+        def __init__(self, key: int, counter: int) -> None: ...
+
+        def random_raw(self) -> int:
+            return next(values)
+
+    monkeypatch.setattr(np.random, "Philox", Bits)
+    # 2**64 is 6 modulo 10: the last six values would favour low starts.
+    assert anepy.data._draw(10, 0, 0) == 1
+
+
+def test_sampler_seeds_differ_and_seed_zero_counts() -> None:
+    def starts(seed: int) -> list[int]:
+        sampler = Sampler(numbers(60000), 8, seed)
+        return [int(sampler.next()[0][0]) for _ in range(8)]
+
+    assert starts(0) == starts(0)
+    assert len({tuple(starts(seed)) for seed in (0, 1, 2, 2**64 - 1)}) == 4
+
+
+def test_sampler_restored_state_continues_alike() -> None:
+    sampler = Sampler(numbers(5000), 8, seed=3)
+    for _ in range(5):
+        sampler.next()
+    state = json.loads(json.dumps(sampler.state()))
+    assert state == {"seed": 3, "index": 5}
+    other = Sampler(numbers(5000), 8, seed=99)
+    other.restore({name: np.int64(value) for name, value in state.items()})
+    assert [other.next()[0][0] for _ in range(5)] == [sampler.next()[0][0] for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"seed": 1}, {"seed": 1, "index": -1}, {"seed": 1.5, "index": 0}]
+)
+def test_sampler_damaged_state_raises_and_changes_nothing(state: dict[str, int]) -> None:
+    sampler = Sampler(numbers(50), 8, seed=3)
+    with pytest.raises(CheckpointError, match="sampler state"):
+        sampler.restore(state)
+    assert sampler.state() == {"seed": 3, "index": 0}
+
+
+def test_sampler_short_data_says_how_many_tokens_it_needs() -> None:
+    with pytest.raises(DataError, match=r"d.bin has 8 tokens, but a sequence of 8 needs 9") as e:
+        Sampler(numbers(8, name="d.bin"), 8, seed=0)
+    one_line(e)
+
+
+@pytest.mark.parametrize(("seq_len", "seed"), [(0, 0), (-1, 0), (4, -1), (4, 2**64)])
+def test_sampler_setting_out_of_range_raises(seq_len: int, seed: int) -> None:
+    with pytest.raises(ConfigError):
+        Sampler(numbers(50), seq_len, seed)
+
+
+@pytest.mark.parametrize(
+    ("n", "seq_len", "count", "starts"),
+    [
+        (100, 9, 4, [0, 30, 60, 90]),
+        (100, 9, 1, [0]),
+        (21, 10, 2, [0, 10]),
+        (21, 10, 50, [0, 10]),
+        (11, 10, 5, [0]),
+    ],
+)
+def test_windows_are_evenly_spaced(n: int, seq_len: int, count: int, starts: list[int]) -> None:
+    found = list(windows(numbers(n), seq_len, count))
+    assert [int(tokens[0]) for tokens, _ in found] == starts
+    assert all(
+        (targets == tokens + 1).all() and len(tokens) == seq_len for tokens, targets in found
+    )
+
+
+def test_windows_never_overlap_and_reach_the_end() -> None:
+    for n in range(20, 60):
+        for count in (2, 3, 7):
+            found = [int(t[0]) for t, _ in windows(numbers(n), 4, count)]
+            assert min(np.diff(found)) >= 4
+            assert found[-1] == n - 5
+
+
+def test_windows_bad_settings_raise_at_once() -> None:
+    with pytest.raises(ConfigError, match="0 evaluation windows"):
+        windows(numbers(50), 4, 0)
+    with pytest.raises(ConfigError, match="sequence length is 0"):
+        windows(numbers(50), 0, 1)
+    with pytest.raises(DataError, match="has 4 tokens"):
+        windows(numbers(4), 4, 1)
+
+
+# --- prepare -------------------------------------------------------------------------------------
+
+
+def encoded(*documents: str) -> list[int]:
+    tokenizer = Tokenizer.bytes()
+    return [token for document in documents for token in tokenizer.encode(document)]
+
+
+def test_prepare_writes_tokens_and_sidecar(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" one \n<|endoftext|>\n\n<|endoftext|>two, 世界<|endoftext|>")
+    (tmp_path / "b.txt").write_text("three\r\nlines\n", newline="")
+    out = tmp_path / "d.bin"
+    result = prepare([tmp_path / "a.txt", str(tmp_path / "b.txt")], Tokenizer.bytes(), out)
+    ids = encoded("one", "two, 世界", "three\r\nlines")
+    assert out.read_bytes() == np.array(ids, "<u2").tobytes()
+    assert json.loads((tmp_path / "d.bin.json").read_text()) == {
+        "format": "anepy-tokens-1",
+        "tokenizer": "bytes",
+        "vocab_size": 259,
+        "dtype": "uint16",
+        "tokens": len(ids),
+        "files": ["a.txt", "b.txt"],
+        "documents": 3,
+    }
+    assert (result.path, result.sidecar) == (out, tmp_path / "d.bin.json")
+    assert (result.tokens, result.documents, result.dtype) == (len(ids), 3, "uint16")
+    data = TokenData(out)
+    assert (data.tokens.tolist(), data.vocab_size) == (ids, 259)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.txt", "d.bin", "d.bin.json"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_prepare_block_size_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(anepy.data, "_READ_BYTES", block)
+    text = tmp_path / "a.txt"
+    text.write_text("\ufeff 世界 one<|end<|endoftext|>  <|endoftext|><|endof\ntwo é <|endoftext|")
+    prepare(text, Tokenizer.bytes(), tmp_path / "d.bin")
+    expected = encoded("世界 one<|end", "<|endof\ntwo é <|endoftext|")
+    assert TokenData(tmp_path / "d.bin").tokens.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("separator", "documents"),
+    [
+        (None, ["a<|endoftext|>b\n\nc"]),
+        ("", ["a<|endoftext|>b\n\nc"]),
+        ("\n\n", ["a<|endoftext|>b", "c"]),
+        ("b", ["a<|endoftext|>", "c"]),
+    ],
+)
+def test_prepare_separator_divides_documents(
+    tmp_path: Path, separator: str | None, documents: list[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b\n\nc\n")
+    prepare(tmp_path / "a.txt", Tokenizer.bytes(), tmp_path / "d.bin", separator=separator)
+    assert TokenData(tmp_path / "d.bin").tokens.tolist() == encoded(*documents)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_prepare_vocabulary_size_decides_the_type(tmp_path: Path, size: int, dtype: str) -> None:
+    entries = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256)), b" "]
+    entries += [b"word%d" % i for i in range(size - len(entries) - 1)] + [b"z"]
+    (tmp_path / "a.txt").write_text("z")
+    tokenizer = Tokenizer(entries, np.zeros(size, np.float32))
+    result = prepare(tmp_path / "a.txt", tokenizer, tmp_path / "d.bin")
+    assert result.dtype == dtype
+    data = TokenData(tmp_path / "d.bin")
+    assert data.tokens.tolist() == [1, 259, size - 1]
+    assert data.tokens.dtype == dtype
+
+
+def test_prepare_sample_stories_with_their_tokenizer(shared: Shared, tmp_path: Path) -> None:
+    text, tokenizer = shared("tinystories_sample.txt"), shared("tok512.bin")
+    result = prepare(text, tokenizer, tmp_path / "d.bin")
+    assert (result.tokens, result.documents) == (374 + 330 + 223 + 425 + 457, 5)
+    data = TokenData(tmp_path / "d.bin")
+    data.check(512)
+    assert np.flatnonzero(data.tokens == 1).tolist() == [0, 374, 704, 927, 1352]
+    assert json.loads(result.sidecar.read_text())["tokenizer"] == "tok512.bin"
+
+
+def test_prepare_reports_progress_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anepy.data, "_READ_BYTES", 4)
+    (tmp_path / "a.txt").write_text("0123456789")
+    (tmp_path / "b.txt").write_text("abc")
+    seen: list[tuple[int, int]] = []
+    prepare(
+        [tmp_path / "a.txt", tmp_path / "b.txt"],
+        Tokenizer.bytes(),
+        tmp_path / "d.bin",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(4, 13), (8, 13), (10, 13), (13, 13)]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize(
+    ("raw", "offset"),
+    [(b"abc\xff", 3), ("é世界".encode() + b"\x80x", 8), (b"ab\xe4\xb8", 2), (b"ab\xe4\xb8cd", 2)],
+)
+def test_prepare_bad_utf8_names_file_and_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, raw: bytes, offset: int
+) -> None:
+    monkeypatch.setattr(anepy.data, "_READ_BYTES", block)
+    text = tmp_path / "a.txt"
+    text.write_bytes(raw)
+    with pytest.raises(DataError, match=rf"not UTF-8 text: bad byte at offset {offset};") as caught:
+        prepare(text, Tokenizer.bytes(), tmp_path / "d.bin")
+    assert str(text) in one_line(caught)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize("content", ["", " \n\t", "<|endoftext|>\n<|endoftext|>"])
+def test_prepare_no_text_raises_and_keeps_the_old_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    (tmp_path / "d.bin").write_bytes(b"old!")
+    with pytest.raises(DataError, match=r"no text to tokenize in .*a.txt") as caught:
+        prepare(tmp_path / "a.txt", Tokenizer.bytes(), tmp_path / "d.bin")
+    one_line(caught)
+    assert (tmp_path / "d.bin").read_bytes() == b"old!"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_prepare_missing_text_or_tokenizer_raises_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    out = tmp_path / "d.bin"
+    with pytest.raises(DataError, match=r"cannot read text file .*none.txt: No such file"):
+        prepare([tmp_path / "a.txt", tmp_path / "none.txt"], Tokenizer.bytes(), out)
+    with pytest.raises(DataError, match="it is a folder"):
+        prepare(tmp_path, Tokenizer.bytes(), out)
+    with pytest.raises(DataError, match="no file given"):
+        prepare([], Tokenizer.bytes(), out)
+    with pytest.raises(TokenizerError, match=r"none.bin"):
+        prepare(tmp_path / "a.txt", tmp_path / "none.bin", out)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_prepare_output_that_cannot_be_written_raises(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    (tmp_path / "folder").mkdir()
+    for out in ("nowhere/d.bin", "a.txt/d.bin", "folder"):
+        with pytest.raises(DataError, match="cannot write token file") as caught:
+            prepare(text, Tokenizer.bytes(), tmp_path / out)
+        assert out in one_line(caught)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "folder"]
+
+
+def test_prepare_read_only_folder_raises(tmp_path: Path) -> None:
+    if os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("needs a user whom folder permissions stop")
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o555)
+    with pytest.raises(DataError, match="Permission denied"):
+        prepare(text, Tokenizer.bytes(), folder / "d.bin")
+
+
+def test_prepare_disk_full_raises_and_keeps_the_old_files(
+    tmp_path: Path, file_size_limit: Callable[[int], None]
+) -> None:
+    text, out = tmp_path / "a.txt", tmp_path / "d.bin"
+    text.write_text("first")
+    prepare(text, Tokenizer.bytes(), out)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != text}
+    text.write_text("long " * 50_000)
+    file_size_limit(100_000)
+    with pytest.raises(
+        DataError, match=r"cannot write token file .*d.bin: File too large"
+    ) as caught:
+        prepare(text, Tokenizer.bytes(), out)
+    one_line(caught)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p != text} == before
+
+
+def test_prepare_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "a.txt", Tokenizer.bytes(), tmp_path / "d.bin", progress=interrupt)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["d.bin", "d.bin.json"])
+def test_prepare_onto_one_of_its_texts_raises(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(DataError, match="would be overwritten"):
+        prepare(tmp_path / name, Tokenizer.bytes(), tmp_path / "d.bin")
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_prepare_through_a_link_replaces_its_target(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    try:
+        (tmp_path / "d.bin").symlink_to(tmp_path / "real" / "d.bin")
+    except OSError:
+        pytest.skip("needs permission to make symbolic links")
+    prepare(tmp_path / "a.txt", Tokenizer.bytes(), tmp_path / "d.bin")
+    assert (tmp_path / "d.bin").is_symlink()
+    assert len(TokenData(tmp_path / "d.bin")) == len(encoded("text"))
+
+
+def test_docstring_examples_run() -> None:
+    assert doctest.testmod(anepy.data).attempted > 0
+    assert doctest.testmod(anepy.data).failed == 0

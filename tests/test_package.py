@@ -1,0 +1,184 @@
+"""What importing does and does not do, and what a wheel of this checkout carries."""
+
+from __future__ import annotations
+
+import email
+import email.message
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import anepy.hub
+from anepy import _build
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+HOME = str(Path(anepy.hub.__file__).resolve().parents[1])
+
+WATCHED_IMPORT = """
+import sys
+seen = []
+WRITING = 0o1103  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC on Linux
+
+def watch(event, arguments):
+    if event.startswith(("socket.", "subprocess.", "os.mkdir", "os.rename", "tempfile.")):
+        seen.append(event)
+    elif event == "ctypes.dlopen" and "anepy" in str(arguments[0] or ""):
+        seen.append(f"{event} {arguments[0]}")
+    elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
+        seen.append(f"{event} {arguments[0]}")
+
+sys.addaudithook(watch)
+before = set(sys.modules)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """Run Python code in a fresh process and return what it printed."""
+    settings = os.environ | {"PYTHONPATH": HOME, "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    command = [sys.executable, "-c", code]
+    # Not in the checkout: "-c" would put that before PYTHONPATH.
+    return subprocess.run(
+        command, env=settings, cwd="/", check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_import_touches_no_disk_no_network_no_library(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    places = {
+        "HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(tmp_path / "home" / "cache"),
+        "ANEPY_CACHE": str(tmp_path / "cache"),
+        "ANEPY_LIB": "/nonexistent/libanepy.so",
+    }
+    for module in ("anepy", "anepy.errors", "anepy.hub", "anepy._native"):
+        code = f"{WATCHED_IMPORT}import numpy\nseen.clear()\nimport {module}\nprint(seen)"
+        assert run(code, **places) == "[]\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["home"]
+
+
+def test_import_watch_sees_what_it_watches_for(tmp_path: Path) -> None:
+    """Without this the test above could pass because the hook is blind."""
+    deeds = (
+        "import os, socket, ctypes\n"
+        "socket.socket()\n"
+        f"os.mkdir({str(tmp_path / 'folder')!r})\n"
+        f"open({str(tmp_path / 'file')!r}, 'w')\n"
+        "try: ctypes.CDLL('/nonexistent/libanepy.so')\n"
+        "except OSError: pass\n"
+    )
+    seen = run(f"{WATCHED_IMPORT}import socket, ctypes\nseen.clear()\n{deeds}print(seen)")
+    for event in ("socket.__new__", "os.mkdir", "open ", "ctypes.dlopen"):
+        assert event in seen
+
+
+@pytest.mark.parametrize("module", ["anepy", "anepy.hub", "anepy._native"])
+def test_import_loads_only_light_modules(module: str) -> None:
+    heavy = ("requests", "urllib3", "rich", "typer", "click", "platformdirs", "torch", "asyncio")
+    loaded = json.loads(run(f"import json, sys, {module}\nprint(json.dumps(list(sys.modules)))"))
+    assert module in loaded
+    assert set(heavy) & set(loaded) == set()
+
+
+def test_release_record_is_complete_and_of_this_version() -> None:
+    record = json.loads((CHECKOUT / "anepy" / "_release.json").read_text("utf-8"))
+    project = (CHECKOUT / "pyproject.toml").read_text("utf-8")
+    version = re.search(r'(?m)^version = "(.+)"$', project)
+    assert version is not None and record["version"] == version[1]
+    assert set(record) == {"version", "sources", "base_url", "files"}
+    if record["files"]:
+        assert re.fullmatch(r"[0-9a-f]{64}", record["sources"])
+        assert record["base_url"].startswith("https://")
+    for tag, file in record["files"].items():
+        assert re.fullmatch(r"linux-\w+-(glibc|musl)|macos-\w+", tag)
+        assert set(file) == {"name", "size", "sha256"} and file["size"] > 0
+        assert re.fullmatch(r"[0-9a-f]{64}", file["sha256"]) and "/" not in file["name"]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a wheel from a copy of this checkout in which a compiled library lies around."""
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("needs hatchling; install the extra: pip install 'anepy[test]'")
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("anepy", "libsrc", "tests"):
+        shutil.copytree(CHECKOUT / name, root / name)
+    for name in ("build_lib.sh", "pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(CHECKOUT / name, root / name)
+    for name in ("anepy/_lib/linux-x86_64-glibc/libanepy.so", "anepy/__pycache__/x.pyc"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("litter")
+    code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(root / "dist")]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return root / "dist" / result.stdout.split()[-1]
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpack the wheel as an installer that drops executable bits would."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def metadata(installed: Path, name: str) -> email.message.Message:
+    (path,) = installed.glob(f"anepy-*.dist-info/{name}")
+    return email.message_from_string(path.read_text("utf-8"))
+
+
+def test_wheel_is_pure_python(wheel: Path, installed: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert metadata(installed, "WHEEL")["Root-Is-Purelib"] == "true"
+
+
+def test_wheel_needs_exactly_the_five_packages(installed: Path) -> None:
+    needed = metadata(installed, "METADATA").get_all("Requires-Dist") or []
+    core = {re.split(r"[^\w-]", line)[0] for line in needed if "extra ==" not in line}
+    assert core == {"numpy", "requests", "platformdirs", "rich", "typer"}
+
+
+def test_wheel_carries_package_and_sources_and_nothing_else(installed: Path) -> None:
+    files = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    assert {path.parts[0].partition("-")[0] for path in files} == {"anepy"}
+    names = {path.as_posix() for path in files}
+    assert {"anepy/py.typed", "anepy/_release.json", "anepy/_src/libsrc/anepy.h"} <= names
+    kinds = {path.suffix for path in files if path.parts[0] == "anepy"}
+    assert kinds == {".py", ".typed", ".json", ".c", ".h", ".sh"} | (kinds & {".m"})
+
+
+def test_wheel_script_is_executable_in_the_archive(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        mode = archive.getinfo("anepy/_src/build_lib.sh").external_attr >> 16
+    assert mode & stat.S_IXUSR
+
+
+def test_wheel_sources_have_the_hash_of_the_checkout(wheel: Path, installed: Path) -> None:
+    """Otherwise no release file built from the checkout would count for the installed package."""
+    copied = wheel.parents[1]
+    code = (
+        "from anepy import _build\nfrom pathlib import Path\nimport anepy.hub\n"
+        "root = _build.find_sources(Path(anepy.hub.__file__).parent)\n"
+        "print(root, _build.source_hash(), sep='\\n')"
+    )
+    root, found = run(code, PYTHONPATH=str(installed)).splitlines()
+    assert Path(root) == installed / "anepy" / "_src"
+    assert found == _build.source_hash(copied)
+    script = ["bash", str(installed / "anepy" / "_src" / "build_lib.sh"), "--print-hash"]
+    assert subprocess.run(script, check=True, capture_output=True, text=True).stdout == f"{found}\n"
+
+
+def test_wheel_script_without_out_asks_for_a_folder(installed: Path) -> None:
+    script = ["bash", str(installed / "anepy" / "_src" / "build_lib.sh")]
+    result = subprocess.run(script, check=False, capture_output=True, text=True)
+    assert result.returncode == 2 and "give --out DIR" in result.stderr

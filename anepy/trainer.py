@@ -25,6 +25,8 @@ from .model import Model
 from .reports import Measurements, StepReport, Summary, flops_per_step
 from .train_config import TrainConfig
 
+__all__ = ["DEFAULT_SEQ", "StepReport", "Summary", "TrainConfig", "Trainer", "sequence_length"]
+
 DEFAULT_SEQ = 256
 # Settings that change what is computed, so a resume that changes them is worth a note.
 _MATHEMATICAL = (

@@ -15,9 +15,9 @@ from rich.console import Console
 from anepy import console, console_text
 from anepy.console import Live, Plain
 from anepy.console_text import Header, History, duration, milliseconds, quantity, sparkline
+from anepy.reports import PHASES, StepReport, Summary
 from anepy.run_log import RunLog, dumps
 from anepy.train_config import TrainConfig
-from anepy.reports import PHASES, StepReport, Summary
 
 PHASE_MS = {name: 0.5 for name in PHASES}
 

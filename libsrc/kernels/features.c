@@ -15,8 +15,8 @@ static int all(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
 uint32_t anepy_cpu_features(void) {
     uint32_t a, b, c, d, found = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-    const uint32_t osxsave = 1u << 27, avx = 1u << 28, fma = 1u << 12;
-    if (!all(c, osxsave | avx | fma)) return 0;
+    const uint32_t osxsave = 1u << 27, avx = 1u << 28, fma = 1u << 12, f16c = 1u << 29;
+    if (!all(c, osxsave | avx | fma | f16c)) return 0;
     uint64_t state = read_xcr0();
     if ((state & 0x6) != 0x6) return 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;

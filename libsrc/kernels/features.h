@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define ANEPY_CPU_AVX2 1u   /* AVX2 + FMA, and the OS saves ymm */
+#define ANEPY_CPU_AVX2 1u   /* AVX2, FMA, F16C, and the OS saves ymm */
 #define ANEPY_CPU_AVX512 2u /* F, DQ, BW, VL, and the OS saves zmm and opmask */
 #define ANEPY_CPU_NEON 4u
 

@@ -44,6 +44,9 @@ typedef struct anepy_kernels {
     void (*scale)(float *dst, float factor, int64_t n);
     void (*exp)(float *dst, const float *x, int64_t n); /* within 2 ulp; 0 below -87.3 */
     double (*sum_squares)(const float *x, int64_t n);
+    /* IEEE binary16, round to nearest even; beyond 65504 becomes infinite, NaN stays NaN. */
+    void (*to_half)(uint16_t *dst, const float *src, int64_t n);
+    void (*from_half)(float *dst, const uint16_t *src, int64_t n);
 
     /* RMSNorm over rows c < channels of 64 columns (Zhang & Sennrich 2019; eps 1e-5 as llama2.c):
      * rstd[s] = 1/sqrt(mean_c x^2 + eps); y[c][s] = w[c] * x[c][s] * rstd[s]. */

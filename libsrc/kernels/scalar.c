@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "runtime/half.h"
 
 #define COLS ANEPY_COLUMNS
 
@@ -54,6 +55,14 @@ static double sum_squares__scalar(const float *x, int64_t n) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; i++) sum += (double)x[i] * x[i];
     return sum;
+}
+
+static void to_half__scalar(uint16_t *dst, const float *src, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = anepy_to_half(src[i]);
+}
+
+static void from_half__scalar(float *dst, const uint16_t *src, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_half(src[i]);
 }
 
 static void rmsnorm__scalar(float *y, float *rstd, const float *x, const float *w,
@@ -178,6 +187,8 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .scale = scale__scalar,
     .exp = exp__scalar,
     .sum_squares = sum_squares__scalar,
+    .to_half = to_half__scalar,
+    .from_half = from_half__scalar,
     .rmsnorm = rmsnorm__scalar,
     .rmsnorm_stats = rmsnorm_stats__scalar,
     .rmsnorm_row = rmsnorm_row__scalar,

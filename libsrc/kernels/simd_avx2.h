@@ -4,7 +4,7 @@
 #include "runtime/common.h"
 
 #define SIMD_NAME "avx2"
-#define SIMD_TARGET __attribute__((target("avx2,fma")))
+#define SIMD_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SIMD_FN(name) name##__avx2
 #define VL 8
 #define TILE_VECTORS 2 /* 6 x 2 accumulators + 2 columns of B + 1 broadcast = 15 of 16 registers */
@@ -55,6 +55,13 @@ V_INLINE double v_sum_squares(vf v) {
     __m256d sum = _mm256_fmadd_pd(low, low, _mm256_mul_pd(high, high));
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+V_INLINE vf v_load_half(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+V_INLINE void v_store_half(uint16_t *p, vf v) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
 /* dst[p*dst_ld + j] = src[j*src_ld + p] for 8 x 8 elements. */

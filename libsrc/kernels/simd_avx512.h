@@ -48,6 +48,13 @@ V_INLINE double v_sum_squares(vf v) {
     return _mm512_reduce_add_pd(_mm512_fmadd_pd(low, low, _mm512_mul_pd(high, high)));
 }
 
+V_INLINE vf v_load_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+V_INLINE void v_store_half(uint16_t *p, vf v) {
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 /* dst[p*dst_ld + j] = src[j*src_ld + p] for 16 x 16 elements. */
 V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
     __m512 r[16], t[16];

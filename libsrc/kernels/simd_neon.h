@@ -50,6 +50,13 @@ V_INLINE double v_sum_squares(vf v) {
     return vaddvq_f64(vfmaq_f64(vmulq_f64(high, high), low, low));
 }
 
+V_INLINE vf v_load_half(const uint16_t *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+V_INLINE void v_store_half(uint16_t *p, vf v) {
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}
+
 /* dst[p*dst_ld + j] = src[j*src_ld + p] for 4 x 4 elements. */
 V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
     float32x4x2_t a = vtrnq_f32(vld1q_f32(src), vld1q_f32(src + src_ld));

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "kernels/kernels.h"
+#include "runtime/half.h"
 
 #define COLS ANEPY_COLUMNS
 #define COL_VECTORS (COLS / VL) /* vectors across one panel */
@@ -138,6 +139,18 @@ SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; i += VL) sum += v_sum_squares(load_left(x + i, n - i));
     return sum;
+}
+
+SIMD_TARGET static void SIMD_FN(to_half)(uint16_t *dst, const float *src, int64_t n) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) v_store_half(dst + i, v_load(src + i));
+    for (; i < n; i++) dst[i] = anepy_to_half(src[i]);
+}
+
+SIMD_TARGET static void SIMD_FN(from_half)(float *dst, const uint16_t *src, int64_t n) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) v_store(dst + i, v_load_half(src + i));
+    for (; i < n; i++) dst[i] = anepy_from_half(src[i]);
 }
 
 V_INLINE vf v_sigmoid(vf x) {
@@ -347,7 +360,8 @@ SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, in
         .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
         .gemm_tile = SIMD_FN(gemm_tile), .transpose_panel = SIMD_FN(transpose_panel),              \
         .gemv = SIMD_FN(gemv), .add = SIMD_FN(add), .scale = SIMD_FN(scale), .exp = SIMD_FN(exp),  \
-        .sum_squares = SIMD_FN(sum_squares), .rmsnorm = SIMD_FN(rmsnorm),                          \
+        .sum_squares = SIMD_FN(sum_squares), .to_half = SIMD_FN(to_half),                          \
+        .from_half = SIMD_FN(from_half), .rmsnorm = SIMD_FN(rmsnorm),                              \
         .rmsnorm_stats = SIMD_FN(rmsnorm_stats), .rmsnorm_row = SIMD_FN(rmsnorm_row),              \
         .rope = SIMD_FN(rope), .swiglu = SIMD_FN(swiglu),                                          \
         .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_columns = SIMD_FN(softmax_columns),  \

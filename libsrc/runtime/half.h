@@ -1,0 +1,49 @@
+/* runtime/half.h - IEEE binary16 in software, bit for bit what the conversion instructions do. */
+#ifndef ANEPY_RUNTIME_HALF_H
+#define ANEPY_RUNTIME_HALF_H
+
+#include <string.h>
+
+#include "runtime/common.h"
+
+/* Round to nearest even; NaN stays NaN (quiet), beyond 65504 (after rounding) becomes infinite. */
+static inline uint16_t anepy_to_half(float x) {
+    uint32_t bits, sign, magnitude;
+    memcpy(&bits, &x, sizeof bits);
+    sign = bits >> 16 & 0x8000;
+    magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00); /* 65536 and above */
+    if (magnitude < 0x33000000) return (uint16_t)sign;             /* below half the smallest */
+    uint32_t exponent = magnitude >> 23;
+    uint32_t mantissa = magnitude & 0x7fffff;
+    uint32_t shift = 13;
+    if (exponent < 113) { /* subnormal: the implicit one becomes explicit and moves right */
+        mantissa |= 0x800000;
+        shift = 126 - exponent;
+        exponent = 112;
+    }
+    uint32_t half = (exponent - 112) << 10;
+    half += mantissa >> shift;
+    uint32_t rest = mantissa & ((1u << shift) - 1), middle = 1u << (shift - 1);
+    half += rest > middle || (rest == middle && (half & 1)); /* may carry into the exponent: right */
+    return (uint16_t)(sign | half);
+}
+
+static inline float anepy_from_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
+    float x;
+    if (magnitude >= 0x7c00) {
+        bits = 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0);
+    } else if (magnitude >= 0x0400) {
+        bits = (magnitude << 13) + (112u << 23);
+    } else { /* subnormal: magnitude * 2^-24, exact */
+        x = (float)magnitude * 0x1p-24f;
+        memcpy(&bits, &x, sizeof bits);
+    }
+    bits |= sign;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+#endif

@@ -30,7 +30,7 @@ _HOMES = {
     "variants": "engine",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .data import TokenData, prepare

@@ -70,6 +70,7 @@ class EngineOptions(_Sized):
         ("precision", c_char_p),
         ("seq_len", c_int32),
         ("threads", c_int32),
+        ("loss_scale", c_double),
     )
 
 
@@ -86,6 +87,8 @@ class EngineInfo(_Sized):
         ("seq_len", c_int32),
         ("accumulated", c_int64),
         ("updates", c_int64),
+        ("loss_scale", c_double),
+        ("clean_steps", c_int64),
     )
 
 
@@ -134,6 +137,7 @@ class UpdateStats(_Sized):
         ("skipped", c_uint32),
         ("grad_norm", c_double),
         ("update_ms", c_double),
+        ("compile_ms", c_double),
     )
 
 
@@ -190,7 +194,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_update": (handle, POINTER(UpdateStats), POINTER(UpdateOptions)),
     "anepy_engine_evaluate": (handle, POINTER(c_double), _ids, _ids, c_int32),
     "anepy_engine_logits": (handle, _floats, _ids, c_int32),
-    "anepy_engine_restore": (handle, c_int64, c_int64),
+    "anepy_engine_restore": (handle, POINTER(EngineInfo)),
     "anepy_decoder_create": (POINTER(handle), handle, handle, c_int32, c_int32),
     "anepy_decoder_forward": (handle, _floats, c_int32, c_int32),
     "anepy_library_get_info": (POINTER(LibraryInfo),),

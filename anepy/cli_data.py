@@ -218,6 +218,7 @@ def prepare(
         )
         return
     print(
-        f"{done.path}: {quantity(done.tokens)} tokens of {done.documents:,} documents, "
+        f"{done.path}: {quantity(done.tokens)} tokens, "
+        f"{done.documents:,} document{'' if done.documents == 1 else 's'}, "
         f"{done.dtype}, vocabulary {done.vocab_size:,}"
     )

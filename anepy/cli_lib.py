@@ -40,7 +40,8 @@ def info(as_json: JsonOption = False) -> None:
     if "error" in library:
         rows.append(("library", library["error"]))
     else:
-        rows += [(name, _text(value)) for name, value in library.items()]
+        rows.append(("library", f"{library.pop('path', '?')} ({library.pop('found', '?')})"))
+        rows += [(name.replace("_", " "), _text(value)) for name, value in library.items()]
     for device in facts["devices"]:
         usable = "" if device["usable"] else "not usable: "
         rows.append((f"device {device['name']}", usable + device["reason"]))
@@ -84,6 +85,8 @@ def _facts() -> dict[str, Any]:
         from . import engine
 
         facts["library"] = dict(engine.library_info())
+        if (found := _native.loaded()) is not None:
+            facts["library"] = {"path": str(found.path), "found": found.place} | facts["library"]
         facts["devices"] = [
             {"name": item.name, "usable": item.usable, "reason": item.reason}
             for item in engine.devices()

@@ -162,7 +162,8 @@ class Plain(Reporter):
                 + ("  skipped" if report.skipped else "")
             )
         if report.updated:
-            if shown:
+            # A batch of one step would only repeat the line above.
+            if shown and len(self._batch_ms) > 1:
                 train = sum(self._batch_ms)
                 self._line(
                     f"[batch {len(self._batch_ms)}: compile=0ms train={train:.1f}ms "

@@ -118,8 +118,8 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
         ("variant", variant_text(header.engine)),
         (
             "run",
-            f"{settings['steps']:,} steps of {settings['seq']} tokens, "
-            f"an update every {settings['accum']}",
+            f"{settings['steps']:,} steps of {settings['seq']} tokens, an update "
+            + ("after each" if settings["accum"] == 1 else f"every {settings['accum']}"),
         ),
         ("optimizer", f"{optimizer_text(settings)}, lr {settings['lr']:g}"),
     ]
@@ -145,6 +145,9 @@ def variant_text(engine: Mapping[str, Any]) -> str:
 def optimizer_text(settings: Mapping[str, Any]) -> str:
     """Describe the optimizer's settings that are not at their plainest."""
     parts = ["AdamW"]
+    betas = (settings["beta1"], settings["beta2"])
+    if betas != (0.9, 0.999):
+        parts.append("betas {:g} and {:g}".format(*betas))
     if settings["weight_decay"]:
         parts.append(f"weight decay {settings['weight_decay']:g}")
     if settings["grad_clip"] is not None:
@@ -166,7 +169,7 @@ def summary_rows(summary: Summary, arrow: str) -> list[tuple[str, str]]:
             (
                 "held-out",
                 f"{before:.4f} {arrow} {after:.4f} (perplexity "
-                f"{perplexity(before):,.1f} {arrow} {perplexity(after):,.1f})",
+                f"{perplexity(before):,.4g} {arrow} {perplexity(after):,.4g})",
             )
         )
     spread = f"{milliseconds(summary.ms_q1)} to {milliseconds(summary.ms_q3)}"

@@ -67,11 +67,13 @@ class UpdateStats:
     Attributes:
         grad_norm: global norm of the mean gradient before clipping; NaN when clipping is off.
         update_ms: time of the update in milliseconds.
+        compile_ms: time to compile the programs for the new weights, where they are baked.
         skipped: the norm was not finite and the weights were left alone.
     """
 
     grad_norm: float
     update_ms: float
+    compile_ms: float
     skipped: bool
 
 
@@ -119,6 +121,7 @@ class Engine(_Owner):
         precision: "auto" or "fp32".
         seq_len: longest sequence; default the model's.
         threads: default from CPU affinity, cgroup quota and physical cores.
+        loss_scale: what dynamic loss scaling starts with (fp16 only); default 4096.
 
     Raises:
         ConfigError: a name is unknown, a value out of range, or a device not usable here.
@@ -138,6 +141,7 @@ class Engine(_Owner):
         precision: str = "auto",
         seq_len: int | None = None,
         threads: int | None = None,
+        loss_scale: float | None = None,
     ) -> None:
         for name, value in (("seq_len", seq_len), ("threads", threads)):
             if value is not None and not 1 <= value < 2**31:
@@ -159,6 +163,7 @@ class Engine(_Owner):
             precision=precision.encode(),
             seq_len=seq_len or 0,
             threads=threads or 0,
+            loss_scale=loss_scale or 0.0,
         )
         handle = ctypes.c_void_p()
         self._lib.anepy_engine_create(
@@ -252,7 +257,7 @@ class Engine(_Owner):
         self._lib.anepy_engine_update(
             self._open_handle(), ctypes.byref(stats), ctypes.byref(options)
         )
-        return UpdateStats(stats.grad_norm, stats.update_ms, bool(stats.skipped))
+        return UpdateStats(stats.grad_norm, stats.update_ms, stats.compile_ms, bool(stats.skipped))
 
     def logits(self, tokens: npt.ArrayLike) -> Array:
         """Return the logits of every position, float32 (n, vocab_size), without gradients."""
@@ -270,9 +275,36 @@ class Engine(_Owner):
         )
         return loss.value
 
-    def restore(self, accumulated: int, updates: int) -> None:
-        """Tell the engine what has been loaded into `gradients`, `adam_m` and `adam_v`."""
-        self._lib.anepy_engine_restore(self._open_handle(), accumulated, updates)
+    @property
+    def loss_scale(self) -> float:
+        """The factor that gradients carry now; 1 unless losses are scaled (fp16)."""
+        return float(self._info().loss_scale)
+
+    @property
+    def clean_steps(self) -> int:
+        """Steps since the loss scale last changed."""
+        return int(self._info().clean_steps)
+
+    def restore(
+        self,
+        accumulated: int,
+        updates: int,
+        loss_scale: float | None = None,
+        clean_steps: int = 0,
+    ) -> None:
+        """Tell the engine what has been loaded into weights, `gradients`, `adam_m` and `adam_v`.
+
+        Args:
+            accumulated: steps the gradients are the sum of.
+            updates: Adam's t.
+            loss_scale: the factor the gradients carry; ignored where losses are not scaled.
+            clean_steps: steps since the scale last changed.
+        """
+        info = self._info()
+        info.accumulated, info.updates, info.clean_steps = accumulated, updates, clean_steps
+        if loss_scale is not None:
+            info.loss_scale = loss_scale
+        self._lib.anepy_engine_restore(self._open_handle(), ctypes.byref(info))
 
     def _info(self) -> _abi.EngineInfo:
         info = _abi.EngineInfo()

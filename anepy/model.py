@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,7 +114,7 @@ class TensorTable:
         memory = (ctypes.c_float * self.size).from_address(address.value or 0)
         finalizer = weakref.finalize(memory, self.lib.anepy_memory_free, address, nbytes)
         finalizer.atexit = False
-        return np.frombuffer(memory, dtype=np.float32)
+        return np.frombuffer(memoryview(memory), dtype=np.float32)
 
     def views(self, arena: Array) -> Mapping[str, Array]:
         """Name the tensors of an arena, without copying."""
@@ -280,9 +279,8 @@ def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:
             f"model {path} has {size} bytes, less than a llama2.c header: it is truncated or not a "
             "model"
         )
-    values: list[Any] = list(_HEADER.unpack(head))
-    vocab = values[5]
-    config = ModelConfig(*values[:5], abs(vocab), values[6], tied=vocab > 0)
+    dim, hidden, layers, heads, kv_heads, vocab, seq_len = _HEADER.unpack(head)
+    config = ModelConfig(dim, hidden, layers, heads, kv_heads, abs(vocab), seq_len, vocab > 0)
     limits = (1 << 15, 1 << 16, 1 << 10, 1 << 10, 1 << 10, 1 << 22, 1 << 20)
     names = [f.name for f in dataclasses.fields(ModelConfig)][:7]
     for name, limit in zip(names, limits, strict=True):

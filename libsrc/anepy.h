@@ -111,6 +111,7 @@ typedef struct anepy_engine_options {
     const char *precision; /* NULL: "auto" */
     int32_t seq_len;       /* longest sequence of this engine; 0: the model's */
     int32_t threads;       /* 0: affinity, cgroup quota and physical cores decide */
+    double loss_scale;     /* fp16: what the dynamic scale starts with; 0: default */
 } anepy_engine_options;
 
 typedef struct anepy_engine_info {
@@ -123,6 +124,8 @@ typedef struct anepy_engine_info {
     int32_t seq_len;
     int64_t accumulated; /* steps since the last update */
     int64_t updates;     /* updates so far: Adam's t */
+    double loss_scale;   /* 1 unless losses are scaled */
+    int64_t clean_steps; /* since the scale last changed */
 } anepy_engine_info;
 
 /* What one step did. Times are milliseconds of the calling thread unless "busy" says all threads. */
@@ -160,6 +163,7 @@ typedef struct anepy_update_stats {
     uint32_t skipped; /* 1: the global norm was not finite, the weights were left alone */
     double grad_norm; /* before clipping; NaN when it was not asked for */
     double update_ms;
+    double compile_ms; /* baked weights: programs for the new ones */
 } anepy_update_stats;
 
 ANEPY_API int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
@@ -185,8 +189,9 @@ ANEPY_API int32_t anepy_engine_evaluate(anepy_engine *engine, double *loss, cons
 ANEPY_API int32_t anepy_engine_logits(anepy_engine *engine, float *logits, const int32_t *tokens,
                                       int32_t n);
 
-/* Tells the engine what a checkpoint has put into the arenas. */
-ANEPY_API int32_t anepy_engine_restore(anepy_engine *engine, int64_t accumulated, int64_t updates);
+/* Tells the engine that the arenas were filled from a checkpoint: takes over accumulated, updates,
+ * loss_scale and clean_steps, and recompiles where weights are baked. */
+ANEPY_API int32_t anepy_engine_restore(anepy_engine *engine, const anepy_engine_info *info);
 
 /* ----------------------------------------------------------------------------------- decoder */
 

@@ -17,10 +17,10 @@
 /* The layout Python mirrors in _abi.py: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 40, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
-_Static_assert(sizeof(anepy_engine_info) == 96, "engine info");
+_Static_assert(sizeof(anepy_engine_info) == 112, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 112, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 56, "update options");
-_Static_assert(sizeof(anepy_update_stats) == 24, "update stats");
+_Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
 
 int32_t anepy_abi_version(void) { return ANEPY_ABI_VERSION; }
 
@@ -122,13 +122,14 @@ static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targe
     double mark = anepy_now_ms();
     stats->loss = anepy_loss(e, 1);
     stats->softmax_ms = anepy_now_ms() - mark;
-    int32_t status = anepy_backward(e);
-    if (status != ANEPY_OK) {
-        anepy_dw_wait(e); /* nothing may still write when the caller looks */
-        return status;
-    }
-    e->accumulated++;
-    stats->loss_scale = 1.0;
+    int32_t status = ANEPY_OK;
+    if (anepy_scaled(e) && !isfinite(stats->loss)) stats->skipped = 1;
+    else status = anepy_backward(e);
+    if (status != ANEPY_OK || stats->skipped) anepy_dw_wait(e); /* nothing may still write */
+    if (status != ANEPY_OK) return status;
+    stats->loss_scale = e->loss_scale;
+    if (!stats->skipped) e->accumulated++;
+    if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
     stats->flops = anepy_step_flops(e->model, n);
     stats->allocations = anepy_heap_operations() - heap;
     stats->step_ms = anepy_now_ms() - start;
@@ -188,15 +189,28 @@ int32_t anepy_engine_update(anepy_engine *e, anepy_update_stats *out,
                             const anepy_update_options *options) {
     ANEPY_TRY(enter(e));
     int32_t status = check_update(e, options);
-    if (status == ANEPY_OK) anepy_update(e, out, options);
+    if (status == ANEPY_OK) status = anepy_update(e, out, options);
     return leave(e, status);
 }
 
-int32_t anepy_engine_restore(anepy_engine *e, int64_t accumulated, int64_t updates) {
-    if (accumulated < 0 || updates < 0)
-        return anepy_fail(ANEPY_E_ARGUMENT, "%lld accumulated steps, %lld updates",
-                          (long long)accumulated, (long long)updates);
-    e->accumulated = accumulated;
-    e->updates = updates;
-    return ANEPY_OK;
+int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
+    if (info->struct_size < sizeof *info)
+        return anepy_fail(ANEPY_E_ARGUMENT, "engine info has %u bytes, expected %zu",
+                          info->struct_size, sizeof *info);
+    if (info->accumulated < 0 || info->updates < 0 || info->clean_steps < 0 ||
+        !(info->loss_scale > 0.0 && info->loss_scale <= 0x1p40))
+        return anepy_fail(ANEPY_E_ARGUMENT,
+                          "%lld accumulated steps, %lld updates, loss scale %g: not a state an "
+                          "engine can be in",
+                          (long long)info->accumulated, (long long)info->updates,
+                          info->loss_scale);
+    ANEPY_TRY(enter(e));
+    e->accumulated = info->accumulated;
+    e->updates = info->updates;
+    if (anepy_scaled(e)) {
+        e->loss_scale = info->loss_scale;
+        e->clean_steps = info->clean_steps;
+    }
+    int live = (e->device->type->capabilities & ANEPY_LIVE_WEIGHTS) != 0;
+    return leave(e, live ? ANEPY_OK : anepy_compile(e));
 }

@@ -284,12 +284,13 @@ def test_train_model_of_wrong_size_is_one_line(
 
 
 def test_train_demo_learns_and_samples(run: Run, tmp_path: Path) -> None:
-    result = run("train", "--steps", 8, "--json")
+    result = run("train", "--steps", 300, "--json")
     assert result.code == 0, result.err
     record = json.loads(result.out)
     summary = record["summary"]
     assert summary["held_out_before"] == pytest.approx(math.log(259), rel=0.05)
-    assert summary["held_out_after"] < summary["held_out_before"]
+    # Letter frequencies alone give about 2.9; words have been learned below 1.5.
+    assert summary["held_out_after"] < 1.5
     assert record["sample"].startswith("Once upon a time")
     assert not list(tmp_path.iterdir()), "a demo leaves nothing behind"
 

@@ -42,31 +42,42 @@ int32_t anepy_device_get_info(int32_t index, anepy_device_info *out) {
     return ANEPY_OK;
 }
 
+static size_t element_size(anepy_dtype dtype) { return dtype == ANEPY_F32 ? 4 : 2; }
+
+/* Where a channel begins; the surface is locked. */
+static void *channel_data(anepy_surface *surface, int32_t channel) {
+    size_t row = (size_t)surface->width * element_size(surface->dtype);
+    return (char *)surface->data + (size_t)channel * row;
+}
+
 int32_t anepy_surface_read(anepy_surface *surface, int32_t channel, int32_t count, float *dst) {
     const anepy_device_ops *ops = surface->device->ops;
-    size_t row = (size_t)surface->width * sizeof(float);
+    int64_t n = (int64_t)count * surface->width;
     ANEPY_TRY(ops->lock(surface, 0));
-    memcpy(dst, (const char *)surface->data + (size_t)channel * row, (size_t)count * row);
+    const void *src = channel_data(surface, channel);
+    if (surface->dtype == ANEPY_F16) surface->device->options.gemm->kernels->from_half(dst, src, n);
+    else memcpy(dst, src, (size_t)n * sizeof(float));
     return ops->unlock(surface, 0);
 }
 
 int32_t anepy_surface_write(anepy_surface *surface, int32_t channel, int32_t count,
                             const float *src) {
     const anepy_device_ops *ops = surface->device->ops;
-    size_t row = (size_t)surface->width * sizeof(float);
+    int64_t n = (int64_t)count * surface->width;
     ANEPY_TRY(ops->lock(surface, 1));
-    memcpy((char *)surface->data + (size_t)channel * row, src, (size_t)count * row);
+    void *dst = channel_data(surface, channel);
+    if (surface->dtype == ANEPY_F16) surface->device->options.gemm->kernels->to_half(dst, src, n);
+    else memcpy(dst, src, (size_t)n * sizeof(float));
     return ops->unlock(surface, 1);
 }
 
 int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surface *src,
                            int32_t src_channel, int32_t count) {
     const anepy_device_ops *ops = dst->device->ops;
-    size_t row = (size_t)dst->width * sizeof(float);
     ANEPY_TRY(ops->lock(src, 0));
     ANEPY_TRY(ops->lock(dst, 1));
-    memcpy((char *)dst->data + (size_t)dst_channel * row,
-           (const char *)src->data + (size_t)src_channel * row, (size_t)count * row);
+    memcpy(channel_data(dst, dst_channel), channel_data(src, src_channel),
+           (size_t)count * (size_t)dst->width * element_size(dst->dtype));
     ANEPY_TRY(ops->unlock(dst, 1));
     return ops->unlock(src, 0);
 }

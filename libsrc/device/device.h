@@ -31,6 +31,12 @@ struct anepy_surface {
     void *data; /* where the host sees it between lock and unlock, row-major */
 };
 
+/* One program for the weights of one layer. */
+typedef struct {
+    const anepy_program *program;
+    int32_t layer;
+} anepy_instance;
+
 /* What a device is opened for. Everything outlives the device. */
 typedef struct {
     const anepy_model *model;
@@ -43,7 +49,7 @@ typedef struct {
 typedef struct {
     const char *name;
     const char *about;
-    uint32_t precisions; /* bit per anepy_dtype; the first set bit is what "auto" means */
+    uint32_t precisions; /* bit per anepy_dtype; "auto" takes the first in that order */
     uint32_t capabilities;
     /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
     int32_t (*probe)(void);
@@ -56,9 +62,10 @@ typedef struct {
     /* Before and after the host touches surface->data. */
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
-    /* params: the parameter arena; weights are those of the program in this layer. */
-    int32_t (*compile)(anepy_device *device, const anepy_program *program, const float *params,
-                       int32_t layer, anepy_kernel **out);
+    /* Compiles all instances, in as few compilations as the device can, with the weights that the
+     * arena params holds now: all of out[0..n), or none and an error. */
+    int32_t (*compile)(anepy_device *device, const anepy_instance *instances, int32_t n,
+                       const float *params, anepy_kernel **out);
     void (*release)(anepy_kernel *kernel);
     /* Tensor `index` of the program lives at surface[channel ...] from now on. */
     int32_t (*bind)(anepy_kernel *kernel, int32_t index, anepy_surface *surface, int32_t channel);

@@ -22,7 +22,12 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out) {
     return anepy_surface_read(s, o->channel, o->channels, o->capture);
 }
 
-int32_t anepy_dw_submit(anepy_engine *e, int32_t layer, int32_t which) {
+static void start(anepy_engine *e, anepy_dw *dw) {
+    anepy_pool_submit(e->pool, &dw->loop, anepy_gemm_pieces(&dw->job.product), anepy_gemm_piece,
+                      &dw->job, !anepy_on(e, ANEPY_CONCURRENT_DW));
+}
+
+int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->layers[layer].dw[which];
     const float *dy = NULL, *x = NULL;
     ANEPY_TRY(fetch(e, &dw->dy, &dy));
@@ -40,9 +45,14 @@ int32_t anepy_dw_submit(anepy_engine *e, int32_t layer, int32_t which) {
                                 .n = dw->x.channels,
                                 .k = e->n,
                                 .accumulate = e->accumulated > 0}};
-    anepy_pool_submit(e->pool, &dw->loop, anepy_gemm_pieces(&dw->job.product), anepy_gemm_piece,
-                      &dw->job, !anepy_on(e, ANEPY_CONCURRENT_DW));
+    if (!anepy_scaled(e)) start(e, dw);
     return ANEPY_OK;
+}
+
+void anepy_dw_start_all(anepy_engine *e) {
+    if (!anepy_scaled(e)) return;
+    for (int32_t l = e->model->config.n_layers - 1; l >= 0; l--)
+        for (int32_t i = 0; i < DW_N; i++) start(e, &e->layers[l].dw[i]);
 }
 
 void anepy_dw_wait(anepy_engine *e) {

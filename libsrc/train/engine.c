@@ -7,7 +7,8 @@
 #include "runtime/memory.h"
 #include "train/update.h"
 
-#define ALIGN 16 /* floats: one cache line */
+#define ALIGN 16            /* floats: one cache line */
+#define DEFAULT_SCALE 4096.0 /* dlogits of 1/256 become 16: mid-range of fp16 */
 
 /* Hands out host memory. The first pass (base NULL) only measures. */
 typedef struct {
@@ -45,6 +46,7 @@ static void lay_out(anepy_engine *e, carver *c) {
     e->xnorm = carve(c, (int64_t)dim * width);
     e->dxnorm = carve(c, (int64_t)dim * width);
     e->logits = carve(c, vocab * width);
+    e->norm_gradients = carve(c, (2 * (int64_t)config->n_layers + 1) * dim);
     e->rstd = carve(c, width);
     e->coef = carve(c, width);
     e->lse = carve(c, width);
@@ -125,6 +127,7 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     ANEPY_TRY(type->probe());
     ANEPY_TRY(anepy_switches_parse(o->variant, type, &e->switches));
     ANEPY_TRY(choose_precision(e, o->precision, type));
+    e->loss_scale = !anepy_scaled(e) ? 1.0 : o->loss_scale > 0.0 ? o->loss_scale : DEFAULT_SCALE;
     e->gemm.kernels = anepy_kernels_get();
     if (e->gemm.kernels == NULL) return ANEPY_E_NAME;
     ANEPY_TRY(anepy_pool_create(&e->pool, o->threads));
@@ -147,6 +150,9 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
     if (o->struct_size < sizeof *o)
         return anepy_fail(ANEPY_E_ARGUMENT, "engine options have %u bytes, expected %zu",
                           o->struct_size, sizeof *o);
+    if (!(o->loss_scale >= 0.0 && o->loss_scale <= 0x1p40))
+        return anepy_fail(ANEPY_E_ARGUMENT, "loss scale %g, expected 0 (default) to 2^40",
+                          o->loss_scale);
     if (o->params == NULL || o->grads == NULL || o->adam_m == NULL || o->adam_v == NULL)
         return anepy_fail(ANEPY_E_ARGUMENT, "an arena is missing");
     int32_t seq_len = o->seq_len > 0 ? o->seq_len : model->config.seq_len;
@@ -193,6 +199,8 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->seq_len = e->seq_len;
     out->accumulated = e->accumulated;
     out->updates = e->updates;
+    out->loss_scale = e->loss_scale;
+    out->clean_steps = e->clean_steps;
     return ANEPY_OK;
 }
 

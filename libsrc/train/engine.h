@@ -56,6 +56,8 @@ struct anepy_engine {
     anepy_dtype dtype;
     int32_t seq_len, width; /* width: seq_len rounded up to a panel */
     int64_t accumulated, updates;
+    double loss_scale;      /* what gradients are multiplied with on their way down */
+    int64_t clean_steps;    /* since the scale last changed */
     _Atomic int32_t busy;   /* a call is running */
     uint64_t caller_fpmode; /* given back when it returns */
     anepy_pool *pool;
@@ -70,6 +72,7 @@ struct anepy_engine {
     float *xnorm;           /* [dim, width] after the final norm */
     float *dxnorm;          /* [dim, width] */
     float *logits;          /* [vocab, width], then their gradients in place */
+    float *norm_gradients;  /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
     float *rstd, *coef;     /* [width]: statistics of one RMSNorm backward */
     float *lse;             /* [width] */
     float *zeros;           /* [width] */
@@ -97,6 +100,8 @@ void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);
 
 /* wiring.c: surfaces, kernels and links of all layers. */
 int32_t anepy_wire(anepy_engine *e);
+/* Programs for the weights as they are now; at the start, and after an update where baked. */
+int32_t anepy_compile(anepy_engine *e);
 /* Moves a program's inputs to where it reads them. */
 int32_t anepy_transfer_inputs(anepy_engine *e, int32_t layer, anepy_program_id id);
 /* A program's output as float32 [channels, width]; valid until the next call. */
@@ -109,23 +114,35 @@ void anepy_embed_backward(anepy_engine *e);
 
 /* norm.c */
 void anepy_final_norm(anepy_engine *e);
-/* dx = residual (NULL: 0) + gradient through RMSNorm of x; accumulates the norm weight's gradient. */
+/* dx = residual (NULL: 0) + gradient through RMSNorm of x with the weight at this offset; row
+ * `which` of norm_gradients gets the weight's own gradient. */
 void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
-                         const float *x, int64_t weight);
+                         const float *x, int64_t weight, int32_t which);
+/* Adds norm_gradients to the arena. */
+void anepy_norm_accumulate(anepy_engine *e);
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
 
 /* loss.c */
 void anepy_classifier(anepy_engine *e);          /* xnorm -> logits */
 double anepy_loss(anepy_engine *e, int gradient); /* mean; with gradient: logits -> dlogits */
-void anepy_classifier_backward(anepy_engine *e); /* dlogits -> dxnorm, gradient of the classifier */
+void anepy_classifier_backward(anepy_engine *e); /* dlogits -> dxnorm */
+void anepy_classifier_dw(anepy_engine *e);       /* dlogits, xnorm -> gradient of the classifier */
 
 /* step.c: tokens (and targets) are set. */
 int32_t anepy_forward(anepy_engine *e);
 int32_t anepy_backward(anepy_engine *e);
 double anepy_step_flops(const anepy_model *model, int32_t n);
 
-/* dw.c */
-int32_t anepy_dw_submit(anepy_engine *e, int32_t layer, int32_t which);
-void anepy_dw_wait(anepy_engine *e);
+/* dw.c: both factors of a product are there: notes them, and starts it unless the step may still
+ * be skipped. */
+int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which);
+void anepy_dw_start_all(anepy_engine *e); /* those that waited for the verdict */
+void anepy_dw_wait(anepy_engine *e);      /* until done; frees what was allocated */
+
+/* scaling.c: fp16 only. */
+int anepy_scaled(const anepy_engine *e);
+int anepy_gradients_finite(anepy_engine *e); /* of the running step, before anything is added */
+void anepy_scale_step(anepy_engine *e, int skipped);
+void anepy_scale_grow(anepy_engine *e); /* after an update, when nothing is accumulated */
 
 #endif

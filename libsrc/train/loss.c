@@ -38,7 +38,8 @@ static void logits_gradient(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     place p = locate(e, index);
     anepy_vector(e)->softmax_gradient(e->logits + (int64_t)p.row * e->width + p.column,
-                                      e->lse + p.column, 1.0f / (float)e->n, e->width, p.rows);
+                                      e->lse + p.column, (float)(e->loss_scale / e->n), e->width,
+                                      p.rows);
 }
 
 double anepy_loss(anepy_engine *e, int gradient) {
@@ -61,7 +62,7 @@ double anepy_loss(anepy_engine *e, int gradient) {
         for (int32_t s = e->n; s < e->columns; s++) e->lse[s] = INFINITY;
         anepy_engine_run(e, pieces, logits_gradient);
         for (int32_t s = 0; s < e->n; s++)
-            e->logits[(int64_t)e->targets[s] * e->width + s] -= 1.0f / (float)e->n;
+            e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)(e->loss_scale / e->n);
     }
     return loss / e->n;
 }
@@ -81,19 +82,22 @@ void anepy_classifier(anepy_engine *e) {
 }
 
 void anepy_classifier_backward(anepy_engine *e) {
-    int32_t dim = e->model->config.dim, vocab = e->model->config.vocab_size;
-    int64_t weight = anepy_model_classifier(e->model);
+    int32_t dim = e->model->config.dim;
     anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->dxnorm,
                                               .ldc = e->width,
-                                              .a = e->params + weight,
+                                              .a = e->params + anepy_model_classifier(e->model),
                                               .a_row = 1,
                                               .a_step = dim,
                                               .b = e->logits,
                                               .ldb = e->width,
                                               .m = dim,
                                               .n = e->columns,
-                                              .k = vocab});
-    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->grads + weight,
+                                              .k = e->model->config.vocab_size});
+}
+
+void anepy_classifier_dw(anepy_engine *e) {
+    int32_t dim = e->model->config.dim;
+    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->grads + anepy_model_classifier(e->model),
                                               .ldc = dim,
                                               .a = e->logits,
                                               .a_row = e->width,
@@ -101,7 +105,7 @@ void anepy_classifier_backward(anepy_engine *e) {
                                               .b = e->xnorm,
                                               .ldb = e->width,
                                               .b_transposed = 1,
-                                              .m = vocab,
+                                              .m = e->model->config.vocab_size,
                                               .n = dim,
                                               .k = e->n,
                                               .accumulate = e->accumulated > 0});

@@ -9,6 +9,7 @@ typedef struct {
     float *dx;
     const float *residual, *dy, *x;
     int64_t weight; /* offset of the norm weight in the arenas */
+    float *gradient;
 } norm_task;
 
 static void norm_panel(void *context, int32_t index, int32_t worker) {
@@ -42,18 +43,31 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
     for (int32_t c = index * PIECE_ROWS; c < end; c++) {
         int64_t row = (int64_t)c * e->width;
         const float *residual = t->residual != NULL ? t->residual + row : e->zeros;
-        e->grads[t->weight + c] +=
+        t->gradient[c] =
             anepy_vector(e)->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row, e->rstd,
                                          e->coef, e->params[t->weight + c], e->columns);
     }
 }
 
 void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
-                         const float *x, int64_t weight) {
-    norm_task task = {e, dx, residual, dy, x, weight};
+                         const float *x, int64_t weight, int32_t which) {
+    norm_task task = {
+        e, dx, residual, dy, x, weight, e->norm_gradients + (int64_t)which * e->model->config.dim};
     anepy_pool_run(e->pool, e->columns / COLS, stats_panel, &task);
     anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, backward_rows,
                    &task);
+}
+
+void anepy_norm_accumulate(anepy_engine *e) {
+    const anepy_model *m = e->model;
+    int32_t dim = m->config.dim, layers = m->config.n_layers;
+    for (int32_t i = 0; i <= 2 * layers; i++) {
+        int32_t tensor = i % 2 == 0 ? ANEPY_ATTENTION_NORM : ANEPY_FFN_NORM;
+        int64_t offset = i < 2 * layers ? anepy_model_layer(m, i / 2, tensor)
+                                        : anepy_model_final_norm(m);
+        float *gradient = e->grads + offset;
+        anepy_vector(e)->add(gradient, gradient, e->norm_gradients + (int64_t)i * dim, dim);
+    }
 }
 
 typedef struct {

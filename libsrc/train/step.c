@@ -51,25 +51,25 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
     anepy_step_stats *stats = &e->stats;
     anepy_layer *layer = &e->layers[l];
     const float *out;
-    ANEPY_TRY(anepy_dw_submit(e, l, DW_W2));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
     count(mark, &stats->io_ms);
     ANEPY_TRY(evaluate(e, l, ANEPY_FFN_BWD, mark));
-    ANEPY_TRY(anepy_dw_submit(e, l, DW_W13));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_W13));
     ANEPY_TRY(anepy_read_output(e, l, ANEPY_FFN_BWD, FFN_BWD_DX, &out));
     count(mark, &stats->io_ms);
     anepy_norm_backward(e, layer->dx2.data, layer->dy.data, out, layer->x2.data,
-                        anepy_model_layer(e->model, l, ANEPY_FFN_NORM));
+                        anepy_model_layer(e->model, l, ANEPY_FFN_NORM), 2 * l + 1);
     count(mark, &stats->norm_ms);
-    ANEPY_TRY(anepy_dw_submit(e, l, DW_WO));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_WO));
     count(mark, &stats->io_ms);
     ANEPY_TRY(evaluate(e, l, ANEPY_SDPA_BWD1, mark));
     ANEPY_TRY(evaluate(e, l, ANEPY_SDPA_BWD2, mark));
     ANEPY_TRY(evaluate(e, l, ANEPY_QKV_BWD, mark));
-    ANEPY_TRY(anepy_dw_submit(e, l, DW_QKV));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_QKV));
     ANEPY_TRY(anepy_read_output(e, l, ANEPY_QKV_BWD, QKV_BWD_DX, &out));
     count(mark, &stats->io_ms);
     anepy_norm_backward(e, dx, layer->dx2.data, out, layer->x.data,
-                        anepy_model_layer(e->model, l, ANEPY_ATTENTION_NORM));
+                        anepy_model_layer(e->model, l, ANEPY_ATTENTION_NORM), 2 * l);
     count(mark, &stats->norm_ms);
     return ANEPY_OK;
 }
@@ -82,10 +82,20 @@ int32_t anepy_backward(anepy_engine *e) {
     anepy_classifier_backward(e);
     count(&mark, &stats->classifier_ms);
     anepy_norm_backward(e, top, NULL, e->dxnorm, e->x_final.data,
-                        anepy_model_final_norm(e->model));
+                        anepy_model_final_norm(e->model), 2 * layers);
     count(&mark, &stats->norm_ms);
     for (int32_t l = layers - 1; l >= 0; l--)
         ANEPY_TRY(layer_backward(e, l, l > 0 ? e->layers[l - 1].dy.data : e->dx.data, &mark));
+    if (anepy_scaled(e) && !anepy_gradients_finite(e)) {
+        stats->skipped = 1;
+        return ANEPY_OK;
+    }
+    count(&mark, &stats->elementwise_ms);
+    anepy_dw_start_all(e);
+    anepy_classifier_dw(e);
+    count(&mark, &stats->classifier_ms);
+    anepy_norm_accumulate(e);
+    count(&mark, &stats->norm_ms);
     anepy_dw_wait(e);
     count(&mark, &stats->dw_wait_ms);
     stats->dw_ms += anepy_pool_take_busy_ms(e->pool);

@@ -50,17 +50,18 @@ static double gradient_norm(anepy_engine *e, double scale) {
     return sqrt(sum) * scale;
 }
 
-void anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
+int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
-    double scale = 1.0 / (double)e->accumulated;
+    double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
     stats->grad_norm = NAN;
     stats->skipped = 0;
+    stats->compile_ms = 0.0;
     if (o->grad_clip > 0.0) {
         stats->grad_norm = gradient_norm(e, scale);
         if (!isfinite(stats->grad_norm)) {
             stats->skipped = 1;
             stats->update_ms = anepy_now_ms() - start;
-            return;
+            return ANEPY_OK;
         }
         if (stats->grad_norm > o->grad_clip) scale *= o->grad_clip / stats->grad_norm;
     }
@@ -80,5 +81,11 @@ void anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update
     anepy_pool_run(e->pool, pieces(e), update_piece, &task);
     e->updates++;
     e->accumulated = 0;
+    if (anepy_scaled(e)) anepy_scale_grow(e);
     stats->update_ms = anepy_now_ms() - start;
+    if (e->device->type->capabilities & ANEPY_LIVE_WEIGHTS) return ANEPY_OK;
+    start = anepy_now_ms();
+    int32_t status = anepy_compile(e);
+    stats->compile_ms = anepy_now_ms() - start;
+    return status;
 }

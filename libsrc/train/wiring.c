@@ -3,6 +3,8 @@
  * FLOW says where each input comes from. Where the device binds tensors anywhere, an input is bound
  * to its source and an output straight into its reader, so a step moves nothing; elsewhere each
  * program has one packed input and one packed output surface and inputs are copied. */
+#include <stdlib.h>
+
 #include "train/engine.h"
 
 typedef enum { FROM_X, FROM_X2, FROM_DY, FROM_DX2, FROM_PROGRAM } origin;
@@ -64,20 +66,13 @@ static int32_t packed_input(anepy_engine *e, anepy_layer *layer, anepy_program_i
                                           &layer->inputs[id]);
 }
 
-static int32_t wire_outputs(anepy_engine *e, anepy_layer *layer) {
-    const anepy_device_ops *ops = e->device->ops;
+static int32_t create_outputs(anepy_engine *e, anepy_layer *layer) {
     ANEPY_TRY(packed_input(e, layer, ANEPY_QKV_BWD));
     for (anepy_program_id id = 0; id < ANEPY_PROGRAM_N; id++) {
-        const anepy_program *p = &e->programs[id];
         int elsewhere = binds(e) && (id == ANEPY_SDPA_BWD1 || id == ANEPY_SDPA_BWD2);
         if (!elsewhere)
-            ANEPY_TRY(ops->surface_create(e->device, p->output_channels, &layer->outputs[id]));
-        for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++) {
-            anepy_surface *surface;
-            int32_t channel;
-            place_output(e, layer, id, t, &surface, &channel);
-            ANEPY_TRY(ops->bind(layer->kernels[id], t, surface, channel));
-        }
+            ANEPY_TRY(e->device->ops->surface_create(e->device, e->programs[id].output_channels,
+                                                     &layer->outputs[id]));
     }
     return ANEPY_OK;
 }
@@ -91,12 +86,9 @@ static anepy_surface *host_source(anepy_layer *layer, origin from) {
     }
 }
 
-static int32_t wire_inputs(anepy_engine *e, anepy_layer *layer) {
-    const anepy_device_ops *ops = e->device->ops;
+static int32_t link_inputs(anepy_engine *e, anepy_layer *layer) {
     for (size_t i = 0; i < FLOW_N; i++) {
-        anepy_program_id id = FLOW[i].reader;
-        anepy_link *link = &layer->links[id][FLOW[i].input];
-        int32_t own_channel = e->programs[id].tensors[FLOW[i].input].channel;
+        anepy_link *link = &layer->links[FLOW[i].reader][FLOW[i].input];
         if (FLOW[i].from == FROM_PROGRAM) {
             place_output(e, layer, FLOW[i].writer, FLOW[i].output, &link->source, &link->channel);
             int bounce = FLOW[i].saved && !anepy_on(e, ANEPY_SKIP_DEAD_READS);
@@ -105,12 +97,7 @@ static int32_t wire_inputs(anepy_engine *e, anepy_layer *layer) {
             link->source = host_source(layer, FLOW[i].from);
             link->how = binds(e) ? BOUND : WRITE;
         }
-        if (link->how == BOUND) {
-            ANEPY_TRY(ops->bind(layer->kernels[id], FLOW[i].input, link->source, link->channel));
-        } else {
-            ANEPY_TRY(packed_input(e, layer, id));
-            ANEPY_TRY(ops->bind(layer->kernels[id], FLOW[i].input, layer->inputs[id], own_channel));
-        }
+        if (link->how != BOUND) ANEPY_TRY(packed_input(e, layer, FLOW[i].reader));
     }
     return ANEPY_OK;
 }
@@ -148,15 +135,55 @@ int32_t anepy_wire(anepy_engine *e) {
         ANEPY_TRY(e->device->ops->surface_create(
             e->device, 2 * e->programs[ANEPY_SDPA_BWD1].tensors[SDPA_BWD1_P].channels, &e->scores));
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
-        anepy_layer *layer = &e->layers[l];
-        for (anepy_program_id id = 0; id < ANEPY_PROGRAM_N; id++)
-            ANEPY_TRY(e->device->ops->compile(e->device, &e->programs[id], e->params, l,
-                                              &layer->kernels[id]));
-        ANEPY_TRY(wire_outputs(e, layer));
-        ANEPY_TRY(wire_inputs(e, layer));
-        wire_dw(e, layer, l);
+        ANEPY_TRY(create_outputs(e, &e->layers[l]));
+        ANEPY_TRY(link_inputs(e, &e->layers[l]));
+        wire_dw(e, &e->layers[l], l);
+    }
+    return anepy_compile(e);
+}
+
+static int32_t bind_kernel(anepy_engine *e, anepy_layer *layer, anepy_program_id id) {
+    const anepy_program *p = &e->programs[id];
+    for (int32_t t = 0; t < p->input_n + p->output_n; t++) {
+        anepy_surface *surface = layer->inputs[id];
+        int32_t channel = p->tensors[t].channel;
+        if (t >= p->input_n) {
+            place_output(e, layer, id, t, &surface, &channel);
+        } else if (layer->links[id][t].how == BOUND) {
+            surface = layer->links[id][t].source;
+            channel = layer->links[id][t].channel;
+        }
+        ANEPY_TRY(e->device->ops->bind(layer->kernels[id], t, surface, channel));
     }
     return ANEPY_OK;
+}
+
+/* The new set is complete before the old one goes; programs without weights stay. */
+int32_t anepy_compile(anepy_engine *e) {
+    enum { PER_LAYER = ANEPY_PROGRAM_N };
+    int32_t most = e->model->config.n_layers * PER_LAYER, n = 0, status;
+    anepy_instance *instances = calloc((size_t)most, sizeof *instances);
+    anepy_kernel **kernels = calloc((size_t)most, sizeof *kernels);
+    if (instances == NULL || kernels == NULL) {
+        status = anepy_fail(ANEPY_E_MEMORY, "no memory for the program list");
+        goto done;
+    }
+    for (int32_t l = 0; l < e->model->config.n_layers; l++)
+        for (anepy_program_id id = 0; id < ANEPY_PROGRAM_N; id++)
+            if (e->layers[l].kernels[id] == NULL || e->programs[id].weight_n > 0)
+                instances[n++] = (anepy_instance){&e->programs[id], l};
+    status = e->device->ops->compile(e->device, instances, n, e->params, kernels);
+    for (int32_t i = 0; i < n && status == ANEPY_OK; i++) {
+        anepy_program_id id = instances[i].program->id;
+        anepy_layer *layer = &e->layers[instances[i].layer];
+        if (layer->kernels[id] != NULL) e->device->ops->release(layer->kernels[id]);
+        layer->kernels[id] = kernels[i];
+        status = bind_kernel(e, layer, id);
+    }
+done:
+    free(instances);
+    free(kernels);
+    return status;
 }
 
 /* -------------------------------------------------------------------------------- in each step */

@@ -65,17 +65,21 @@ static int32_t cpu_lock(anepy_surface *surface, int32_t for_writing) {
     return ANEPY_OK;
 }
 
-static int32_t cpu_compile(anepy_device *device, const anepy_program *program, const float *params,
-                           int32_t layer, anepy_kernel **out) {
+static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
+                           const float *params, anepy_kernel **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
-    anepy_kernel *kernel = own(cpu, sizeof *kernel, NULL, 0);
-    if (kernel == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
-    kernel->cpu = cpu;
-    kernel->program = *program;
-    for (int32_t i = 0; i < program->weight_n; i++)
-        kernel->weights[i] =
-            params + anepy_model_layer(device->options.model, layer, program->weights[i]);
-    *out = kernel;
+    for (int32_t i = 0; i < n; i++) {
+        const anepy_program *program = instances[i].program;
+        anepy_kernel *kernel = own(cpu, sizeof *kernel, NULL, 0);
+        if (kernel == NULL)
+            return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
+        kernel->cpu = cpu;
+        kernel->program = *program;
+        for (int32_t w = 0; w < program->weight_n; w++)
+            kernel->weights[w] = params + anepy_model_layer(device->options.model,
+                                                            instances[i].layer, program->weights[w]);
+        out[i] = kernel;
+    }
     return ANEPY_OK;
 }
 

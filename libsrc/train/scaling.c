@@ -1,0 +1,56 @@
+/* train/scaling.c - dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740): fp16 gradients
+ * are lifted above the subnormals; a step in which one of them overflowed is not accumulated and
+ * halves the scale; a long run without that doubles it. */
+#include <math.h>
+
+#include "train/engine.h"
+
+#define GROWTH_STEPS 2000
+#define LARGEST_SCALE 0x1p24
+#define PIECE 65536
+
+int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY_F16; }
+
+static int finite_rows(const anepy_engine *e, const float *x, int64_t n) {
+    return isfinite(anepy_vector(e)->sum_squares(x, n));
+}
+
+/* Every gradient that enters a weight gradient, as the host will use it: the ANE does not promise
+ * that a NaN further up shows further down (ane-facts.md 2.4). */
+int anepy_gradients_finite(anepy_engine *e) {
+    const anepy_config *c = &e->model->config;
+    if (!finite_rows(e, e->dx.data, (int64_t)c->dim * e->width)) return 0;
+    if (!finite_rows(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim)) return 0;
+    for (int32_t l = 0; l < c->n_layers; l++) {
+        for (int32_t i = 0; i < DW_N; i++) {
+            const anepy_product *p = &e->layers[l].dw[i].job.product;
+            if (!finite_rows(e, p->a, (int64_t)p->m * p->a_row)) return 0;
+        }
+    }
+    return 1;
+}
+
+static void halve_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    int64_t first = (int64_t)index * PIECE, left = e->model->arena_n - first;
+    anepy_vector(e)->scale(e->grads + first, 0.5f, left < PIECE ? left : PIECE);
+}
+
+/* What has been accumulated always carries the current scale. */
+void anepy_scale_step(anepy_engine *e, int skipped) {
+    if (!skipped) {
+        e->clean_steps++;
+        return;
+    }
+    e->clean_steps = 0;
+    e->loss_scale *= 0.5;
+    if (e->accumulated > 0)
+        anepy_engine_run(e, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), halve_piece);
+}
+
+void anepy_scale_grow(anepy_engine *e) {
+    if (e->clean_steps < GROWTH_STEPS || e->loss_scale >= LARGEST_SCALE) return;
+    e->clean_steps = 0;
+    e->loss_scale *= 2.0;
+}

@@ -1,0 +1,104 @@
+"""The tree is clean under the tools that guard its style; CI runs nothing beside the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)],
+    ids=["ruff-check", "ruff-format", "mypy"],
+)
+def test_python_sources_are_clean(arguments: tuple[str, ...]) -> None:
+    if importlib.util.find_spec(arguments[0]) is None:
+        pytest.skip(f"needs {arguments[0]}: pip install 'anepy[test]'")
+    run(sys.executable, "-m", *arguments)
+
+
+def test_shell_scripts_are_clean() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck")
+    run("shellcheck", "build_lib.sh", ".ci/run")
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "anepy", "libsrc", "tests", "build_lib.sh", ".ci"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("needs a git checkout")
+    return [ROOT / name for name in listed.stdout.split() if (ROOT / name).is_file()]
+
+
+def test_source_files_are_short_and_plain() -> None:
+    """Files stay below 600 lines, end with a newline, and hold no tabs or trailing blanks."""
+    faults = []
+    for path in sources():
+        text = path.read_text()
+        lines = text.split("\n")
+        if len(lines) > 601:
+            faults.append(f"{path}: {len(lines) - 1} lines")
+        if text and not text.endswith("\n"):
+            faults.append(f"{path}: no newline at its end")
+        faults += [
+            f"{path}:{number}: tab or trailing blank"
+            for number, line in enumerate(lines, 1)
+            if line != line.rstrip() or "\t" in line
+        ]
+    assert faults == []
+
+
+def test_apple_conditionals_stay_where_they_belong() -> None:
+    """`__APPLE__` is tested only in runtime, the Apple devices and the BLAS provider."""
+    allowed = re.compile(r"libsrc/(runtime/|device/ane/|device/metal/|kernels/blas_)")
+    offenders = [
+        path
+        for path in sources()
+        if path.suffix in (".c", ".h", ".m")
+        and "__APPLE__" in path.read_text()
+        and not allowed.match(str(path.relative_to(ROOT)))
+    ]
+    assert offenders == []
+
+
+def test_c_includes_point_down() -> None:
+    """A layer includes itself and those below it: train, device, programs, model, kernels, runtime.
+
+    kernels and model stand side by side: neither may know the other.
+    """
+    below = {
+        "train": {"train", "device", "programs", "model", "kernels", "runtime"},
+        "device": {"device", "programs", "model", "kernels", "runtime"},
+        "programs": {"programs", "model", "kernels", "runtime"},
+        "model": {"model", "runtime"},
+        "kernels": {"kernels", "runtime"},
+        "runtime": {"runtime"},
+    }
+    offenders = []
+    for path in sources():
+        parts = path.relative_to(ROOT).parts
+        if parts[0] != "libsrc" or parts[1] not in below:
+            continue
+        for include in re.findall(r'#include "(\w+)/', path.read_text()):
+            if include not in below[parts[1]]:
+                offenders.append(f"{path}: {include}")
+    assert offenders == []

@@ -24,9 +24,9 @@ _HOMES = {
     "Trainer": "trainer",
     "UpdateStats": "engine",
     "devices": "engine",
-    "generate": "generate",
+    "generate": "generation",
     "prepare": "data",
-    "stream": "generate",
+    "stream": "generation",
     "variants": "engine",
 }
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .data import TokenData, prepare
     from .engine import Engine, StepStats, UpdateStats, devices, variants
     from .errors import AnepyError
-    from .generate import generate, stream
+    from .generation import generate, stream
     from .model import PRESETS, Model, ModelConfig
     from .tokenizer import Tokenizer
     from .train_config import TrainConfig

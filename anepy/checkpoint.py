@@ -42,6 +42,7 @@ class Meta:
         source: where model, data and tokenizer came from, for a resume that names none.
         engine: device, precision, variant, instruction set and threads that were used.
         losses: the last losses, oldest first.
+        scaling: loss scale and clean steps, where losses are scaled (fp16).
         anepy: version that wrote the file.
         format: version of this layout.
     """
@@ -55,6 +56,7 @@ class Meta:
     source: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    scaling: dict[str, Any] = field(default_factory=dict)
     anepy: str = ""
     format: int = FORMAT
 
@@ -221,6 +223,11 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
     for name in ("config", "sampler", "settings", "source", "engine"):
         if not isinstance(values.get(name), dict):
             raise CheckpointError(f"{path}: '{name}' is missing in 'meta'; the file is damaged")
+    scaling = values.get("scaling")
+    if not isinstance(scaling, dict) or not all(
+        isinstance(x, (int, float)) for x in scaling.values()
+    ):
+        raise CheckpointError(f"{path}: 'scaling' in 'meta' is damaged; take another checkpoint")
     losses = values.get("losses")
     if not isinstance(losses, list) or not all(isinstance(x, (int, float)) for x in losses):
         raise CheckpointError(f"{path}: 'losses' in 'meta' are no numbers; the file is damaged")

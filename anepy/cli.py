@@ -88,7 +88,7 @@ def generate(
 ) -> None:
     """Continue a prompt, printing the text while it is written."""
     path = model_path(model, model_option)
-    from .generate import stream
+    from .generation import stream
 
     pieces = []
     began = time.perf_counter()

@@ -130,7 +130,7 @@ def _tokens(
     data: Path | None, text: Path | None, tokenizer: Path | None, vocab_size: int, model: Path
 ) -> Iterator[TokenData]:
     from .data import TokenData, prepare
-    from .generate import resolve_tokenizer
+    from .generation import resolve_tokenizer
 
     if data is not None:
         yield TokenData(data)

@@ -487,7 +487,7 @@ def _loop(
     if not complete:
         done = f"interrupted after step {trainer.step} of {trainer.config.steps}"
         if plan.written is not None:
-            saved.append(f"{done}; continue with: {_continue_command(plan)}")
+            saved += [f"{done}; continue with:", f"  {_continue_command(plan)}"]
         else:
             saved.append(f"{done}; nothing was saved (--no-checkpoint)")
     return stop, saved
@@ -508,7 +508,7 @@ def _quoted(path: Path) -> str:
 
 def _sample(model: Model, reporter: Reporter) -> str:
     from .demo import PROMPT
-    from .generate import generate
+    from .generation import generate
     from .tokenizer import Tokenizer
 
     text = generate(

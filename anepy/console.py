@@ -302,7 +302,8 @@ class Live(Reporter):
         rows += summary_rows(summary, arrow="->" if self._ascii else "→")
         self._panel("summary", rows)
         for text in saved:
-            self._console.print(text)
+            # Never broken into lines: a command in it must survive copy and paste.
+            self._console.print(text, soft_wrap=True)
 
     def sample(self, prompt: str, text: str) -> None:
         """Show generated text in a panel, the prompt in bold."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import math
+import operator
 import os
+import stat
 import struct
 import weakref
 from collections.abc import Iterator, Mapping
@@ -81,9 +84,9 @@ class TensorTable:
         self.lib = _native.library()
         handle = ctypes.c_void_p()
         try:
-            fields = {k: int(v) for k, v in dataclasses.asdict(config).items()}
+            fields = {k: operator.index(v) for k, v in dataclasses.asdict(config).items()}
             native = _abi.Config(**fields)
-        except (TypeError, ValueError) as error:
+        except TypeError as error:
             raise ConfigError(f"model dimensions must be whole numbers: {error}") from None
         for name, value in fields.items():
             if getattr(native, name) != value:
@@ -188,14 +191,16 @@ class Model:
         """
         path = Path(path)
         try:
-            size = path.stat().st_size
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode):  # a pipe would block
+                raise OSError(errno.EINVAL, "it is not a regular file")
             with path.open("rb") as file:
                 head = file.read(_HEADER.size)
         except OSError as error:
             raise ModelError(
                 f"cannot read model {path}: {error.strerror or error}; pass a llama2.c .bin file"
             ) from None
-        config, tables = _read_header(path, head, size)
+        config, tables = _read_header(path, head, info.st_size)
         model = cls(config)
         try:
             data = np.memmap(path, dtype="<f4", mode="r", offset=_HEADER.size)

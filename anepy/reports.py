@@ -28,7 +28,7 @@ PHASES = {
     "dw_wait": "dw_wait_ms",
 }
 LOSS_TAIL = 200
-# Losses of single sequences are noisy: first and last loss are means over this many steps.
+# Losses of single sequences are noisy: first and last loss are means over up to this many steps.
 _LOSS_WINDOW = 10
 
 
@@ -49,7 +49,7 @@ class StepReport:
         accumulated: steps waiting for the next update.
         skipped: whether half-precision gradients overflowed and this step counts for nothing.
         loss_scale: factor on the gradients, 1 unless half precision needs one.
-        grad_norm: global norm of the mean gradient; None unless an update computed it.
+        grad_norm: global norm of the mean gradient before clipping; None without an update.
         update_ms: wall time of the update; 0 if there was none.
         allocations: allocations of the step engine during this step.
         phases: busy time in ms by phase (keys of `PHASES`).
@@ -201,7 +201,8 @@ class Measurements:
         )
         train_ms = math.fsum(self._step_ms)
         busy_s = (train_ms + math.fsum(self._update_ms)) / 1e3
-        last_losses = self.losses[-min(_LOSS_WINDOW, steps) :] if steps else []
+        few = min(_LOSS_WINDOW, max(1, steps // 2))
+        last_losses = self.losses[-few:] if steps else []
         return Summary(
             step=step,
             total=total,
@@ -220,7 +221,7 @@ class Measurements:
             phases={name: ms / max(1, steps) for name, ms in self._phase_ms.items()},
             allocations=self._allocations,
             peak_memory=peak_memory(),
-            first_loss=_mean(self._first_losses),
+            first_loss=_mean(self._first_losses[:few]),
             last_loss=_mean(last_losses),
             held_out_before=self.held_out_before,
             held_out_after=self.held_out_after,

@@ -208,7 +208,7 @@ class Trainer:
         )
         return total / sum(len(tokens) for tokens, _ in self._held_out_windows)
 
-    def _update(self, lr: float, step: int) -> tuple[float, float | None]:
+    def _update(self, lr: float, step: int) -> tuple[float, float]:
         config = self.config
         began = time.perf_counter()
         stats = self.engine.update(
@@ -223,7 +223,7 @@ class Trainer:
             raise self._diverged(step, "gradient norm")
         update_ms = (time.perf_counter() - began) * 1e3
         self._measured.update(update_ms)
-        return update_ms, float(stats.grad_norm) if math.isfinite(stats.grad_norm) else None
+        return update_ms, stats.grad_norm
 
     def _diverged(self, step: int, what: str) -> DivergedError:
         return DivergedError(
@@ -264,6 +264,7 @@ class Trainer:
             source=self.source,
             engine=self.engine_settings(),
             losses=list(self.losses),
+            scaling={"loss_scale": engine.loss_scale, "clean_steps": engine.clean_steps},
             anepy=__version__,
         )
         return checkpoint.save(path, arrays, meta)
@@ -300,7 +301,7 @@ class Trainer:
             engine.adam_v,
             engine.gradients,
         )
-        engine.restore(accumulated=meta.accumulated, updates=meta.updates)
+        engine.restore(meta.accumulated, meta.updates, **meta.scaling)
         self._step = meta.step
         self._measured = Measurements(self.seq, self._flops, meta.losses)
         self.notes = self._differences(meta)

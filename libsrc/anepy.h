@@ -31,6 +31,7 @@ extern "C" {
 #define ANEPY_E_ARGUMENT (-10)    /* a value is out of range */
 #define ANEPY_E_NAME (-11)        /* unknown variant, switch, device or precision */
 #define ANEPY_E_TOKEN (-12)       /* a token id is outside the vocabulary */
+#define ANEPY_E_PROGRAM (-13)     /* MIL text or its weights are wrong; the sentence says where */
 #define ANEPY_E_MEMORY (-20)      /* the system gave no memory */
 #define ANEPY_E_BUSY (-30)        /* another thread is using this handle */
 #define ANEPY_E_STATE (-31)       /* the call does not fit the handle's state */
@@ -161,7 +162,7 @@ typedef struct anepy_update_options {
 typedef struct anepy_update_stats {
     uint32_t struct_size;
     uint32_t skipped; /* 1: the global norm was not finite, the weights were left alone */
-    double grad_norm; /* before clipping; NaN when it was not asked for */
+    double grad_norm; /* global norm of the mean gradient, before clipping */
     double update_ms;
     double compile_ms; /* baked weights: programs for the new ones */
 } anepy_update_stats;

@@ -102,7 +102,8 @@ static int32_t set_sequence(anepy_engine *e, const int32_t *tokens, const int32_
     e->tokens = tokens;
     e->targets = targets;
     e->n = n;
-    e->columns = (int32_t)anepy_round_up(n, ANEPY_COLUMNS);
+    int binds = (e->device->type->capabilities & ANEPY_BINDS) != 0;
+    e->columns = binds ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
     memset(&e->stats, 0, sizeof e->stats);
     return ANEPY_OK;
 }

@@ -307,12 +307,13 @@ def test_evaluation_does_not_change_the_training() -> None:
 def test_summary_counts_what_was_done() -> None:
     with Trainer(Model.init(CONFIG), tokens(), settings()) as trainer:
         empty = trainer.summary()
-        list(trainer)
+        losses = [report.loss for report in trainer]
         summary = trainer.summary()
     assert (empty.steps, empty.first_loss, empty.tokens_per_s) == (0, None, 0.0)
+    assert summary.first_loss == pytest.approx(sum(losses[:6]) / 6)
+    assert summary.last_loss == pytest.approx(sum(losses[6:]) / 6)
     assert (summary.steps, summary.updates, summary.tokens) == (12, 3, 12 * 16)
     assert summary.ms_q1 <= summary.ms_per_step <= summary.ms_q3
-    assert summary.first_loss is not None and summary.last_loss is not None
     assert summary.peak_memory > 1 << 20
     assert summary.allocations == 0, "steps after the first must not allocate"
 

@@ -21,8 +21,7 @@ static void scatter_scalar(anepy_engine *e) {
     const float *dx = e->dx.data;
     int64_t dim = e->model->config.dim;
     for (int64_t d = 0; d < dim; d++)
-        for (int32_t s = 0; s < e->n; s++)
-            gradient[e->tokens[s] * dim + d] += dx[d * e->width + s];
+        for (int32_t s = 0; s < e->n; s++) gradient[e->tokens[s] * dim + d] += dx[d * e->width + s];
 }
 
 /* On: 64 rows x 64 channels are copied together and transposed as a block. */
@@ -32,7 +31,8 @@ static void gather_block(void *context, int32_t index, int32_t worker) {
     const float *table = e->params + anepy_model_embedding(e->model);
     int32_t dim = e->model->config.dim, panels = e->columns / COLS;
     int32_t first = index % panels * COLS, d0 = index / panels * COLS;
-    int32_t rows = anepy_min_i32(COLS, e->n - first), depth = anepy_min_i32(COLS, dim - d0);
+    int32_t rows = anepy_max_i32(0, anepy_min_i32(COLS, e->n - first)),
+            depth = anepy_min_i32(COLS, dim - d0);
     float block[COLS * COLS], transposed[COLS * COLS];
     for (int32_t j = 0; j < rows; j++)
         memcpy(block + j * COLS, table + (int64_t)e->tokens[first + j] * dim + d0,

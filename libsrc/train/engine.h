@@ -8,6 +8,8 @@
 
 #include "train/switches.h"
 
+#define ANEPY_LAYER_PROGRAM_N (ANEPY_QKV_BWD + 1) /* programs every layer has: the first in the table */
+
 /* How a program's input gets there. */
 typedef enum {
     BOUND,  /* the program reads the source itself */
@@ -40,10 +42,10 @@ typedef struct {
 } anepy_dw;
 
 typedef struct {
-    anepy_kernel *kernels[ANEPY_PROGRAM_N];
-    anepy_surface *inputs[ANEPY_PROGRAM_N];  /* packed; only where tensors cannot be bound */
-    anepy_surface *outputs[ANEPY_PROGRAM_N]; /* packed */
-    anepy_link links[ANEPY_PROGRAM_N][ANEPY_PROGRAM_TENSORS];
+    anepy_kernel *kernels[ANEPY_LAYER_PROGRAM_N];
+    anepy_surface *inputs[ANEPY_LAYER_PROGRAM_N];  /* packed; only where tensors cannot be bound */
+    anepy_surface *outputs[ANEPY_LAYER_PROGRAM_N]; /* packed */
+    anepy_link links[ANEPY_LAYER_PROGRAM_N][ANEPY_PROGRAM_TENSORS];
     anepy_surface x, x2;   /* host: what the attention and the feed-forward half start from */
     anepy_surface dy, dx2; /* host: gradients of the layer's output and of x2 */
     anepy_dw dw[DW_N];
@@ -63,7 +65,7 @@ struct anepy_engine {
     anepy_pool *pool;
     anepy_gemm gemm;
     anepy_device *device;
-    anepy_program programs[ANEPY_PROGRAM_N];
+    anepy_program programs[ANEPY_LAYER_PROGRAM_N];
     anepy_layer *layers;
     anepy_surface x_final;  /* host: residual stream after the last layer */
     anepy_surface dx;       /* host: gradient that reaches the embedding */
@@ -81,7 +83,7 @@ struct anepy_engine {
     const int32_t *tokens;  /* of the running step */
     const int32_t *targets;
     int32_t n;              /* tokens of the running step */
-    int32_t columns;        /* n rounded up to a panel */
+    int32_t columns;        /* computed: n rounded up to a panel; width where programs always are */
     anepy_step_stats stats; /* of the running step */
     float *host; /* one mapping: all of the host's memory above */
     uint64_t host_nbytes;

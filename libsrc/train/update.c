@@ -53,18 +53,15 @@ static double gradient_norm(anepy_engine *e, double scale) {
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
     double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
-    stats->grad_norm = NAN;
-    stats->skipped = 0;
+    stats->grad_norm = gradient_norm(e, scale);
+    stats->skipped = !isfinite(stats->grad_norm);
     stats->compile_ms = 0.0;
-    if (o->grad_clip > 0.0) {
-        stats->grad_norm = gradient_norm(e, scale);
-        if (!isfinite(stats->grad_norm)) {
-            stats->skipped = 1;
-            stats->update_ms = anepy_now_ms() - start;
-            return ANEPY_OK;
-        }
-        if (stats->grad_norm > o->grad_clip) scale *= o->grad_clip / stats->grad_norm;
+    if (stats->skipped) { /* nothing that is not a number may reach the weights */
+        stats->update_ms = anepy_now_ms() - start;
+        return ANEPY_OK;
     }
+    if (o->grad_clip > 0.0 && stats->grad_norm > o->grad_clip)
+        scale *= o->grad_clip / stats->grad_norm;
     double t = (double)(e->updates + 1);
     anepy_adam adam = {.lr = (float)(o->lr / (1.0 - pow(o->beta1, t))),
                        .beta1 = (float)o->beta1,

@@ -68,7 +68,7 @@ static int32_t packed_input(anepy_engine *e, anepy_layer *layer, anepy_program_i
 
 static int32_t create_outputs(anepy_engine *e, anepy_layer *layer) {
     ANEPY_TRY(packed_input(e, layer, ANEPY_QKV_BWD));
-    for (anepy_program_id id = 0; id < ANEPY_PROGRAM_N; id++) {
+    for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++) {
         int elsewhere = binds(e) && (id == ANEPY_SDPA_BWD1 || id == ANEPY_SDPA_BWD2);
         if (!elsewhere)
             ANEPY_TRY(e->device->ops->surface_create(e->device, e->programs[id].output_channels,
@@ -129,7 +129,7 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
 }
 
 int32_t anepy_wire(anepy_engine *e) {
-    for (anepy_program_id id = 0; id < ANEPY_PROGRAM_N; id++)
+    for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
         anepy_program_describe(&e->programs[id], id, e->model, e->width);
     if (binds(e))
         ANEPY_TRY(e->device->ops->surface_create(
@@ -160,8 +160,7 @@ static int32_t bind_kernel(anepy_engine *e, anepy_layer *layer, anepy_program_id
 
 /* The new set is complete before the old one goes; programs without weights stay. */
 int32_t anepy_compile(anepy_engine *e) {
-    enum { PER_LAYER = ANEPY_PROGRAM_N };
-    int32_t most = e->model->config.n_layers * PER_LAYER, n = 0, status;
+    int32_t most = e->model->config.n_layers * ANEPY_LAYER_PROGRAM_N, n = 0, status;
     anepy_instance *instances = calloc((size_t)most, sizeof *instances);
     anepy_kernel **kernels = calloc((size_t)most, sizeof *kernels);
     if (instances == NULL || kernels == NULL) {
@@ -169,7 +168,7 @@ int32_t anepy_compile(anepy_engine *e) {
         goto done;
     }
     for (int32_t l = 0; l < e->model->config.n_layers; l++)
-        for (anepy_program_id id = 0; id < ANEPY_PROGRAM_N; id++)
+        for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
             if (e->layers[l].kernels[id] == NULL || e->programs[id].weight_n > 0)
                 instances[n++] = (anepy_instance){&e->programs[id], l};
     status = e->device->ops->compile(e->device, instances, n, e->params, kernels);

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from anepy.errors import ConfigError, ModelError, TokenizerError
-from anepy.generate import Sampling, generate, resolve_tokenizer, stream
+from anepy.generation import Sampling, generate, resolve_tokenizer, stream
 from anepy.model import Model, ModelConfig
 from anepy.tokenizer import Tokenizer
 
-# Not `anepy.generate`: the package has a function of that name.
-MODULE = importlib.import_module("anepy.generate")
+MODULE = importlib.import_module("anepy.generation")
 SMALL = ModelConfig(
     dim=16, hidden_dim=32, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=259, seq_len=32
 )

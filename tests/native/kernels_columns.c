@@ -1,0 +1,268 @@
+/* kernels_columns.c - RMSNorm, soft-max and cross-entropy kernels of every instruction set, against
+ * double precision or the scalar set, whose sums stand in plain sight. */
+#include <float.h>
+#include <math.h>
+
+#include "check.h"
+#include "groups.h"
+#include "guard.h"
+
+#define COLS ANEPY_COLUMNS
+
+static const int32_t CHANNELS[] = {1, 2, 3, 7, 48, 64, 65, 129};
+#define CHANNEL_N ((int32_t)(sizeof CHANNELS / sizeof CHANNELS[0]))
+
+static float random_signed(void) { return random_float(-2.0f, 2.0f); }
+
+/* One column of zeros, one of large and one of small numbers among ordinary ones. */
+static void vary_columns(float *x, int32_t rows, int64_t ld) {
+    for (int32_t r = 0; r < rows; r++) {
+        x[r * ld + 3] = 0.0f;
+        x[r * ld + 17] *= 1e15f;
+        x[r * ld + 62] *= 1e-15f;
+    }
+}
+
+/* ------------------------------------------------------------------------------------- RMSNorm */
+
+static double reciprocal_rms(const float *x, int32_t channels, int64_t ld, int32_t s) {
+    double sum = 0.0;
+    for (int32_t c = 0; c < channels; c++) sum += (double)x[c * ld + s] * x[c * ld + s];
+    return 1.0 / sqrt(sum / channels + (double)ANEPY_RMS_EPS);
+}
+
+static void check_rmsnorm(const anepy_kernels *set, int32_t channels, int64_t ld, int place) {
+    float *x = guard_matrix(channels, COLS, ld, place, random_signed);
+    float *w = guard_matrix(1, channels, channels, place, random_signed);
+    float *y = guard_take(span(channels, COLS, ld), place), *rstd = guard_take(COLS, place);
+    int right = 1;
+    vary_columns(x, channels, ld);
+    set->rmsnorm(y, rstd, x, w, channels, ld);
+    for (int32_t s = 0; s < COLS; s++) {
+        double r = reciprocal_rms(x, channels, ld, s);
+        right &= is_close(rstd[s], r, channels + 4.0, r);
+        for (int32_t c = 0; c < channels; c++) {
+            double expected = w[c] * x[c * ld + s] * r;
+            right &= is_close(y[c * ld + s], expected, channels + 6.0, fabs(expected));
+        }
+    }
+    CHECK(right && guard_intact() && gaps_intact(y, channels, COLS, ld),
+          "rmsnorm %s: %s, %d channels, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", channels, (long long)ld, place);
+    guard_reset();
+}
+
+static void check_rmsnorm_stats(const anepy_kernels *set, int32_t channels, int64_t ld, int place) {
+    float *x = guard_matrix(channels, COLS, ld, place, random_signed);
+    float *dy = guard_matrix(channels, COLS, ld, place, random_signed);
+    float *w = guard_matrix(1, channels, channels, place, random_signed);
+    float *rstd = guard_take(COLS, place), *coef = guard_take(COLS, place);
+    int right = 1;
+    vary_columns(x, channels, ld);
+    set->rmsnorm_stats(rstd, coef, dy, x, w, channels, ld);
+    for (int32_t s = 0; s < COLS; s++) {
+        double r = reciprocal_rms(x, channels, ld, s), cube = r * r * r / channels;
+        double dot = 0.0, size = 0.0;
+        for (int32_t c = 0; c < channels; c++) {
+            double term = (double)w[c] * dy[c * ld + s] * x[c * ld + s];
+            dot += term;
+            size += fabs(term);
+        }
+        right &= is_close(rstd[s], r, channels + 4.0, r);
+        right &= is_close(coef[s], cube * dot, 4.0 * channels + 16.0, cube * size);
+    }
+    CHECK(right && guard_intact(), "rmsnorm_stats %s: %s, %d channels, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", channels, (long long)ld, place);
+    guard_reset();
+}
+
+static void check_rmsnorm_row(const anepy_kernels *set, int32_t n, int place, int in_place) {
+    float *residual = guard_matrix(1, n, n, place, random_signed);
+    float *start = guard_copy(residual, n, GUARD_START);
+    float *dy = guard_matrix(1, n, n, place, random_signed);
+    float *x = guard_matrix(1, n, n, place, random_signed);
+    float *rstd = guard_matrix(1, n, n, place, random_signed);
+    float *coef = guard_matrix(1, n, n, place, random_signed);
+    float *dx = in_place ? residual : guard_take(n, place), w = random_signed();
+    float dw = set->rmsnorm_row(dx, residual, dy, x, rstd, coef, w, n);
+    double sum = 0.0, sum_size = 0.0;
+    int right = 1;
+    for (int32_t s = 0; s < n; s++) {
+        double through = (double)rstd[s] * w * dy[s], back = (double)coef[s] * x[s];
+        double term = (double)dy[s] * x[s] * rstd[s];
+        right &= is_close(dx[s], start[s] + through - back, 6.0,
+                          fabs(start[s]) + fabs(through) + fabs(back));
+        sum += term;
+        sum_size += fabs(term);
+    }
+    right &= is_close(dw, sum, n + 4.0, sum_size);
+    CHECK(right && guard_intact(), "rmsnorm_row %s: %s, n %d, place %d, in place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", n, place, in_place);
+    guard_reset();
+}
+
+/* ----------------------------------------------------------------------------------- soft-max */
+
+static float random_score(void) {
+    return random_below(16) == 0 ? random_float(-400.0f, 400.0f) : random_float(-12.0f, 12.0f);
+}
+
+/* Rounding the argument costs its size in roundings of the result. */
+static int exp_close(float actual, double argument, double expected) {
+    return is_close(actual, expected, 6.0 + 2.0 * fabs(argument), expected);
+}
+
+static void check_softmax_columns(const anepy_kernels *set, int32_t rows, int32_t first, float scale,
+                                  int place) {
+    int64_t n = (int64_t)rows * COLS;
+    float *x = guard_matrix(rows, COLS, COLS, place, random_score);
+    float *start = guard_copy(x, n, GUARD_START), *inverse = guard_take(COLS, place);
+    int right = 1;
+    set->softmax_columns(x, inverse, rows, first, scale);
+    for (int32_t j = 0; j < COLS; j++) {
+        int32_t seen = anepy_min_i32(rows, first + j + 1);
+        double max = -INFINITY, sum = 0.0;
+        for (int32_t t = 0; t < seen; t++) max = fmax(max, start[t * COLS + j]);
+        for (int32_t t = 0; t < rows; t++) {
+            double z = (start[t * COLS + j] - max) * scale, e = t < seen ? exp(z) : 0.0;
+            sum += e;
+            right &= t < seen ? exp_close(x[t * COLS + j], z, e) : x[t * COLS + j] == 0.0f;
+        }
+        right &= is_close(inverse[j], 1.0 / sum, rows + 64.0, 1.0 / sum);
+    }
+    CHECK(right && guard_intact(), "softmax_columns %s: %s, %d rows, first %d, scale %g, place %d",
+          set->isa, right ? "wrote elsewhere" : "wrong", rows, first, (double)scale, place);
+    guard_reset();
+}
+
+static void check_softmax_row(const anepy_kernels *set, int32_t valid, int32_t padded, float scale,
+                              int place) {
+    float *x = guard_matrix(1, padded, padded, place, random_score);
+    float *start = guard_copy(x, padded, GUARD_START);
+    double max = -INFINITY, sum = 0.0;
+    int right = 1;
+    for (int32_t i = valid; i < padded; i++) x[i] = i % 2 ? NAN : INFINITY; /* must not matter */
+    for (int32_t i = 0; i < valid; i++) max = fmax(max, start[i]);
+    for (int32_t i = 0; i < valid; i++) sum += exp((start[i] - max) * scale);
+    set->softmax_row(x, valid, padded, scale);
+    for (int32_t i = 0; i < valid; i++) {
+        double z = (start[i] - max) * scale, expected = exp(z) / sum;
+        right &= is_close(x[i], expected, 2.0 * fabs(z) + valid + 64.0, expected);
+    }
+    for (int32_t i = valid; i < padded; i++) right &= to_bits(x[i]) == 0;
+    CHECK(right && guard_intact(), "softmax_row %s: %s, %d of %d, scale %g, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", valid, padded, (double)scale, place);
+    guard_reset();
+}
+
+static void check_softmax_row_backward(const anepy_kernels *set, int32_t n, int place, int in_place) {
+    float *p = guard_matrix(1, n, n, place, random_signed);
+    float *dp = guard_matrix(1, n, n, place, random_signed);
+    float *d = guard_copy(dp, n, GUARD_START), *ds = in_place ? dp : guard_take(n, place);
+    double dot = 0.0, size = 0.0, scale = 0.125;
+    int right = 1;
+    for (int32_t i = 0; i < n; i++) {
+        dot += (double)p[i] * dp[i];
+        size += fabs((double)p[i] * dp[i]);
+    }
+    set->softmax_row_backward(ds, p, dp, (float)scale, n);
+    for (int32_t i = 0; i < n; i++)
+        right &= is_close(ds[i], p[i] * (d[i] - dot) * scale, n + 6.0,
+                          fabs(p[i]) * (fabs(d[i]) + size) * scale);
+    CHECK(right && guard_intact(), "softmax_row_backward %s: %s, n %d, place %d, in place %d",
+          set->isa, right ? "wrote elsewhere" : "wrong", n, place, in_place);
+    guard_reset();
+}
+
+/* ------------------------------------------------------------------------------- cross-entropy */
+
+static void check_logsumexp(const anepy_kernels *set, int32_t rows, int64_t ld, int place) {
+    float *x = guard_matrix(rows, COLS, ld, place, random_score);
+    float *max = guard_take(COLS, place), *sum = guard_take(COLS, place);
+    int right = 1;
+    set->logsumexp_columns(max, sum, x, ld, rows);
+    for (int32_t s = 0; s < COLS; s++) {
+        float largest = -INFINITY;
+        double expected = 0.0;
+        for (int32_t r = 0; r < rows; r++) largest = fmaxf(largest, x[r * ld + s]);
+        for (int32_t r = 0; r < rows; r++) expected += exp((double)x[r * ld + s] - largest);
+        right &= max[s] == largest && is_close(sum[s], expected, rows + 64.0, expected);
+    }
+    CHECK(right && guard_intact(), "logsumexp_columns %s: %s, %d rows, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, (long long)ld, place);
+    guard_reset();
+}
+
+static void check_softmax_gradient(const anepy_kernels *set, int32_t rows, int64_t ld, int place) {
+    float *x = guard_matrix(rows, COLS, ld, place, random_signed);
+    float *lse = guard_take(COLS, place), scale = 1.0f / 7.0f;
+    float *start = guard_copy(x, span(rows, COLS, ld), GUARD_START);
+    int right = 1;
+    for (int32_t s = 0; s < COLS; s++) lse[s] = random_float(2.0f, 30.0f);
+    lse[63] = INFINITY; /* how the caller asks for zeros in padding */
+    set->softmax_gradient(x, lse, scale, ld, rows);
+    for (int32_t r = 0; r < rows; r++) {
+        for (int32_t s = 0; s < COLS; s++) {
+            double z = (double)start[r * ld + s] - lse[s], e = exp(z);
+            float actual = x[r * ld + s];
+            right &= s == 63 ? actual == 0.0f : exp_close(actual, z, e * scale);
+        }
+    }
+    CHECK(right && guard_intact() && gaps_intact(x, rows, COLS, ld),
+          "softmax_gradient %s: %s, %d rows, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, (long long)ld, place);
+    guard_reset();
+}
+
+/* A NaN must reach whoever looks at the result: a loss or a gradient that hides it trains on. */
+static void check_nan(const anepy_kernels *set) {
+    for (int32_t at = 0; at < 67; at++) {
+        float row[67], column[67 * COLS], max[COLS], sum[COLS];
+        for (int32_t i = 0; i < 67; i++) row[i] = i == at ? NAN : 0.5f;
+        for (int32_t i = 0; i < 67 * COLS; i++) column[i] = i / COLS == at && i % COLS == 5 ? NAN : 0.5f;
+        set->softmax_row(row, 67, 67, 1.0f);
+        set->logsumexp_columns(max, sum, column, COLS, 67);
+        int lost = 0;
+        for (int32_t i = 0; i < 67; i++) lost |= !isnan(row[i]);
+        CHECK(!lost, "softmax_row %s: NaN at %d is lost", set->isa, at);
+        CHECK(isnan(sum[5]) && !isnan(sum[4]) && !isnan(sum[6]),
+              "logsumexp_columns %s: NaN in row %d is lost or spread", set->isa, at);
+        set->softmax_columns(column, sum, 67, 66, 1.0f);
+        CHECK(isnan(sum[5]) && !isnan(sum[4]), "softmax_columns %s: NaN in row %d is lost or spread",
+              set->isa, at);
+    }
+}
+
+void checks_columns(void) {
+    static const int32_t rows[] = {1, 2, 7, 63, 64, 65, 128, 192};
+    const anepy_kernels *set;
+    for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
+        for (int place = 0; place < GUARD_PLACES; place++) {
+            for (int32_t c = 0; c < CHANNEL_N; c++) {
+                for (int64_t ld = COLS; ld <= 128; ld += 33) { /* 64 and 97 */
+                    check_rmsnorm(set, CHANNELS[c], ld, place);
+                    check_rmsnorm_stats(set, CHANNELS[c], ld, place);
+                    check_logsumexp(set, CHANNELS[c], ld, place);
+                    check_softmax_gradient(set, CHANNELS[c], ld, place);
+                }
+            }
+            for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
+                check_softmax_columns(set, rows[r], 0, 1.0f, place);
+                check_softmax_columns(set, rows[r], rows[r] / 2, 0.125f, place);
+                check_softmax_columns(set, rows[r], rows[r] + 5, 0.3f, place);
+            }
+            for (int32_t s = 0; s < SIZE_N; s++) {
+                for (int in_place = 0; in_place < 2; in_place++) {
+                    check_rmsnorm_row(set, SIZES[s], place, in_place);
+                    check_softmax_row_backward(set, SIZES[s], place, in_place);
+                }
+                if (SIZES[s] == 0) continue; /* a row has an element */
+                check_softmax_row(set, SIZES[s], SIZES[s], 1.0f, place);
+                check_softmax_row(set, SIZES[s], SIZES[s] + 1, 0.25f, place);
+                check_softmax_row(set, SIZES[s], (int32_t)anepy_round_up(SIZES[s], COLS), 0.125f,
+                                  place);
+            }
+        }
+        check_nan(set);
+    }
+}

@@ -1,0 +1,194 @@
+/* kernels_products.c - gemm_tile, gemv, transpose_panel and sum_squares of every instruction set,
+ * and the table itself.
+ *
+ * Factors are small whole numbers, so that every order of summation gives the very same float and
+ * one wrong, missing or doubled term shows. */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "anepy.h"
+#include "check.h"
+#include "groups.h"
+#include "guard.h"
+
+#define COLS ANEPY_COLUMNS
+
+static const int32_t DEPTHS[] = {0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 63, 64, 65, 255, 1023, 1024, 1025};
+#define DEPTH_N ((int32_t)(sizeof DEPTHS / sizeof DEPTHS[0]))
+
+/* ------------------------------------------------------------------------------------ the table */
+
+static int complete(const anepy_kernels *k) {
+    return k->gemm_tile && k->transpose_panel && k->gemv && k->add && k->scale && k->exp &&
+           k->sum_squares && k->rmsnorm && k->rmsnorm_stats && k->rmsnorm_row && k->rope &&
+           k->swiglu && k->swiglu_backward && k->softmax_columns && k->softmax_row &&
+           k->softmax_row_backward && k->logsumexp_columns && k->softmax_gradient && k->adam;
+}
+
+/* Two sets that share a function are one set under two names. */
+static void check_different(const anepy_kernels *a, const anepy_kernels *b) {
+    CHECK(strcmp(a->isa, b->isa) != 0, "two sets are named %s", a->isa);
+    CHECK(strcmp(a->gemm_name, b->gemm_name) != 0, "%s and %s name the same gemm", a->isa, b->isa);
+    CHECK(a->gemm_tile != b->gemm_tile && a->exp != b->exp && a->adam != b->adam,
+          "%s and %s share kernels", a->isa, b->isa);
+}
+
+void checks_table(void) {
+    const anepy_kernels *set, *last = NULL, *chosen = anepy_kernels_get();
+    int found = 0;
+    for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
+        size_t name = strlen(set->gemm_name), isa = strlen(set->isa);
+        CHECK(complete(set), "%s has empty rows", set->isa);
+        CHECK(set->gemm_cols > 0 && COLS % set->gemm_cols == 0, "%s: tile of %d columns", set->isa,
+              set->gemm_cols);
+        CHECK(name > isa && strcmp(set->gemm_name + name - isa, set->isa) == 0, "%s is of %s",
+              set->gemm_name, set->isa);
+        for (int32_t j = 0; j < i; j++) check_different(anepy_kernels_at(j), set);
+        found |= set == chosen;
+        last = set;
+    }
+    CHECK(found, "the chosen set is not one this machine can run");
+    CHECK(last == anepy_kernels_scalar() && strcmp(last->isa, "scalar") == 0, "scalar is not last");
+    CHECK(anepy_kernels_at(-1) == NULL, "there is a set before the first");
+#if defined(__x86_64__)
+    CHECK(!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+              anepy_kernels_at(1) != NULL,
+          "AVX2 and FMA are there and not used");
+#elif defined(__aarch64__)
+    CHECK(strcmp(anepy_kernels_at(0)->isa, "neon") == 0, "NEON is not used");
+#endif
+    if (expected_isa == NULL || chosen == NULL) return;
+    anepy_library_info info = {.struct_size = sizeof info};
+    CHECK(strcmp(chosen->isa, expected_isa) == 0, "%s was chosen, not %s", chosen->isa,
+          expected_isa);
+    CHECK(anepy_library_get_info(&info) == ANEPY_OK && strcmp(info.isa, expected_isa) == 0 &&
+              strcmp(info.gemm, chosen->gemm_name) == 0,
+          "the library reports %s with %s", info.isa, info.gemm);
+}
+
+/* ----------------------------------------------------------------------------------- gemm_tile */
+
+typedef struct {
+    int32_t rows, cols, k, accumulate, by_columns, place;
+    int64_t ldc, lda, ldb;
+} tile_case;
+
+static void check_tile(const anepy_kernels *set, const tile_case *t) {
+    int32_t rows = t->rows, cols = t->cols, k = t->k;
+    float *a = t->by_columns ? guard_matrix(k, rows, t->lda, t->place, random_whole)
+                             : guard_matrix(rows, k, t->lda, t->place, random_whole);
+    int64_t a_row = t->by_columns ? 1 : t->lda, a_step = t->by_columns ? t->lda : 1;
+    float *b = guard_matrix(k, cols, t->ldb, t->place, random_whole);
+    float *c = guard_matrix(rows, cols, t->ldc, t->place, random_whole);
+    int32_t expected[ANEPY_TILE_ROWS][COLS];
+    for (int32_t i = 0; i < rows; i++)
+        for (int32_t j = 0; j < cols; j++)
+            expected[i][j] = t->accumulate ? (int32_t)c[i * t->ldc + j] : 0;
+    for (int32_t i = 0; i < rows; i++)
+        for (int32_t p = 0; p < k; p++)
+            for (int32_t j = 0; j < cols; j++)
+                expected[i][j] += (int32_t)a[i * a_row + p * a_step] * (int32_t)b[p * t->ldb + j];
+    if (!t->accumulate) /* what was there must not matter, NaN included */
+        for (int32_t i = 0; i < rows; i++)
+            for (int32_t j = 0; j < cols; j++) c[i * t->ldc + j] = NAN;
+    set->gemm_tile(c, t->ldc, a, a_row, a_step, b, t->ldb, k, rows, t->accumulate);
+    int right = 1;
+    for (int32_t i = 0; i < rows; i++)
+        for (int32_t j = 0; j < cols; j++)
+            right &= c[i * t->ldc + j] == (float)expected[i][j];
+    CHECK(right && guard_intact() && gaps_intact(c, rows, cols, t->ldc),
+          "gemm_tile %s: %s for rows %d, k %d, accumulate %d, by_columns %d, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, k, t->accumulate, t->by_columns, t->place);
+    guard_reset();
+}
+
+static void check_tiles(const anepy_kernels *set) {
+    for (int32_t rows = 1; rows <= ANEPY_TILE_ROWS; rows++) {
+        for (int32_t d = 0; d < DEPTH_N; d++) {
+            for (int32_t form = 0; form < 4; form++) {
+                int32_t cols = set->gemm_cols, k = DEPTHS[d], by_columns = form & 1;
+                tile_case t = {rows, cols, k, form >> 1, by_columns, (rows + d + form) % GUARD_PLACES,
+                               cols, by_columns ? rows : k + 1, cols};
+                check_tile(set, &t);
+                t.place = (t.place + 1) % GUARD_PLACES;
+                t.ldc = COLS + 3;
+                t.lda += 5;
+                t.ldb = COLS + 1;
+                check_tile(set, &t);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------ gemv, transpose */
+
+static void check_gemv(const anepy_kernels *set, int32_t rows, int32_t k, int64_t ld, int place) {
+    float *w = guard_matrix(rows, k, ld, place, random_whole);
+    float *x = guard_matrix(1, k, k, place, random_whole);
+    float *y = guard_take(rows, place);
+    set->gemv(y, w, ld, x, rows, k);
+    int right = 1;
+    for (int32_t i = 0; i < rows; i++) {
+        int32_t expected = 0;
+        for (int32_t p = 0; p < k; p++) expected += (int32_t)w[i * ld + p] * (int32_t)x[p];
+        right &= y[i] == (float)expected;
+    }
+    CHECK(right && guard_intact(), "gemv %s: %s for %d x %d, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, k, (long long)ld, place);
+    guard_reset();
+}
+
+static void check_transpose(const anepy_kernels *set, int32_t rows, int32_t n, int64_t ld, int place) {
+    float *src = guard_matrix(rows, n, ld, place, random_wild);
+    float *dst = guard_take((int64_t)n * COLS, place);
+    set->transpose_panel(dst, src, ld, rows, n);
+    int right = 1;
+    for (int32_t p = 0; p < n; p++)
+        for (int32_t j = 0; j < COLS; j++)
+            right &= same(dst[p * COLS + j], j < rows ? src[j * ld + p] : 0.0f);
+    CHECK(right && guard_intact(), "transpose_panel %s: %s for %d x %d, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, n, (long long)ld, place);
+    guard_reset();
+}
+
+/* --------------------------------------------------------------------------------- sum_squares */
+
+static void check_sum(const anepy_kernels *set, int32_t n, int place) {
+    float *x = guard_take(n, place);
+    double expected = 0.0;
+    for (int32_t i = 0; i < n; i++) {
+        x[i] = ldexpf(random_float(-1.0f, 1.0f), random_below(80) - 40);
+        expected += (double)x[i] * x[i];
+    }
+    double actual = set->sum_squares(x, n);
+    CHECK(fabs(actual - expected) <= 1e-13 * expected && guard_intact(),
+          "sum_squares %s: %.17g, not %.17g, for n %d, place %d", set->isa, actual, expected, n,
+          place);
+    if (n > 0) {
+        x[random_below(n)] = NAN;
+        CHECK(isnan(set->sum_squares(x, n)), "sum_squares %s: NaN is lost, n %d", set->isa, n);
+        for (int32_t i = 0; i < n; i++) x[i] = FLT_MAX;
+        double largest = (double)FLT_MAX * FLT_MAX * n;
+        CHECK(fabs(set->sum_squares(x, n) - largest) <= 1e-13 * largest,
+              "sum_squares %s overflows, n %d", set->isa, n);
+    }
+    guard_reset();
+}
+
+void checks_products(void) {
+    static const int32_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 64};
+    const anepy_kernels *set;
+    for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
+        check_tiles(set);
+        for (int32_t s = 0; s < SIZE_N; s++) {
+            for (int place = 0; place < GUARD_PLACES; place++) {
+                for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++)
+                    check_gemv(set, rows[r], SIZES[s], SIZES[s] + (int64_t)r % 3 * 3, place);
+                check_sum(set, SIZES[s], place);
+            }
+            for (int32_t r = 1; r <= COLS; r++)
+                check_transpose(set, r, SIZES[s], SIZES[s] + r % 5, (r + s) % GUARD_PLACES);
+        }
+    }
+}

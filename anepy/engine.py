@@ -65,10 +65,10 @@ class UpdateStats:
     """What one update did.
 
     Attributes:
-        grad_norm: global norm of the mean gradient before clipping.
+        grad_norm: global norm of the mean gradient before clipping; NaN when clipping is off.
         update_ms: time of the update in milliseconds.
         compile_ms: time to compile the programs for the new weights, where they are baked.
-        skipped: the norm was not finite and the weights were left alone.
+        skipped: a gradient was not finite; the weights are untouched, the gradients dropped.
     """
 
     grad_norm: float
@@ -240,7 +240,7 @@ class Engine(_Owner):
 
         The arithmetic is that of PyTorch's AdamW (Loshchilov & Hutter 2019); decay is applied to
         matrices only. With `grad_clip` the global norm of the mean gradient is limited to it. If
-        the norm is not finite the weights are left alone and `skipped` is set.
+        a gradient is not finite the weights are left alone and `skipped` is set.
 
         Raises:
             ConfigError: a value is out of range.

@@ -49,7 +49,7 @@ class StepReport:
         accumulated: steps waiting for the next update.
         skipped: whether half-precision gradients overflowed and this step counts for nothing.
         loss_scale: factor on the gradients, 1 unless half precision needs one.
-        grad_norm: global norm of the mean gradient before clipping; None without an update.
+        grad_norm: global norm of the mean gradient; None unless an update computed it.
         update_ms: wall time of the update; 0 if there was none.
         allocations: allocations of the step engine during this step.
         phases: busy time in ms by phase (keys of `PHASES`).

@@ -208,7 +208,7 @@ class Trainer:
         )
         return total / sum(len(tokens) for tokens, _ in self._held_out_windows)
 
-    def _update(self, lr: float, step: int) -> tuple[float, float]:
+    def _update(self, lr: float, step: int) -> tuple[float, float | None]:
         config = self.config
         began = time.perf_counter()
         stats = self.engine.update(
@@ -220,10 +220,10 @@ class Trainer:
             grad_clip=config.grad_clip,
         )
         if stats.skipped:
-            raise self._diverged(step, "gradient norm")
+            raise self._diverged(step, "gradient")
         update_ms = (time.perf_counter() - began) * 1e3
         self._measured.update(update_ms)
-        return update_ms, stats.grad_norm
+        return update_ms, None if math.isnan(stats.grad_norm) else stats.grad_norm
 
     def _diverged(self, step: int, what: str) -> DivergedError:
         return DivergedError(

@@ -161,8 +161,8 @@ typedef struct anepy_update_options {
 
 typedef struct anepy_update_stats {
     uint32_t struct_size;
-    uint32_t skipped; /* 1: the global norm was not finite, the weights were left alone */
-    double grad_norm; /* global norm of the mean gradient, before clipping */
+    uint32_t skipped; /* 1: a gradient was not finite: weights untouched, gradients dropped */
+    double grad_norm; /* of the mean gradient, before clipping; NaN when clipping is off */
     double update_ms;
     double compile_ms; /* baked weights: programs for the new ones */
 } anepy_update_stats;

@@ -208,6 +208,7 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
     ANEPY_TRY(enter(e));
     e->accumulated = info->accumulated;
     e->updates = info->updates;
+    e->damaged = 0;
     if (anepy_scaled(e)) {
         e->loss_scale = info->loss_scale;
         e->clean_steps = info->clean_steps;

@@ -60,6 +60,7 @@ struct anepy_engine {
     int64_t accumulated, updates;
     double loss_scale;      /* what gradients are multiplied with on their way down */
     int64_t clean_steps;    /* since the scale last changed */
+    int32_t damaged;        /* something not finite was accumulated: the update will be refused */
     _Atomic int32_t busy;   /* a call is running */
     uint64_t caller_fpmode; /* given back when it returns */
     anepy_pool *pool;
@@ -141,9 +142,10 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which);
 void anepy_dw_start_all(anepy_engine *e); /* those that waited for the verdict */
 void anepy_dw_wait(anepy_engine *e);      /* until done; frees what was allocated */
 
-/* scaling.c: fp16 only. */
+/* scaling.c */
 int anepy_scaled(const anepy_engine *e);
 int anepy_gradients_finite(anepy_engine *e); /* of the running step, before anything is added */
+int anepy_input_gradient_finite(anepy_engine *e); /* where IEEE arithmetic carries all others to */
 void anepy_scale_step(anepy_engine *e, int skipped);
 void anepy_scale_grow(anepy_engine *e); /* after an update, when nothing is accumulated */
 

@@ -15,12 +15,17 @@ static int finite_rows(const anepy_engine *e, const float *x, int64_t n) {
     return isfinite(anepy_vector(e)->sum_squares(x, n));
 }
 
+int anepy_input_gradient_finite(anepy_engine *e) {
+    const anepy_config *c = &e->model->config;
+    return finite_rows(e, e->dx.data, (int64_t)c->dim * e->width) &&
+           finite_rows(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim);
+}
+
 /* Every gradient that enters a weight gradient, as the host will use it: the ANE does not promise
  * that a NaN further up shows further down (ane-facts.md 2.4). */
 int anepy_gradients_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    if (!finite_rows(e, e->dx.data, (int64_t)c->dim * e->width)) return 0;
-    if (!finite_rows(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim)) return 0;
+    if (!anepy_input_gradient_finite(e)) return 0;
     for (int32_t l = 0; l < c->n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
             const anepy_product *p = &e->layers[l].dw[i].job.product;

@@ -90,6 +90,7 @@ int32_t anepy_backward(anepy_engine *e) {
         stats->skipped = 1;
         return ANEPY_OK;
     }
+    if (!anepy_scaled(e) && !anepy_input_gradient_finite(e)) e->damaged = 1;
     count(&mark, &stats->elementwise_ms);
     anepy_dw_start_all(e);
     anepy_classifier_dw(e);

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
+from anepy import files
 from anepy.errors import ChecksumError, DownloadError, OfflineError
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _write_checked(
     """Write chunks to `dest`; nothing changes there unless size and hash are right."""
     digest = hashlib.sha256()
     done = 0
-    with replacing(dest) as file:
+    with _replacing(dest) as file:
         if progress is not None:
             progress(0, size)
         for chunk in chunks:
@@ -362,38 +362,22 @@ def _write_checked(
 
 
 @contextlib.contextmanager
-def replacing(dest: Path) -> Iterator[BinaryIO]:
-    """Open a new file that becomes `dest`, atomically, if the block ends without an exception.
+def _replacing(dest: Path) -> Iterator[BinaryIO]:
+    """Like `files.replacing`, with a missing folder made and failures named for a download.
 
-    The name of the temporary file is unique, in the folder of `dest`; its mode follows the umask.
-
-    Raises:
-        DownloadError: the folder or the file cannot be written.
+    Errors of the block itself, which may come from the network, pass unchanged.
     """
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    file: BinaryIO | None = None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
             dest.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            file = os.fdopen(os.open(temporary, flags, 0o666), "wb")
+            file = stack.enter_context(files.replacing(dest))
         except OSError as error:
             raise _unwritable(dest, error) from error
         yield file
         try:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(temporary, dest)
+            stack.close()
         except OSError as error:
             raise _unwritable(dest, error) from error
-    finally:
-        # Closing flushes, which fails again on a full disk; the first failure is the one to report.
-        with contextlib.suppress(OSError):
-            if file is not None:
-                file.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _write(file: BinaryIO, chunk: bytes, dest: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from http_server import Answer, FileServer, wait_for
 
-from anepy import hub
+from anepy import files, hub
 from anepy.errors import ChecksumError, DownloadError, OfflineError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
@@ -332,13 +332,7 @@ def test_download_disk_filling_up_says_full(
     """/dev/full gives the real ENOSPC; it is opened in place of the temporary file."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full (Linux)")
-    real_open = os.open
-
-    def open_full(path: object, *rest: int) -> int:
-        full = str(path).endswith(".part")
-        return real_open("/dev/full", os.O_WRONLY) if full else real_open(path, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "open", open_full)
+    monkeypatch.setattr(files, "open", lambda *_: open("/dev/full", "wb"), raising=False)
     assert "is full" in str(refused(server, tmp_path / "f.bin", Answer(BODY)))
 
 
@@ -358,13 +352,13 @@ def test_download_real_ctrl_c_during_a_stall_leaves_nothing(
     server.answers["/f.bin"] = [Answer(BODY, stall=300_000)]
     dest = tmp_path / "f.bin"
     code = (
-        "import sys; from pathlib import Path; from anepy import hub\n"
+        "import sys; from pathlib import Path; from anepy import files, hub\n"
         f"hub.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
     )
     command = [sys.executable, "-c", code, server.url("/f.bin"), str(dest)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=child_environment())
     try:
-        assert wait_for(lambda: list(tmp_path.glob(".f.bin.*.part")))
+        assert wait_for(lambda: list(tmp_path.glob(".anepy-*.tmp")))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     finally:
@@ -377,7 +371,7 @@ def test_download_two_processes_at_once_both_succeed(server: FileServer, tmp_pat
     server.answers["/f.bin"] = [Answer(BODY)]
     dest = tmp_path / "f.bin"
     code = (
-        "import sys; from pathlib import Path; from anepy import hub\n"
+        "import sys; from pathlib import Path; from anepy import files, hub\n"
         f"hub.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
     )
     command = [sys.executable, "-c", code, server.url("/f.bin"), str(dest)]
@@ -436,7 +430,7 @@ def test_progress_bar_without_terminal_draws_nothing(capfd: pytest.CaptureFixtur
 
 def test_progress_bar_on_a_terminal_shows_name_and_bytes() -> None:
     code = (
-        "from anepy import hub\n"
+        "from anepy import files, hub\n"
         "with hub.progress_bar('f.bin') as progress:\n"
         "    progress(0, 4_000_000); progress(3_000_000, 4_000_000)\n"
     )

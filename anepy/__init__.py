@@ -13,9 +13,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "AnepyError": "errors",
     "Engine": "engine",
+    "MilError": "errors",
     "Model": "model",
     "ModelConfig": "model",
     "PRESETS": "model",
+    "Program": "program",
     "StepReport": "trainer",
     "StepStats": "engine",
     "TokenData": "data",
@@ -35,9 +37,10 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from .data import TokenData, prepare
     from .engine import Engine, StepStats, UpdateStats, devices, variants
-    from .errors import AnepyError
+    from .errors import AnepyError, MilError
     from .generation import generate, stream
     from .model import PRESETS, Model, ModelConfig
+    from .program import Program
     from .tokenizer import Tokenizer
     from .train_config import TrainConfig
     from .trainer import StepReport, Trainer

@@ -167,6 +167,100 @@ class DeviceInfo(_Sized):
     )
 
 
+class ProgramOptions(_Sized):
+    """anepy_program_options."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("flags", c_uint32),
+        ("name", c_char_p),
+        ("width", c_int32),
+        ("layer", c_int32),
+        ("part", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class ProgramInfo(_Sized):
+    """anepy_program_info."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("flags", c_uint32),
+        ("width", c_int32),
+        ("input_channels", c_int32),
+        ("output_channels", c_int32),
+        ("input_n", c_int32),
+        ("output_n", c_int32),
+        ("weight_n", c_int32),
+        ("parts", c_int32),
+        ("first_row", c_int32),
+    )
+
+
+class ProgramPort(_Sized):
+    """anepy_program_port."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("kind", c_int32),
+        ("name", c_char * 24),
+        ("surface", c_char * 24),
+        ("channel", c_int32),
+        ("channels", c_int32),
+        ("columns", c_int32),
+        ("rows", c_int32),
+        ("cols", c_int64),
+        ("offset", c_int64),
+    )
+
+
+class SimOptions(_Sized):
+    """anepy_sim_options."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("flags", c_uint32),
+        ("text", c_char_p),
+        ("text_n", u64),
+        ("paths", POINTER(c_char_p)),
+        ("files", POINTER(handle)),
+        ("file_nbytes", POINTER(u64)),
+        ("actions", c_char_p),
+        ("file_n", c_int32),
+        ("action_n", c_int32),
+        ("memory_nbytes", u64),
+        ("work", u64),
+        ("chip", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class SimTensor(_Sized):
+    """anepy_sim_tensor."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("type", c_int32),
+        ("name", c_char_p),
+        ("rank", c_int32),
+        ("slot", c_int32),
+        ("dims", c_int64 * 5),
+        ("nbytes", u64),
+    )
+
+
+class SimReport(_Sized):
+    """anepy_sim_report."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("flags", c_uint32),
+        ("count", u64),
+        ("first", c_char * 480),
+    )
+
+
 # In the order of anepy_struct_size.
 STRUCTS: tuple[type[_Sized], ...] = (
     Config,
@@ -178,6 +272,12 @@ STRUCTS: tuple[type[_Sized], ...] = (
     UpdateStats,
     LibraryInfo,
     DeviceInfo,
+    ProgramOptions,
+    ProgramInfo,
+    ProgramPort,
+    SimOptions,
+    SimTensor,
+    SimReport,
 )
 
 _ids = POINTER(c_int32)
@@ -197,6 +297,40 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),
     "anepy_decoder_create": (POINTER(handle), handle, handle, c_int32, c_int32),
     "anepy_decoder_forward": (handle, _floats, c_int32, c_int32),
+    "anepy_program_get_info": (handle, POINTER(ProgramInfo), POINTER(ProgramOptions)),
+    "anepy_program_get_port": (handle, POINTER(ProgramPort), POINTER(ProgramOptions), c_int32),
+    "anepy_mil_write": (
+        handle,
+        handle,
+        POINTER(ProgramOptions),
+        c_int32,
+        c_char_p,
+        handle,
+        POINTER(u64),
+        handle,
+        POINTER(u64),
+    ),
+    "anepy_program_run_native": (
+        handle,
+        handle,
+        POINTER(ProgramOptions),
+        c_int32,
+        c_int32,
+        _floats,
+        _floats,
+    ),
+    "anepy_sim_create": (POINTER(handle), POINTER(SimOptions), _ids),
+    "anepy_sim_get_tensor": (handle, POINTER(SimTensor), c_int32, c_int32, c_int32),
+    "anepy_sim_run": (
+        handle,
+        c_int32,
+        POINTER(handle),
+        POINTER(u64),
+        POINTER(handle),
+        POINTER(u64),
+        _ids,
+    ),
+    "anepy_sim_get_report": (handle, POINTER(SimReport), c_int32),
     "anepy_library_get_info": (POINTER(LibraryInfo),),
     "anepy_device_get_info": (c_int32, POINTER(DeviceInfo)),
     "anepy_variant_parse": (c_char_p, c_char_p, POINTER(c_uint32)),
@@ -215,6 +349,14 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_memory_free": (None, (handle, u64)),
     "anepy_engine_free": (None, (handle,)),
     "anepy_decoder_free": (None, (handle,)),
+    "anepy_program_at": (c_char_p, (c_int32,)),
+    "anepy_sim_free": (None, (handle,)),
+    "anepy_sim_function_name": (c_char_p, (handle, c_int32)),
+    "anepy_sim_rule_name": (c_char_p, (c_int32,)),
+    "anepy_sim_rule_meaning": (c_char_p, (c_int32,)),
+    "anepy_sim_rule_action": (c_int32, (c_int32,)),
+    "anepy_sim_op_name": (c_char_p, (c_int32,)),
+    "anepy_sim_type_name": (c_char_p, (c_int32,)),
     "anepy_switch_name": (c_char_p, (c_int32,)),
     "anepy_variant_name": (c_char_p, (c_int32,)),
 }

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from .errors import AnepyError
+from .errors import AnepyError, LibraryBuildError
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
@@ -52,6 +52,10 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             # Now, not at interpreter exit, where a failure could no longer be told in one line.
             sys.stdout.flush()
             return result
+        except LibraryBuildError as error:
+            # The one error that is more than a line: what the compiler said belongs to it.
+            message, _, output = str(error).partition("\n")
+            fail(message, output)
         except AnepyError as error:
             fail(str(error))
         except KeyboardInterrupt:
@@ -71,9 +75,9 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def fail(message: str) -> None:
-    """Print an error as one line and leave with exit code 1."""
-    _say(f"anepy: error: {' '.join(message.split())}")
+def fail(message: str, output: str = "") -> None:
+    """Print an error as one line, another program's output below, and leave with exit code 1."""
+    _say("\n".join(filter(None, (f"anepy: error: {' '.join(message.split())}", output))))
     raise typer.Exit(EXIT_FAILURE) from None
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _abi, _native
-from .errors import ClosedError, ConfigError
+from .errors import ClosedError, ConfigError, NativeError
 from .model import Array, Model
 
 Ids = npt.NDArray[np.int32]
@@ -94,14 +96,36 @@ class _Owner:
 
     def _own(self, handle: ctypes.c_void_p, free: Any) -> None:
         self._handle = handle
+        self._guard = threading.RLock()
         self._finalizer = weakref.finalize(self, free, handle)
         self._finalizer.atexit = False  # threads and memory end with the process
 
     def close(self) -> None:
-        """Free the native object; a second call does nothing."""
+        """Free the native object; a second call does nothing.
+
+        A call that another thread is in is waited for.
+        """
         self._handle = None
-        if self._finalizer is not None:
-            self._finalizer()
+        with self._guard:
+            if self._finalizer is not None:
+                self._finalizer()
+
+    def __reduce__(self) -> NoReturn:
+        # A copy would share the handle and outlive it.
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled: make a new one")
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[ctypes.c_void_p]:
+        """Lend the handle to one thread at a time; `close` waits for it."""
+        if not self._guard.acquire(blocking=False):
+            self._open_handle()
+            raise NativeError(
+                -30, "busy", f"this {type(self).__name__} is running in another thread"
+            )
+        try:
+            yield self._open_handle()
+        finally:
+            self._guard.release()
 
     def _open_handle(self) -> ctypes.c_void_p:
         if self._handle is None:
@@ -143,9 +167,7 @@ class Engine(_Owner):
         threads: int | None = None,
         loss_scale: float | None = None,
     ) -> None:
-        for name, value in (("seq_len", seq_len), ("threads", threads)):
-            if value is not None and not 1 <= value < 2**31:
-                raise ConfigError(f"{name} is {value}, expected a number >= 1")
+        _check_counts(seq_len=seq_len, threads=threads)
         self.model = model
         self.variant = variant
         self._lib = model.table.lib
@@ -158,9 +180,9 @@ class Engine(_Owner):
             grads=_address(self._grads),
             adam_m=_address(self._m),
             adam_v=_address(self._v),
-            variant=variant.encode(),
-            device=device.encode(),
-            precision=precision.encode(),
+            variant=_name(variant),
+            device=_name(device),
+            precision=_name(precision),
             seq_len=seq_len or 0,
             threads=threads or 0,
             loss_scale=loss_scale or 0.0,
@@ -206,9 +228,10 @@ class Engine(_Owner):
         """
         tokens, targets = _pair(tokens, targets)
         stats = _abi.StepStats()
-        self._lib.anepy_engine_step(
-            self._open_handle(), ctypes.byref(stats), _ids(tokens), _ids(targets), len(tokens)
-        )
+        with self._call() as handle:
+            self._lib.anepy_engine_step(
+                handle, ctypes.byref(stats), _ids(tokens), _ids(targets), len(tokens)
+            )
         return StepStats(
             loss=stats.loss,
             step_ms=stats.step_ms,
@@ -255,25 +278,26 @@ class Engine(_Owner):
             grad_clip=0.0 if grad_clip is None else grad_clip,
         )
         stats = _abi.UpdateStats()
-        self._lib.anepy_engine_update(
-            self._open_handle(), ctypes.byref(stats), ctypes.byref(options)
-        )
+        with self._call() as handle:
+            self._lib.anepy_engine_update(handle, ctypes.byref(stats), ctypes.byref(options))
         return UpdateStats(stats.grad_norm, stats.update_ms, stats.compile_ms, bool(stats.skipped))
 
     def logits(self, tokens: npt.ArrayLike) -> Array:
         """Return the logits of every position, float32 (n, vocab_size), without gradients."""
         ids = _as_ids(tokens, "tokens")
         out = np.empty((len(ids), self.model.config.vocab_size), dtype=np.float32)
-        self._lib.anepy_engine_logits(self._open_handle(), _floats(out), _ids(ids), len(ids))
+        with self._call() as handle:
+            self._lib.anepy_engine_logits(handle, _floats(out), _ids(ids), len(ids))
         return out
 
     def evaluate(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> float:
         """Return the mean cross-entropy in nats, without gradients."""
         tokens, targets = _pair(tokens, targets)
         loss = ctypes.c_double(math.nan)
-        self._lib.anepy_engine_evaluate(
-            self._open_handle(), ctypes.byref(loss), _ids(tokens), _ids(targets), len(tokens)
-        )
+        with self._call() as handle:
+            self._lib.anepy_engine_evaluate(
+                handle, ctypes.byref(loss), _ids(tokens), _ids(targets), len(tokens)
+            )
         return loss.value
 
     @property
@@ -301,11 +325,15 @@ class Engine(_Owner):
             loss_scale: the factor the gradients carry; ignored where losses are not scaled.
             clean_steps: steps since the scale last changed.
         """
+        for name, value in (("accumulated", accumulated), ("updates", updates)):
+            if not 0 <= value < 2**63:
+                raise ConfigError(f"{name} is {value}, expected a number >= 0")
         info = self._info()
         info.accumulated, info.updates, info.clean_steps = accumulated, updates, clean_steps
         if loss_scale is not None:
             info.loss_scale = loss_scale
-        self._lib.anepy_engine_restore(self._open_handle(), ctypes.byref(info))
+        with self._call() as handle:
+            self._lib.anepy_engine_restore(handle, ctypes.byref(info))
 
     def _info(self) -> _abi.EngineInfo:
         info = _abi.EngineInfo()
@@ -325,6 +353,7 @@ class Decoder(_Owner):
     def __init__(
         self, model: Model, max_len: int | None = None, threads: int | None = None
     ) -> None:
+        _check_counts(max_len=max_len, threads=threads)
         self.model = model
         self._lib = model.table.lib
         self._logits = np.zeros(model.config.vocab_size, dtype=np.float32)
@@ -349,9 +378,11 @@ class Decoder(_Owner):
 
         Positions run 0, 1, 2, ...; position 0 starts a new sequence.
         """
-        self._lib.anepy_decoder_forward(
-            self._open_handle(), _floats(self._logits), int(token), position
-        )
+        for name, value in (("token", token), ("position", position)):
+            if not 0 <= value < 2**31:
+                raise ConfigError(f"{name} is {value}, expected a number >= 0")
+        with self._call() as handle:
+            self._lib.anepy_decoder_forward(handle, _floats(self._logits), int(token), position)
         return self._logits
 
 
@@ -406,6 +437,18 @@ def _switch_names(lib: ctypes.CDLL, bits: int) -> tuple[str, ...]:
     return tuple(lib.anepy_switch_name(i).decode() for i in range(32) if bits >> i & 1)
 
 
+def _name(text: str) -> bytes:
+    """Encode for C so that what is no name stays none and fits a message of one line."""
+    return text.encode("unicode_escape")
+
+
+def _check_counts(**values: int | None) -> None:
+    """Refuse what C would read as another number: it has 32 bits, and 0 means default."""
+    for name, value in values.items():
+        if value is not None and not 1 <= value < 2**31:
+            raise ConfigError(f"{name} is {value}, expected a number >= 1")
+
+
 def _address(array: Array) -> int:
     return int(array.ctypes.data)
 
@@ -419,14 +462,18 @@ def _ids(array: Ids) -> Any:
 
 
 def _as_ids(values: npt.ArrayLike, what: str) -> Ids:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        raise ConfigError(f"{what} is nested, expected integers in one dimension") from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise ConfigError(
             f"{what} has shape {array.shape} and type {array.dtype}, expected integers in one "
             "dimension, at least one"
         )
-    if array.dtype != np.int32 and (array.max() >= 2**31 or array.min() < -(2**31)):
-        raise ConfigError(f"{what} holds {array.max()}, which is no token id")
+    for extreme in (int(array.max()), int(array.min())):
+        if not -(2**31) <= extreme < 2**31:
+            raise ConfigError(f"{what} holds {extreme}, which is no token id")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 

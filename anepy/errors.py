@@ -55,6 +55,20 @@ class NativeError(AnepyError):
         self.detail = detail
 
 
+class MilError(AnepyError):
+    """MIL text, its weights or its numbers break the language or a rule of the hardware.
+
+    Attributes:
+        line: where in the text, from 1; 0 if the text is not at fault.
+        column: where in the line, from 1; 0 if the text is not at fault.
+    """
+
+    def __init__(self, message: str, line: int = 0, column: int = 0) -> None:
+        super().__init__(message)
+        self.line = line
+        self.column = column
+
+
 class LibraryNotFoundError(AnepyError):
     """No usable native library was found, fetched or compiled."""
 

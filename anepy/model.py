@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +152,10 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({self.config}, {self.n_parameters:,} parameters)"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles carry the weights; the native table is made anew.
+        return _rebuild, (self.config, self.arena.copy())
+
     @property
     def n_parameters(self) -> int:
         """How many weights there are; a tied classifier counts once."""
@@ -240,6 +245,12 @@ class Model:
                 return file.tell()
         except OSError as error:
             raise ModelError(files.write_failure(path, "model", error)) from None
+
+
+def _rebuild(config: ModelConfig, weights: Array) -> Model:
+    model = Model(config)
+    model.arena[...] = weights
+    return model
 
 
 def _file_order(config: ModelConfig) -> Iterator[str | None]:

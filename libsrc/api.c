@@ -1,5 +1,6 @@
 /* api.c - the exported surface of the engine: validate, take the handle, call inward, give back the
  * caller's floating-point mode. Create and free live with their types. */
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -31,6 +32,8 @@ int32_t anepy_struct_size(int32_t index) {
         sizeof(anepy_config),         sizeof(anepy_tensor),       sizeof(anepy_engine_options),
         sizeof(anepy_engine_info),    sizeof(anepy_step_stats),   sizeof(anepy_update_options),
         sizeof(anepy_update_stats),   sizeof(anepy_library_info), sizeof(anepy_device_info),
+        sizeof(anepy_program_options), sizeof(anepy_program_info), sizeof(anepy_program_port),
+        sizeof(anepy_sim_options),    sizeof(anepy_sim_tensor),   sizeof(anepy_sim_report),
     };
     return index >= 0 && index < (int32_t)(sizeof sizes / sizeof sizes[0]) ? sizes[index] : -1;
 }
@@ -160,11 +163,7 @@ int32_t anepy_engine_evaluate(anepy_engine *e, double *loss, const int32_t *toke
 int32_t anepy_engine_logits(anepy_engine *e, float *logits, const int32_t *tokens, int32_t n) {
     ANEPY_TRY(enter(e));
     int32_t status = forward(e, tokens, NULL, n);
-    if (status == ANEPY_OK) {
-        int64_t vocab = e->model->config.vocab_size;
-        for (int64_t v = 0; v < vocab; v++)
-            for (int64_t t = 0; t < n; t++) logits[t * vocab + v] = e->logits[v * e->width + t];
-    }
+    if (status == ANEPY_OK) anepy_logits_copy(e, logits);
     return leave(e, status);
 }
 
@@ -174,14 +173,17 @@ static int32_t check_update(const anepy_engine *e, const anepy_update_options *o
                           o->struct_size, sizeof *o);
     if (e->accumulated == 0)
         return anepy_fail(ANEPY_E_STATE, "no step since the last update: nothing to apply");
-    if (!(o->lr >= 0.0 && isfinite(o->lr)))
-        return anepy_fail(ANEPY_E_ARGUMENT, "lr is %g, expected a number >= 0", o->lr);
+    if (!(o->lr >= 0.0 && o->lr <= 1e30)) /* it becomes a float, divided by 1 - beta1^t */
+        return anepy_fail(ANEPY_E_ARGUMENT, "lr is %g, expected 0 to 1e30", o->lr);
     if (!(o->beta1 >= 0.0 && o->beta1 < 1.0) || !(o->beta2 >= 0.0 && o->beta2 < 1.0))
         return anepy_fail(ANEPY_E_ARGUMENT, "beta1 %g, beta2 %g: both must be in [0, 1)", o->beta1,
                           o->beta2);
-    if (!(o->eps > 0.0) || !(o->weight_decay >= 0.0) || !(o->grad_clip >= 0.0))
+    /* An eps that flushes to zero in fp32 would make 0 / 0 of weights without a gradient. */
+    if (!(o->eps >= (double)FLT_MIN && isfinite(o->eps)) ||
+        !(o->weight_decay >= 0.0 && isfinite(o->weight_decay)) || !(o->grad_clip >= 0.0))
         return anepy_fail(ANEPY_E_ARGUMENT,
-                          "eps %g must be above 0, weight_decay %g and grad_clip %g not below",
+                          "eps %g must be at least 1.2e-38, weight_decay %g and grad_clip %g not "
+                          "below 0, eps and weight_decay finite",
                           o->eps, o->weight_decay, o->grad_clip);
     return ANEPY_OK;
 }

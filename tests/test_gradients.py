@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
 import subprocess
@@ -15,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tolerances
+from cases import make_model, sequence, weights_of
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 
+from anepy import _native
 from anepy.engine import Engine, library_info
 from anepy.model import Model, ModelConfig
 from anepy.tokenizer import Tokenizer
@@ -36,37 +37,17 @@ BLOCKED = {
     "long-hidden": ModelConfig(20, 1040, 1, 2, 2, 40, 65),
     "long-dim": ModelConfig(1030, 34, 1, 5, 1, 70, 65, tied=False),
 }
+ALL = CONFIGS | BLOCKED
 # Odd, within a block of 64 positions, exactly one, just more, and more than two; long before short.
 LENGTHS = (129, 7, 65, 1, 64, 33)
 
 Arrays = dict[str, npt.NDArray[np.float64]]
 
 
-def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
-    """Draw weights that take soft-max and SwiGLU out of their linear range, at every width."""
-    return ref.random_weights(config, seed, 1.2 / math.sqrt(config.dim))
-
-
-def make_model(name: str, seed: int = 0) -> Model:
-    model = Model((CONFIGS | BLOCKED)[name])
-    for tensor, values in weights_of(model.config, seed).items():
-        model.weights[tensor][...] = values
-    return model
-
-
-def sequence(name: str, length: int, seed: int = 1) -> tuple[npt.NDArray[np.int64], ...]:
-    """Draw tokens and targets; ids repeat, the first and the last of the vocabulary occur."""
-    vocab = (CONFIGS | BLOCKED)[name].vocab_size
-    ids = np.random.default_rng((seed, length)).integers(0, vocab, length + 1)
-    ids[length // 2 :: 3] = ids[0]
-    ids[0], ids[-1] = vocab - 1, 0
-    return ids[:-1], ids[1:]
-
-
 @functools.cache
-def expected(name: str, length: int, seed: int = 1) -> tuple[float, Arrays]:
-    config = (CONFIGS | BLOCKED)[name]
-    return ref.loss_and_gradients(weights_of(config), config, *sequence(name, length, seed))
+def expected(name: str, length: int) -> tuple[float, Arrays]:
+    config = ALL[name]
+    return ref.loss_and_gradients(weights_of(config), config, *sequence(config, length))
 
 
 def clear(engine: Engine) -> None:
@@ -79,7 +60,7 @@ def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
     """Compare one step from cleared gradients with the reference."""
     clear(engine)
     loss, gradients = expected(name, length)
-    stats = engine.step(*sequence(name, length))
+    stats = engine.step(*sequence(ALL[name], length))
     assert relative_error(stats.loss, loss) < tolerances.FP32_LOGITS
     assert (stats.loss_scale, stats.skipped, engine.accumulated) == (1.0, False, 1)
     found, wanted = dict(engine.gradients), dict(gradients)
@@ -99,7 +80,7 @@ def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
 def test_gradients_every_tensor_matches_the_reference(
     name: str, variant: str, threads: int
 ) -> None:
-    with Engine(make_model(name), variant, "cpu", "fp32", threads=threads) as engine:
+    with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=threads) as engine:
         for length in LENGTHS:
             assert_step_is_exact(engine, name, length)
 
@@ -107,7 +88,7 @@ def test_gradients_every_tensor_matches_the_reference(
 @pytest.mark.parametrize("variant", ["baseline", "opt"])
 @pytest.mark.parametrize("name", BLOCKED)
 def test_gradients_of_sums_longer_than_a_block(name: str, variant: str) -> None:
-    with Engine(make_model(name), variant, "cpu", "fp32", threads=2) as engine:
+    with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=2) as engine:
         for length in (65, 33):
             assert_step_is_exact(engine, name, length)
 
@@ -116,7 +97,7 @@ def run_all_on_this_isa() -> None:
     """Check every configuration; the process of the next test runs this."""
     for name in CONFIGS:
         for variant, threads in (("baseline", 2), ("opt", 1)):
-            with Engine(make_model(name), variant, "cpu", "fp32", threads=threads) as engine:
+            with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=threads) as engine:
                 for length in (65, 1, 33):
                     assert_step_is_exact(engine, name, length)
                 isa = engine.isa
@@ -136,6 +117,7 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
     code = "import test_gradients as t; t.run_all_on_this_isa()"
     environment = os.environ | {
         "ANEPY_CPU_MASK": isa,
+        "ANEPY_LIB": _native.library()._name,
         "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))),
     }
     result = subprocess.run(
@@ -152,15 +134,29 @@ def test_short_sequence_after_a_long_one_sees_nothing_of_it(name: str, variant: 
     """Buffers keep the columns of the longest sequence so far; none may leak."""
     results = []
     for before in ((), (129, 65)):
-        with Engine(make_model(name), variant, "cpu", "fp32") as engine:
+        with Engine(make_model(ALL[name]), variant, "cpu", "fp32") as engine:
             for length in before:
-                engine.step(*sequence(name, length, seed=5))
+                engine.step(*sequence(ALL[name], length, seed=5))
             clear(engine)
             for length in (33, 1, 64):
-                loss = engine.step(*sequence(name, length)).loss
+                loss = engine.step(*sequence(ALL[name], length)).loss
                 results.append((loss, {n: g.tobytes() for n, g in engine.gradients.items()}))
     half = len(results) // 2
     assert results[:half] == results[half:]
+
+
+@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("name", ["gqa", "mqa-separate"])
+def test_gradients_after_a_step_of_nan_see_nothing_of_it(name: str, variant: str) -> None:
+    """Zero times what is left in a buffer is zero only if that is a number."""
+    with Engine(make_model(ALL[name]), variant, "cpu", "fp32") as engine:
+        embedding = engine.model.weights["tok_embeddings.weight"]
+        saved = embedding.copy()
+        embedding[...] = np.nan
+        assert np.isnan(engine.step(*sequence(ALL[name], 129)).loss)
+        embedding[...] = saved
+        for length in (33, 129, 1):
+            assert_step_is_exact(engine, name, length)
 
 
 @pytest.mark.parametrize("variant", ["baseline", "opt"])
@@ -171,9 +167,9 @@ def test_gradients_of_several_steps_add_up(name: str, variant: str) -> None:
     for length in lengths:
         for tensor, gradient in expected(name, length)[1].items():
             total[tensor] = total.get(tensor, 0.0) + gradient
-    with Engine(make_model(name), variant, "cpu", "fp32") as engine:
+    with Engine(make_model(ALL[name]), variant, "cpu", "fp32") as engine:
         for length in lengths:
-            engine.step(*sequence(name, length))
+            engine.step(*sequence(ALL[name], length))
         assert engine.accumulated == len(lengths)
         assert_tensors_close(dict(engine.gradients), total, tolerances.FP32_GRADIENT)
 
@@ -182,8 +178,8 @@ def test_gradients_do_not_depend_on_how_long_sequences_may_be() -> None:
     """The same sequence in tight and in roomy engines: same sums in the same order."""
     results = []
     for seq_len in (33, 64, 129):
-        with Engine(make_model("gqa"), "opt", "cpu", "fp32", seq_len=seq_len) as engine:
-            engine.step(*sequence("gqa", 33))
+        with Engine(make_model(ALL["gqa"]), "opt", "cpu", "fp32", seq_len=seq_len) as engine:
+            engine.step(*sequence(ALL["gqa"], 33))
             results.append({n: g.tobytes() for n, g in engine.gradients.items()})
     assert results[0] == results[1] == results[2]
 
@@ -191,14 +187,10 @@ def test_gradients_do_not_depend_on_how_long_sequences_may_be() -> None:
 def test_gradients_of_a_long_sequence_match_the_reference() -> None:
     """Many blocks of 64 positions, the last not full; more than 1024 terms per weight gradient."""
     config = ModelConfig(24, 40, 2, 2, 1, 61, 1100)
-    model, rng = Model(config), np.random.default_rng(3)
-    weights = weights_of(config, 3)
-    for tensor, values in weights.items():
-        model.weights[tensor][...] = values
-    ids = rng.integers(0, config.vocab_size, 1093)
-    loss, gradients = ref.loss_and_gradients(weights, config, ids[:-1], ids[1:])
-    with Engine(model, "opt", "cpu", "fp32", threads=2) as engine:
-        stats = engine.step(ids[:-1], ids[1:])
+    tokens, targets = sequence(config, 1092)
+    loss, gradients = ref.loss_and_gradients(weights_of(config), config, tokens, targets)
+    with Engine(make_model(config), "opt", "cpu", "fp32", threads=2) as engine:
+        stats = engine.step(tokens, targets)
         assert relative_error(stats.loss, loss) < tolerances.FP32_LOGITS
         assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
 
@@ -206,9 +198,9 @@ def test_gradients_of_a_long_sequence_match_the_reference() -> None:
 def test_gradients_with_extreme_logits_stay_finite_and_right() -> None:
     """Confident models have logits in the hundreds: soft-max must not overflow."""
     name = "mha"
-    model = make_model(name)
+    model = make_model(ALL[name])
     model.weights["tok_embeddings.weight"][...] *= 40
-    tokens, targets = sequence(name, 33)
+    tokens, targets = sequence(ALL[name], 33)
     weights = {n: np.array(w) for n, w in model.weights.items()}
     assert np.abs(ref.forward(weights, model.config, tokens)).max() > 150
     loss, gradients = ref.loss_and_gradients(weights, model.config, tokens, targets)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
+import pickle
 import resource
 import signal
 import stat
@@ -20,6 +22,7 @@ import pytest
 from reference import llama2c
 from reference import llama64 as ref
 
+from anepy import _native
 from anepy import model as model_module
 from anepy.errors import ConfigError, ModelError, NativeError
 from anepy.model import PRESETS, Model, ModelConfig
@@ -345,6 +348,7 @@ def test_load_bad_files_take_little_memory(tmp_path: Path) -> None:
         pytest.skip("needs /proc to know the memory in use")
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)],
+        env=os.environ | {"ANEPY_LIB": _native.library()._name},
         cwd=Path(model_module.__file__).parents[1],
         capture_output=True,
         text=True,
@@ -538,3 +542,13 @@ def test_init_negative_seed_is_refused() -> None:
 
 def test_model_prints_what_it_is() -> None:
     assert repr(Model(SMALL)) == f"Model({SMALL}, {Model(SMALL).n_parameters:,} parameters)"
+
+
+def test_copies_have_their_own_weights() -> None:
+    """copy.deepcopy(model) used to fail inside ctypes."""
+    model = Model.init(PRESETS["stories260K"], seed=3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.config == model.config
+        np.testing.assert_array_equal(other.arena, model.arena)
+        other.weights["norm.weight"][0] = 7.0
+        assert model.weights["norm.weight"][0] == 1.0

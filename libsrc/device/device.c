@@ -14,18 +14,24 @@ static const anepy_device_type anepy_device_ane = {
     .name = "ane", .about = "Apple Neural Engine", .precisions = 1u << ANEPY_F16, .probe = no_ane};
 
 /* In the order "auto" tries them. */
-static const anepy_device_type *const DEVICES[] = {&anepy_device_ane, &anepy_device_cpu};
+static const anepy_device_type *const DEVICES[] = {&anepy_device_ane, &anepy_device_cpu,
+                                                   &anepy_device_sim};
 #define DEVICE_N ((int32_t)(sizeof DEVICES / sizeof DEVICES[0]))
 
-const anepy_device_type *anepy_device_find(const char *name) {
+const anepy_device_type *anepy_device_find(const char *name, const char **detail) {
     char known[64] = "auto";
     int automatic = name == NULL || strcmp(name, "auto") == 0;
+    size_t length = automatic ? 0 : strcspn(name, ":");
+    if (detail != NULL) *detail = !automatic && name[length] == ':' ? name + length + 1 : NULL;
     for (int32_t i = 0; i < DEVICE_N; i++) {
-        if (automatic ? DEVICES[i]->probe() == ANEPY_OK : strcmp(name, DEVICES[i]->name) == 0)
+        const char *candidate = DEVICES[i]->name;
+        if (automatic ? DEVICES[i]->probe() == ANEPY_OK
+                      : strlen(candidate) == length && memcmp(name, candidate, length) == 0)
             return DEVICES[i];
-        snprintf(known + strlen(known), sizeof known - strlen(known), ", %s", DEVICES[i]->name);
+        snprintf(known + strlen(known), sizeof known - strlen(known), ", %s", candidate);
     }
-    anepy_fail(ANEPY_E_NAME, "unknown device '%s': use one of %s", automatic ? "auto" : name, known);
+    /* With "auto" the device probed last has said why not. */
+    if (!automatic) anepy_fail(ANEPY_E_NAME, "unknown device '%s': use one of %s", name, known);
     return NULL;
 }
 

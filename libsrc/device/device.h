@@ -44,6 +44,7 @@ typedef struct {
     int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len */
     int32_t seq_len;
     anepy_dtype dtype;      /* of surfaces and products */
+    const char *detail;     /* what follows the colon of "sim:m1"; NULL: nothing */
 } anepy_device_options;
 
 typedef struct {
@@ -79,8 +80,9 @@ struct anepy_device {
     anepy_device_options options;
 };
 
-/* The type with this name; "auto" is the first usable one. NULL with an error sentence. */
-const anepy_device_type *anepy_device_find(const char *name);
+/* The type with this name; NULL or "auto" is the first usable one. A colon and what the device makes
+ * of it may follow; *detail (may be NULL) then points behind it. NULL with an error sentence. */
+const anepy_device_type *anepy_device_find(const char *name, const char **detail);
 
 /* Copies channels between a surface and host memory of [count, width] float32, converting. */
 int32_t anepy_surface_read(anepy_surface *surface, int32_t channel, int32_t count, float *dst);
@@ -91,5 +93,6 @@ int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surfac
                            int32_t src_channel, int32_t count);
 
 extern const anepy_device_type anepy_device_cpu;
+extern const anepy_device_type anepy_device_sim;
 
 #endif

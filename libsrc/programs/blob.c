@@ -1,11 +1,11 @@
-/* programs/blob.c - bytes of the weight file; explicit little endian, so that any host writes it. */
+/* programs/blob.c - bytes of the weight file, little endian on any host. */
 #include "programs/blob.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define ALIGN ANEPY_BLOB_ALIGN
-#define TYPES 15u                  /* dtype numbers the format defines */
+#define TYPES 15u                   /* dtype numbers the format defines */
 #define LARGEST ((uint64_t)1 << 40) /* of a file: far from overflow, beyond any memory */
 
 static void put(uint8_t *at, uint64_t value, int32_t bytes) {
@@ -60,20 +60,20 @@ int32_t anepy_blob_add(anepy_blob *blob, anepy_blob_type type, const void *data,
     if (blob->n < ALIGN || nbytes > LARGEST)
         return anepy_fail(ANEPY_E_ARGUMENT, "a weight record of %llu bytes in a file of %llu",
                           (unsigned long long)nbytes, (unsigned long long)blob->n);
-    uint64_t size = anepy_blob_record_nbytes(nbytes);
-    ANEPY_TRY(grow(blob, size));
-    uint8_t *record = blob->data + blob->n;
-    memset(record, 0, ALIGN);
+    /* The official writer pads before a record, never after the last one. */
+    uint64_t start = (blob->n + ALIGN - 1) / ALIGN * ALIGN, end = start + ALIGN + nbytes;
+    ANEPY_TRY(grow(blob, end - blob->n));
+    uint8_t *record = blob->data + start;
+    memset(blob->data + blob->n, 0, start + ALIGN - blob->n);
     put(record, ANEPY_BLOB_SENTINEL, 4);
     put(record + 4, (uint64_t)type, 4);
     put(record + 8, nbytes, 8);
-    put(record + 16, blob->n + ALIGN, 8);
-    if (data != NULL && nbytes > 0) memcpy(record + ALIGN, data, nbytes);
-    uint64_t filled = data != NULL ? nbytes : 0;
-    memset(record + ALIGN + filled, 0, size - ALIGN - filled);
+    put(record + 16, start + ALIGN, 8);
+    if (data == NULL) memset(record + ALIGN, 0, nbytes);
+    else if (nbytes > 0) memcpy(record + ALIGN, data, nbytes);
     put(blob->data, get(blob->data, 4) + 1, 4);
-    *offset = blob->n;
-    blob->n += size;
+    *offset = start;
+    blob->n = end;
     return ANEPY_OK;
 }
 

@@ -1,8 +1,8 @@
 /* programs/blob.h - the weight file MIL programs name: written, and read back without trust.
  *
  * A 64-byte header (count of records, version 2), then per record 64 bytes of description and the
- * data, each padded to 64 bytes; little endian (ane-facts.md 3). An offset is always that of the
- * description, as BLOBFILE wants it. */
+ * data, both starting at multiples of 64; little endian (ane-facts.md 3). An offset is always that
+ * of the description, as BLOBFILE wants it. */
 #ifndef ANEPY_PROGRAMS_BLOB_H
 #define ANEPY_PROGRAMS_BLOB_H
 
@@ -36,10 +36,9 @@ int32_t anepy_blob_reserve(anepy_blob *blob, uint64_t nbytes);
 int32_t anepy_blob_add(anepy_blob *blob, anepy_blob_type type, const void *data, uint64_t nbytes,
                        uint64_t *offset);
 
-/* Bytes a record with so many bytes of data takes in the file. */
+/* Bytes a record with so many bytes of data takes in the file, at most. */
 static inline uint64_t anepy_blob_record_nbytes(uint64_t nbytes) {
-    return ANEPY_BLOB_ALIGN +
-           (nbytes + ANEPY_BLOB_ALIGN - 1) / ANEPY_BLOB_ALIGN * ANEPY_BLOB_ALIGN;
+    return ANEPY_BLOB_ALIGN + (nbytes + ANEPY_BLOB_ALIGN - 1) / ANEPY_BLOB_ALIGN * ANEPY_BLOB_ALIGN;
 }
 
 void anepy_blob_free(anepy_blob *blob); /* leaves it zeroed; accepts a zeroed blob */

@@ -1,9 +1,12 @@
 /* programs/programs.c - the table itself. */
 #include "programs/programs.h"
 
+#include <stdio.h>
 #include <string.h>
 
-typedef enum { DIM, KV, HIDDEN, SCORES } extent; /* what a channel count is made of */
+typedef enum { DIM, KV, HIDDEN, SCORES, VOCAB } extent; /* what a channel count is made of */
+
+#define PART_ROWS 32768 /* tokens per part of a classifier program: half of what chips take */
 
 typedef struct {
     const char *name; /* NULL ends a list */
@@ -18,7 +21,14 @@ typedef struct {
  *   sdpa_bwd1  probs again from q and k (channel = head * width + query, column = key);
  *              gradients of v and of the probabilities from that of out (dy)
  *   sdpa_bwd2  gradients of wq xnorm and wk xnorm: through soft-max, scale and inverse RoPE
- *   qkv_bwd    gradient of xnorm (dx) */
+ *   qkv_bwd    gradient of xnorm (dx)
+ * Offloads:
+ *   rmsnorm_bwd*    gradient of x (dx) from that of w * x / rms(x) (dy); w is attention_norm,
+ *                   ffn_norm or norm
+ *   final_rmsnorm   norm * x / rms(x)
+ *   classifier_fwd  logits of the tokens [first_row, first_row + rows) = output x
+ *   classifier_bwd  gradient of x from that of those logits
+ *   softmax         over groups of tokens: see anepy_softmax_groups */
 static const struct {
     const char *name;
     range inputs[5], outputs[7];
@@ -57,39 +67,146 @@ static const struct {
                        {{"dx", DIM}},
                        3,
                        {ANEPY_WQ, ANEPY_WK, ANEPY_WV}},
+    [ANEPY_RMSNORM_BWD] = {"rmsnorm_bwd",
+                           {{"dy", DIM}, {"x", DIM}},
+                           {{"dx", DIM}},
+                           1,
+                           {ANEPY_ATTENTION_NORM}},
+    [ANEPY_RMSNORM_BWD_FFN] = {"rmsnorm_bwd_ffn",
+                               {{"dy", DIM}, {"x", DIM}},
+                               {{"dx", DIM}},
+                               1,
+                               {ANEPY_FFN_NORM}},
+    [ANEPY_RMSNORM_BWD_FINAL] = {"rmsnorm_bwd_final",
+                                 {{"dy", DIM}, {"x", DIM}},
+                                 {{"dx", DIM}},
+                                 1,
+                                 {ANEPY_FINAL_NORM}},
+    [ANEPY_FINAL_RMSNORM] = {"final_rmsnorm",
+                             {{"x", DIM}},
+                             {{"xnorm", DIM}},
+                             1,
+                             {ANEPY_FINAL_NORM}},
+    [ANEPY_CLASSIFIER_FWD] = {"classifier_fwd",
+                              {{"x", DIM}},
+                              {{"logits", VOCAB}},
+                              1,
+                              {ANEPY_CLASSIFIER}},
+    [ANEPY_CLASSIFIER_BWD] = {"classifier_bwd",
+                              {{"dlogits", VOCAB}},
+                              {{"dx", DIM}},
+                              1,
+                              {ANEPY_CLASSIFIER}},
+    [ANEPY_SOFTMAX] = {"softmax", {{"logits", VOCAB}}, {{"probs", VOCAB}}, 0, {0}},
 };
 
-static int32_t channels_of(extent e, const anepy_model *model, int32_t width) {
+static const char *const WEIGHT_NAMES[] = {
+    [ANEPY_ATTENTION_NORM] = "attention_norm",
+    [ANEPY_WQ] = "wq",
+    [ANEPY_WK] = "wk",
+    [ANEPY_WV] = "wv",
+    [ANEPY_WO] = "wo",
+    [ANEPY_FFN_NORM] = "ffn_norm",
+    [ANEPY_W1] = "w1",
+    [ANEPY_W3] = "w3",
+    [ANEPY_W2] = "w2",
+    [ANEPY_FINAL_NORM] = "norm",
+    [ANEPY_CLASSIFIER] = "output",
+};
+
+static int32_t rows_of(const anepy_program *program, const anepy_model *model) {
+    int32_t vocab = model->config.vocab_size;
+    int32_t rows = (vocab + program->parts - 1) / program->parts;
+    return anepy_min_i32(rows, vocab - program->part * rows);
+}
+
+static int32_t channels_of(extent e, const anepy_program *program, const anepy_model *model) {
     switch (e) {
     case DIM: return model->config.dim;
     case KV: return model->kv_dim;
     case HIDDEN: return model->config.hidden_dim;
-    default: return model->config.n_heads * width;
+    case VOCAB: return rows_of(program, model);
+    default: return model->config.n_heads * program->width;
     }
 }
 
-/* Appends a list to out->tensors; returns how many, and their channels in *total. */
-static int32_t fill(anepy_program_tensor *out, const range *list, const anepy_model *model,
-                    int32_t width, int32_t *total) {
+/* Appends a list to tensors from index first on; returns how many, and their channels in *total. */
+static int32_t fill(anepy_program *out, int32_t first, const range *list, const anepy_model *model,
+                    int32_t *total) {
     int32_t n = 0;
     for (*total = 0; list[n].name != NULL; n++) {
-        int32_t channels = channels_of(list[n].channels, model, width);
-        out[n] = (anepy_program_tensor){list[n].name, channels, *total};
+        int32_t channels = channels_of(list[n].channels, out, model);
+        out->tensors[first + n] = (anepy_program_tensor){list[n].name, channels, *total};
         *total += channels;
     }
     return n;
 }
 
-void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,
-                            int32_t width) {
+void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const anepy_model *model,
+                                 int32_t width, int32_t part) {
+    int32_t vocab = model->config.vocab_size;
+    int sliced = id == ANEPY_CLASSIFIER_FWD || id == ANEPY_CLASSIFIER_BWD;
     memset(out, 0, sizeof *out);
     out->id = id;
     out->name = TABLE[id].name;
-    out->input_n = fill(out->tensors, TABLE[id].inputs, model, width, &out->input_channels);
-    out->output_n =
-        fill(out->tensors + out->input_n, TABLE[id].outputs, model, width, &out->output_channels);
+    out->width = width;
+    out->part = part;
+    out->parts = sliced ? (vocab + PART_ROWS - 1) / PART_ROWS : 1;
+    out->first_row = part * ((vocab + out->parts - 1) / out->parts);
+    out->input_n = fill(out, 0, TABLE[id].inputs, model, &out->input_channels);
+    out->output_n = fill(out, out->input_n, TABLE[id].outputs, model, &out->output_channels);
     out->weight_n = TABLE[id].weight_n;
     memcpy(out->weights, TABLE[id].weights, sizeof out->weights);
 }
 
+void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,
+                            int32_t width) {
+    anepy_program_describe_part(out, id, model, width, 0);
+}
+
+void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
+                          const anepy_model *model, int32_t layer, int32_t index) {
+    int32_t weight = program->weights[index], dim = model->config.dim;
+    *out = (anepy_program_matrix){.name = WEIGHT_NAMES[weight], .is_matrix = 1, .cols = dim};
+    snprintf(out->parameter, sizeof out->parameter, "w%d_%s", index % 10, out->name);
+    out->offset = weight == ANEPY_FINAL_NORM   ? anepy_model_final_norm(model)
+                  : weight == ANEPY_CLASSIFIER ? anepy_model_classifier(model)
+                                               : anepy_model_layer(model, layer, weight);
+    switch (weight) {
+    case ANEPY_ATTENTION_NORM:
+    case ANEPY_FFN_NORM:
+    case ANEPY_FINAL_NORM:
+        out->is_matrix = 0;
+        out->rows = 1;
+        out->channels = dim;
+        out->columns = program->width;
+        return;
+    case ANEPY_CLASSIFIER:
+        out->rows = rows_of(program, model);
+        out->offset += (int64_t)program->first_row * dim;
+        break;
+    case ANEPY_WK:
+    case ANEPY_WV: out->rows = model->kv_dim; break;
+    case ANEPY_W1:
+    case ANEPY_W3: out->rows = model->config.hidden_dim; break;
+    case ANEPY_W2: out->cols = model->config.hidden_dim; /* fall through */
+    default: out->rows = dim;
+    }
+    out->channels = (int32_t)anepy_round_up(out->rows, 32);
+    out->columns = (int32_t)anepy_round_up(out->cols, 32);
+}
+
 const char *anepy_program_name(anepy_program_id id) { return TABLE[id].name; }
+
+int32_t anepy_program_find(anepy_program_id *out, const char *name) {
+    char known[256] = "";
+    for (int32_t i = 0; i < ANEPY_PROGRAM_N; i++) {
+        size_t used = strlen(known);
+        if (strcmp(name, TABLE[i].name) == 0) {
+            *out = (anepy_program_id)i;
+            return ANEPY_OK;
+        }
+        snprintf(known + used, sizeof known - used, "%s%s", i > 0 ? ", " : "", TABLE[i].name);
+    }
+    return anepy_fail(ANEPY_E_NAME, "unknown program '%.40s': use one of %s", name, known);
+}

@@ -1,9 +1,12 @@
 /* programs/programs.h - the program table: every fused program of the training step, defined once.
  *
  * A program reads named ranges of channels [C, S] and writes others; weights are baked or live. The
- * step engine, the devices and later the MIL generator take names, channel counts, offsets in a
- * packed surface and weights from here and nowhere else (ane-facts.md 6.1; RoPE and grouped-query
- * attention, which the research programs lack, included). */
+ * step engine, the devices and the MIL generator take names, channel counts, offsets in a packed
+ * surface and weights from here and nowhere else (ane-facts.md 6.1; RoPE and grouped-query
+ * attention, which the research programs lack, included).
+ *
+ * Since issue 3: programs from ANEPY_RMSNORM_BWD on (offloads), anepy_program_weight, live weights
+ * (set `live` of a described program), classifier programs in parts. */
 #ifndef ANEPY_PROGRAMS_H
 #define ANEPY_PROGRAMS_H
 
@@ -16,8 +19,18 @@ typedef enum {
     ANEPY_SDPA_BWD1,
     ANEPY_SDPA_BWD2,
     ANEPY_QKV_BWD,
+    ANEPY_RMSNORM_BWD, /* from here on: offloads */
+    ANEPY_RMSNORM_BWD_FFN,
+    ANEPY_RMSNORM_BWD_FINAL,
+    ANEPY_FINAL_RMSNORM,
+    ANEPY_CLASSIFIER_FWD,
+    ANEPY_CLASSIFIER_BWD,
+    ANEPY_SOFTMAX,
     ANEPY_PROGRAM_N
 } anepy_program_id;
+
+/* Weights that belong to no layer, beside ANEPY_ATTENTION_NORM... of model.h. */
+enum { ANEPY_FINAL_NORM = ANEPY_LAYER_TENSORS, ANEPY_CLASSIFIER };
 
 #define ANEPY_PROGRAM_TENSORS 8
 #define ANEPY_PROGRAM_WEIGHTS 5
@@ -36,21 +49,81 @@ typedef struct {
     int32_t input_channels, output_channels; /* of the packed surfaces */
     anepy_program_tensor tensors[ANEPY_PROGRAM_TENSORS];
     int32_t weight_n;
-    int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* tensors of the layer, ANEPY_WQ... */
+    int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* tensors of the layer, ANEPY_WQ..., or of none */
+    int32_t width;                          /* columns it was described for */
+    int32_t live;                           /* 1: weights are further inputs; 0: they are baked */
+    int32_t part, parts; /* classifier programs: which slice of the vocabulary, of how many */
+    int32_t first_row;   /* first token of that slice */
 } anepy_program;
 
+/* A weight of a program. As an input it is a surface of its own: a matrix [1, channels, 1, columns]
+ * is itself, row = channel, padded with zeros to multiples of 32 (contractions must be); a norm
+ * repeats each value along its row (one column would be below what the engine handles). */
+typedef struct {
+    const char *name;   /* wq */
+    char parameter[24]; /* w1_wq: names sort in program order, behind a_in */
+    int64_t offset;     /* of the first row used, in the arena */
+    int32_t is_matrix;
+    int32_t rows, cols;        /* in the arena; a norm is [1, dim] */
+    int32_t channels, columns; /* of its surface */
+} anepy_program_matrix;
+
 /* Positions in tensors[], inputs before outputs. */
-enum { SDPA_FWD_X, SDPA_FWD_OUT, SDPA_FWD_Q, SDPA_FWD_K, SDPA_FWD_V, SDPA_FWD_ATTN, SDPA_FWD_XNORM };
+enum {
+    SDPA_FWD_X,
+    SDPA_FWD_OUT,
+    SDPA_FWD_Q,
+    SDPA_FWD_K,
+    SDPA_FWD_V,
+    SDPA_FWD_ATTN,
+    SDPA_FWD_XNORM
+};
 enum { FFN_FWD_X, FFN_FWD_OUT, FFN_FWD_H1, FFN_FWD_H3, FFN_FWD_GATE, FFN_FWD_XNORM };
 enum { FFN_BWD_DY, FFN_BWD_H1, FFN_BWD_H3, FFN_BWD_DX, FFN_BWD_DH1, FFN_BWD_DH3 };
-enum { SDPA_BWD1_Q, SDPA_BWD1_K, SDPA_BWD1_V, SDPA_BWD1_DY, SDPA_BWD1_DV, SDPA_BWD1_P, SDPA_BWD1_DP };
+enum {
+    SDPA_BWD1_Q,
+    SDPA_BWD1_K,
+    SDPA_BWD1_V,
+    SDPA_BWD1_DY,
+    SDPA_BWD1_DV,
+    SDPA_BWD1_P,
+    SDPA_BWD1_DP
+};
 enum { SDPA_BWD2_P, SDPA_BWD2_DP, SDPA_BWD2_Q, SDPA_BWD2_K, SDPA_BWD2_DQ, SDPA_BWD2_DK };
 enum { QKV_BWD_DQ, QKV_BWD_DK, QKV_BWD_DV, QKV_BWD_DX };
+enum { RMSNORM_BWD_DY, RMSNORM_BWD_X, RMSNORM_BWD_DX };
+enum { FINAL_RMSNORM_X, FINAL_RMSNORM_XNORM };
+enum { CLASSIFIER_FWD_X, CLASSIFIER_FWD_LOGITS };
+enum { CLASSIFIER_BWD_DLOGITS, CLASSIFIER_BWD_DX };
+enum { SOFTMAX_LOGITS, SOFTMAX_PROBS };
 
 /* Fills out for a model and a surface width (columns of every tensor, >= the sequence length). */
 void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,
                             int32_t width);
 
+/* The same for one slice of the vocabulary: classifier programs have more than one part above 32768
+ * tokens; partial sums of classifier_bwd add up. All others have one. 0 <= part < out->parts. */
+void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const anepy_model *model,
+                                 int32_t width, int32_t part);
+
+/* Weight `index` of a described program in a layer (ignored for those that belong to none). */
+void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
+                          const anepy_model *model, int32_t layer, int32_t index);
+
+/* Token v belongs to group v % G of `softmax`, G = this: up to 128 tokens each. Probabilities over a
+ * vocabulary of 32000 lie around 3e-5, where the engine flushes to zero; within a group they do not,
+ * and its axis of 128 is one every chip takes. The host joins the groups with one logit of each:
+ *     lse_g = logits[r] - log(probs[r])   for the token r of group g with the largest probs[r]
+ *     lse = log(sum_g exp(lse_g));  p[v] = probs[v] * exp(lse_{v % G} - lse)
+ * and the loss of token t is lse - logits[t]: no logarithm of a rounded probability. */
+#define ANEPY_SOFTMAX_GROUP 128
+static inline int32_t anepy_softmax_groups(const anepy_model *model) {
+    return (model->config.vocab_size + ANEPY_SOFTMAX_GROUP - 1) / ANEPY_SOFTMAX_GROUP;
+}
+
 const char *anepy_program_name(anepy_program_id id);
+
+/* The program with this name; ANEPY_E_NAME with the list of all names. */
+int32_t anepy_program_find(anepy_program_id *out, const char *name);
 
 #endif

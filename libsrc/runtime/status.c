@@ -31,6 +31,7 @@ const char *anepy_status_name(int32_t status) {
     case ANEPY_E_ARGUMENT: return "argument";
     case ANEPY_E_NAME: return "name";
     case ANEPY_E_TOKEN: return "token";
+    case ANEPY_E_PROGRAM: return "program";
     case ANEPY_E_MEMORY: return "memory";
     case ANEPY_E_BUSY: return "busy";
     case ANEPY_E_STATE: return "state";

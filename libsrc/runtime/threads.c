@@ -73,15 +73,22 @@ static anepy_loop *find_loop(anepy_pool *pool) {
     return NULL;
 }
 
+static void publish(anepy_pool *pool) {
+    atomic_fetch_add_explicit(&pool->epoch, 1, memory_order_release);
+    if (pool->sleepers > 0) pthread_cond_broadcast(&pool->work);
+}
+
 static void leave(anepy_pool *pool, anepy_loop *loop) {
-    if (atomic_fetch_sub(&loop->active, 1) == 1 && pool->watchers > 0)
-        pthread_cond_broadcast(&pool->done);
+    if (atomic_fetch_sub(&loop->active, 1) != 1) return;
+    if (pool->watchers > 0) pthread_cond_broadcast(&pool->done);
+    /* The next serial loop may start, which those that found nothing to do cannot know. */
+    if (pool->serial && loop->link != NULL) publish(pool);
 }
 
 /* ------------------------------------------------------------------------------ without it */
 
-static void take_indices(anepy_pool *pool, anepy_loop *loop, int32_t worker) {
-    uint32_t seen = atomic_load_explicit(&pool->interrupts, memory_order_relaxed);
+/* seen: `interrupts` when the loop was chosen, so that no foreground loop is missed. */
+static void take_indices(anepy_pool *pool, anepy_loop *loop, int32_t worker, uint32_t seen) {
     double start = loop->background ? anepy_now_ms() : 0.0;
     for (;;) {
         int32_t index = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed);
@@ -103,8 +110,9 @@ static int work_once(anepy_pool *pool, int32_t worker) {
     anepy_loop *loop = find_loop(pool);
     if (loop == NULL) return 0;
     atomic_fetch_add(&loop->active, 1);
+    uint32_t seen = atomic_load_explicit(&pool->interrupts, memory_order_relaxed);
     pthread_mutex_unlock(&pool->mutex);
-    take_indices(pool, loop, worker);
+    take_indices(pool, loop, worker, seen);
     pthread_mutex_lock(&pool->mutex);
     leave(pool, loop);
     return 1;
@@ -170,11 +178,6 @@ static void ensure_started(anepy_pool *pool) {
     pthread_sigmask(SIG_SETMASK, &saved, NULL);
 }
 
-static void publish(anepy_pool *pool) {
-    atomic_fetch_add_explicit(&pool->epoch, 1, memory_order_release);
-    if (pool->sleepers > 0) pthread_cond_broadcast(&pool->work);
-}
-
 /* Waits until no worker is inside the loop. Expects and leaves the mutex held. */
 static void await_leavers(anepy_pool *pool, anepy_loop *loop) {
     while (atomic_load(&loop->active) > 0) {
@@ -231,7 +234,7 @@ void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *con
     atomic_fetch_add(&pool->interrupts, 1);
     publish(pool);
     pthread_mutex_unlock(&pool->mutex);
-    take_indices(pool, &loop, 0);
+    take_indices(pool, &loop, 0, 0);
     pthread_mutex_lock(&pool->mutex);
     pool->foreground = NULL;
     await_leavers(pool, &loop);

@@ -68,6 +68,11 @@ void anepy_embed(anepy_engine *e) {
 }
 
 void anepy_embed_backward(anepy_engine *e) {
+    const anepy_config *c = &e->model->config;
+    /* The first step replaces what is there; a tied classifier has done so. */
+    if (e->accumulated == 0 && !c->tied)
+        memset(e->grads + anepy_model_embedding(e->model), 0,
+               (size_t)c->vocab_size * (size_t)c->dim * sizeof(float));
     if (anepy_on(e, ANEPY_VECTOR_EMBED))
         anepy_engine_run(e, (e->model->config.dim + COLS - 1) / COLS, scatter_block);
     else scatter_scalar(e);

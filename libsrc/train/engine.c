@@ -122,7 +122,8 @@ static const char *precision_name(anepy_dtype dtype) {
 }
 
 static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
-    const anepy_device_type *type = anepy_device_find(o->device);
+    const char *detail;
+    const anepy_device_type *type = anepy_device_find(o->device, &detail);
     if (type == NULL) return ANEPY_E_NAME;
     ANEPY_TRY(type->probe());
     ANEPY_TRY(anepy_switches_parse(o->variant, type, &e->switches));
@@ -139,7 +140,8 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
                                     .gemm = &e->gemm,
                                     .width = e->width,
                                     .seq_len = e->seq_len,
-                                    .dtype = e->dtype};
+                                    .dtype = e->dtype,
+                                    .detail = detail};
     ANEPY_TRY(type->open(&e->device, &options));
     ANEPY_TRY(anepy_wire(e));
     return allocate_captures(e);

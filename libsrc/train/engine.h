@@ -127,6 +127,7 @@ void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float
 
 /* loss.c */
 void anepy_classifier(anepy_engine *e);          /* xnorm -> logits */
+void anepy_logits_copy(anepy_engine *e, float *out); /* [n, vocab] */
 double anepy_loss(anepy_engine *e, int gradient); /* mean; with gradient: logits -> dlogits */
 void anepy_classifier_backward(anepy_engine *e); /* dlogits -> dxnorm */
 void anepy_classifier_dw(anepy_engine *e);       /* dlogits, xnorm -> gradient of the classifier */

@@ -1,6 +1,7 @@
 /* train/loss.c - classifier, soft-max cross-entropy, and their gradients. Logits are [vocab, width],
  * so all sums over the vocabulary run down columns, lane-parallel over tokens. */
 #include <math.h>
+#include <string.h>
 
 #include "train/engine.h"
 
@@ -79,6 +80,34 @@ void anepy_classifier(anepy_engine *e) {
                                               .m = e->model->config.vocab_size,
                                               .n = e->columns,
                                               .k = dim});
+}
+
+typedef struct {
+    anepy_engine *e;
+    float *out;
+} copy_task;
+
+/* 64 rows of the vocabulary, transposed in blocks. */
+static void copy_logits(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const copy_task *task = context;
+    const anepy_engine *e = task->e;
+    int32_t vocab = e->model->config.vocab_size, first = index * COLS;
+    int32_t rows = anepy_min_i32(COLS, vocab - first);
+    float block[COLS * COLS];
+    for (int32_t t0 = 0; t0 < e->n; t0 += COLS) {
+        int32_t count = anepy_min_i32(COLS, e->n - t0);
+        anepy_vector(e)->transpose_panel(block, e->logits + (int64_t)first * e->width + t0, e->width,
+                                         rows, count);
+        for (int32_t t = 0; t < count; t++)
+            memcpy(task->out + (int64_t)(t0 + t) * vocab + first, block + t * COLS,
+                   (size_t)rows * sizeof(float));
+    }
+}
+
+void anepy_logits_copy(anepy_engine *e, float *out) {
+    copy_task task = {e, out};
+    anepy_pool_run(e->pool, (e->model->config.vocab_size + COLS - 1) / COLS, copy_logits, &task);
 }
 
 void anepy_classifier_backward(anepy_engine *e) {

@@ -1,4 +1,6 @@
 /* train/norm.c - RMSNorm outside the programs (final norm, all backward passes) and residuals. */
+#include <string.h>
+
 #include "train/engine.h"
 
 #define COLS ANEPY_COLUMNS
@@ -66,7 +68,9 @@ void anepy_norm_accumulate(anepy_engine *e) {
         int64_t offset = i < 2 * layers ? anepy_model_layer(m, i / 2, tensor)
                                         : anepy_model_final_norm(m);
         float *gradient = e->grads + offset;
-        anepy_vector(e)->add(gradient, gradient, e->norm_gradients + (int64_t)i * dim, dim);
+        const float *row = e->norm_gradients + (int64_t)i * dim;
+        if (e->accumulated > 0) anepy_vector(e)->add(gradient, gradient, row, dim);
+        else memcpy(gradient, row, (size_t)dim * sizeof(float));
     }
 }
 

@@ -11,14 +11,21 @@
 
 int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY_F16; }
 
-static int finite_rows(const anepy_engine *e, const float *x, int64_t n) {
+static int finite(const anepy_engine *e, const float *x, int64_t n) {
     return isfinite(anepy_vector(e)->sum_squares(x, n));
+}
+
+/* The columns of this step only: further ones hold what a longer step left. */
+static int finite_rows(const anepy_engine *e, const float *x, int64_t rows, int64_t ld) {
+    for (int64_t r = 0; r < rows; r++)
+        if (!finite(e, x + r * ld, e->columns)) return 0;
+    return 1;
 }
 
 int anepy_input_gradient_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    return finite_rows(e, e->dx.data, (int64_t)c->dim * e->width) &&
-           finite_rows(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim);
+    return finite_rows(e, e->dx.data, c->dim, e->width) &&
+           finite(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim);
 }
 
 /* Every gradient that enters a weight gradient, as the host will use it: the ANE does not promise
@@ -29,7 +36,7 @@ int anepy_gradients_finite(anepy_engine *e) {
     for (int32_t l = 0; l < c->n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
             const anepy_product *p = &e->layers[l].dw[i].job.product;
-            if (!finite_rows(e, p->a, (int64_t)p->m * p->a_row)) return 0;
+            if (!finite_rows(e, p->a, p->m, p->a_row)) return 0;
         }
     }
     return 1;

@@ -116,6 +116,6 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, 
 }
 
 int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches) {
-    const anepy_device_type *type = anepy_device_find(device);
+    const anepy_device_type *type = anepy_device_find(device, NULL);
     return type != NULL ? anepy_switches_parse(text, type, switches) : ANEPY_E_NAME;
 }

@@ -54,9 +54,9 @@ static double gradient_norm(anepy_engine *e, double scale) {
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
     double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
-    stats->grad_norm = o->grad_clip > 0.0 ? gradient_norm(e, scale) : NAN;
-    stats->skipped = e->damaged || isinf(stats->grad_norm) ||
-                     (o->grad_clip > 0.0 && isnan(stats->grad_norm));
+    int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
+    stats->grad_norm = wanted ? gradient_norm(e, scale) : NAN;
+    stats->skipped = e->damaged || (wanted && !isfinite(stats->grad_norm));
     stats->compile_ms = 0.0;
     if (stats->skipped) { /* nothing that is not a number may reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
@@ -65,7 +65,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
         stats->update_ms = anepy_now_ms() - start;
         return ANEPY_OK;
     }
-    if (stats->grad_norm > o->grad_clip) scale *= o->grad_clip / stats->grad_norm;
+    if (o->grad_clip > 0.0 && stats->grad_norm > o->grad_clip) scale *= o->grad_clip / stats->grad_norm;
     double t = (double)(e->updates + 1);
     anepy_adam adam = {.lr = (float)(o->lr / (1.0 - pow(o->beta1, t))),
                        .beta1 = (float)o->beta1,

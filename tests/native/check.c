@@ -9,6 +9,19 @@
 
 #define SHOWN 12 /* failures printed per group: the first ones tell what is wrong */
 
+int emulated;
+
+int forked_child_may_start_threads(void) {
+#if defined(__SANITIZE_THREAD__)
+    return 0;
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+    return 0;
+#endif
+#endif
+    return !emulated;
+}
+
 static const char *group;
 static int64_t group_checks, group_failures, checks, failures;
 
@@ -31,7 +44,6 @@ static void finish_group(void) {
     if (group == NULL) return;
     printf("%-12s %8lld checks, %lld failures\n", group, (long long)group_checks,
            (long long)group_failures);
-    fflush(stdout); /* a fork must not print it twice */
     checks += group_checks;
     failures += group_failures;
 }
@@ -48,7 +60,7 @@ int check_summary(void) {
     return failures == 0 && checks > 0 ? 0 : 1;
 }
 
-/* ------------------------------------------------------------------------------------- numbers */
+/* -------------------------------------------------------------------------------------- numbers */
 
 static uint64_t state;
 
@@ -71,9 +83,9 @@ float random_float(float low, float high) {
 float random_whole(void) { return (float)(random_below(17) - 8); }
 
 float random_wild(void) {
-    static const float wild[] = {0.0f,      -0.0f,     FLT_MAX,   -FLT_MAX, FLT_MIN, -FLT_MIN,
+    static const float wild[] = {0.0f,      -0.0f,     FLT_MAX,    -FLT_MAX, FLT_MIN,   -FLT_MIN,
                                  0x1p-149f, 0x1p-130f, -0x1p-140f, INFINITY, -INFINITY, NAN,
-                                 1e20f,     -1e20f,    1e-20f,    1.0f};
+                                 1e20f,     -1e20f,    1e-20f,     1.0f};
     if (random_below(4) != 0) return random_float(-4.0f, 4.0f);
     return wild[random_below((int32_t)(sizeof wild / sizeof wild[0]))];
 }

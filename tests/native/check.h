@@ -8,6 +8,13 @@
 
 #include "runtime/common.h"
 
+/* Set by --emulated: the program runs in an emulator, slowly. */
+extern int emulated;
+
+/* Neither ThreadSanitizer nor an emulator in user mode can follow threads that a forked child
+ * starts: they take them for the parent's, which are not there. */
+int forked_child_may_start_threads(void);
+
 /* CHECK(condition, "what was being tried: %d", n) */
 #define CHECK(ok, ...) check_that((ok) ? 1 : 0, __FILE__, __LINE__, __VA_ARGS__)
 
@@ -19,7 +26,7 @@ void check_group(const char *name);
 /* Prints the totals; returns the exit code. */
 int check_summary(void);
 
-/* ------------------------------------------------------------------------------------- numbers */
+/* -------------------------------------------------------------------------------------- numbers */
 
 /* The same numbers in every run: a group seeds the generator with its own constant. */
 void random_seed(uint64_t seed);
@@ -38,8 +45,9 @@ uint32_t to_bits(float x);
 int same(float actual, float expected);
 int all_same(const float *actual, const float *expected, int64_t n);
 
-/* |actual - expected| <= roundings * 2^-24 * magnitude, or below the smallest normal number; two NaN
- * are close, infinities must be equal. magnitude: of the largest intermediate, >= |expected|. */
+/* |actual - expected| <= roundings * 2^-24 * magnitude, or below the smallest normal number; two
+ * NaN are close, infinities must be equal. magnitude: of the largest intermediate, >= |expected|.
+ */
 int is_close(double actual, double expected, double roundings, double magnitude);
 
 #endif

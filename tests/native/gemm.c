@@ -1,6 +1,6 @@
 /* gemm.c - blocked products of every instruction set against a plain triple loop: whole numbers,
- * whose sums are exact in any order, then real numbers for rounding and for equal bits on any number
- * of threads. Operands, packed panels and scratch all stand between guards. */
+ * whose sums are exact in any order, then real numbers for rounding and for equal bits on any
+ * number of threads. Operands, packed panels and scratch all stand between guards. */
 #include "kernels/gemm.h"
 
 #include <math.h>
@@ -28,7 +28,7 @@ static anepy_pool *pools[POOL_N];
 typedef struct {
     anepy_product product;
     float *c;
-    int64_t c_n; /* floats from its first to its last */
+    int64_t c_n;             /* floats from its first to its last */
     double *expected, *size; /* [m, n]: sums of products and of their absolute values */
     int place;
 } problem;
@@ -56,9 +56,16 @@ static problem pose(shape d, int a_by_columns, int b_transposed, int64_t slack, 
                             : guard_matrix(d.m, d.k, lda, place, next);
     float *b = b_transposed ? guard_matrix(d.n, d.k, ldb, place, next)
                             : guard_matrix(d.k, d.n, ldb, place, next);
-    q.product = (anepy_product){.a = a, .b = b, .ldc = d.n + slack, .a_row = a_by_columns ? 1 : lda,
-                                .a_step = a_by_columns ? lda : 1, .ldb = ldb,
-                                .b_transposed = b_transposed, .m = d.m, .n = d.n, .k = d.k};
+    q.product = (anepy_product){.a = a,
+                                .b = b,
+                                .ldc = d.n + slack,
+                                .a_row = a_by_columns ? 1 : lda,
+                                .a_step = a_by_columns ? lda : 1,
+                                .ldb = ldb,
+                                .b_transposed = b_transposed,
+                                .m = d.m,
+                                .n = d.n,
+                                .k = d.k};
     q.c_n = span(d.m, d.n, q.product.ldc);
     q.expected = doubles((int64_t)d.m * d.n);
     q.size = doubles((int64_t)d.m * d.n);
@@ -93,7 +100,8 @@ static int right(const problem *q, int exact) {
             double start = s->accumulate ? (double)(j % 7 - i % 5) : 0.0;
             double expected = q->expected[i * s->n + j] + start, actual = q->c[i * s->ldc + j];
             double size = q->size[i * s->n + j] + fabs(start);
-            if (exact ? actual != expected : !is_close(actual, expected, s->k + 2.0, size)) return 0;
+            if (exact ? actual != expected : !is_close(actual, expected, s->k + 2.0, size))
+                return 0;
         }
     }
     return gaps_intact(q->c, s->m, s->n, s->ldc) && guard_intact();
@@ -142,9 +150,11 @@ static void check_form(problem *q, shape d, int form) {
         for (int32_t accumulate = 0; accumulate < 2; accumulate++) {
             prepare(q, accumulate);
             compute(&gemm, form, &q->product);
-            CHECK(right(q, 1), "gemm_%s %s: m %d, n %d, k %d, a_row %lld, transposed %d, "
-                  "accumulate %d, place %d", FORMS[form], set->isa, d.m, d.n, d.k,
-                  (long long)q->product.a_row, q->product.b_transposed, accumulate, q->place);
+            CHECK(right(q, 1),
+                  "gemm_%s %s: m %d, n %d, k %d, a_row %lld, transposed %d, "
+                  "accumulate %d, place %d",
+                  FORMS[form], set->isa, d.m, d.n, d.k, (long long)q->product.a_row,
+                  q->product.b_transposed, accumulate, q->place);
         }
     }
 }
@@ -163,9 +173,9 @@ static void check_shape(shape d, int a_by_columns, int b_transposed, int64_t sla
 
 static void check_shapes(void) {
     static const shape shapes[] = {
-        {1, 1, 1},     {1, 64, 1},    {2, 3, 5},     {5, 63, 7},     {6, 64, 64},   {7, 65, 63},
-        {12, 128, 65}, {47, 33, 16},  {48, 64, 100}, {49, 130, 31},  {95, 1, 64},   {96, 96, 2},
-        {97, 64, 1},   {1, 64, 1023}, {6, 64, 1024}, {7, 63, 1025},  {13, 66, 2048}, {50, 65, 2100},
+        {1, 1, 1},     {1, 64, 1},    {2, 3, 5},     {5, 63, 7},    {6, 64, 64},    {7, 65, 63},
+        {12, 128, 65}, {47, 33, 16},  {48, 64, 100}, {49, 130, 31}, {95, 1, 64},    {96, 96, 2},
+        {97, 64, 1},   {1, 64, 1023}, {6, 64, 1024}, {7, 63, 1025}, {13, 66, 2048}, {50, 65, 2100},
         {1535, 2, 3},  {1536, 64, 2}, {1537, 65, 1}, {3079, 5, 2},
     };
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
@@ -177,11 +187,12 @@ static void check_shapes(void) {
 static void check_random_shapes(void) {
     for (int i = 0; i < 60; i++) {
         shape d = {1 + random_below(110), 1 + random_below(140), 1 + random_below(150)};
-        check_shape(d, random_below(2), random_below(2), random_below(9), random_below(GUARD_PLACES));
+        check_shape(d, random_below(2), random_below(2), random_below(9),
+                    random_below(GUARD_PLACES));
     }
 }
 
-/* -------------------------------------------------------------------------- rounding and threads */
+/* ------------------------------------------------------------------------- rounding and threads */
 
 static float random_real(void) { return random_float(-1.0f, 1.0f); }
 
@@ -202,8 +213,10 @@ static void check_threads(const anepy_kernels *set, shape d, int a_by_columns, i
                           set->isa, d.m, d.n, d.k);
                     memcpy(first, q.c, (size_t)q.c_n * sizeof(float));
                 }
-                CHECK(all_same(q.c, first, q.c_n), "gemm_%s %s: other bits with %d threads, m %d, "
-                      "n %d, k %d", FORMS[form], set->isa, THREADS[t], d.m, d.n, d.k);
+                CHECK(all_same(q.c, first, q.c_n),
+                      "gemm_%s %s: other bits with %d threads, m %d, "
+                      "n %d, k %d",
+                      FORMS[form], set->isa, THREADS[t], d.m, d.n, d.k);
             }
         }
         done(&q);

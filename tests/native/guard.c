@@ -65,6 +65,11 @@ float *guard_take(int64_t n, int place) {
     return s->at;
 }
 
+uint16_t *guard_halves(int64_t n, int place) {
+    uint16_t *at = (uint16_t *)(void *)guard_take((n + 1) / 2, place);
+    return at + (place == GUARD_END ? n % 2 : 0); /* the odd one ends at the page */
+}
+
 int guard_intact(void) {
     for (const slot *s = slots; s < slots + taken; s++)
         if (!painted(lower(s), s->at) || !painted(s->at + s->n, upper(s))) return 0;

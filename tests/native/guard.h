@@ -2,8 +2,8 @@
  *
  * A buffer either starts right behind an unreadable page, ends right before one, or lies shifted by
  * one element from every alignment; sides without such a page carry a pattern that is checked.
- * Buffers come filled with the pattern, which is a NaN, so that using an element nobody wrote shows.
- * They are taken in any number up to GUARD_N and all given back at once. */
+ * Buffers come filled with the pattern, which is a NaN, so that using an element nobody wrote
+ * shows. They are taken in any number up to GUARD_N and all given back at once. */
 #ifndef GUARD_H
 #define GUARD_H
 
@@ -16,6 +16,9 @@ enum { GUARD_START, GUARD_END, GUARD_SHIFTED, GUARD_PLACES };
 
 /* n floats; n = 0 gives a pointer that must not be followed. */
 float *guard_take(int64_t n, int place);
+
+/* n binary16 numbers between the same guards. */
+uint16_t *guard_halves(int64_t n, int place);
 
 /* Whether the pattern around every taken buffer is whole. */
 int guard_intact(void);

@@ -9,7 +9,7 @@
 #include "guard.h"
 #include "runtime/fpmode.h"
 
-/* ----------------------------------------------------------------------------------------- exp */
+/* ------------------------------------------------------------------------------------------ exp */
 
 #define SMALLEST (-87.33654f) /* about ln FLT_MIN: results below are zero */
 #define ZERO_BELOW (-87.34f)
@@ -40,9 +40,9 @@ static void sweep(const anepy_kernels *set, float from, float to, uint32_t strid
 }
 
 static void check_exp_values(const anepy_kernels *set) {
-    static const float x[] = {0.0f,   -0.0f,      1.0f,      -1.0f,  0x1p-149f, -0x1p-140f, FLT_MIN,
-                              88.37f, ZERO_BELOW, -87.5f,    -88.0f, -100.0f,   -1e30f,     -INFINITY,
-                              NAN,    89.0f,      INFINITY};
+    static const float x[] = {0.0f,    -0.0f,     1.0f,       -1.0f,  0x1p-149f, -0x1p-140f,
+                              FLT_MIN, 88.37f,    ZERO_BELOW, -87.5f, -88.0f,    -100.0f,
+                              -1e30f,  -INFINITY, NAN,        89.0f,  INFINITY};
     enum { N = sizeof x / sizeof x[0] };
     float y[N];
     set->exp(y, x, N);
@@ -63,7 +63,8 @@ static void check_exp_bounds(const anepy_kernels *set, int32_t n, int place) {
         right &= x[i] < ZERO_BELOW ? y[i] == 0.0f : x[i] < SMALLEST || ulps(y[i], exp(x[i])) <= 2.0;
     CHECK(right && guard_intact(), "exp %s: n %d, place %d", set->isa, n, place);
     set->exp(x, x, n);
-    CHECK(all_same(x, y, n) && guard_intact(), "exp %s in place: n %d, place %d", set->isa, n, place);
+    CHECK(all_same(x, y, n) && guard_intact(), "exp %s in place: n %d, place %d", set->isa, n,
+          place);
     guard_reset();
 }
 
@@ -82,7 +83,8 @@ void checks_exp(void) {
         }
         check_exp_values(set);
         for (int32_t s = 0; s < SIZE_N; s++)
-            for (int place = 0; place < GUARD_PLACES; place++) check_exp_bounds(set, SIZES[s], place);
+            for (int place = 0; place < GUARD_PLACES; place++)
+                check_exp_bounds(set, SIZES[s], place);
     }
     anepy_fpmode_leave(fpmode);
 }
@@ -155,8 +157,8 @@ static void check_adam_zero(const anepy_kernels *set, int32_t n, int place, doub
     set->adam(s.p, s.g, s.m, s.v, n, &a);
     for (int32_t i = 0; i < n; i++)
         right &= same(s.p[i], before.p[i] * a.decay) && s.m[i] == 0.0f && s.v[i] == 0.0f;
-    CHECK(right && guard_intact(), "adam %s: not exact at zero gradients, n %d, decay %g", set->isa, n,
-          decay);
+    CHECK(right && guard_intact(), "adam %s: not exact at zero gradients, n %d, decay %g", set->isa,
+          n, decay);
     guard_reset();
 }
 

@@ -14,16 +14,18 @@
 
 #define COLS ANEPY_COLUMNS
 
-static const int32_t DEPTHS[] = {0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 63, 64, 65, 255, 1023, 1024, 1025};
+static const int32_t DEPTHS[] = {0,  1,  2,  3,  5,  7,   8,    9,    16,
+                                 17, 31, 63, 64, 65, 255, 1023, 1024, 1025};
 #define DEPTH_N ((int32_t)(sizeof DEPTHS / sizeof DEPTHS[0]))
 
 /* ------------------------------------------------------------------------------------ the table */
 
 static int complete(const anepy_kernels *k) {
     return k->gemm_tile && k->transpose_panel && k->gemv && k->add && k->scale && k->exp &&
-           k->sum_squares && k->rmsnorm && k->rmsnorm_stats && k->rmsnorm_row && k->rope &&
-           k->swiglu && k->swiglu_backward && k->softmax_columns && k->softmax_row &&
-           k->softmax_row_backward && k->logsumexp_columns && k->softmax_gradient && k->adam;
+           k->sum_squares && k->to_half && k->from_half && k->rmsnorm && k->rmsnorm_stats &&
+           k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward && k->softmax_columns &&
+           k->softmax_row && k->softmax_row_backward && k->logsumexp_columns &&
+           k->softmax_gradient && k->adam;
 }
 
 /* Two sets that share a function are one set under two names. */
@@ -67,7 +69,7 @@ void checks_table(void) {
           "the library reports %s with %s", info.isa, info.gemm);
 }
 
-/* ----------------------------------------------------------------------------------- gemm_tile */
+/* ------------------------------------------------------------------------------------ gemm_tile */
 
 typedef struct {
     int32_t rows, cols, k, accumulate, by_columns, place;
@@ -95,8 +97,7 @@ static void check_tile(const anepy_kernels *set, const tile_case *t) {
     set->gemm_tile(c, t->ldc, a, a_row, a_step, b, t->ldb, k, rows, t->accumulate);
     int right = 1;
     for (int32_t i = 0; i < rows; i++)
-        for (int32_t j = 0; j < cols; j++)
-            right &= c[i * t->ldc + j] == (float)expected[i][j];
+        for (int32_t j = 0; j < cols; j++) right &= c[i * t->ldc + j] == (float)expected[i][j];
     CHECK(right && guard_intact() && gaps_intact(c, rows, cols, t->ldc),
           "gemm_tile %s: %s for rows %d, k %d, accumulate %d, by_columns %d, place %d", set->isa,
           right ? "wrote elsewhere" : "wrong", rows, k, t->accumulate, t->by_columns, t->place);
@@ -108,8 +109,11 @@ static void check_tiles(const anepy_kernels *set) {
         for (int32_t d = 0; d < DEPTH_N; d++) {
             for (int32_t form = 0; form < 4; form++) {
                 int32_t cols = set->gemm_cols, k = DEPTHS[d], by_columns = form & 1;
-                tile_case t = {rows, cols, k, form >> 1, by_columns, (rows + d + form) % GUARD_PLACES,
-                               cols, by_columns ? rows : k + 1, cols};
+                tile_case t = {rows,       cols,
+                               k,          form >> 1,
+                               by_columns, (rows + d + form) % GUARD_PLACES,
+                               cols,       by_columns ? rows : k + 1,
+                               cols};
                 check_tile(set, &t);
                 t.place = (t.place + 1) % GUARD_PLACES;
                 t.ldc = COLS + 3;
@@ -139,7 +143,8 @@ static void check_gemv(const anepy_kernels *set, int32_t rows, int32_t k, int64_
     guard_reset();
 }
 
-static void check_transpose(const anepy_kernels *set, int32_t rows, int32_t n, int64_t ld, int place) {
+static void check_transpose(const anepy_kernels *set, int32_t rows, int32_t n, int64_t ld,
+                            int place) {
     float *src = guard_matrix(rows, n, ld, place, random_wild);
     float *dst = guard_take((int64_t)n * COLS, place);
     set->transpose_panel(dst, src, ld, rows, n);
@@ -147,12 +152,12 @@ static void check_transpose(const anepy_kernels *set, int32_t rows, int32_t n, i
     for (int32_t p = 0; p < n; p++)
         for (int32_t j = 0; j < COLS; j++)
             right &= same(dst[p * COLS + j], j < rows ? src[j * ld + p] : 0.0f);
-    CHECK(right && guard_intact(), "transpose_panel %s: %s for %d x %d, ld %lld, place %d", set->isa,
-          right ? "wrote elsewhere" : "wrong", rows, n, (long long)ld, place);
+    CHECK(right && guard_intact(), "transpose_panel %s: %s for %d x %d, ld %lld, place %d",
+          set->isa, right ? "wrote elsewhere" : "wrong", rows, n, (long long)ld, place);
     guard_reset();
 }
 
-/* --------------------------------------------------------------------------------- sum_squares */
+/* ---------------------------------------------------------------------------------- sum_squares */
 
 static void check_sum(const anepy_kernels *set, int32_t n, int place) {
     float *x = guard_take(n, place);

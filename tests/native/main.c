@@ -1,8 +1,9 @@
 /* main.c - runs groups of native checks.
  *
- * usage: checks [--list] [--isa NAME] [--threads N] [group ...]
+ * usage: checks [--list] [--emulated] [--isa NAME] [--threads N] [group ...]
  *   --list       print the instruction sets this machine can run, best first, and stop
  *   --isa NAME   the library must have chosen this instruction set (see ANEPY_CPU_MASK)
+ *   --emulated   this runs in an emulator: fewer combinations, no threads in forked children
  *   --threads N  "0 threads" must mean N (see ANEPY_NUM_THREADS)
  * Without a group, all of them. Exit code 0: no failures; 1: failures; 2: wrong use. */
 #define _GNU_SOURCE
@@ -23,7 +24,7 @@ const int32_t SIZE_N = sizeof SIZES / sizeof SIZES[0];
 const char *expected_isa;
 int32_t expected_threads;
 
-/* ------------------------------------------------------------- do the checks notice anything? */
+/* --------------------------------------------------------------- do the checks notice anything? */
 
 /* Runs fn in a child; whether it died of it. */
 static int dies(void (*fn)(void)) {
@@ -71,19 +72,19 @@ void checks_harness(void) {
     CHECK(!same(0.0f, -0.0f) && !same(1.0f, from_bits(to_bits(1.0f) + 1)), "sameness is too kind");
 }
 
-/* ----------------------------------------------------------------------------- command line */
+/* --------------------------------------------------------------------------------- command line */
 
 static const struct {
     const char *name;
     void (*run)(void);
 } GROUPS[] = {
-    {"harness", checks_harness}, {"table", checks_table},
+    {"harness", checks_harness},   {"table", checks_table},
     {"products", checks_products}, {"elementwise", checks_elementwise},
-    {"columns", checks_columns}, {"exp", checks_exp},
-    {"adam", checks_adam},       {"gemm", checks_gemm},
-    {"pool", checks_pool},       {"runtime", checks_runtime},
-    {"model", checks_model},     {"engine", checks_engine},
-    {"handles", checks_handles},
+    {"columns", checks_columns},   {"exp", checks_exp},
+    {"adam", checks_adam},         {"half", checks_half},
+    {"gemm", checks_gemm},         {"pool", checks_pool},
+    {"runtime", checks_runtime},   {"model", checks_model},
+    {"engine", checks_engine},     {"handles", checks_handles},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 
@@ -96,13 +97,16 @@ static int is_group(const char *name) {
 
 int main(int argc, char **argv) {
     int first = 1;
+    setvbuf(stdout, NULL, _IOLBF, 0); /* a fork must not print anything twice */
     for (; first < argc && strncmp(argv[first], "--", 2) == 0; first++) {
         if (strcmp(argv[first], "--list") == 0) {
             const anepy_kernels *set;
             for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) printf("%s\n", set->isa);
             return 0;
         }
-        if (strcmp(argv[first], "--isa") == 0 && first + 1 < argc) expected_isa = argv[++first];
+        if (strcmp(argv[first], "--emulated") == 0) emulated = 1;
+        else if (strcmp(argv[first], "--isa") == 0 && first + 1 < argc)
+            expected_isa = argv[++first];
         else if (strcmp(argv[first], "--threads") == 0 && first + 1 < argc)
             expected_threads = (int32_t)strtol(argv[++first], NULL, 10);
         else return fprintf(stderr, "checks: unknown option %s\n", argv[first]), 2;

@@ -1,7 +1,8 @@
-/* pool.c - the thread pool: every index exactly once, background loops beside foreground ones, fork,
- * many pools. Also what ThreadSanitizer is run on. */
+/* pool.c - the thread pool: every index exactly once, background loops beside foreground ones,
+ * fork, many pools. Also what ThreadSanitizer is run on. */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,7 @@
 #define LOOPS 24
 #define PATIENCE_MS 20000.0 /* longer than anything here takes, even under a sanitizer */
 
-/* ------------------------------------------------------------------------- loops and their counts */
+/* ----------------------------------------------------------------------- loops and their counts */
 
 /* Plain memory on purpose: the pool itself must order these accesses. */
 typedef struct {
@@ -28,23 +29,16 @@ typedef struct {
     int spin;
 } work;
 
-static volatile float sink;
-
 static void burn(int rounds) {
-    float x = 1.0f;
+    volatile float x = 1.0f;
     for (int i = 0; i < rounds; i++) x = x * 0.999f + 0.001f;
-    sink = x;
 }
 
 static void hit(void *context, int32_t index, int32_t worker) {
     work *w = context;
     w->hits[index] += w->inputs != NULL ? w->inputs[index] : 1;
     w->workers[index] = worker;
-    if (w->spin > 0) {
-        float x = 1.0f;
-        for (int i = 0; i < w->spin; i++) x = x * 0.999f + 0.001f;
-        if (x < 0.0f) w->hits[index] = -1;
-    }
+    burn(w->spin);
 }
 
 static void start(work *w, int32_t count, int32_t threads, int spin) {
@@ -55,14 +49,16 @@ static void start(work *w, int32_t count, int32_t threads, int spin) {
 /* Every index once, by a worker the pool has, and nothing beyond. */
 static int complete(const work *w) {
     for (int32_t i = 0; i < LARGEST; i++)
-        if (w->hits[i] != (i < w->count) || w->workers[i] < 0 || w->workers[i] >= w->threads) return 0;
+        if (w->hits[i] != (i < w->count) || w->workers[i] < 0 || w->workers[i] >= w->threads)
+            return 0;
     return 1;
 }
 
 static anepy_pool *make(int32_t threads) {
     anepy_pool *pool = NULL;
     CHECK(anepy_pool_create(&pool, threads) == ANEPY_OK && pool != NULL, "no pool of %d", threads);
-    CHECK(anepy_pool_threads(pool) == threads, "%d threads, not %d", anepy_pool_threads(pool), threads);
+    CHECK(anepy_pool_threads(pool) == threads, "%d threads, not %d", anepy_pool_threads(pool),
+          threads);
     return pool;
 }
 
@@ -99,7 +95,7 @@ static void check_chain(int32_t threads) {
     anepy_pool_free(pool);
 }
 
-/* ---------------------------------------------------------------------------------- background */
+/* ----------------------------------------------------------------------------------- background */
 
 typedef struct {
     work w;
@@ -177,7 +173,7 @@ static void check_busy(int32_t threads) {
     anepy_pool_free(pool);
 }
 
-/* ---------------------------------------------------------------------- who takes part, and when */
+/* --------------------------------------------------------------------- who takes part, and when */
 
 typedef struct {
     _Atomic int32_t inside, most;
@@ -189,7 +185,8 @@ static void meet(void *context, int32_t index, int32_t worker) {
     meeting *m = context;
     (void)index, (void)worker;
     int32_t now = atomic_fetch_add(&m->inside, 1) + 1, most = atomic_load(&m->most);
-    while (now > most && !atomic_compare_exchange_weak(&m->most, &most, now)) {}
+    while (now > most && !atomic_compare_exchange_weak(&m->most, &most, now)) {
+    }
     double end = anepy_now_ms() + m->patience;
     while (atomic_load(&m->most) < m->want && anepy_now_ms() < end) usleep(50);
     atomic_fetch_sub(&m->inside, 1);
@@ -222,7 +219,8 @@ static void check_serial_together(void) {
     anepy_pool_submit(pool, &first, 2, nap, NULL, 1);
     anepy_pool_submit(pool, &second, 2, meet, &m, 1);
     double end = anepy_now_ms() + PATIENCE_MS;
-    while ((atomic_load(&second.next) < 2 || atomic_load(&second.active) > 0) && anepy_now_ms() < end)
+    while ((atomic_load(&second.next) < 2 || atomic_load(&second.active) > 0) &&
+           anepy_now_ms() < end)
         usleep(1000);
     CHECK(atomic_load(&m.most) == 2, "%d of 2 workers computed a serial loop that became free",
           atomic_load(&m.most));
@@ -311,6 +309,16 @@ static int child_succeeds(pid_t child) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
+/* What a child does with the pool it was born with, to its exit code. */
+static int use_in_child(anepy_pool *pool, int32_t threads) {
+    int right = works_after_fork(pool, threads);
+    pid_t grandchild = fork();
+    if (grandchild == 0) _exit(works_after_fork(pool, threads) ? 0 : 1);
+    right &= child_succeeds(grandchild);
+    anepy_pool_free(pool);
+    return right ? 0 : 1;
+}
+
 /* used: the pool has threads when the process forks; asleep: they wait, else they still spin. */
 static void check_fork(int32_t threads, int used, int asleep) {
     anepy_pool *pool = make(threads);
@@ -318,20 +326,16 @@ static void check_fork(int32_t threads, int used, int asleep) {
     if (asleep) usleep(5000);
     pid_t child = fork();
     if (child == 0) {
-        int right = works_after_fork(pool, threads);
-        pid_t grandchild = fork();
-        if (grandchild == 0) _exit(works_after_fork(pool, threads) ? 0 : 1);
-        right &= child_succeeds(grandchild);
-        anepy_pool_free(pool);
-        _exit(right ? 0 : 1);
+        anepy_pool_free(pool); /* threads that are not there are not waited for */
+        _exit(0);
     }
+    CHECK(child > 0 && child_succeeds(child), "a child that frees, %d threads", threads);
+    child = fork();
+    if (child == 0) _exit(forked_child_may_start_threads() ? use_in_child(pool, threads) : 0);
     CHECK(works_after_fork(pool, threads), "the parent's pool after fork, %d threads", threads);
     CHECK(child > 0 && child_succeeds(child), "the child's pool after fork, %d threads, used %d",
           threads, used);
     anepy_pool_free(pool);
-    child = fork(); /* and one that only frees */
-    if (child == 0) _exit(0);
-    CHECK(child_succeeds(child), "a child that does nothing");
 }
 
 static void check_arguments(void) {
@@ -339,17 +343,18 @@ static void check_arguments(void) {
     char text[128];
     CHECK(anepy_pool_create(&pool, -1) == ANEPY_E_ARGUMENT && pool == NULL, "-1 threads");
     CHECK(anepy_pool_create(&pool, 257) == ANEPY_E_ARGUMENT && pool == NULL, "257 threads");
-    CHECK(anepy_last_error(text, sizeof text) > 0 && strstr(text, "257") != NULL, "says '%s'", text);
+    CHECK(anepy_last_error(text, sizeof text) > 0 && strstr(text, "257") != NULL, "says '%s'",
+          text);
     CHECK(anepy_pool_create(&pool, 256) == ANEPY_OK, "256 threads");
     anepy_pool_free(pool);
-    CHECK(anepy_pool_create(&pool, 0) == ANEPY_OK && anepy_pool_threads(pool) >= 1, "default threads");
+    CHECK(anepy_pool_create(&pool, 0) == ANEPY_OK && anepy_pool_threads(pool) >= 1,
+          "default threads");
     anepy_pool_free(pool);
     anepy_pool_free(NULL);
 }
 
 void checks_pool(void) {
     check_arguments();
-    burn(1);
     for (int32_t threads = 1; threads <= 5; threads++) {
         check_foreground(threads);
         check_chain(threads);

@@ -1,7 +1,8 @@
 /* device/cpu/cpu.c - the native device: every program of the table as fused fp32 kernels.
  *
  * Surfaces are plain memory that tensors are bound to directly, and weights are read in place, so
- * nothing is packed for transport and nothing is compiled. Attention lives in attention.c. */
+ * nothing is packed for transport and nothing is compiled. Attention lives in attention.c, norms,
+ * classifier and soft-max in offload.c. */
 #include "device/cpu/cpu.h"
 
 #include <math.h>
@@ -75,9 +76,11 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
             return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
         kernel->cpu = cpu;
         kernel->program = *program;
-        for (int32_t w = 0; w < program->weight_n; w++)
-            kernel->weights[w] = params + anepy_model_layer(device->options.model,
-                                                            instances[i].layer, program->weights[w]);
+        for (int32_t w = 0; w < program->weight_n; w++) {
+            anepy_program_matrix matrix;
+            anepy_program_weight(&matrix, program, device->options.model, instances[i].layer, w);
+            kernel->weights[w] = params + matrix.offset;
+        }
         out[i] = kernel;
     }
     return ANEPY_OK;
@@ -295,6 +298,13 @@ static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
 static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_kernel *, int32_t n, int32_t columns) = {
     [ANEPY_SDPA_FWD] = sdpa_fwd,   [ANEPY_FFN_FWD] = ffn_fwd,     [ANEPY_FFN_BWD] = ffn_bwd,
     [ANEPY_SDPA_BWD1] = sdpa_bwd1, [ANEPY_SDPA_BWD2] = sdpa_bwd2, [ANEPY_QKV_BWD] = qkv_bwd,
+    [ANEPY_RMSNORM_BWD] = anepy_cpu_rmsnorm_bwd,
+    [ANEPY_RMSNORM_BWD_FFN] = anepy_cpu_rmsnorm_bwd,
+    [ANEPY_RMSNORM_BWD_FINAL] = anepy_cpu_rmsnorm_bwd,
+    [ANEPY_FINAL_RMSNORM] = anepy_cpu_final_rmsnorm,
+    [ANEPY_CLASSIFIER_FWD] = anepy_cpu_classifier_fwd,
+    [ANEPY_CLASSIFIER_BWD] = anepy_cpu_classifier_bwd,
+    [ANEPY_SOFTMAX] = anepy_cpu_softmax,
 };
 
 static int32_t cpu_evaluate(anepy_kernel *kernel, int32_t n) {

@@ -27,4 +27,11 @@ void anepy_cpu_attention(const anepy_kernel *kernel, int32_t columns);
 void anepy_cpu_attention_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);
 void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns);
 
+/* offload.c: programs of the table. */
+void anepy_cpu_rmsnorm_bwd(anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_final_rmsnorm(anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_classifier_fwd(anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_classifier_bwd(anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_softmax(anepy_kernel *kernel, int32_t n, int32_t columns);
+
 #endif

@@ -3,6 +3,7 @@
  * Every product has one column, so the time is that of reading the weights once: rows are split
  * over threads, nothing is packed. Always fp32 on the CPU, whatever device trained the model. */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,6 +21,7 @@ struct anepy_decoder {
     const anepy_kernels *kernels;
     anepy_pool *pool;
     int32_t max_len, position;
+    _Atomic int32_t busy; /* a call is running */
     float *memory;
     uint64_t nbytes;
     float *x, *xnorm, *q, *attn, *out; /* [dim] */
@@ -114,7 +116,7 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     d->kernels->add(d->x, d->x, d->out, dim);
 }
 
-int32_t anepy_decoder_forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
+static int32_t forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
     const anepy_config *c = &d->model->config;
     if (token < 0 || token >= c->vocab_size)
         return anepy_fail(ANEPY_E_TOKEN, "token %d, the vocabulary has 0 to %d", token,
@@ -139,6 +141,14 @@ int32_t anepy_decoder_forward(anepy_decoder *d, float *logits, int32_t token, in
     multiply(d, logits, anepy_model_classifier(d->model), d->xnorm, c->vocab_size, c->dim);
     anepy_fpmode_leave(fpmode);
     return ANEPY_OK;
+}
+
+int32_t anepy_decoder_forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
+    if (atomic_exchange(&d->busy, 1))
+        return anepy_fail(ANEPY_E_BUSY, "this decoder is running in another thread");
+    int32_t status = forward(d, logits, token, position);
+    atomic_store(&d->busy, 0);
+    return status;
 }
 
 /* ----------------------------------------------------------------------------- make and unmake */

@@ -1,0 +1,104 @@
+/* device/cpu/offload.c - norms, classifier and soft-max as programs, column panel by column panel.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "device/cpu/cpu.h"
+
+#define COLS ANEPY_COLUMNS
+
+static const anepy_kernels *kernels_of(const anepy_kernel *k) {
+    return k->cpu->base.options.gemm->kernels;
+}
+
+static void each_panel(anepy_kernel *k, int32_t columns, anepy_loop_fn fn) {
+    anepy_pool_run(k->cpu->base.options.gemm->pool, columns / COLS, fn, k);
+}
+
+static void rmsnorm_bwd_panel(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    static const float ZEROS[COLS];
+    const anepy_kernel *k = context;
+    const anepy_device_options *o = &k->cpu->base.options;
+    int32_t dim = o->model->config.dim;
+    int64_t j = (int64_t)index * COLS;
+    const float *dy = k->tensors[RMSNORM_BWD_DY] + j, *x = k->tensors[RMSNORM_BWD_X] + j;
+    float *dx = k->tensors[RMSNORM_BWD_DX] + j, rstd[COLS], coef[COLS];
+    kernels_of(k)->rmsnorm_stats(rstd, coef, dy, x, k->weights[0], dim, o->width);
+    for (int32_t c = 0; c < dim; c++) {
+        int64_t row = (int64_t)c * o->width;
+        kernels_of(k)->rmsnorm_row(dx + row, ZEROS, dy + row, x + row, rstd, coef, k->weights[0][c],
+                                   COLS);
+    }
+}
+
+void anepy_cpu_rmsnorm_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
+    (void)n;
+    each_panel(k, columns, rmsnorm_bwd_panel);
+}
+
+static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const anepy_kernel *k = context;
+    const anepy_device_options *o = &k->cpu->base.options;
+    int64_t j = (int64_t)index * COLS;
+    float rstd[COLS];
+    kernels_of(k)->rmsnorm(k->tensors[FINAL_RMSNORM_XNORM] + j, rstd,
+                           k->tensors[FINAL_RMSNORM_X] + j, k->weights[0], o->model->config.dim,
+                           o->width);
+}
+
+void anepy_cpu_final_rmsnorm(anepy_kernel *k, int32_t n, int32_t columns) {
+    (void)n;
+    each_panel(k, columns, rmsnorm_panel);
+}
+
+void anepy_cpu_classifier_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
+    (void)n;
+    const anepy_device_options *o = &k->cpu->base.options;
+    int32_t dim = o->model->config.dim;
+    anepy_gemm_run(o->gemm, &(anepy_product){.c = k->tensors[CLASSIFIER_FWD_LOGITS],
+                                             .ldc = o->width,
+                                             .a = k->weights[0],
+                                             .a_row = dim,
+                                             .a_step = 1,
+                                             .b = k->tensors[CLASSIFIER_FWD_X],
+                                             .ldb = o->width,
+                                             .m = k->program.output_channels,
+                                             .n = columns,
+                                             .k = dim});
+}
+
+void anepy_cpu_classifier_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
+    (void)n;
+    const anepy_device_options *o = &k->cpu->base.options;
+    int32_t dim = o->model->config.dim;
+    anepy_gemm_run(o->gemm, &(anepy_product){.c = k->tensors[CLASSIFIER_BWD_DX],
+                                             .ldc = o->width,
+                                             .a = k->weights[0],
+                                             .a_row = 1,
+                                             .a_step = dim,
+                                             .b = k->tensors[CLASSIFIER_BWD_DLOGITS],
+                                             .ldb = o->width,
+                                             .m = dim,
+                                             .n = columns,
+                                             .k = k->program.input_channels});
+}
+
+static void softmax_panel(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const anepy_kernel *k = context;
+    int64_t width = k->cpu->base.options.width, j = (int64_t)index * COLS;
+    int32_t rows = k->program.input_channels;
+    const float *x = k->tensors[SOFTMAX_LOGITS] + j;
+    float *y = k->tensors[SOFTMAX_PROBS] + j, lse[COLS], sum[COLS];
+    kernels_of(k)->logsumexp_columns(lse, sum, x, width, rows);
+    for (int32_t s = 0; s < COLS; s++) lse[s] += logf(sum[s]);
+    for (int32_t c = 0; c < rows; c++) memcpy(y + c * width, x + c * width, COLS * sizeof *y);
+    kernels_of(k)->softmax_gradient(y, lse, 1.0f, width, rows);
+}
+
+void anepy_cpu_softmax(anepy_kernel *k, int32_t n, int32_t columns) {
+    (void)n;
+    each_panel(k, columns, softmax_panel);
+}

@@ -1,0 +1,300 @@
+/* device/sim/interp.h - what the files of the interpreter share; nobody else includes it.
+ *
+ * lex.c reads tokens, parse.c builds functions of operations, ops.c binds arguments to the parameters
+ * of an operation type, op_*.c check and run them, plan.c gives buffers, run.c executes.
+ *
+ * At run time every tensor is a row-major float array whose elements are exact fp16 numbers: the
+ * products want fp32 operands, and rounding after each operation is all that makes it fp16. */
+#ifndef ANEPY_DEVICE_SIM_INTERP_H
+#define ANEPY_DEVICE_SIM_INTERP_H
+
+#include <stdatomic.h>
+
+#include "device/sim/mil.h"
+
+#define MIL_RANK ANEPY_MIL_RANK
+#define MIL_PARAMS 10
+#define MIL_GROUP 4096          /* elements an elementwise step handles while they are in the cache */
+#define MIL_COLUMNS 512         /* columns per product: bounds the panels to 2 MiB */
+#define MIL_SLACK 64            /* floats after every buffer that products may read */
+#define MIL_MAX_EXTENT INT64_C(0x7fffffff)
+
+/* A stretch of the text, for messages and names. */
+typedef struct {
+    const char *p;
+    int32_t n, line, column;
+} mil_span;
+
+typedef struct {
+    anepy_mil_type type;
+    int32_t rank;
+    int64_t dims[MIL_RANK];
+} mil_shape;
+
+typedef enum { MIL_INPUT, MIL_CONST, MIL_RESULT } mil_kind;
+/* How a constant is held: elements of its type in a weight file, int64, float, or characters. */
+typedef enum { MIL_BLOB, MIL_INTS, MIL_FLOATS, MIL_TEXT } mil_form;
+
+typedef struct mil_op mil_op;
+
+typedef struct mil_value {
+    const char *name;
+    mil_span at;      /* where it is declared */
+    mil_span type_at; /* its type there */
+    mil_shape shape;
+    int64_t n;      /* elements */
+    mil_kind kind;
+    int32_t literal; /* written inside an argument list */
+    mil_op *maker;   /* of a result */
+    /* constants */
+    mil_form form;
+    const void *raw; /* as form says; a blob's only while parsing */
+    float *data;     /* decoded, once something computes with it */
+    /* A view shares the elements of its base from `shift` on; base is never a view itself. */
+    struct mil_value *base;
+    int64_t shift;
+    int32_t first, last; /* of a base: operations between which its elements are needed */
+    int64_t place;       /* of a base that is no constant: floats from the start of the buffers */
+} mil_value;
+
+typedef struct mil_build mil_build;
+typedef struct mil_run mil_run;
+typedef struct mil_op_type mil_op_type;
+
+typedef enum {
+    MIL_END,
+    MIL_TENSOR,  /* any value, decoded if constant */
+    MIL_DATA,    /* a constant read element by element while parsing */
+    MIL_TENSORS, /* (a, b, ...) or one tensor */
+    MIL_INT,     /* constants from here on */
+    MIL_INT_LIST,
+    MIL_FLOAT,
+    MIL_BOOL,
+    MIL_BOOL_LIST,
+    MIL_STRING
+} mil_param_kind;
+
+typedef struct {
+    const char *name;
+    uint8_t kind, optional;
+} mil_param;
+
+struct mil_op_type {
+    const char *name;
+    mil_param params[MIL_PARAMS];
+    /* Infers and checks; sets view or run attributes. */
+    int32_t (*check)(mil_build *b, mil_op *op);
+    void (*run)(mil_run *r, const mil_op *op);
+    int32_t code; /* which of the functions that share check and run */
+};
+
+struct mil_op {
+    const mil_op_type *type;
+    mil_span at;
+    mil_value *arg[MIL_PARAMS];
+    mil_span arg_at[MIL_PARAMS];
+    mil_value **list; /* of the MIL_TENSORS parameter */
+    int32_t list_n;
+    mil_value **out;
+    int32_t out_n;
+    int32_t skip;      /* nothing to run: views and constants */
+    int64_t a[24];     /* what check found out for run */
+    float f[4];
+    int64_t scratch_n; /* floats of scratch */
+    int32_t columns;   /* of its widest product; 0: none */
+};
+
+typedef struct {
+    const char *name;
+    mil_value **inputs, **outputs;               /* as declared */
+    mil_value **sorted_inputs, **sorted_outputs; /* by name */
+    anepy_mil_value_info *info; /* inputs, outputs, sorted inputs, sorted outputs */
+    int32_t input_n, output_n;
+    mil_op **ops;
+    int32_t op_n;
+    int64_t buffer_n, scratch_n; /* floats */
+    int32_t columns;
+    uint64_t work;
+} mil_function;
+
+typedef struct mil_block {
+    struct mil_block *next;
+    uint64_t nbytes, used;
+    int32_t mapped;
+} mil_block;
+
+struct anepy_mil {
+    anepy_mil_options options;
+    anepy_mil_position where;
+    const anepy_kernels *kernels;
+    mil_block *blocks;
+    uint64_t memory_nbytes;
+    mil_function *functions;
+    int32_t function_n;
+    float *buffers, *scratch, *panels;
+    uint64_t mapped_nbytes;
+    uint64_t weight_nbytes;
+    struct {
+        uint64_t count;
+        char *first;
+    } reports[ANEPY_RULE_N];
+};
+
+/* ------------------------------------------------------------------------- rules.c, memory.c */
+
+/* "line 3, column 7, at 'word': ..."; remembers the position. */
+int32_t mil_error(anepy_mil *mil, mil_span at, const char *format, ...) ANEPY_PRINTF(3, 4);
+/* Fails or reports or does nothing, as the rule's action says. */
+int32_t mil_rule(anepy_mil *mil, anepy_mil_rule rule, mil_span at, uint64_t count,
+                 const char *format, ...) ANEPY_PRINTF(5, 6);
+int mil_rule_on(const anepy_mil *mil, anepy_mil_rule rule);
+
+/* 64-byte aligned, zeroed, freed with mil; NULL beyond the limit or without memory. */
+void *mil_alloc(anepy_mil *mil, uint64_t nbytes);
+int32_t mil_no_memory(anepy_mil *mil, mil_span at);
+void mil_free_blocks(anepy_mil *mil);
+
+/* ----------------------------------------------------------------------------------- shape.c */
+
+const char *mil_type_name(anepy_mil_type type);
+int mil_type_find(mil_span name, anepy_mil_type *type);
+uint64_t mil_type_nbytes(anepy_mil_type type);
+int64_t mil_elements(const mil_shape *shape); /* -1: more than MIL_MAX_EXTENT */
+/* "tensor<fp16, [1, 2]>" into text[cap]; returns text. */
+const char *mil_shape_text(const mil_shape *shape, char *text, size_t cap);
+int mil_shape_equal(const mil_shape *a, const mil_shape *b);
+int mil_span_is(mil_span span, const char *word);
+ANEPY_INLINE int mil_is_float(anepy_mil_type type) { return type <= ANEPY_MIL_F32; }
+ANEPY_INLINE int mil_is_int(anepy_mil_type type) {
+    return type >= ANEPY_MIL_I8 && type <= ANEPY_MIL_U64;
+}
+ANEPY_INLINE int64_t mil_product(const int64_t *dims, int32_t first, int32_t end) {
+    int64_t n = 1;
+    for (int32_t i = first; i < end; i++) n *= dims[i];
+    return n;
+}
+
+/* ------------------------------------------------------------------------------------- lex.c */
+
+typedef enum { MIL_WORD, MIL_NUMBER, MIL_QUOTED, MIL_MARK, MIL_ARROW, MIL_EOF } mil_token_kind;
+
+typedef struct {
+    mil_token_kind kind;
+    mil_span at; /* of MIL_QUOTED without the quotes */
+} mil_token;
+
+typedef struct {
+    const char *p, *end, *line_start;
+    int32_t line;
+} mil_lexer;
+
+int32_t mil_next_token(anepy_mil *mil, mil_lexer *lexer, mil_token *out);
+int mil_parse_int(mil_span text, int64_t *out);
+int mil_parse_float(mil_span text, double *out); /* decimal, hexadecimal, inf, nan; any sign */
+
+/* ------------------------------------------------------------------------------ parse.c, ops.c */
+
+struct mil_build {
+    anepy_mil *mil;
+    mil_lexer lexer;
+    mil_token token; /* the one not yet consumed */
+    const anepy_mil_file *files;
+    uint8_t *file_used;
+    int32_t file_n;
+    int32_t minor;    /* of program(1.minor) */
+    int32_t depth;
+    uint64_t value_total;
+    mil_function *function;
+    int32_t op_cap;
+    mil_value **names; /* hash table of the function's values */
+    uint32_t name_cap, name_n;
+    mil_value **decoded; /* hash table of blob constants by payload */
+    uint32_t decoded_cap, decoded_n;
+};
+
+/* An argument as parsed: one value, or a list in parentheses. */
+typedef struct {
+    mil_span name, at;
+    mil_value *value;
+    mil_value **list;
+    int32_t list_n;
+} mil_argument;
+
+int32_t mil_parse_program(mil_build *b);
+/* consts.c: the parser's part for literals and constants. */
+int32_t mil_parse_type(mil_build *b, mil_shape *shape, mil_span *at);
+int32_t mil_parse_literal(mil_build *b, mil_value **out); /* TYPE ( ... ), TYPE not yet read */
+int32_t mil_advance(mil_build *b);
+int32_t mil_expect(mil_build *b, const char *mark, mil_span *at);
+int mil_at_mark(const mil_build *b, char mark);
+mil_value *mil_new_value(mil_build *b, mil_kind kind, mil_span at);
+int32_t mil_decode(mil_build *b, mil_value *v, mil_span at);
+
+const mil_op_type *mil_op_find(mil_span name);
+int32_t mil_op_bind(mil_build *b, mil_op *op, const mil_argument *arguments, int32_t n);
+/* The note on why an operation of MIL is not available on the engine; NULL if it is not known. */
+const char *mil_op_refused(mil_span name);
+
+int32_t mil_add_op(mil_build *b, mil_op *op); /* to the function, in the order of execution */
+
+/* The type of out[index] as inferred must be the declared one. */
+int32_t mil_declare(mil_build *b, mil_op *op, int32_t index, const mil_shape *shape);
+int32_t mil_want_outputs(mil_build *b, mil_op *op, int32_t n);
+/* Rules on the size of any tensor the engine holds: extents, channels. */
+int32_t mil_check_limits(mil_build *b, const mil_value *v);
+/* Makes out[index] a view of v from element shift on. */
+void mil_make_view(mil_op *op, int32_t index, mil_value *v, int64_t shift);
+int mil_is_const(const mil_value *v);
+int64_t mil_int_at(const mil_value *v, int64_t index);
+double mil_float_at(const mil_value *v, int64_t index);
+/* Optional scalar parameters. */
+int64_t mil_int_or(const mil_op *op, int32_t slot, int64_t otherwise);
+double mil_float_or(const mil_op *op, int32_t slot, double otherwise);
+const char *mil_string_or(const mil_op *op, int32_t slot, const char *otherwise);
+/* A list parameter with exactly n entries. */
+int32_t mil_want_list(mil_build *b, const mil_op *op, int32_t slot, int64_t n);
+/* An axis in [-rank, rank) made non-negative. */
+int32_t mil_want_axis(mil_build *b, const mil_op *op, int32_t slot, int64_t value, int32_t rank,
+                      int32_t *out);
+/* fp16 (or fp32 where a rule lets it pass). */
+int32_t mil_want_float(mil_build *b, const mil_op *op, int32_t slot);
+int32_t mil_want_same_type(mil_build *b, const mil_op *op, int32_t slot, int32_t other);
+
+extern const mil_op_type MIL_ELEMENTWISE[], MIL_SHAPES[], MIL_PRODUCTS[], MIL_REDUCTIONS[],
+    MIL_QUANTIZERS[]; /* each ends with a NULL name */
+
+/* -------------------------------------------------------------------------------------- plan.c */
+
+int32_t mil_plan(anepy_mil *mil, mil_function *f);
+
+/* --------------------------------------------------------------------------------------- run.c */
+
+struct mil_run {
+    anepy_mil *mil;
+    const mil_function *function;
+    anepy_gemm gemm;
+    float *scratch;
+    _Atomic uint64_t saturated, flushed, cropped; /* of the current operation */
+};
+
+float *mil_data(const mil_run *r, const mil_value *v);
+/* Rounds p[n] to fp16 in place as the chip does: subnormals, saturation; counts. Any worker. */
+void mil_round(mil_run *r, float *p, int64_t n);
+/* fn for every index on all threads. */
+void mil_each(mil_run *r, int64_t count, anepy_loop_fn fn, void *context);
+/* fn over [first, first + n) pieces of MIL_GROUP elements. */
+typedef void (*mil_span_fn)(void *context, int64_t first, int64_t n);
+void mil_each_group(mil_run *r, int64_t n, mil_span_fn fn, void *context);
+void mil_round_all(mil_run *r, float *p, int64_t n);
+/* C[m, n] = A . B (fp32 sums, not rounded); like anepy_product with any n. pad: scratch of
+ * mil_product_scratch floats. */
+typedef struct {
+    float *c;
+    const float *a, *b;
+    int64_t m, n, k, ldc, a_row, a_step, ldb;
+    int32_t b_transposed;
+} mil_matmul;
+void mil_multiply(mil_run *r, const mil_matmul *s, float *pad);
+int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed);
+
+#endif

@@ -1,0 +1,60 @@
+/* device/sim/memory.c - memory that lives as long as a program, bounded by its limit. */
+#include "device/sim/interp.h"
+
+#include <string.h>
+
+#include "runtime/memory.h"
+
+#define BLOCK ((uint64_t)64 << 10)
+#define LARGE ((uint64_t)2 << 20) /* from here on weights profit from large pages */
+#define HEAD ((uint64_t)64)
+
+static mil_block *new_block(anepy_mil *mil, uint64_t nbytes) {
+    if (mil->memory_nbytes + nbytes > mil->options.memory_nbytes) return NULL;
+    int32_t mapped = nbytes >= LARGE;
+    mil_block *block = mapped ? anepy_map(nbytes) : anepy_heap_alloc(nbytes);
+    if (block == NULL) return NULL;
+    if (!mapped) memset(block, 0, nbytes);
+    block->nbytes = nbytes;
+    block->used = HEAD;
+    block->mapped = mapped;
+    mil->memory_nbytes += nbytes;
+    return block;
+}
+
+void *mil_alloc(anepy_mil *mil, uint64_t nbytes) {
+    if (nbytes > (uint64_t)1 << 46) return NULL;
+    nbytes = (nbytes + 63) / 64 * 64;
+    mil_block *block = mil->blocks;
+    if (block == NULL || block->nbytes - block->used < nbytes) {
+        int own = nbytes > BLOCK / 4;
+        block = new_block(mil, own ? nbytes + HEAD : BLOCK);
+        if (block == NULL) return NULL;
+        /* A block of its own goes behind the one that still has room. */
+        if (own && mil->blocks != NULL) {
+            block->next = mil->blocks->next;
+            mil->blocks->next = block;
+        } else {
+            block->next = mil->blocks;
+            mil->blocks = block;
+        }
+    }
+    void *memory = (char *)block + block->used;
+    block->used += nbytes;
+    return memory;
+}
+
+int32_t mil_no_memory(anepy_mil *mil, mil_span at) {
+    return mil_error(mil, at, "the program needs more than the %llu MiB it may have, or there is no memory",
+                     (unsigned long long)(mil->options.memory_nbytes >> 20));
+}
+
+void mil_free_blocks(anepy_mil *mil) {
+    mil_block *next;
+    for (mil_block *block = mil->blocks; block != NULL; block = next) {
+        next = block->next;
+        if (block->mapped) anepy_unmap(block, block->nbytes);
+        else anepy_heap_free(block);
+    }
+    mil->blocks = NULL;
+}

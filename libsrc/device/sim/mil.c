@@ -1,0 +1,129 @@
+/* device/sim/mil.c - makes, describes and frees a parsed program. */
+#include "device/sim/interp.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/memory.h"
+
+#define MOST_TEXT ((uint64_t)256 << 20)
+#define DEFAULT_MEMORY ((uint64_t)16 << 30)
+#define DEFAULT_WORK ((uint64_t)1 << 50)
+
+static const mil_span NOWHERE = {"", 0, 0, 0};
+
+/* One stretch for all functions: they never run at the same time. */
+static int32_t map_buffers(anepy_mil *mil) {
+    int64_t buffers = 0, scratch = 0;
+    int32_t columns = 0;
+    for (int32_t i = 0; i < mil->function_n; i++) {
+        mil_function *f = &mil->functions[i];
+        ANEPY_TRY(mil_plan(mil, f));
+        if (f->buffer_n > buffers) buffers = f->buffer_n;
+        if (f->scratch_n > scratch) scratch = f->scratch_n;
+        if (f->columns > columns) columns = f->columns;
+    }
+    int64_t panels = columns > 0 ? anepy_gemm_panels_n(anepy_min_i32(columns, MIL_COLUMNS)) : 0;
+    double total = ((double)buffers + (double)scratch + (double)panels) * sizeof(float);
+    if (total + (double)mil->memory_nbytes > (double)mil->options.memory_nbytes)
+        return mil_no_memory(mil, NOWHERE);
+    scratch = anepy_round_up(scratch, 64);
+    mil->mapped_nbytes = (uint64_t)(buffers + scratch + panels + 64) * sizeof(float);
+    mil->buffers = anepy_map(mil->mapped_nbytes);
+    if (mil->buffers == NULL) return mil_no_memory(mil, NOWHERE);
+    mil->scratch = mil->buffers + buffers;
+    mil->panels = mil->scratch + scratch;
+    return ANEPY_OK;
+}
+
+static int32_t check_weights(mil_build *b) {
+    if (b->mil->weight_nbytes > (uint64_t)2 << 30)
+        ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_WEIGHTS_SIZE, NOWHERE, 1,
+                           "the program has %llu MiB of weights, 2048 is the most",
+                           (unsigned long long)(b->mil->weight_nbytes >> 20)));
+    for (int32_t i = 0; i < b->file_n; i++)
+        if (!b->file_used[i])
+            ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_WEIGHT_UNUSED, NOWHERE, 1,
+                               "nothing in the program names %.200s", b->files[i].path));
+    return ANEPY_OK;
+}
+
+static int32_t build(anepy_mil *mil, const char *text, uint64_t n, const anepy_mil_file *files,
+                     int32_t file_n) {
+    mil->kernels = anepy_kernels_get();
+    if (mil->kernels == NULL) return ANEPY_E_NAME;
+    if (n > MOST_TEXT)
+        return mil_error(mil, NOWHERE, "a MIL text of %llu bytes; %llu is the most",
+                         (unsigned long long)n, (unsigned long long)MOST_TEXT);
+    /* Operations keep pointing into the text, for what they report when they run. */
+    char *copy = mil_alloc(mil, n + 1);
+    mil_build b = {.mil = mil, .files = files, .file_n = file_n};
+    b.file_used = mil_alloc(mil, (uint64_t)file_n + 1);
+    if (copy == NULL || b.file_used == NULL) return mil_no_memory(mil, NOWHERE);
+    if (n > 0) memcpy(copy, text, n);
+    b.lexer = (mil_lexer){copy, copy + n, copy, 1};
+    ANEPY_TRY(mil_parse_program(&b));
+    ANEPY_TRY(check_weights(&b));
+    return map_buffers(mil);
+}
+
+int32_t anepy_mil_parse(anepy_mil **out, const char *text, uint64_t n, const anepy_mil_file *files,
+                        int32_t file_n, const anepy_mil_options *options,
+                        anepy_mil_position *where) {
+    *out = NULL;
+    if (where != NULL) *where = (anepy_mil_position){0, 0};
+    anepy_mil *mil = calloc(1, sizeof *mil);
+    if (mil == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for a program");
+    mil->options = *options;
+    if (mil->options.memory_nbytes == 0) mil->options.memory_nbytes = DEFAULT_MEMORY;
+    if (mil->options.work == 0) mil->options.work = DEFAULT_WORK;
+    int32_t status = build(mil, text, n, files, file_n);
+    if (where != NULL) *where = mil->where;
+    if (status == ANEPY_OK) *out = mil;
+    else anepy_mil_free(mil);
+    return status;
+}
+
+void anepy_mil_free(anepy_mil *mil) {
+    if (mil == NULL) return;
+    anepy_unmap(mil->buffers, mil->mapped_nbytes);
+    mil_free_blocks(mil);
+    free(mil);
+}
+
+int32_t anepy_mil_function_n(const anepy_mil *mil) { return mil->function_n; }
+
+static const mil_function *function_at(const anepy_mil *mil, int32_t function) {
+    return function >= 0 && function < mil->function_n ? &mil->functions[function] : NULL;
+}
+
+const char *anepy_mil_function_name(const anepy_mil *mil, int32_t function) {
+    const mil_function *f = function_at(mil, function);
+    return f != NULL ? f->name : NULL;
+}
+
+int32_t anepy_mil_input_n(const anepy_mil *mil, int32_t function) {
+    const mil_function *f = function_at(mil, function);
+    return f != NULL ? f->input_n : 0;
+}
+
+int32_t anepy_mil_output_n(const anepy_mil *mil, int32_t function) {
+    const mil_function *f = function_at(mil, function);
+    return f != NULL ? f->output_n : 0;
+}
+
+const anepy_mil_value_info *anepy_mil_input(const anepy_mil *mil, int32_t function, int32_t index,
+                                            int32_t sorted) {
+    const mil_function *f = function_at(mil, function);
+    if (f == NULL || index < 0 || index >= f->input_n) return NULL;
+    return f->info + (sorted ? f->input_n + f->output_n : 0) + index;
+}
+
+const anepy_mil_value_info *anepy_mil_output(const anepy_mil *mil, int32_t function, int32_t index,
+                                             int32_t sorted) {
+    const mil_function *f = function_at(mil, function);
+    if (f == NULL || index < 0 || index >= f->output_n) return NULL;
+    return f->info + (sorted ? f->input_n + f->output_n : 0) + f->input_n + index;
+}
+
+uint64_t anepy_mil_weight_nbytes(const anepy_mil *mil) { return mil->weight_nbytes; }

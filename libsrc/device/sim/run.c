@@ -1,0 +1,311 @@
+/* device/sim/run.c - executes a planned function: surfaces in, operations, surfaces out. */
+#include "device/sim/interp.h"
+
+#include <string.h>
+
+#include "runtime/fpmode.h"
+
+float *mil_data(const mil_run *r, const mil_value *v) {
+    const mil_value *base = v->base != NULL ? v->base : v;
+    return (base->kind == MIL_CONST ? base->data : r->mil->buffers + base->place) + v->shift;
+}
+
+/* -------------------------------------------------------------------------------------- loops */
+
+void mil_each(mil_run *r, int64_t count, anepy_loop_fn fn, void *context) {
+    anepy_pool_run(r->gemm.pool, (int32_t)count, fn, context);
+}
+
+typedef struct {
+    mil_span_fn fn;
+    void *context;
+    int64_t n;
+} group_job;
+
+static void run_group(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const group_job *job = context;
+    int64_t first = (int64_t)index * MIL_GROUP, left = job->n - first;
+    job->fn(job->context, first, left < MIL_GROUP ? left : MIL_GROUP);
+}
+
+void mil_each_group(mil_run *r, int64_t n, mil_span_fn fn, void *context) {
+    group_job job = {fn, context, n};
+    mil_each(r, (n + MIL_GROUP - 1) / MIL_GROUP, run_group, &job);
+}
+
+/* ------------------------------------------------------------------------------------ rounding */
+
+#define ROUND_N 512
+#define LARGEST_SAFE 0x77ff /* 32752 */
+#define INFINITE 0x7c00
+#define SMALLEST_NORMAL 0x0400
+
+/* Written without branches, for the vectoriser. */
+static uint64_t flush_subnormals(uint16_t *h, int64_t n) {
+    uint16_t count = 0; /* at most ROUND_N */
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t magnitude = h[i] & 0x7fff;
+        uint16_t subnormal = magnitude < SMALLEST_NORMAL;
+        count = (uint16_t)(count + (subnormal & (magnitude != 0)));
+        h[i] = subnormal ? h[i] & 0x8000 : h[i];
+    }
+    return count;
+}
+
+static uint64_t count_saturated(uint16_t *h, int64_t n, int apply) {
+    uint16_t count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t magnitude = h[i] & 0x7fff;
+        uint16_t beyond = (magnitude > LARGEST_SAFE) & (magnitude <= INFINITE);
+        count = (uint16_t)(count + beyond);
+        h[i] = (beyond & (apply != 0)) ? (h[i] & 0x8000) | INFINITE : h[i];
+    }
+    return count;
+}
+
+void mil_round(mil_run *r, float *p, int64_t n) {
+    const anepy_mil *mil = r->mil;
+    int flush = mil_rule_on(mil, ANEPY_RULE_SUBNORMAL);
+    int saturate = mil_rule_on(mil, ANEPY_RULE_SATURATION);
+    /* 5.1: seen on M2 Pro and M5. */
+    int apply = mil->options.chip == ANEPY_CHIP_M2 || mil->options.chip == ANEPY_CHIP_M5;
+    uint64_t flushed = 0, saturated = 0;
+    uint16_t h[ROUND_N];
+    for (int64_t i = 0; i < n; i += ROUND_N) {
+        int64_t m = n - i < ROUND_N ? n - i : ROUND_N;
+        mil->kernels->to_half(h, p + i, m);
+        if (flush) flushed += flush_subnormals(h, m);
+        if (saturate) saturated += count_saturated(h, m, apply);
+        mil->kernels->from_half(p + i, h, m);
+    }
+    if (flushed > 0) atomic_fetch_add_explicit(&r->flushed, flushed, memory_order_relaxed);
+    if (saturated > 0) atomic_fetch_add_explicit(&r->saturated, saturated, memory_order_relaxed);
+}
+
+typedef struct {
+    mil_run *run;
+    float *p;
+} round_job;
+
+static void round_group(void *context, int64_t first, int64_t n) {
+    const round_job *job = context;
+    mil_round(job->run, job->p + first, n);
+}
+
+void mil_round_all(mil_run *r, float *p, int64_t n) {
+    round_job job = {r, p};
+    mil_each_group(r, n, round_group, &job);
+}
+
+/* ------------------------------------------------------------------------------------ products */
+
+/* Rows that are no multiple of the panel width are copied to where they may be. */
+int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed) {
+    return b_transposed || n % ANEPY_COLUMNS == 0 ? 0 : (m + k) * anepy_round_up(n, ANEPY_COLUMNS);
+}
+
+void mil_multiply(mil_run *r, const mil_matmul *s, float *pad) {
+    anepy_product p = {.c = s->c,
+                       .a = s->a,
+                       .b = s->b,
+                       .ldc = s->ldc,
+                       .a_row = s->a_row,
+                       .a_step = s->a_step,
+                       .ldb = s->ldb,
+                       .b_transposed = s->b_transposed,
+                       .m = (int32_t)s->m,
+                       .k = (int32_t)s->k};
+    int64_t n = s->n;
+    int padded = mil_multiply_scratch_n(s->m, n, s->k, s->b_transposed) > 0;
+    if (padded) {
+        n = anepy_round_up(n, ANEPY_COLUMNS);
+        for (int64_t i = 0; i < s->k; i++) {
+            memcpy(pad + i * n, s->b + i * s->ldb, (size_t)s->n * sizeof *pad);
+            memset(pad + i * n + s->n, 0, (size_t)(n - s->n) * sizeof *pad);
+        }
+        p.b = pad;
+        p.c = pad + s->k * n;
+        p.ldb = p.ldc = n;
+    }
+    const float *b = p.b;
+    float *c = p.c;
+    for (int64_t j = 0; j < n; j += MIL_COLUMNS) {
+        p.n = (int32_t)(n - j < MIL_COLUMNS ? n - j : MIL_COLUMNS);
+        p.b = b + (p.b_transposed ? j * p.ldb : j);
+        p.c = c + j;
+        anepy_gemm_run(&r->gemm, &p);
+    }
+    for (int64_t i = 0; padded && i < s->m; i++)
+        memcpy(s->c + i * s->ldc, c + i * n, (size_t)s->n * sizeof *c);
+}
+
+/* ------------------------------------------------------------------------------------ surfaces */
+
+#define SURFACE_FLOOR (48 << 10)
+
+static int32_t check_surfaces(anepy_mil *mil, mil_value *const *values, int32_t n,
+                              const uint64_t *nbytes, const char *what) {
+    for (int32_t i = 0; i < n; i++) {
+        const mil_value *v = values[i];
+        uint64_t wanted = (uint64_t)v->n * mil_type_nbytes(v->shape.type);
+        if (nbytes[i] < wanted)
+            ANEPY_TRY(mil_rule(mil, ANEPY_RULE_SURFACE_SIZE, v->at, 1,
+                               "the surface of %s '%s' has %llu bytes, the tensor %llu", what,
+                               v->name, (unsigned long long)nbytes[i], (unsigned long long)wanted));
+        if (nbytes[i] < SURFACE_FLOOR)
+            ANEPY_TRY(mil_rule(mil, ANEPY_RULE_SURFACE_FLOOR, v->at, 1,
+                               "the surface of %s '%s' has %llu bytes, below 48 KiB", what, v->name,
+                               (unsigned long long)nbytes[i]));
+        if (nbytes[i] != nbytes[0])
+            ANEPY_TRY(mil_rule(mil, ANEPY_RULE_SURFACE_EQUAL, v->at, 1,
+                               "the surfaces of %s '%s' and '%s' have %llu and %llu bytes", what,
+                               v->name, values[0]->name, (unsigned long long)nbytes[i],
+                               (unsigned long long)nbytes[0]));
+    }
+    return ANEPY_OK;
+}
+
+typedef struct {
+    mil_run *run;
+    float *data;
+    const void *in;
+    void *out;
+    anepy_mil_type type;
+    int64_t present; /* elements the surface has; the others read as zero and are not written */
+} surface_job;
+
+static void read_group(void *context, int64_t first, int64_t n) {
+    const surface_job *job = context;
+    float *p = job->data + first;
+    int64_t m = job->present - first < n ? job->present - first : n;
+    if (m < 0) m = 0;
+    for (int64_t i = m; i < n; i++) p[i] = 0.0f;
+    switch (job->type) {
+    case ANEPY_MIL_F16: {
+        const uint16_t *in = (const uint16_t *)job->in + first;
+        uint64_t flushed = 0;
+        if (!mil_rule_on(job->run->mil, ANEPY_RULE_SUBNORMAL)) {
+            job->run->mil->kernels->from_half(p, in, m);
+            break;
+        }
+        for (int64_t i = 0; i < m; i += ROUND_N) {
+            uint16_t h[ROUND_N];
+            int64_t some = m - i < ROUND_N ? m - i : ROUND_N;
+            memcpy(h, in + i, (size_t)some * sizeof *h);
+            flushed += flush_subnormals(h, some);
+            job->run->mil->kernels->from_half(p + i, h, some);
+        }
+        if (flushed > 0) atomic_fetch_add(&job->run->flushed, flushed);
+        break;
+    }
+    case ANEPY_MIL_F32:
+        memcpy(p, (const float *)job->in + first, (size_t)m * sizeof *p);
+        mil_round(job->run, p, m);
+        break;
+    case ANEPY_MIL_I8:
+        for (int64_t i = 0; i < m; i++) p[i] = (float)((const int8_t *)job->in)[first + i];
+        break;
+    default:
+        for (int64_t i = 0; i < m; i++) p[i] = (float)((const uint8_t *)job->in)[first + i];
+        break;
+    }
+}
+
+static void write_group(void *context, int64_t first, int64_t n) {
+    const surface_job *job = context;
+    const float *p = job->data + first;
+    int64_t m = job->present - first < n ? job->present - first : n;
+    switch (job->type) {
+    case ANEPY_MIL_F16:
+        if (m > 0) job->run->mil->kernels->to_half((uint16_t *)job->out + first, p, m);
+        break;
+    case ANEPY_MIL_F32:
+        if (m > 0) memcpy((float *)job->out + first, p, (size_t)m * sizeof *p);
+        break;
+    case ANEPY_MIL_I8:
+        for (int64_t i = 0; i < m; i++) ((int8_t *)job->out)[first + i] = (int8_t)p[i];
+        break;
+    default:
+        for (int64_t i = 0; i < m; i++) ((uint8_t *)job->out)[first + i] = (uint8_t)p[i];
+        break;
+    }
+}
+
+static surface_job surface_of(mil_run *r, const mil_value *v, uint64_t nbytes) {
+    uint64_t present = nbytes / mil_type_nbytes(v->shape.type);
+    return (surface_job){.run = r,
+                         .data = mil_data(r, v),
+                         .type = v->shape.type,
+                         .present = present < (uint64_t)v->n ? (int64_t)present : v->n};
+}
+
+/* --------------------------------------------------------------------------------- the function */
+
+/* What happened to the numbers while something ran. */
+static int32_t report_numbers(mil_run *r, mil_span at, const char *name) {
+    uint64_t saturated = atomic_exchange(&r->saturated, 0);
+    uint64_t flushed = atomic_exchange(&r->flushed, 0), cropped = atomic_exchange(&r->cropped, 0);
+    if (saturated > 0)
+        ANEPY_TRY(mil_rule(r->mil, ANEPY_RULE_SATURATION, at, saturated,
+                           "%llu elements of '%s' are beyond 32752", (unsigned long long)saturated,
+                           name));
+    if (flushed > 0)
+        ANEPY_TRY(mil_rule(r->mil, ANEPY_RULE_SUBNORMAL, at, flushed,
+                           "%llu elements of '%s' below 2^-14 become zero",
+                           (unsigned long long)flushed, name));
+    if (cropped > 0)
+        ANEPY_TRY(mil_rule(r->mil, ANEPY_RULE_LAST_AXIS_SLICE, at, cropped,
+                           "%llu elements of '%s' beyond 4094 become infinite",
+                           (unsigned long long)cropped, name));
+    return ANEPY_OK;
+}
+
+static int32_t run_function(mil_run *r, const void *const *inputs, const uint64_t *input_nbytes,
+                            void *const *outputs, const uint64_t *output_nbytes) {
+    const mil_function *f = r->function;
+    ANEPY_TRY(check_surfaces(r->mil, f->sorted_inputs, f->input_n, input_nbytes, "input"));
+    ANEPY_TRY(check_surfaces(r->mil, f->sorted_outputs, f->output_n, output_nbytes, "output"));
+    for (int32_t i = 0; i < f->input_n; i++) {
+        const mil_value *v = f->sorted_inputs[i];
+        surface_job job = surface_of(r, v, input_nbytes[i]);
+        job.in = inputs[i];
+        mil_each_group(r, v->n, read_group, &job);
+        ANEPY_TRY(report_numbers(r, v->at, v->name));
+    }
+    for (int32_t t = 0; t < f->op_n; t++) {
+        const mil_op *op = f->ops[t];
+        if (op->skip) continue;
+        op->type->run(r, op);
+        ANEPY_TRY(report_numbers(r, op->at, op->out[0]->name));
+    }
+    for (int32_t i = 0; i < f->output_n; i++) {
+        const mil_value *v = f->sorted_outputs[i];
+        surface_job job = surface_of(r, v, output_nbytes[i]);
+        job.out = outputs[i];
+        mil_each_group(r, v->n, write_group, &job);
+    }
+    return ANEPY_OK;
+}
+
+int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *inputs,
+                      const uint64_t *input_nbytes, void *const *outputs,
+                      const uint64_t *output_nbytes, const anepy_gemm *gemm,
+                      anepy_mil_position *where) {
+    if (function < 0 || function >= mil->function_n)
+        return anepy_fail(ANEPY_E_ARGUMENT, "function %d of %d", function, mil->function_n);
+    mil_run r = {.mil = mil,
+                 .function = &mil->functions[function],
+                 .gemm = *gemm,
+                 .scratch = mil->scratch};
+    r.gemm.panels = mil->panels;
+    atomic_init(&r.saturated, 0);
+    atomic_init(&r.flushed, 0);
+    atomic_init(&r.cropped, 0);
+    mil->where = (anepy_mil_position){0, 0};
+    uint64_t fpmode = anepy_fpmode_enter();
+    int32_t status = run_function(&r, inputs, input_nbytes, outputs, output_nbytes);
+    anepy_fpmode_leave(fpmode);
+    if (where != NULL) *where = mil->where;
+    return status;
+}

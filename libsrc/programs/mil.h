@@ -1,0 +1,46 @@
+/* programs/mil.h - MIL text and weight file of programs, as the Apple Neural Engine compiles them.
+ *
+ * A function has one packed input "a_in" [1, C, 1, W] and one packed output "z_out", both with the
+ * channel ranges of the program table; where weights are live it has one more input per weight
+ * ("w0_wq", see anepy_program_weight). Both dialects say the same; 1.0 is for old systems. What the
+ * generator avoids, and why, stands in ane-facts.md 2.3 to 2.5 and 5.1. */
+#ifndef ANEPY_PROGRAMS_MIL_H
+#define ANEPY_PROGRAMS_MIL_H
+
+#include "programs/blob.h"
+#include "programs/programs.h"
+
+typedef enum {
+    ANEPY_DIALECT_13, /* program(1.3), ios18 */
+    ANEPY_DIALECT_10  /* program(1.0), ios16: every scalar a tensor of rank 0 */
+} anepy_dialect;
+
+#define ANEPY_MIL_WEIGHT_FILE "@model_path/weights/weight.bin" /* the one file a text names */
+#define ANEPY_MIL_LARGEST_EXTENT 16384 /* M1 to M3: spatial extents and contractions */
+#define ANEPY_MIL_LARGEST_CHANNELS 65536
+
+/* text ends with a zero that n does not count. blob.n is 0 if the text names no weights: then the
+ * compiler must not be given a file. */
+typedef struct {
+    char *text;
+    uint64_t n;
+    anepy_blob blob;
+} anepy_mil_source;
+
+/* params: the parameter arena, whose weights of `layer` are baked (unused where they are live). */
+typedef struct {
+    const anepy_program *program;
+    const float *params;
+    int32_t layer;
+} anepy_mil_item;
+
+/* One function per item: "main" if there is one item, else procedure000, procedure001, ... One
+ * text, one weight file; equal constants are stored once. width: columns of every tensor, a
+ * multiple of 64, >= seq_len; programs were described for it. Fails where an extent exceeds what
+ * every chip takes, or a weight does not fit fp16. */
+int32_t anepy_mil_generate(anepy_mil_source *out, const anepy_mil_item *items, int32_t count,
+                           const anepy_model *model, int32_t width, int32_t seq_len,
+                           anepy_dialect dialect);
+void anepy_mil_source_free(anepy_mil_source *source); /* leaves it zeroed */
+
+#endif

@@ -1,0 +1,218 @@
+/* programs/mil_baked.c - constants in the weight file: weights as they are multiplied, and what the
+ * mathematics needs beside them. Each is stored once per file and declared once per function. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+#include "programs/mil_writer.h"
+#include "runtime/half.h"
+
+#define ONE 0x3c00u
+#define MINUS_ONE 0xbc00u
+#define TILE 64
+
+/* Far enough below any score for a weight of exactly 0 after soft-max (exp underflows fp16 at -17),
+ * and near enough to 0 that scores down to -24000 stay finite where the engine saturates at 32752;
+ * the research programs' -65504 becomes infinite with the first negative score. */
+#define MASKED (-8192.0f)
+
+enum {
+    MATRIX,
+    TRANSPOSED,
+    NORM,
+    COLUMN,
+    SQUARE,
+    ZEROS,
+    MASK,
+    COSINE,
+    SINE,
+    TURN,
+    TURN_CONV,
+    PAD,
+    UNPAD
+};
+
+/* The record with this key, new ones zeroed (*fresh: fill *data); NULL after a failure. */
+static mil_record *find(mil_writer *w, mil_key key, int64_t n, uint16_t **fresh) {
+    *fresh = NULL;
+    if (w->status != ANEPY_OK) return NULL;
+    for (int32_t i = 0; i < w->record_n; i++) {
+        const mil_key *k = &w->records[i].key;
+        if (k->kind == key.kind && k->a == key.a && k->b == key.b && k->c == key.c)
+            return &w->records[i];
+    }
+    if (w->record_n == w->record_cap) {
+        int32_t cap = 2 * w->record_cap + 32;
+        mil_record *grown = realloc(w->records, (size_t)cap * sizeof *grown);
+        if (grown == NULL) {
+            anepy_emit_fail(w, ANEPY_E_MEMORY, "no memory for its list of weights");
+            return NULL;
+        }
+        w->records = grown;
+        w->record_cap = cap;
+    }
+    mil_record *record = &w->records[w->record_n];
+    *record = (mil_record){.key = key, .function = -1};
+    int32_t status =
+        anepy_blob_add(&w->out->blob, ANEPY_BLOB_F16, NULL, (uint64_t)n * 2, &record->offset);
+    if (status != ANEPY_OK) {
+        w->status = status;
+        return NULL;
+    }
+    w->record_n++;
+    *fresh = (uint16_t *)(void *)(w->out->blob.data + record->offset + ANEPY_BLOB_ALIGN);
+    return record;
+}
+
+static mil_tensor declare(mil_writer *w, mil_record *record, int32_t d0, int32_t d1, int32_t d2,
+                          int32_t d3, const char *hint) {
+    const int32_t dims[4] = {d0, d1, d2, d3};
+    if (record == NULL || w->status != ANEPY_OK) {
+        mil_tensor none = {.dims = {d0, d1, d2, d3}};
+        return none;
+    }
+    if (record->function != w->function) {
+        record->tensor = anepy_emit_declare_blob(w, dims, record->offset, hint);
+        record->function = w->function;
+    }
+    return record->tensor;
+}
+
+/* ------------------------------------------------------------------------------------- weights */
+
+/* Infinity or NaN on the device would reach every output; better no program than that. */
+static void check_finite(mil_writer *w, const char *name, const uint16_t *data, int64_t n) {
+    int bad = 0;
+    for (int64_t i = 0; i < n; i++) bad |= (data[i] & 0x7c00) == 0x7c00;
+    if (bad)
+        anepy_emit_fail(w, ANEPY_E_UNSUPPORTED,
+                        "layer %d: a value of %s does not fit fp16 (above 65504, or not a number)",
+                        w->layer, name);
+}
+
+/* dst[cols][rows] = src[rows][cols], in tiles that stay in the cache. */
+static void transpose_to_half(uint16_t *dst, const float *src, int32_t rows, int32_t cols) {
+    const anepy_kernels *kernels = anepy_kernels_get();
+    float tile[TILE * TILE];
+    for (int32_t i = 0; i < rows; i += TILE) {
+        int32_t m = anepy_min_i32(TILE, rows - i);
+        for (int32_t j = 0; j < cols; j += TILE) {
+            int32_t n = anepy_min_i32(TILE, cols - j);
+            kernels->transpose_panel(tile, src + (int64_t)i * cols + j, cols, m, n);
+            for (int32_t p = 0; p < n; p++)
+                kernels->to_half(dst + (int64_t)(j + p) * rows + i, tile + p * TILE, m);
+        }
+    }
+}
+
+mil_tensor anepy_emit_baked_matrix(mil_writer *w, int32_t index, int transposed, int32_t first,
+                                   int32_t rows) {
+    anepy_program_matrix m;
+    anepy_program_weight(&m, w->program, w->model, w->layer, index);
+    int64_t offset = m.offset + (int64_t)first * m.cols, n = (int64_t)rows * m.cols;
+    uint16_t *fresh;
+    mil_record *record =
+        find(w, (mil_key){transposed ? TRANSPOSED : MATRIX, offset, rows, m.cols}, n, &fresh);
+    if (fresh != NULL) {
+        if (transposed) transpose_to_half(fresh, w->params + offset, rows, m.cols);
+        else anepy_kernels_get()->to_half(fresh, w->params + offset, n);
+        check_finite(w, m.name, fresh, n);
+    }
+    return transposed ? declare(w, record, m.cols, rows, 1, 1, m.name)
+                      : declare(w, record, rows, m.cols, 1, 1, m.name);
+}
+
+mil_tensor anepy_emit_baked_norm(mil_writer *w, int32_t index, double factor) {
+    anepy_program_matrix m;
+    anepy_program_weight(&m, w->program, w->model, w->layer, index);
+    uint16_t *fresh;
+    mil_record *record = find(w, (mil_key){NORM, m.offset, 0, 0}, m.cols, &fresh);
+    if (fresh != NULL) {
+        for (int32_t i = 0; i < m.cols; i++)
+            fresh[i] = anepy_to_half((float)(w->params[m.offset + i] * factor));
+        check_finite(w, m.name, fresh, m.cols);
+    }
+    return declare(w, record, 1, m.cols, 1, 1, m.name);
+}
+
+/* ------------------------------------------------------------------------------------ constants */
+
+static void fill(uint16_t *data, int64_t n, uint16_t value) {
+    for (int64_t i = 0; data != NULL && i < n; i++) data[i] = value;
+}
+
+mil_tensor anepy_emit_ones_column(mil_writer *w, double value) {
+    int32_t dim = w->model->config.dim;
+    uint16_t *fresh, bits = anepy_to_half((float)value);
+    mil_record *record = find(w, (mil_key){COLUMN, dim, bits, 0}, dim, &fresh);
+    fill(fresh, dim, bits);
+    return declare(w, record, 1, dim, 1, 1, "sum");
+}
+
+mil_tensor anepy_emit_ones_square(mil_writer *w, int32_t channels) {
+    int64_t n = (int64_t)channels * w->width * w->width;
+    uint16_t *fresh;
+    mil_record *record = find(w, (mil_key){SQUARE, channels, w->width, 0}, n, &fresh);
+    fill(fresh, n, ONE);
+    return declare(w, record, 1, channels, w->width, w->width, "ones");
+}
+
+mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels) {
+    int64_t n = (int64_t)channels * w->width;
+    uint16_t *fresh;
+    mil_record *record = find(w, (mil_key){ZEROS, channels, w->width, 0}, n, &fresh);
+    return declare(w, record, 1, channels, 1, w->width, "zeros");
+}
+
+mil_tensor anepy_emit_causal_mask(mil_writer *w) {
+    int64_t width = w->width;
+    uint16_t *fresh, masked = anepy_to_half(MASKED);
+    mil_record *record = find(w, (mil_key){MASK, width, 0, 0}, width * width, &fresh);
+    for (int64_t q = 0; fresh != NULL && q < width; q++)
+        for (int64_t t = q + 1; t < width; t++) fresh[q * width + t] = masked;
+    return declare(w, record, 1, 1, w->width, w->width, "mask");
+}
+
+mil_tensor anepy_emit_angles(mil_writer *w, int sine) {
+    int64_t width = w->width, head = w->model->head_dim;
+    uint16_t *fresh;
+    mil_record *record =
+        find(w, (mil_key){sine ? SINE : COSINE, head, width, 0}, head * width, &fresh);
+    for (int64_t i = 0; fresh != NULL && i < head; i++) {
+        double frequency = pow(ANEPY_ROPE_THETA, -2.0 * (double)(i / 2) / (double)head);
+        for (int64_t s = 0; s < width; s++) {
+            double angle = (double)s * frequency;
+            fresh[i * width + s] = anepy_to_half((float)(sine ? sin(angle) : cos(angle)));
+        }
+    }
+    return declare(w, record, 1, 1, (int32_t)head, (int32_t)width, sine ? "sine" : "cosine");
+}
+
+mil_tensor anepy_emit_quarter_turn(mil_writer *w, int32_t heads, int as_conv) {
+    int32_t head = w->model->head_dim, rows = heads * head, cols = as_conv ? rows : head;
+    uint16_t *fresh;
+    mil_record *record = find(w, (mil_key){as_conv ? TURN_CONV : TURN, heads, head, 0},
+                              (int64_t)rows * cols, &fresh);
+    /* Channels 2i, 2i + 1 become -(2i + 1), 2i: the pair turned by 90 degrees. */
+    for (int32_t i = 0; fresh != NULL && i < rows; i += 2) {
+        int32_t col = as_conv ? i : i % head;
+        fresh[(int64_t)i * cols + col + 1] = MINUS_ONE;
+        fresh[(int64_t)(i + 1) * cols + col] = ONE;
+    }
+    return as_conv ? declare(w, record, rows, rows, 1, 1, "turn")
+                   : declare(w, record, 1, heads, head, head, "turn");
+}
+
+mil_tensor anepy_emit_head_padding(mil_writer *w, int32_t heads, int32_t padded, int remove) {
+    int32_t head = w->model->head_dim, flat = heads * head, wide = heads * padded;
+    uint16_t *fresh;
+    mil_record *record =
+        find(w, (mil_key){remove ? UNPAD : PAD, heads, head, padded}, (int64_t)wide * flat, &fresh);
+    for (int64_t i = 0; fresh != NULL && i < flat; i++) {
+        int64_t j = i / head * padded + i % head;
+        fresh[remove ? i * wide + j : j * flat + i] = ONE;
+    }
+    return remove ? declare(w, record, flat, wide, 1, 1, "unpad")
+                  : declare(w, record, wide, flat, 1, 1, "pad");
+}

@@ -130,7 +130,7 @@ typedef struct anepy_engine_info {
     int64_t clean_steps; /* since the scale last changed */
 } anepy_engine_info;
 
-/* What one step did. Times are milliseconds of the calling thread unless "busy" says all threads. */
+/* What one step did. Times are milliseconds of the calling thread; "busy" ones of all threads. */
 typedef struct anepy_step_stats {
     uint32_t struct_size;
     uint32_t skipped;      /* 1: a gradient was not finite, nothing was accumulated */
@@ -218,7 +218,7 @@ typedef struct anepy_program_options {
     const char *name; /* as anepy_program_at */
     int32_t width;    /* columns of every tensor, a multiple of 64; 0: the model's seq_len */
     int32_t layer;
-    int32_t part;     /* slice of the vocabulary, for classifier programs with several parts */
+    int32_t part; /* slice of the vocabulary, for classifier programs with several parts */
     int32_t reserved;
 } anepy_program_options;
 
@@ -354,7 +354,8 @@ typedef struct anepy_device_info {
 } anepy_device_info;
 
 ANEPY_API int32_t anepy_library_get_info(anepy_library_info *out);
-ANEPY_API int32_t anepy_device_get_info(int32_t index, anepy_device_info *out); /* E_ARGUMENT: end */
+/* ANEPY_E_ARGUMENT beyond the last. */
+ANEPY_API int32_t anepy_device_get_info(int32_t index, anepy_device_info *out);
 ANEPY_API const char *anepy_switch_name(int32_t index);  /* NULL beyond the last */
 ANEPY_API const char *anepy_variant_name(int32_t index); /* NULL beyond the last */
 /* The switches a variant text stands for on a device ("auto" included). */

@@ -29,11 +29,11 @@ const char *anepy_build_id(void) { return ANEPY_BUILD_ID; }
 
 int32_t anepy_struct_size(int32_t index) {
     static const int32_t sizes[] = {
-        sizeof(anepy_config),         sizeof(anepy_tensor),       sizeof(anepy_engine_options),
-        sizeof(anepy_engine_info),    sizeof(anepy_step_stats),   sizeof(anepy_update_options),
-        sizeof(anepy_update_stats),   sizeof(anepy_library_info), sizeof(anepy_device_info),
+        sizeof(anepy_config),          sizeof(anepy_tensor),       sizeof(anepy_engine_options),
+        sizeof(anepy_engine_info),     sizeof(anepy_step_stats),   sizeof(anepy_update_options),
+        sizeof(anepy_update_stats),    sizeof(anepy_library_info), sizeof(anepy_device_info),
         sizeof(anepy_program_options), sizeof(anepy_program_info), sizeof(anepy_program_port),
-        sizeof(anepy_sim_options),    sizeof(anepy_sim_tensor),   sizeof(anepy_sim_report),
+        sizeof(anepy_sim_options),     sizeof(anepy_sim_tensor),   sizeof(anepy_sim_report),
     };
     return index >= 0 && index < (int32_t)(sizeof sizes / sizeof sizes[0]) ? sizes[index] : -1;
 }
@@ -205,8 +205,7 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
         return anepy_fail(ANEPY_E_ARGUMENT,
                           "%lld accumulated steps, %lld updates, loss scale %g: not a state an "
                           "engine can be in",
-                          (long long)info->accumulated, (long long)info->updates,
-                          info->loss_scale);
+                          (long long)info->accumulated, (long long)info->updates, info->loss_scale);
     ANEPY_TRY(enter(e));
     e->accumulated = info->accumulated;
     e->updates = info->updates;

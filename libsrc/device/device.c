@@ -5,9 +5,10 @@
 #include <string.h>
 
 static int32_t no_ane(void) {
-    return anepy_fail(ANEPY_E_UNAVAILABLE,
-                      "device ane: this build has no Apple Neural Engine support (it needs macOS on "
-                      "Apple silicon); use --device cpu");
+    return anepy_fail(
+        ANEPY_E_UNAVAILABLE,
+        "device ane: this build has no Apple Neural Engine support (it needs macOS on "
+        "Apple silicon); use --device cpu");
 }
 
 static const anepy_device_type anepy_device_ane = {

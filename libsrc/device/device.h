@@ -13,12 +13,12 @@
 typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
 
 /* Capabilities: what the engine may leave out, and which switches mean something. */
-#define ANEPY_BINDS 1u         /* tensors may be bound to channels of any surface: nothing is packed */
-#define ANEPY_LIVE_WEIGHTS 2u  /* reads the parameters themselves: updates need no recompilation */
-#define ANEPY_OFFLOADS 4u      /* has the programs for norms, classifier and soft-max */
-#define ANEPY_DYNAMIC 8u       /* can take weights through surfaces */
+#define ANEPY_BINDS 1u /* tensors may be bound to channels of any surface: nothing is packed */
+#define ANEPY_LIVE_WEIGHTS 2u /* reads the parameters themselves: updates need no recompilation */
+#define ANEPY_OFFLOADS 4u     /* has the programs for norms, classifier and soft-max */
+#define ANEPY_DYNAMIC 8u      /* can take weights through surfaces */
 #define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
-#define ANEPY_METAL 32u        /* a GPU shares its memory */
+#define ANEPY_METAL 32u           /* a GPU shares its memory */
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;
@@ -43,8 +43,8 @@ typedef struct {
     const anepy_gemm *gemm; /* kernels, threads and scratch: host work, and the cpu device's own */
     int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len */
     int32_t seq_len;
-    anepy_dtype dtype;      /* of surfaces and products */
-    const char *detail;     /* what follows the colon of "sim:m1"; NULL: nothing */
+    anepy_dtype dtype;  /* of surfaces and products */
+    const char *detail; /* what follows the colon of "sim:m1"; NULL: nothing */
 } anepy_device_options;
 
 typedef struct {
@@ -80,8 +80,9 @@ struct anepy_device {
     anepy_device_options options;
 };
 
-/* The type with this name; NULL or "auto" is the first usable one. A colon and what the device makes
- * of it may follow; *detail (may be NULL) then points behind it. NULL with an error sentence. */
+/* The type with this name; NULL or "auto" is the first usable one. A colon and what the device
+ * makes of it may follow; *detail (may be NULL) then points behind it. NULL with an error sentence.
+ */
 const anepy_device_type *anepy_device_find(const char *name, const char **detail);
 
 /* Copies channels between a surface and host memory of [count, width] float32, converting. */

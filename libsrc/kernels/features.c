@@ -23,8 +23,7 @@ uint32_t anepy_cpu_features(void) {
     if (b & 1u << 5) found |= ANEPY_CPU_AVX2;
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
     /* macOS on Intel enables zmm state lazily, so XCR0 hides it there; AVX2 is enough. */
-    if (found != 0 && all(b, f | dq | bw | vl) && (state & 0xe6) == 0xe6)
-        found |= ANEPY_CPU_AVX512;
+    if (found != 0 && all(b, f | dq | bw | vl) && (state & 0xe6) == 0xe6) found |= ANEPY_CPU_AVX512;
     return found;
 }
 #elif defined(__aarch64__)

@@ -128,8 +128,8 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
 void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const float *a,
                       int64_t a_row, int64_t a_step, const float *b, int64_t ldb, int32_t m,
                       int32_t n, int32_t k, int32_t accumulate) {
-    anepy_product s = {.ldc = ldc, .a_row = a_row, .a_step = a_step, .k = k,
-                       .accumulate = accumulate};
+    anepy_product s = {
+        .ldc = ldc, .a_row = a_row, .a_step = a_step, .k = k, .accumulate = accumulate};
     for (int32_t j = 0; j < n; j += COLS)
         multiply_panel(kernels, &s, c + j, a, b + j, ldb, m, COLS, NULL);
 }

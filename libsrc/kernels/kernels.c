@@ -1,4 +1,5 @@
-/* kernels/kernels.c - which kernel set runs: the table of sets, and the one decision per process. */
+/* kernels/kernels.c - which kernel set runs: the table of sets, and the one decision per process.
+ */
 #include "kernels/kernels.h"
 
 #include <pthread.h>
@@ -50,7 +51,8 @@ const anepy_kernels *anepy_kernels_get(void) {
             strcat(names, i > 0 ? ", " : "");
             strcat(names, SETS[i].set->isa);
         }
-        anepy_fail(ANEPY_E_NAME, "ANEPY_CPU_MASK=%s is unknown: use one of %s", unknown_mask, names);
+        anepy_fail(ANEPY_E_NAME, "ANEPY_CPU_MASK=%s is unknown: use one of %s", unknown_mask,
+                   names);
     }
     return chosen;
 }

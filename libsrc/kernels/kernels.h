@@ -15,13 +15,13 @@
 #define ANEPY_RMS_EPS 1e-5f /* of RMSNorm, as in llama2.c */
 
 typedef struct {
-    float lr;           /* already divided by 1 - beta1^t */
+    float lr; /* already divided by 1 - beta1^t */
     float beta1, beta2;
     float one_beta1, one_beta2; /* 1 - beta, rounded once */
     float eps;
-    float decay;        /* 1 - lr * weight_decay */
-    float inv_sqrt_c2;  /* 1 / sqrt(1 - beta2^t) */
-    float grad_scale;   /* multiplies every gradient first */
+    float decay;       /* 1 - lr * weight_decay */
+    float inv_sqrt_c2; /* 1 / sqrt(1 - beta2^t) */
+    float grad_scale;  /* multiplies every gradient first */
 } anepy_adam;
 
 typedef struct anepy_kernels {

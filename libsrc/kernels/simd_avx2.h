@@ -7,7 +7,8 @@
 #define SIMD_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SIMD_FN(name) name##__avx2
 #define VL 8
-#define TILE_VECTORS 2 /* 6 x 2 accumulators + 2 columns of B + 1 broadcast = 15 of 16 registers */
+#define TILE_VECTORS 2 /* 6 x 2 accumulators + 2 columns of B + 1 broadcast = 15 of 16 registers   \
+                        */
 
 typedef __m256 vf;
 #define V_INLINE static inline __attribute__((always_inline)) SIMD_TARGET
@@ -32,7 +33,8 @@ V_INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); } /* b if either is 
 V_INLINE vf v_round(vf a) { return _mm256_round_ps(a, 0x08); }
 /* 2^n for integral n in [-126, 127] */
 V_INLINE vf v_pow2(vf n) {
-    __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    __m256i e =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_castsi256_ps(e);
 }
 /* v where x >= bound or x is NaN, else 0 */

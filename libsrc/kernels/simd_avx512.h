@@ -33,7 +33,8 @@ V_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); } /* b if either is 
 V_INLINE vf v_round(vf a) { return _mm512_roundscale_ps(a, 0x08); }
 /* 2^n for integral n in [-126, 127] */
 V_INLINE vf v_pow2(vf n) {
-    __m512i e = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+    __m512i e =
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
     return _mm512_castsi512_ps(e);
 }
 /* v where x >= bound or x is NaN, else 0 */

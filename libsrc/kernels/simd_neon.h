@@ -7,7 +7,8 @@
 #define SIMD_TARGET /* part of the base architecture */
 #define SIMD_FN(name) name##__neon
 #define VL 4
-#define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B + 1 broadcast = 29 of 32 registers */
+#define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B + 1 broadcast = 29 of 32 registers   \
+                        */
 
 typedef float32x4_t vf;
 #define V_INLINE static inline __attribute__((always_inline))

@@ -131,8 +131,7 @@ V_INLINE vf v_exp(vf x) {
 }
 
 SIMD_TARGET static void SIMD_FN(exp)(float *dst, const float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i += VL)
-        store_left(dst + i, v_exp(load_left(x + i, n - i)), n - i);
+    for (int64_t i = 0; i < n; i += VL) store_left(dst + i, v_exp(load_left(x + i, n - i)), n - i);
 }
 
 SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {

@@ -37,7 +37,8 @@ static int32_t validate(const anepy_config *c) {
     return ANEPY_OK;
 }
 
-static void append(anepy_model *model, int32_t layer, const char *name, int64_t rows, int64_t cols) {
+static void append(anepy_model *model, int32_t layer, const char *name, int64_t rows,
+                   int64_t cols) {
     anepy_tensor *t = &model->tensors[model->tensor_n++];
     t->struct_size = sizeof *t;
     if (layer >= 0) snprintf(t->name, sizeof t->name, "layers.%d.%s.weight", layer, name);

@@ -128,7 +128,20 @@ static void final_rmsnorm(mil_writer *w) {
     anepy_emit_rmsnorm(w, 0, input(w, FINAL_RMSNORM_X), "z_out");
 }
 
-static void softmax(mil_writer *w) { anepy_emit_softmax(w, input(w, SOFTMAX_LOGITS), 1, "z_out"); }
+/* Tokens as [1, 128, groups, width]: token c * groups + g is channel c of group g. */
+static void softmax(mil_writer *w) {
+    int32_t vocab = w->program->input_channels, groups = anepy_softmax_groups(w->model);
+    int32_t padded = ANEPY_SOFTMAX_GROUP * groups, exact = padded == vocab;
+    mil_tensor x = w->input;
+    if (!exact) {
+        mil_tensor both[2] = {x, anepy_emit_masked(w, padded - vocab)};
+        x = anepy_emit_concat(w, both, 2, "padded");
+    }
+    x = anepy_emit_reshape(w, x, ANEPY_SOFTMAX_GROUP, groups, w->width, "groups");
+    x = anepy_emit_softmax(w, x, 1, exact && groups == 1 ? "z_out" : "probs");
+    x = anepy_emit_reshape(w, x, padded, 1, w->width, exact ? "z_out" : "padded");
+    anepy_emit_slice(w, x, 0, vocab, "z_out");
+}
 
 /* Rows [first, first + rows) of a live classifier as [1, 1, rows, columns]. */
 static mil_tensor live_rows(mil_writer *w, int32_t first, int32_t rows) {

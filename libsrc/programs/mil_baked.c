@@ -24,6 +24,7 @@ enum {
     COLUMN,
     SQUARE,
     ZEROS,
+    NO_LOGIT,
     MASK,
     COSINE,
     SINE,
@@ -163,6 +164,14 @@ mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels) {
     uint16_t *fresh;
     mil_record *record = find(w, (mil_key){ZEROS, channels, w->width, 0}, n, &fresh);
     return declare(w, record, 1, channels, 1, w->width, "zeros");
+}
+
+mil_tensor anepy_emit_masked(mil_writer *w, int32_t channels) {
+    int64_t n = (int64_t)channels * w->width;
+    uint16_t *fresh;
+    mil_record *record = find(w, (mil_key){NO_LOGIT, channels, w->width, 0}, n, &fresh);
+    fill(fresh, n, anepy_to_half(MASKED));
+    return declare(w, record, 1, channels, 1, w->width, "masked");
 }
 
 mil_tensor anepy_emit_causal_mask(mil_writer *w) {

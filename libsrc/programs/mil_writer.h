@@ -103,10 +103,11 @@ mil_tensor anepy_emit_baked_norm(mil_writer *w, int32_t index, double factor); /
 mil_tensor anepy_emit_ones_column(mil_writer *w,
                                   double value); /* [1, dim, 1, 1]: a sum over channels */
 mil_tensor anepy_emit_ones_square(mil_writer *w,
-                                  int32_t channels);          /* [1, channels, width, width] */
-mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels); /* [1, channels, 1, width] */
-mil_tensor anepy_emit_causal_mask(mil_writer *w);             /* [1, 1, width, width] */
-mil_tensor anepy_emit_angles(mil_writer *w, int sine);        /* [1, 1, head_dim, width] */
+                                  int32_t channels);           /* [1, channels, width, width] */
+mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels);  /* [1, channels, 1, width] */
+mil_tensor anepy_emit_masked(mil_writer *w, int32_t channels); /* likewise: no logit */
+mil_tensor anepy_emit_causal_mask(mil_writer *w);              /* [1, 1, width, width] */
+mil_tensor anepy_emit_angles(mil_writer *w, int sine);         /* [1, 1, head_dim, width] */
 /* The quarter turn of every channel pair: per head [1, heads, head_dim, head_dim], or as one conv
  * weight [heads * head_dim, heads * head_dim, 1, 1]. */
 mil_tensor anepy_emit_quarter_turn(mil_writer *w, int32_t heads, int as_conv);

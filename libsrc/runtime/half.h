@@ -26,7 +26,8 @@ static inline uint16_t anepy_to_half(float x) {
     uint32_t half = (exponent - 112) << 10;
     half += mantissa >> shift;
     uint32_t rest = mantissa & ((1u << shift) - 1), middle = 1u << (shift - 1);
-    half += rest > middle || (rest == middle && (half & 1)); /* may carry into the exponent: right */
+    half +=
+        rest > middle || (rest == middle && (half & 1)); /* may carry into the exponent: right */
     return (uint16_t)(sign | half);
 }
 

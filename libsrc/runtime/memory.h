@@ -13,7 +13,7 @@ void anepy_unmap(void *memory, uint64_t nbytes); /* accepts NULL */
 
 /* 64-byte aligned, uninitialised; NULL if refused. */
 void *anepy_heap_alloc(uint64_t nbytes);
-void anepy_heap_free(void *memory); /* accepts NULL */
+void anepy_heap_free(void *memory);  /* accepts NULL */
 int64_t anepy_heap_operations(void); /* allocations so far in this process */
 
 #endif

@@ -196,7 +196,8 @@ static void await_leavers(anepy_pool *pool, anepy_loop *loop) {
 
 int32_t anepy_pool_create(anepy_pool **out, int32_t threads) {
     if (threads < 0 || threads > MAX_WORKERS)
-        return anepy_fail(ANEPY_E_ARGUMENT, "threads must be 1 to %d, not %d", MAX_WORKERS, threads);
+        return anepy_fail(ANEPY_E_ARGUMENT, "threads must be 1 to %d, not %d", MAX_WORKERS,
+                          threads);
     anepy_pool *pool = calloc(1, sizeof *pool);
     if (pool == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the thread pool");
     pool->threads = threads > 0 ? threads : anepy_machine_threads();

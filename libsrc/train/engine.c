@@ -7,7 +7,7 @@
 #include "runtime/memory.h"
 #include "train/update.h"
 
-#define ALIGN 16            /* floats: one cache line */
+#define ALIGN 16             /* floats: one cache line */
 #define DEFAULT_SCALE 4096.0 /* dlogits of 1/256 become 16: mid-range of fp16 */
 
 /* Hands out host memory. The first pass (base NULL) only measures. */

@@ -8,7 +8,8 @@
 
 #include "train/switches.h"
 
-#define ANEPY_LAYER_PROGRAM_N (ANEPY_QKV_BWD + 1) /* programs every layer has: the first in the table */
+/* Programs every layer has: the first in the table. */
+#define ANEPY_LAYER_PROGRAM_N (ANEPY_QKV_BWD + 1)
 
 /* How a program's input gets there. */
 typedef enum {
@@ -68,25 +69,25 @@ struct anepy_engine {
     anepy_device *device;
     anepy_program programs[ANEPY_LAYER_PROGRAM_N];
     anepy_layer *layers;
-    anepy_surface x_final;  /* host: residual stream after the last layer */
-    anepy_surface dx;       /* host: gradient that reaches the embedding */
-    anepy_surface *scores;  /* probabilities and their gradients, of the layer being computed */
-    float *staging;         /* [max(dim, hidden), width]: read-back of a program output */
-    float *xnorm;           /* [dim, width] after the final norm */
-    float *dxnorm;          /* [dim, width] */
-    float *logits;          /* [vocab, width], then their gradients in place */
-    float *norm_gradients;  /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
-    float *rstd, *coef;     /* [width]: statistics of one RMSNorm backward */
-    float *lse;             /* [width] */
-    float *zeros;           /* [width] */
-    float *partial;         /* soft-max: [2, chunks, width] */
-    double *sums;           /* gradient norm: one per update piece */
-    const int32_t *tokens;  /* of the running step */
+    anepy_surface x_final; /* host: residual stream after the last layer */
+    anepy_surface dx;      /* host: gradient that reaches the embedding */
+    anepy_surface *scores; /* probabilities and their gradients, of the layer being computed */
+    float *staging;        /* [max(dim, hidden), width]: read-back of a program output */
+    float *xnorm;          /* [dim, width] after the final norm */
+    float *dxnorm;         /* [dim, width] */
+    float *logits;         /* [vocab, width], then their gradients in place */
+    float *norm_gradients; /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
+    float *rstd, *coef;    /* [width]: statistics of one RMSNorm backward */
+    float *lse;            /* [width] */
+    float *zeros;          /* [width] */
+    float *partial;        /* soft-max: [2, chunks, width] */
+    double *sums;          /* gradient norm: one per update piece */
+    const int32_t *tokens; /* of the running step */
     const int32_t *targets;
     int32_t n;              /* tokens of the running step */
     int32_t columns;        /* computed: n rounded up to a panel; width where programs always are */
     anepy_step_stats stats; /* of the running step */
-    float *host; /* one mapping: all of the host's memory above */
+    float *host;            /* one mapping: all of the host's memory above */
     uint64_t host_nbytes;
     float *captures; /* another: capture buffers with prealloc */
     uint64_t captures_nbytes;
@@ -126,11 +127,11 @@ void anepy_norm_accumulate(anepy_engine *e);
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
 
 /* loss.c */
-void anepy_classifier(anepy_engine *e);          /* xnorm -> logits */
+void anepy_classifier(anepy_engine *e);              /* xnorm -> logits */
 void anepy_logits_copy(anepy_engine *e, float *out); /* [n, vocab] */
-double anepy_loss(anepy_engine *e, int gradient); /* mean; with gradient: logits -> dlogits */
-void anepy_classifier_backward(anepy_engine *e); /* dlogits -> dxnorm */
-void anepy_classifier_dw(anepy_engine *e);       /* dlogits, xnorm -> gradient of the classifier */
+double anepy_loss(anepy_engine *e, int gradient);    /* mean; with gradient: logits -> dlogits */
+void anepy_classifier_backward(anepy_engine *e);     /* dlogits -> dxnorm */
+void anepy_classifier_dw(anepy_engine *e); /* dlogits, xnorm -> gradient of the classifier */
 
 /* step.c: tokens (and targets) are set. */
 int32_t anepy_forward(anepy_engine *e);

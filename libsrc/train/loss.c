@@ -1,5 +1,5 @@
-/* train/loss.c - classifier, soft-max cross-entropy, and their gradients. Logits are [vocab, width],
- * so all sums over the vocabulary run down columns, lane-parallel over tokens. */
+/* train/loss.c - classifier, soft-max cross-entropy, and their gradients. Logits are [vocab,
+ * width], so all sums over the vocabulary run down columns, lane-parallel over tokens. */
 #include <math.h>
 #include <string.h>
 
@@ -70,16 +70,17 @@ double anepy_loss(anepy_engine *e, int gradient) {
 
 void anepy_classifier(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
-    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->logits,
-                                              .ldc = e->width,
-                                              .a = e->params + anepy_model_classifier(e->model),
-                                              .a_row = dim,
-                                              .a_step = 1,
-                                              .b = e->xnorm,
-                                              .ldb = e->width,
-                                              .m = e->model->config.vocab_size,
-                                              .n = e->columns,
-                                              .k = dim});
+    anepy_product product = {.c = e->logits,
+                             .ldc = e->width,
+                             .a = e->params + anepy_model_classifier(e->model),
+                             .a_row = dim,
+                             .a_step = 1,
+                             .b = e->xnorm,
+                             .ldb = e->width,
+                             .m = e->model->config.vocab_size,
+                             .n = e->columns,
+                             .k = dim};
+    anepy_gemm_run(&e->gemm, &product);
 }
 
 typedef struct {
@@ -97,8 +98,8 @@ static void copy_logits(void *context, int32_t index, int32_t worker) {
     float block[COLS * COLS];
     for (int32_t t0 = 0; t0 < e->n; t0 += COLS) {
         int32_t count = anepy_min_i32(COLS, e->n - t0);
-        anepy_vector(e)->transpose_panel(block, e->logits + (int64_t)first * e->width + t0, e->width,
-                                         rows, count);
+        anepy_vector(e)->transpose_panel(block, e->logits + (int64_t)first * e->width + t0,
+                                         e->width, rows, count);
         for (int32_t t = 0; t < count; t++)
             memcpy(task->out + (int64_t)(t0 + t) * vocab + first, block + t * COLS,
                    (size_t)rows * sizeof(float));
@@ -112,30 +113,32 @@ void anepy_logits_copy(anepy_engine *e, float *out) {
 
 void anepy_classifier_backward(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
-    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->dxnorm,
-                                              .ldc = e->width,
-                                              .a = e->params + anepy_model_classifier(e->model),
-                                              .a_row = 1,
-                                              .a_step = dim,
-                                              .b = e->logits,
-                                              .ldb = e->width,
-                                              .m = dim,
-                                              .n = e->columns,
-                                              .k = e->model->config.vocab_size});
+    anepy_product product = {.c = e->dxnorm,
+                             .ldc = e->width,
+                             .a = e->params + anepy_model_classifier(e->model),
+                             .a_row = 1,
+                             .a_step = dim,
+                             .b = e->logits,
+                             .ldb = e->width,
+                             .m = dim,
+                             .n = e->columns,
+                             .k = e->model->config.vocab_size};
+    anepy_gemm_run(&e->gemm, &product);
 }
 
 void anepy_classifier_dw(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
-    anepy_gemm_run(&e->gemm, &(anepy_product){.c = e->grads + anepy_model_classifier(e->model),
-                                              .ldc = dim,
-                                              .a = e->logits,
-                                              .a_row = e->width,
-                                              .a_step = 1,
-                                              .b = e->xnorm,
-                                              .ldb = e->width,
-                                              .b_transposed = 1,
-                                              .m = e->model->config.vocab_size,
-                                              .n = dim,
-                                              .k = e->n,
-                                              .accumulate = e->accumulated > 0});
+    anepy_product product = {.c = e->grads + anepy_model_classifier(e->model),
+                             .ldc = dim,
+                             .a = e->logits,
+                             .a_row = e->width,
+                             .a_step = 1,
+                             .b = e->xnorm,
+                             .ldb = e->width,
+                             .b_transposed = 1,
+                             .m = e->model->config.vocab_size,
+                             .n = dim,
+                             .k = e->n,
+                             .accumulate = e->accumulated > 0};
+    anepy_gemm_run(&e->gemm, &product);
 }

@@ -65,8 +65,8 @@ void anepy_norm_accumulate(anepy_engine *e) {
     int32_t dim = m->config.dim, layers = m->config.n_layers;
     for (int32_t i = 0; i <= 2 * layers; i++) {
         int32_t tensor = i % 2 == 0 ? ANEPY_ATTENTION_NORM : ANEPY_FFN_NORM;
-        int64_t offset = i < 2 * layers ? anepy_model_layer(m, i / 2, tensor)
-                                        : anepy_model_final_norm(m);
+        int64_t offset =
+            i < 2 * layers ? anepy_model_layer(m, i / 2, tensor) : anepy_model_final_norm(m);
         float *gradient = e->grads + offset;
         const float *row = e->norm_gradients + (int64_t)i * dim;
         if (e->accumulated > 0) anepy_vector(e)->add(gradient, gradient, row, dim);

@@ -1,6 +1,6 @@
-/* train/scaling.c - dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740): fp16 gradients
- * are lifted above the subnormals; a step in which one of them overflowed is not accumulated and
- * halves the scale; a long run without that doubles it. */
+/* train/scaling.c - dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740): fp16
+ * gradients are lifted above the subnormals; a step in which one of them overflowed is not
+ * accumulated and halves the scale; a long run without that doubles it. */
 #include <math.h>
 
 #include "train/engine.h"

@@ -46,7 +46,8 @@ int32_t anepy_forward(anepy_engine *e) {
 }
 
 /* One layer: from the gradient of its output (layer->dy) to that of its input (dx). The products of
- * a layer are queued as soon as both factors are there and are waited for at the end of the step. */
+ * a layer are queued as soon as both factors are there and are waited for at the end of the step.
+ */
 static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
     anepy_step_stats *stats = &e->stats;
     anepy_layer *layer = &e->layers[l];
@@ -81,8 +82,8 @@ int32_t anepy_backward(anepy_engine *e) {
     float *top = e->layers[layers - 1].dy.data;
     anepy_classifier_backward(e);
     count(&mark, &stats->classifier_ms);
-    anepy_norm_backward(e, top, NULL, e->dxnorm, e->x_final.data,
-                        anepy_model_final_norm(e->model), 2 * layers);
+    anepy_norm_backward(e, top, NULL, e->dxnorm, e->x_final.data, anepy_model_final_norm(e->model),
+                        2 * layers);
     count(&mark, &stats->norm_ms);
     for (int32_t l = layers - 1; l >= 0; l--)
         ANEPY_TRY(layer_backward(e, l, l > 0 ? e->layers[l - 1].dy.data : e->dx.data, &mark));
@@ -109,7 +110,8 @@ int32_t anepy_backward(anepy_engine *e) {
 double anepy_step_flops(const anepy_model *model, int32_t n) {
     const anepy_config *c = &model->config;
     double s = n, dim = c->dim, hidden = c->hidden_dim, kv = model->kv_dim;
-    double forward = c->n_layers * (2 * 2 * dim * dim + 2 * 2 * dim * kv + 3 * 2 * dim * hidden) * s;
+    double forward =
+        c->n_layers * (2 * 2 * dim * dim + 2 * 2 * dim * kv + 3 * 2 * dim * hidden) * s;
     double attention = (double)c->n_layers * 2 * c->n_heads * 5 * s * s * model->head_dim;
     return 3 * forward + attention + 3 * 2 * (double)c->vocab_size * dim * s;
 }

@@ -65,7 +65,8 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
         stats->update_ms = anepy_now_ms() - start;
         return ANEPY_OK;
     }
-    if (o->grad_clip > 0.0 && stats->grad_norm > o->grad_clip) scale *= o->grad_clip / stats->grad_norm;
+    if (o->grad_clip > 0.0 && stats->grad_norm > o->grad_clip)
+        scale *= o->grad_clip / stats->grad_norm;
     double t = (double)(e->updates + 1);
     anepy_adam adam = {.lr = (float)(o->lr / (1.0 - pow(o->beta1, t))),
                        .beta1 = (float)o->beta1,

@@ -49,7 +49,7 @@ static void place_output(anepy_engine *e, anepy_layer *layer, anepy_program_id i
     *channel = e->programs[id].tensors[tensor].channel;
     if (!binds(e)) return;
     if (id == ANEPY_SDPA_BWD2 || (id == ANEPY_SDPA_BWD1 && tensor == SDPA_BWD1_DV)) {
-        int32_t input = id == ANEPY_SDPA_BWD1     ? QKV_BWD_DV
+        int32_t input = id == ANEPY_SDPA_BWD1    ? QKV_BWD_DV
                         : tensor == SDPA_BWD2_DQ ? QKV_BWD_DQ
                                                  : QKV_BWD_DK;
         *surface = layer->inputs[ANEPY_QKV_BWD];
@@ -114,18 +114,18 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
     layer->dw[DW_W2] = (anepy_dw){.dy = host_dy,
                                   .x = {ffn, ffn_fwd[FFN_FWD_GATE].channel, hidden, NULL},
                                   .gradient = anepy_model_layer(m, l, ANEPY_W2)};
-    layer->dw[DW_W13] = (anepy_dw){.dy = {layer->outputs[ANEPY_FFN_BWD],
-                                          p[ANEPY_FFN_BWD].tensors[FFN_BWD_DH1].channel, 2 * hidden,
-                                          NULL},
-                                   .x = {ffn, ffn_fwd[FFN_FWD_XNORM].channel, dim, NULL},
-                                   .gradient = anepy_model_layer(m, l, ANEPY_W1)};
+    layer->dw[DW_W13] =
+        (anepy_dw){.dy = {layer->outputs[ANEPY_FFN_BWD],
+                          p[ANEPY_FFN_BWD].tensors[FFN_BWD_DH1].channel, 2 * hidden, NULL},
+                   .x = {ffn, ffn_fwd[FFN_FWD_XNORM].channel, dim, NULL},
+                   .gradient = anepy_model_layer(m, l, ANEPY_W1)};
     layer->dw[DW_WO] = (anepy_dw){.dy = host_dx2,
                                   .x = {attention, sdpa_fwd[SDPA_FWD_ATTN].channel, dim, NULL},
                                   .gradient = anepy_model_layer(m, l, ANEPY_WO)};
-    layer->dw[DW_QKV] = (anepy_dw){.dy = {layer->inputs[ANEPY_QKV_BWD], 0, dim + 2 * m->kv_dim,
-                                          NULL},
-                                   .x = {attention, sdpa_fwd[SDPA_FWD_XNORM].channel, dim, NULL},
-                                   .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
+    layer->dw[DW_QKV] =
+        (anepy_dw){.dy = {layer->inputs[ANEPY_QKV_BWD], 0, dim + 2 * m->kv_dim, NULL},
+                   .x = {attention, sdpa_fwd[SDPA_FWD_XNORM].channel, dim, NULL},
+                   .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
 }
 
 int32_t anepy_wire(anepy_engine *e) {

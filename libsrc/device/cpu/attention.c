@@ -44,7 +44,9 @@ static float *head_of(const attention *a, float *tensor, int32_t head) {
 }
 
 /* Later blocks see more keys and come first, so that the last pieces of a loop are short. */
-static int32_t block_of(const attention *a, int32_t index) { return a->blocks - 1 - index % a->blocks; }
+static int32_t block_of(const attention *a, int32_t index) {
+    return a->blocks - 1 - index % a->blocks;
+}
 
 static void run(const attention *a, int32_t count, anepy_loop_fn fn) {
     anepy_pool_run(a->cpu->base.options.gemm->pool, count, fn, (void *)a);

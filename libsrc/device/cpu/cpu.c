@@ -133,11 +133,19 @@ static void project(const anepy_cpu *cpu, projections p, const float *x, int32_t
                     int32_t columns) {
     int32_t width = cpu->base.options.width;
     merge(&p, cols, width);
-    for (int32_t i = 0; i < p.count; i++)
-        anepy_gemm_run(cpu->base.options.gemm,
-                       &(anepy_product){.c = p.y[i], .ldc = width, .a = p.w[i], .a_row = cols,
-                                        .a_step = 1, .b = x, .ldb = width, .m = p.rows[i],
-                                        .n = columns, .k = cols});
+    for (int32_t i = 0; i < p.count; i++) {
+        anepy_product product = {.c = p.y[i],
+                                 .ldc = width,
+                                 .a = p.w[i],
+                                 .a_row = cols,
+                                 .a_step = 1,
+                                 .b = x,
+                                 .ldb = width,
+                                 .m = p.rows[i],
+                                 .n = columns,
+                                 .k = cols};
+        anepy_gemm_run(cpu->base.options.gemm, &product);
+    }
 }
 
 /* dx = sum_i w[i]^T . y[i]; dx is [cols, width]. */
@@ -145,11 +153,20 @@ static void project_backward(const anepy_cpu *cpu, float *dx, projections p, int
                              int32_t columns) {
     int32_t width = cpu->base.options.width;
     merge(&p, cols, width);
-    for (int32_t i = 0; i < p.count; i++)
-        anepy_gemm_run(cpu->base.options.gemm,
-                       &(anepy_product){.c = dx, .ldc = width, .a = p.w[i], .a_row = 1,
-                                        .a_step = cols, .b = p.y[i], .ldb = width, .m = cols,
-                                        .n = columns, .k = p.rows[i], .accumulate = i > 0});
+    for (int32_t i = 0; i < p.count; i++) {
+        anepy_product product = {.c = dx,
+                                 .ldc = width,
+                                 .a = p.w[i],
+                                 .a_row = 1,
+                                 .a_step = cols,
+                                 .b = p.y[i],
+                                 .ldb = width,
+                                 .m = cols,
+                                 .n = columns,
+                                 .k = p.rows[i],
+                                 .accumulate = i > 0};
+        anepy_gemm_run(cpu->base.options.gemm, &product);
+    }
 }
 
 /* Operands of an element-wise loop over rows of [rows, width], n columns of each. */
@@ -214,7 +231,8 @@ static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2], k->weights[3]},
                           .y = {t[SDPA_FWD_Q], t[SDPA_FWD_K], t[SDPA_FWD_V]},
-                          .rows = {dim, kv, kv}, .count = 3},
+                          .rows = {dim, kv, kv},
+                          .count = 3},
             t[SDPA_FWD_XNORM], dim, columns);
     anepy_cpu_rope(cpu, t[SDPA_FWD_Q], m->config.n_heads, columns, 1.0f);
     anepy_cpu_rope(cpu, t[SDPA_FWD_K], m->config.n_kv_heads, columns, 1.0f);
@@ -233,11 +251,15 @@ static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     normalize(cpu, t[FFN_FWD_XNORM], t[FFN_FWD_X], k->weights[0], columns);
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2]},
-                          .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]}, .rows = {hidden, hidden},
+                          .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
+                          .rows = {hidden, hidden},
                           .count = 2},
             t[FFN_FWD_XNORM], dim, columns);
-    elementwise e = {.cpu = cpu, .out = {t[FFN_FWD_GATE]}, .in = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
-                     .rows = hidden, .columns = columns};
+    elementwise e = {.cpu = cpu,
+                     .out = {t[FFN_FWD_GATE]},
+                     .in = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
+                     .rows = hidden,
+                     .columns = columns};
     run_rows(&e, swiglu_rows);
     project(cpu,
             (projections){.w = {k->weights[3]}, .y = {t[FFN_FWD_OUT]}, .rows = {dim}, .count = 1},
@@ -251,28 +273,32 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     int32_t dim = c->dim, hidden = c->hidden_dim;
     float **t = k->tensors;
     /* The gradient of gate goes where that of h1 will be. */
-    project_backward(cpu, t[FFN_BWD_DH1],
-                     (projections){.w = {k->weights[0]}, .y = {t[FFN_BWD_DY]}, .rows = {dim},
-                                   .count = 1},
-                     hidden, columns);
-    elementwise e = {.cpu = cpu, .out = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
+    project_backward(
+        cpu, t[FFN_BWD_DH1],
+        (projections){.w = {k->weights[0]}, .y = {t[FFN_BWD_DY]}, .rows = {dim}, .count = 1},
+        hidden, columns);
+    elementwise e = {.cpu = cpu,
+                     .out = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
                      .in = {t[FFN_BWD_DH1], t[FFN_BWD_H1], t[FFN_BWD_H3]},
-                     .rows = hidden, .columns = columns};
+                     .rows = hidden,
+                     .columns = columns};
     run_rows(&e, swiglu_backward_rows);
     project_backward(cpu, t[FFN_BWD_DX],
                      (projections){.w = {k->weights[1], k->weights[2]},
                                    .y = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
-                                   .rows = {hidden, hidden}, .count = 2},
+                                   .rows = {hidden, hidden},
+                                   .count = 2},
                      dim, columns);
 }
 
 static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     int32_t dim = cpu->base.options.model->config.dim;
-    project_backward(cpu, cpu->dattn,
-                     (projections){.w = {k->weights[0]}, .y = {k->tensors[SDPA_BWD1_DY]},
-                                   .rows = {dim}, .count = 1},
-                     dim, columns);
+    project_backward(
+        cpu, cpu->dattn,
+        (projections){
+            .w = {k->weights[0]}, .y = {k->tensors[SDPA_BWD1_DY]}, .rows = {dim}, .count = 1},
+        dim, columns);
     anepy_cpu_attention_backward1(k, n, columns);
 }
 
@@ -291,13 +317,18 @@ static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     project_backward(k->cpu, t[QKV_BWD_DX],
                      (projections){.w = {k->weights[0], k->weights[1], k->weights[2]},
                                    .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]},
-                                   .rows = {m->config.dim, m->kv_dim, m->kv_dim}, .count = 3},
+                                   .rows = {m->config.dim, m->kv_dim, m->kv_dim},
+                                   .count = 3},
                      m->config.dim, columns);
 }
 
 static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_kernel *, int32_t n, int32_t columns) = {
-    [ANEPY_SDPA_FWD] = sdpa_fwd,   [ANEPY_FFN_FWD] = ffn_fwd,     [ANEPY_FFN_BWD] = ffn_bwd,
-    [ANEPY_SDPA_BWD1] = sdpa_bwd1, [ANEPY_SDPA_BWD2] = sdpa_bwd2, [ANEPY_QKV_BWD] = qkv_bwd,
+    [ANEPY_SDPA_FWD] = sdpa_fwd,
+    [ANEPY_FFN_FWD] = ffn_fwd,
+    [ANEPY_FFN_BWD] = ffn_bwd,
+    [ANEPY_SDPA_BWD1] = sdpa_bwd1,
+    [ANEPY_SDPA_BWD2] = sdpa_bwd2,
+    [ANEPY_QKV_BWD] = qkv_bwd,
     [ANEPY_RMSNORM_BWD] = anepy_cpu_rmsnorm_bwd,
     [ANEPY_RMSNORM_BWD_FFN] = anepy_cpu_rmsnorm_bwd,
     [ANEPY_RMSNORM_BWD_FINAL] = anepy_cpu_rmsnorm_bwd,

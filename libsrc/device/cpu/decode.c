@@ -44,7 +44,8 @@ static void product_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const product *p = context;
     int32_t first = index * PIECE_ROWS, rows = anepy_min_i32(PIECE_ROWS, p->rows - first);
-    p->d->kernels->gemv(p->y + first, p->w + (int64_t)first * p->cols, p->cols, p->x, rows, p->cols);
+    p->d->kernels->gemv(p->y + first, p->w + (int64_t)first * p->cols, p->cols, p->x, rows,
+                        p->cols);
 }
 
 static void multiply(const anepy_decoder *d, float *y, int64_t weight, const float *x, int32_t rows,

@@ -85,20 +85,26 @@ void anepy_cpu_classifier_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
                                              .k = k->program.input_channels});
 }
 
-static void softmax_panel(void *context, int32_t index, int32_t worker) {
+/* One group of tokens in one panel of columns; the rows of a group lie `groups` rows apart. */
+static void softmax_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_kernel *k = context;
-    int64_t width = k->cpu->base.options.width, j = (int64_t)index * COLS;
-    int32_t rows = k->program.input_channels;
-    const float *x = k->tensors[SOFTMAX_LOGITS] + j;
-    float *y = k->tensors[SOFTMAX_PROBS] + j, lse[COLS], sum[COLS];
-    kernels_of(k)->logsumexp_columns(lse, sum, x, width, rows);
+    const anepy_device_options *o = &k->cpu->base.options;
+    int32_t groups = anepy_softmax_groups(o->model), group = index % groups;
+    int32_t rows = (k->program.input_channels - group + groups - 1) / groups;
+    int64_t start = (int64_t)group * o->width + (int64_t)(index / groups) * COLS;
+    int64_t stride = (int64_t)groups * o->width;
+    const float *x = k->tensors[SOFTMAX_LOGITS] + start;
+    float *y = k->tensors[SOFTMAX_PROBS] + start, lse[COLS], sum[COLS];
+    kernels_of(k)->logsumexp_columns(lse, sum, x, stride, rows);
     for (int32_t s = 0; s < COLS; s++) lse[s] += logf(sum[s]);
-    for (int32_t c = 0; c < rows; c++) memcpy(y + c * width, x + c * width, COLS * sizeof *y);
-    kernels_of(k)->softmax_gradient(y, lse, 1.0f, width, rows);
+    for (int32_t c = 0; c < rows; c++) memcpy(y + c * stride, x + c * stride, COLS * sizeof *y);
+    kernels_of(k)->softmax_gradient(y, lse, 1.0f, stride, rows);
 }
 
 void anepy_cpu_softmax(anepy_kernel *k, int32_t n, int32_t columns) {
     (void)n;
-    each_panel(k, columns, softmax_panel);
+    const anepy_device_options *o = &k->cpu->base.options;
+    anepy_pool_run(o->gemm->pool, columns / COLS * anepy_softmax_groups(o->model), softmax_piece,
+                   k);
 }

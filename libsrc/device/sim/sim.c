@@ -1,5 +1,5 @@
-/* device/sim/sim.c - the simulator as a device: the MIL text and weight blob the Neural Engine would
- * get are generated, parsed and interpreted in fp16.
+/* device/sim/sim.c - the simulator as a device: the MIL text and weight blob the Neural Engine
+ * would get are generated, parsed and interpreted in fp16.
  *
  * All programs of one compilation are functions of one text with one blob, so a weight update costs
  * one compile (ane-facts.md 1.5). "sim:m1" ... "sim:m5" choose the chip whose limits apply. */
@@ -88,7 +88,8 @@ static void sim_release(anepy_kernel *kernel) {
 static int32_t add_kernel(simulator *sim, bank *b, const anepy_program *program, int32_t function,
                           anepy_kernel **out) {
     anepy_kernel *kernel = calloc(1, sizeof *kernel);
-    if (kernel == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
+    if (kernel == NULL)
+        return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
     kernel->device = &sim->base;
     kernel->program = program;
     kernel->bank = b;
@@ -109,8 +110,8 @@ static int32_t compile_bank(simulator *sim, const anepy_instance *instances, int
     if (items == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d programs", n);
     for (int32_t i = 0; i < n; i++)
         items[i] = (anepy_mil_item){instances[i].program, params, instances[i].layer};
-    int32_t status = anepy_mil_generate(&source, items, n, o->model, o->width, o->seq_len,
-                                        ANEPY_DIALECT_13);
+    int32_t status =
+        anepy_mil_generate(&source, items, n, o->model, o->width, o->seq_len, ANEPY_DIALECT_13);
     if (status == ANEPY_OK) {
         anepy_mil_file file = {ANEPY_MIL_WEIGHT_FILE, source.blob.data, source.blob.n};
         status = anepy_mil_parse(out, source.text, source.n, &file, source.blob.n > 0,

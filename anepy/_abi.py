@@ -89,6 +89,7 @@ class EngineInfo(_Sized):
         ("updates", c_int64),
         ("loss_scale", c_double),
         ("clean_steps", c_int64),
+        ("compiles", c_int64),
     )
 
 

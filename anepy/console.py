@@ -166,8 +166,9 @@ class Plain(Reporter):
             if shown and len(self._batch_ms) > 1:
                 train = sum(self._batch_ms)
                 self._line(
-                    f"[batch {len(self._batch_ms)}: compile=0ms train={train:.1f}ms "
-                    f"({train / len(self._batch_ms):.1f}ms/step) compiles=0] "
+                    f"[batch {len(self._batch_ms)}: compile={report.compile_ms:.0f}ms "
+                    f"train={train:.1f}ms ({train / len(self._batch_ms):.1f}ms/step) "
+                    f"compiles={report.compiles}] "
                     f"update={report.update_ms:.1f}ms"
                 )
             self._batch_ms.clear()
@@ -190,7 +191,8 @@ class Plain(Reporter):
         self._line("")
         self._line(f"Total steps:     {summary.steps}")
         self._line(f"Wall time:       {wall_ms:.0f} ms ({summary.wall_s:.1f} s)")
-        self._line("Compile time:    0 ms (0.0%)")
+        compiling = 100 * summary.compile_ms / wall_ms if wall_ms else 0.0
+        self._line(f"Compile time:    {summary.compile_ms:.0f} ms ({compiling:.1f}%)")
         self._line(f"Train time:      {summary.train_ms:.0f} ms ({share:.1f}%)")
         self._line(f"Avg train:       {mean:.1f} ms/step")
         self._line(f"Total TFLOPS:    {summary.tflops:.3f}")

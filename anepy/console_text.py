@@ -175,7 +175,8 @@ def summary_rows(summary: Summary, arrow: str) -> list[tuple[str, str]]:
     spread = f"{milliseconds(summary.ms_q1)} to {milliseconds(summary.ms_q3)}"
     rows.append(("step", f"{milliseconds(summary.ms_per_step)} median (quartiles {spread})"))
     if summary.update_ms is not None:
-        rows.append(("update", f"{milliseconds(summary.update_ms)} mean"))
+        compiling = f", {milliseconds(summary.compile_ms)} compiling" if summary.compile_ms else ""
+        rows.append(("update", f"{milliseconds(summary.update_ms)} mean{compiling}"))
     rows.append(
         (
             "speed",

@@ -301,6 +301,11 @@ class Engine(_Owner):
         return loss.value
 
     @property
+    def compiles(self) -> int:
+        """Compilations so far; 0 on devices that read the weights in place."""
+        return int(self._info().compiles)
+
+    @property
     def loss_scale(self) -> float:
         """The factor that gradients carry now; 1 unless losses are scaled (fp16)."""
         return float(self._info().loss_scale)

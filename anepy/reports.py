@@ -51,6 +51,8 @@ class StepReport:
         loss_scale: factor on the gradients, 1 unless half precision needs one.
         grad_norm: global norm of the mean gradient; None unless an update computed it.
         update_ms: wall time of the update; 0 if there was none.
+        compile_ms: wall time to compile programs for the new weights, not in `update_ms`.
+        compiles: compilations so far, where weights are baked into programs.
         allocations: allocations of the step engine during this step.
         phases: busy time in ms by phase (keys of `PHASES`).
         held_out_loss: mean loss on held-out data after this step; None if not evaluated.
@@ -70,6 +72,8 @@ class StepReport:
     loss_scale: float
     grad_norm: float | None
     update_ms: float
+    compile_ms: float
+    compiles: int
     allocations: int
     phases: Mapping[str, float]
     held_out_loss: float | None
@@ -89,10 +93,11 @@ class Summary:
         wall_s: seconds from the first step to the end of the last, everything included.
         train_ms: sum of step times.
         update_ms: mean time of an update; None if there was none.
+        compile_ms: sum of the times to compile programs for new weights.
         ms_per_step: median step time; q1 and q3 are its quartiles.
         ms_q1: see `ms_per_step`.
         ms_q3: see `ms_per_step`.
-        tokens_per_s: tokens per second of steps and updates together.
+        tokens_per_s: tokens per second of steps, updates and compiling together.
         tflops: TFLOP/s at the median step time.
         phases: mean busy time in ms per step, by phase.
         allocations: most allocations any step but the first made.
@@ -112,6 +117,7 @@ class Summary:
     wall_s: float
     train_ms: float
     update_ms: float | None
+    compile_ms: float
     ms_per_step: float
     ms_q1: float
     ms_q3: float
@@ -150,6 +156,7 @@ class Measurements:
         self._wall_s = 0.0
         self._step_ms = array("d")
         self._update_ms = array("d")
+        self._compile_ms = 0.0
         self._phase_ms = dict.fromkeys(PHASES, 0.0)
         self._skipped = 0
         self._allocations = 0
@@ -176,9 +183,10 @@ class Measurements:
             self._first_losses.append(float(stats.loss))
         return phases
 
-    def update(self, ms: float) -> None:
+    def update(self, ms: float, compile_ms: float) -> None:
         """Add an update."""
         self._update_ms.append(ms)
+        self._compile_ms += compile_ms
 
     def stop(self) -> None:
         """Take the time at the end of a step."""
@@ -200,7 +208,7 @@ class Measurements:
             else [0.0] * 3
         )
         train_ms = math.fsum(self._step_ms)
-        busy_s = (train_ms + math.fsum(self._update_ms)) / 1e3
+        busy_s = (train_ms + math.fsum(self._update_ms) + self._compile_ms) / 1e3
         few = min(_LOSS_WINDOW, max(1, steps // 2))
         last_losses = self.losses[-few:] if steps else []
         return Summary(
@@ -213,6 +221,7 @@ class Measurements:
             wall_s=self._wall_s,
             train_ms=train_ms,
             update_ms=_mean(self._update_ms),
+            compile_ms=self._compile_ms,
             ms_per_step=median,
             ms_q1=q1,
             ms_q3=q3,

@@ -78,7 +78,7 @@ class RunLog:
                 "t_elem": phases["elementwise"] + phases["softmax"],
                 "t_rms": phases["norm"],
                 "t_cblas_wait": phases["dw_wait"],
-                "compiles": 0,
+                "compiles": report.compiles,
                 "t_softmax": phases["softmax"],
                 "t_dw": phases["dw"],
                 "ms": report.ms_per_step,
@@ -103,7 +103,7 @@ class RunLog:
             {
                 "type": "batch",
                 "batch": steps,
-                "compile_ms": 0.0,
+                "compile_ms": report.compile_ms,
                 "train_ms": train_ms,
                 "ms_per_step": train_ms / steps,
                 "step": report.step,

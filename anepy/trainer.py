@@ -19,7 +19,7 @@ import numpy as np
 
 from . import checkpoint
 from .data import Sampler, TokenData, windows
-from .engine import Engine
+from .engine import Engine, UpdateStats
 from .errors import ClosedError, ConfigError, DivergedError
 from .model import Model
 from .reports import Measurements, StepReport, Summary, flops_per_step
@@ -165,9 +165,7 @@ class Trainer:
         lr = config.learning_rate(engine.updates)
         last = step >= config.steps
         updated = engine.accumulated >= config.accum or (last and engine.accumulated > 0)
-        update_ms, grad_norm = 0.0, None
-        if updated:
-            update_ms, grad_norm = self._update(lr, step)
+        update = self._update(lr, step) if updated else None
         phases = measured.step(step_ms, stats)
         held_out_loss = None
         due = last or (config.eval_every and step % config.eval_every == 0)
@@ -187,8 +185,10 @@ class Trainer:
             accumulated=engine.accumulated,
             skipped=bool(stats.skipped),
             loss_scale=float(stats.loss_scale),
-            grad_norm=grad_norm,
-            update_ms=update_ms,
+            grad_norm=None if update is None or math.isnan(update.grad_norm) else update.grad_norm,
+            update_ms=update.update_ms if update else 0.0,
+            compile_ms=update.compile_ms if update else 0.0,
+            compiles=engine.compiles,
             allocations=int(stats.allocations),
             phases=phases,
             held_out_loss=held_out_loss,
@@ -208,9 +208,8 @@ class Trainer:
         )
         return total / sum(len(tokens) for tokens, _ in self._held_out_windows)
 
-    def _update(self, lr: float, step: int) -> tuple[float, float | None]:
+    def _update(self, lr: float, step: int) -> UpdateStats:
         config = self.config
-        began = time.perf_counter()
         stats = self.engine.update(
             lr=lr,
             beta1=config.beta1,
@@ -221,9 +220,8 @@ class Trainer:
         )
         if stats.skipped:
             raise self._diverged(step, "gradient")
-        update_ms = (time.perf_counter() - began) * 1e3
-        self._measured.update(update_ms)
-        return update_ms, None if math.isnan(stats.grad_norm) else stats.grad_norm
+        self._measured.update(stats.update_ms, stats.compile_ms)
+        return stats
 
     def _diverged(self, step: int, what: str) -> DivergedError:
         return DivergedError(

@@ -128,6 +128,7 @@ typedef struct anepy_engine_info {
     int64_t updates;     /* updates so far: Adam's t */
     double loss_scale;   /* 1 unless losses are scaled */
     int64_t clean_steps; /* since the scale last changed */
+    int64_t compiles;    /* compilations so far; 0 where weights are live */
 } anepy_engine_info;
 
 /* What one step did. Times are milliseconds of the calling thread; "busy" ones of all threads. */

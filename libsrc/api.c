@@ -18,7 +18,7 @@
 /* The layout Python mirrors in _abi.py: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 40, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
-_Static_assert(sizeof(anepy_engine_info) == 112, "engine info");
+_Static_assert(sizeof(anepy_engine_info) == 120, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 112, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 56, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");

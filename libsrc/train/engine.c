@@ -203,6 +203,7 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->updates = e->updates;
     out->loss_scale = e->loss_scale;
     out->clean_steps = e->clean_steps;
+    out->compiles = e->compiles;
     return ANEPY_OK;
 }
 

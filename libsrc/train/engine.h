@@ -58,7 +58,7 @@ struct anepy_engine {
     uint32_t switches;
     anepy_dtype dtype;
     int32_t seq_len, width; /* width: seq_len rounded up to a panel */
-    int64_t accumulated, updates;
+    int64_t accumulated, updates, compiles;
     double loss_scale;      /* what gradients are multiplied with on their way down */
     int64_t clean_steps;    /* since the scale last changed */
     int32_t damaged;        /* something not finite was accumulated: the update will be refused */

@@ -172,6 +172,7 @@ int32_t anepy_compile(anepy_engine *e) {
             if (e->layers[l].kernels[id] == NULL || e->programs[id].weight_n > 0)
                 instances[n++] = (anepy_instance){&e->programs[id], l};
     status = e->device->ops->compile(e->device, instances, n, e->params, kernels);
+    e->compiles += (e->device->type->capabilities & ANEPY_LIVE_WEIGHTS) == 0;
     for (int32_t i = 0; i < n && status == ANEPY_OK; i++) {
         anepy_program_id id = instances[i].program->id;
         anepy_layer *layer = &e->layers[instances[i].layer];

@@ -25,6 +25,7 @@ from .cli_common import (
 )
 from .cli_data import evaluate, prepare
 from .cli_lib import info, lib
+from .cli_mil import mil
 from .cli_train import TrainCommand, train
 from .errors import ConfigError
 
@@ -174,6 +175,13 @@ def _register() -> None:
             "anepy prepare a.txt b.txt -o bytes.bin --tokenizer bytes",
         ),
     )(prepare)
+    app.command(
+        "mil",
+        epilog=examples(
+            "anepy mil sdpa_fwd --preset stories110M --seq 256",
+            "anepy mil ffn_fwd --model m.bin --chip m1 --out program",
+        ),
+    )(mil)
     app.command("info", epilog=examples("anepy info", "anepy info --json > machine.json"))(info)
     app.add_typer(lib, name="lib")
 

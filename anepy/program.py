@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -135,15 +135,14 @@ class Program(_Owner):
         self._lib = _native.library()
         text = mil_text.encode() if isinstance(mil_text, str) else bytes(mil_text)
         files = _files(weights or {})
-        buffers = [ctypes.create_string_buffer(data, max(len(data), 1)) for data in files.values()]
         actions = _actions(strict, rules or {})
         n = len(files)
         options = _abi.SimOptions(
             text=text,
             text_n=len(text),
             paths=(ctypes.c_char_p * n)(*(path.encode() for path in files)),
-            files=(ctypes.c_void_p * n)(*(ctypes.addressof(buffer) for buffer in buffers)),
-            file_nbytes=(ctypes.c_uint64 * n)(*(len(data) for data in files.values())),
+            files=_pointers(files.values()),
+            file_nbytes=_sizes(files.values()),
             actions=actions,
             file_n=n,
             action_n=len(actions),
@@ -308,13 +307,16 @@ def _actions(strict: bool | None, chosen: Mapping[str, Action]) -> bytes:
     return bytes(_ACTIONS.index(chosen[n]) if n in chosen else everything for n in table)
 
 
-def _files(weights: Weights) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+def _files(weights: Weights) -> dict[str, Array]:
+    """Return the bytes of every weight file by its path; nothing is copied but single tensors."""
+    found: dict[str, Array] = {}
     for name, data in weights.items():
         path = name if name.startswith("@") else FOLDER + name
         if path in found or "\0" in path:
             raise ConfigError(f"weight file {name!r} is given twice or is no path")
-        found[path] = _record(data, name) if isinstance(data, np.ndarray) else bytes(data)
+        whole = _record(data, name) if isinstance(data, np.ndarray) else data
+        nbytes = memoryview(whole).nbytes
+        found[path] = np.frombuffer(whole, np.uint8) if nbytes else np.zeros(0, np.uint8)
     return found
 
 
@@ -346,9 +348,9 @@ def _fill(surface: Array, port: _Port, value: npt.ArrayLike) -> None:
         _view(surface, port)[...] = array
 
 
-def _pointers(surfaces: list[Array]) -> Any:
-    return (ctypes.c_void_p * len(surfaces))(*(surface.ctypes.data for surface in surfaces))
+def _pointers(arrays: Collection[Array]) -> Any:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
 
-def _sizes(surfaces: list[Array]) -> Any:
-    return (ctypes.c_uint64 * len(surfaces))(*(surface.nbytes for surface in surfaces))
+def _sizes(arrays: Collection[Array]) -> Any:
+    return (ctypes.c_uint64 * len(arrays))(*(array.nbytes for array in arrays))

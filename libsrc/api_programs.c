@@ -110,7 +110,7 @@ static int32_t copy(const char *what, void *to, uint64_t *n, const void *from, u
     if (room < from_n)
         return anepy_fail(ANEPY_E_ARGUMENT, "the %s has %llu bytes, there is room for %llu", what,
                           (unsigned long long)from_n, (unsigned long long)room);
-    memcpy(to, from, from_n);
+    if (from_n > 0) memcpy(to, from, from_n);
     return ANEPY_OK;
 }
 

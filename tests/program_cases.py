@@ -70,6 +70,29 @@ def _half(x: npt.ArrayLike) -> Array:
     return np.asarray(x).astype(np.float16)
 
 
+def grouped_softmax(logits: Array) -> Array:
+    """Normalise (T, V) logits within the groups of `libsrc/programs/programs.h`: v modulo V/128."""
+    groups = -(-logits.shape[1] // 128)
+    probs = np.empty_like(logits)
+    for group in range(groups):
+        probs[:, group::groups] = ref.softmax(logits[:, group::groups])
+    return probs
+
+
+def join_groups(probs: Array, logits: Array) -> tuple[Array, Array]:
+    """Do what the host does with the groups: return probabilities (T, V) and log-sum-exp (T,)."""
+    groups = -(-logits.shape[1] // 128)
+    lse = np.empty((len(logits), groups))
+    for group in range(groups):
+        p, x = probs[:, group::groups], logits[:, group::groups]
+        best = p.argmax(axis=1)[:, None]
+        lse[:, group] = np.take_along_axis(x - np.log(p), best, 1)[:, 0]
+    top = lse.max(axis=1, keepdims=True)
+    total = np.log(np.exp(lse - top).sum(axis=1)) + top[:, 0]
+    weights = np.exp(lse - total[:, None])
+    return probs * weights[:, np.arange(logits.shape[1]) % groups], total
+
+
 def _tensors(
     name: str, model: Model, program: mil.Description, n: int, rng: np.random.Generator
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -125,7 +148,7 @@ def _tensors(
         return {"dlogits": dlogits}, {"dx": np.float64(dlogits) @ np.float64(classifier[rows])}
     assert name == "softmax", f"no reference for program {name}"
     logits = _half(rng.standard_normal((n, config.vocab_size)) * 2.0)
-    return {"logits": logits}, {"probs": ref.softmax(np.float64(logits))}
+    return {"logits": logits}, {"probs": grouped_softmax(np.float64(logits))}
 
 
 def _pack(tensor: Array, width: int) -> Array:

@@ -132,21 +132,26 @@ static void probabilities_block(void *context, int32_t index, int32_t worker) {
                      a->head_dim, 0);
 }
 
-/* One block of keys of one KV head: dv[d, t] = sum over queries q >= t of dattn[d, q] probs[q, t],
- * summed over the query heads it serves. */
+/* One block of keys of one KV head: out[d, t] = sum over queries q >= t of left[d, q] right[q, t],
+ * summed over the query heads it serves. left is [heads * head_dim, width], right [heads * width,
+ * width]. */
+static void sum_over_queries(const attention *a, int32_t index, float *out, float *left,
+                             const float *right) {
+    int32_t kv_head = index / a->blocks, first = index % a->blocks * COLS;
+    out = head_of(a, out, kv_head) + first;
+    for (int32_t g = 0; g < a->group; g++) {
+        int32_t head = kv_head * a->group + g;
+        anepy_gemm_small(a->kernels, out, a->width, head_of(a, left, head) + first, a->width, 1,
+                         right + ((int64_t)head * a->width + first) * a->width + first, a->width,
+                         a->head_dim, COLS, a->n - first, g > 0);
+    }
+}
+
 static void values_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const attention *a = context;
-    int32_t kv_head = index / a->blocks, first = index % a->blocks * COLS;
     float *const *t = a->kernel->tensors;
-    float *dv = head_of(a, t[SDPA_BWD1_DV], kv_head) + first;
-    for (int32_t g = 0; g < a->group; g++) {
-        int32_t head = kv_head * a->group + g;
-        const float *probs = t[SDPA_BWD1_P] + ((int64_t)head * a->width + first) * a->width + first;
-        const float *dattn = head_of(a, a->cpu->dattn, head) + first;
-        anepy_gemm_small(a->kernels, dv, a->width, dattn, a->width, 1, probs, a->width, a->head_dim,
-                         COLS, a->n - first, g > 0);
-    }
+    sum_over_queries(a, index, t[SDPA_BWD1_DV], a->cpu->dattn, t[SDPA_BWD1_P]);
 }
 
 void anepy_cpu_attention_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns) {
@@ -176,21 +181,11 @@ static void queries_block(void *context, int32_t index, int32_t worker) {
                      1, transposed, COLS, a->head_dim, COLS, keys, 0);
 }
 
-/* One block of keys of one KV head: dk[d, t] = sum over queries q >= t of q[d, q] ds[q, t]. */
 static void keys_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const attention *a = context;
-    int32_t kv_head = index / a->blocks, first = index % a->blocks * COLS;
     float *const *t = a->kernel->tensors;
-    float *dk = head_of(a, t[SDPA_BWD2_DK], kv_head) + first;
-    for (int32_t g = 0; g < a->group; g++) {
-        int32_t head = kv_head * a->group + g;
-        const float *dscores =
-            a->cpu->dscores + ((int64_t)head * a->width + first) * a->width + first;
-        const float *q = head_of(a, t[SDPA_BWD2_Q], head) + first;
-        anepy_gemm_small(a->kernels, dk, a->width, q, a->width, 1, dscores, a->width, a->head_dim,
-                         COLS, a->n - first, g > 0);
-    }
+    sum_over_queries(a, index, t[SDPA_BWD2_DK], t[SDPA_BWD2_Q], a->cpu->dscores);
 }
 
 void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns) {

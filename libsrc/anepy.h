@@ -5,7 +5,8 @@
  * floating-point mode. Every function returns a status (0 or a frozen negative number) unless it
  * says otherwise; anepy_last_error() gives the sentence that belongs to this thread's last failure.
  *
- * Threads: one handle is used by one thread at a time (a second caller gets ANEPY_E_BUSY).
+ * Threads: one handle is used by one thread at a time (a second call that computes gets
+ * ANEPY_E_BUSY). Pointers must not be NULL unless NULL is given a meaning.
  * Structs: the caller fills struct_size; fields are only ever appended; zero means default.
  */
 #ifndef ANEPY_H
@@ -158,7 +159,7 @@ typedef struct anepy_update_options {
     double beta2;
     double eps;
     double weight_decay; /* matrices only */
-    double grad_clip;    /* largest global norm; <= 0: none */
+    double grad_clip;    /* largest global norm; 0: none */
 } anepy_update_options;
 
 typedef struct anepy_update_stats {

@@ -10,7 +10,7 @@
 #include "kernels/kernels.h"
 #include "runtime/threads.h"
 
-/* C[m, n] = or += A[m, k] . B[k, n]. A(i,p) = a[i*a_row + p*a_step] with a_row or a_step 1.
+/* C[m, n] = or += A[m, k] . B[k, n], k >= 1. A(i,p) = a[i*a_row + p*a_step] with a_row or a_step 1.
  * B(p,j) = b[p*ldb + j], then n is a multiple of 64; or, transposed, b[j*ldb + p] with any n. */
 typedef struct {
     float *c;

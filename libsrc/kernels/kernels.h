@@ -42,7 +42,7 @@ typedef struct anepy_kernels {
 
     void (*add)(float *dst, const float *a, const float *b, int64_t n); /* dst may be a or b */
     void (*scale)(float *dst, float factor, int64_t n);
-    void (*exp)(float *dst, const float *x, int64_t n); /* within 2 ulp; 0 below -87.3 */
+    void (*exp)(float *dst, const float *x, int64_t n); /* x <= 88.37; 2 ulp; 0 below -87.3 */
     double (*sum_squares)(const float *x, int64_t n);
     /* IEEE binary16, round to nearest even; beyond 65504 becomes infinite, NaN stays NaN. */
     void (*to_half)(uint16_t *dst, const float *src, int64_t n);

@@ -15,7 +15,7 @@ static int32_t validate(const anepy_config *c) {
     if (c->struct_size < sizeof *c)
         return anepy_fail(ANEPY_E_ARGUMENT, "config has %u bytes, expected %zu", c->struct_size,
                           sizeof *c);
-    /* Large enough for every Llama, small enough that no product of two overflows int32. */
+    /* Large enough for every Llama; sizes of tensors are computed in 64 bits. */
     ANEPY_TRY(check("dim", c->dim, 32768));
     ANEPY_TRY(check("hidden_dim", c->hidden_dim, 65536));
     ANEPY_TRY(check("n_layers", c->n_layers, 1024));
@@ -32,6 +32,10 @@ static int32_t validate(const anepy_config *c) {
     if (c->n_heads % c->n_kv_heads != 0)
         return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d is not a multiple of n_kv_heads %d",
                           c->n_heads, c->n_kv_heads);
+    if ((int64_t)c->n_heads * c->seq_len >
+        1 << 28) /* rows of all heads' scores, counted in int32 */
+        return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d times seq_len %d is more than 2^28",
+                          c->n_heads, c->seq_len);
     if (c->tied != 0 && c->tied != 1)
         return anepy_fail(ANEPY_E_ARGUMENT, "tied is %d, expected 0 or 1", c->tied);
     return ANEPY_OK;

@@ -11,7 +11,7 @@
 static _Atomic int64_t heap_operations;
 
 /* A multiple of every page size in use, so that both ends of a mapping can be given back. */
-static uint64_t mapped_size(uint64_t nbytes) { return (nbytes + 16383) / 16384 * 16384; }
+static uint64_t mapped_size(uint64_t nbytes) { return (nbytes + 65535) / 65536 * 65536; }
 
 void *anepy_map(uint64_t nbytes) {
     if (nbytes == 0 || nbytes > (uint64_t)1 << 46) return NULL;

@@ -1,25 +1,45 @@
 /* check.c - counting and comparing. */
+#define _GNU_SOURCE
 #include "check.h"
 
 #include <float.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "runtime/clock.h"
 
 #define SHOWN 12 /* failures printed per group: the first ones tell what is wrong */
 
 int emulated;
 
 int forked_child_may_start_threads(void) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
     return 0;
 #elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
+#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
     return 0;
 #endif
 #endif
     return !emulated;
+}
+
+int child_succeeds(int32_t child) {
+    int status = 0;
+    double end = anepy_now_ms() + PATIENCE_MS;
+    while (waitpid(child, &status, WNOHANG) == 0) {
+        if (anepy_now_ms() > end) {
+            kill(child, SIGKILL);
+            waitpid(child, &status, 0);
+            return 0;
+        }
+        usleep(500);
+    }
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
 static const char *group;

@@ -11,12 +11,17 @@
 /* Set by --emulated: the program runs in an emulator, slowly. */
 extern int emulated;
 
-/* Neither ThreadSanitizer nor an emulator in user mode can follow threads that a forked child
- * starts: they take them for the parent's, which are not there. */
+/* ThreadSanitizer and emulators in user mode take the threads of a forked child for the parent's;
+ * AddressSanitizer deadlocks if one of the parent's threads was allocating just then. */
 int forked_child_may_start_threads(void);
+
+/* Whether a forked child exits with 0 before patience ends. */
+int child_succeeds(int32_t child);
 
 /* CHECK(condition, "what was being tried: %d", n) */
 #define CHECK(ok, ...) check_that((ok) ? 1 : 0, __FILE__, __LINE__, __VA_ARGS__)
+
+#define PATIENCE_MS 20000.0 /* longer than anything here waits for, even under a sanitizer */
 
 int check_that(int ok, const char *file, int line, const char *format, ...) ANEPY_PRINTF(4, 5);
 

@@ -6,7 +6,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -376,7 +375,6 @@ static void check_engine_fork(void) {
     fixture f = fixture_make(0);
     anepy_engine *engine = fixture_engine(&f, "max", 3);
     double loss = step(engine, &f, 60);
-    int status = -1;
     pid_t child = fork();
     if (child == 0) {
         anepy_step_stats stats = {.struct_size = sizeof stats};
@@ -387,7 +385,7 @@ static void check_engine_fork(void) {
         _exit(right ? 0 : 1);
     }
     CHECK(step(engine, &f, 60) == loss, "the parent's loss after fork");
-    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0, "the child's step");
+    CHECK(child > 0 && child_succeeds(child), "the child's step");
     anepy_engine_free(engine);
     fixture_free(&f);
 }

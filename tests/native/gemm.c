@@ -185,7 +185,7 @@ static void check_shapes(void) {
 }
 
 static void check_random_shapes(void) {
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < (emulated ? 15 : 60); i++) {
         shape d = {1 + random_below(110), 1 + random_below(140), 1 + random_below(150)};
         check_shape(d, random_below(2), random_below(2), random_below(9),
                     random_below(GUARD_PLACES));

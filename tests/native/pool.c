@@ -2,11 +2,9 @@
  * fork, many pools. Also what ThreadSanitizer is run on. */
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -16,7 +14,6 @@
 
 #define LARGEST 5000
 #define LOOPS 24
-#define PATIENCE_MS 20000.0 /* longer than anything here takes, even under a sanitizer */
 
 /* ----------------------------------------------------------------------- loops and their counts */
 
@@ -293,20 +290,6 @@ static int works_after_fork(anepy_pool *pool, int32_t threads) {
         right &= complete(&w) && complete(&q.w);
     }
     return right;
-}
-
-static int child_succeeds(pid_t child) {
-    int status = 0;
-    double end = anepy_now_ms() + PATIENCE_MS;
-    while (waitpid(child, &status, WNOHANG) == 0) {
-        if (anepy_now_ms() > end) {
-            kill(child, 9);
-            waitpid(child, &status, 0);
-            return 0;
-        }
-        usleep(500);
-    }
-    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
 /* What a child does with the pool it was born with, to its exit code. */

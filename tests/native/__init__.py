@@ -1,0 +1,1 @@
+"""The native checks, and what compiles them for `test_kernels.py`."""

@@ -532,7 +532,7 @@ def test_model_of_impossible_dimensions(change: dict[str, int], says: str) -> No
 
 def test_model_too_large_for_this_machine() -> None:
     with pytest.raises(NativeError, match="gave no 44530489491456 bytes"):
-        Model(ModelConfig(1 << 15, 1 << 16, 1 << 10, 1 << 10, 1 << 10, 1 << 22, 1 << 20))
+        Model(ModelConfig(1 << 15, 1 << 16, 1 << 10, 1 << 10, 1 << 10, 1 << 22, 1 << 18))
 
 
 def test_init_negative_seed_is_refused() -> None:

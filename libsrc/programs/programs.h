@@ -110,9 +110,9 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
 void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
                           const anepy_model *model, int32_t layer, int32_t index);
 
-/* Token v belongs to group v % G of `softmax`, G = this: up to 128 tokens each. Probabilities over a
- * vocabulary of 32000 lie around 3e-5, where the engine flushes to zero; within a group they do not,
- * and its axis of 128 is one every chip takes. The host joins the groups with one logit of each:
+/* Token v belongs to group v % G of `softmax`, G = this: up to 128 tokens each. Probabilities over
+ * a vocabulary of 32000 lie around 3e-5, where the engine flushes to zero; within a group they do
+ * not, and 128 is an axis every chip takes. The host joins the groups with one logit of each:
  *     lse_g = logits[r] - log(probs[r])   for the token r of group g with the largest probs[r]
  *     lse = log(sum_g exp(lse_g));  p[v] = probs[v] * exp(lse_{v % G} - lse)
  * and the loss of token t is lse - logits[t]: no logarithm of a rounded probability. */

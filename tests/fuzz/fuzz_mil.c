@@ -2,11 +2,11 @@
  *
  * usage: fuzz_mil SEED FIRST COUNT TEXT.mil...      (a weight file is TEXT.bin beside it, if there)
  *
- * Linked with a libanepy built by `build_lib.sh --asan --ubsan`. Input number i depends on SEED and i
- * alone, so a failure is repeated by its number, which is printed when a sanitizer stops the program.
- * An input is a valid program with one to six mutations of text or weight file, or noise; what is
- * accepted is run. Fails if an error has no sentence or a position outside the text, or if one input
- * takes longer than SLOW_MS. Prints one line of figures as JSON. */
+ * Linked with a libanepy built by `build_lib.sh --asan --ubsan`. Input number i depends on SEED and
+ * i alone, so a failure is repeated by its number, which is printed when a sanitizer stops the
+ * program. An input is a valid program with one to six mutations of text or weight file, or noise;
+ * what is accepted is run. Fails if an error has no sentence or a position outside the text, or if
+ * one input takes longer than SLOW_MS. Prints one line of figures as JSON. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -70,7 +70,8 @@ static uint64_t next(void) {
 }
 static size_t below(size_t n) { return n > 0 ? (size_t)(next() % n) : 0; }
 
-/* ------------------------------------------------------------------------------------- mutations */
+/* ------------------------------------------------------------------------------------- mutations
+ */
 
 /* Replaces text[at, at + n) by m bytes; nothing happens if that would be too long. */
 static void splice(size_t at, size_t n, const char *with, size_t m) {
@@ -108,20 +109,69 @@ static int number_in_text(size_t *at, size_t *length) {
     return *length > 0;
 }
 
+static long long value_at(size_t at, size_t n) {
+    long long value = 0;
+    for (size_t i = at; i < at + n && i < at + 10 && text[i] >= '0' && text[i] <= '9'; i++)
+        value = value * 10 + (text[i] - '0');
+    return value;
+}
+
 static void tweak_number(void) {
-    static const char *const NUMBERS[] = {
-        "0", "1", "2", "3", "5", "7", "8", "15", "16", "17", "31", "32", "63", "64", "65", "127",
-        "128", "255", "256", "-1", "-2", "-64", "512", "1000", "4096", "16384", "16385", "65536",
-        "65537", "2147483647", "2147483648", "-2147483648", "4294967296", "999999999999999999",
-        "9223372036854775807", "99999999999999999999", "1e9", "0x1p-24", "1e-5", "65504", "65520",
-        "1e300", "-0.0", "0x1.8p+3", "1e99999", "0x", "1.2.3", "inf", "nan", "-"};
+    static const char *const NUMBERS[] = {"0",
+                                          "1",
+                                          "2",
+                                          "3",
+                                          "5",
+                                          "7",
+                                          "8",
+                                          "15",
+                                          "16",
+                                          "17",
+                                          "31",
+                                          "32",
+                                          "63",
+                                          "64",
+                                          "65",
+                                          "127",
+                                          "128",
+                                          "255",
+                                          "256",
+                                          "-1",
+                                          "-2",
+                                          "-64",
+                                          "512",
+                                          "1000",
+                                          "4096",
+                                          "16384",
+                                          "16385",
+                                          "65536",
+                                          "65537",
+                                          "2147483647",
+                                          "2147483648",
+                                          "-2147483648",
+                                          "4294967296",
+                                          "999999999999999999",
+                                          "9223372036854775807",
+                                          "99999999999999999999",
+                                          "1e9",
+                                          "0x1p-24",
+                                          "1e-5",
+                                          "65504",
+                                          "65520",
+                                          "1e300",
+                                          "-0.0",
+                                          "0x1.8p+3",
+                                          "1e99999",
+                                          "0x",
+                                          "1.2.3",
+                                          "inf",
+                                          "nan",
+                                          "-"};
     size_t at, n;
     char word[32];
     if (!number_in_text(&at, &n)) return;
     if (next() % 3 == 0 && n < 10) {
-        long long value = 0;
-        for (size_t i = at; i < at + n && text[i] >= '0' && text[i] <= '9'; i++)
-            value = value * 10 + (text[i] - '0');
+        long long value = value_at(at, n);
         static const int DELTAS[] = {-64, -16, -1, 1, 16, 64};
         value = next() % 2 ? value * 2 : value + DELTAS[below(6)];
         snprintf(word, sizeof word, "%lld", value);
@@ -129,6 +179,50 @@ static void tweak_number(void) {
         snprintf(word, sizeof word, "%s", NUMBERS[below(sizeof NUMBERS / sizeof NUMBERS[0])]);
     }
     splice(at, n, word, strlen(word));
+}
+
+/* An entry of a list of values becomes a sum, difference or half of numbers that occur: offsets and
+ * sizes just inside and just outside what fits. */
+static void tweak_entry(void) {
+    size_t at = below(text_n), a, an, b, bn;
+    char word[32];
+    while (at + 2 < text_n && memcmp(text + at, "([", 2) != 0) at++;
+    size_t end = at + 2;
+    while (end < text_n && text[end] != ']') end++;
+    if (end >= text_n) return;
+    at += 2 + below(end - at - 2);
+    while (at > 0 && is_word(text[at - 1])) at--;
+    while (at < end && !is_word(text[at])) at++;
+    size_t n = 0;
+    while (at + n < end && is_word(text[at + n])) n++;
+    if (n == 0 || !number_in_text(&a, &an) || !number_in_text(&b, &bn)) return;
+    long long x = value_at(a, an), y = value_at(b, bn), value = x;
+    switch (next() % 5) {
+    case 0: value = x + y; break;
+    case 1: value = x - y; break;
+    case 2: value = x / 2; break;
+    case 3: value = x - 1; break;
+    default: break;
+    }
+    snprintf(word, sizeof word, "%lld", value);
+    splice(at, n, word, strlen(word));
+}
+
+/* The same number everywhere becomes another one: shapes stay consistent, so checks get further. */
+static void change_number_everywhere(void) {
+    static const char *const NUMBERS[] = {"1",  "2",  "3",   "7",   "16",  "24",  "31",   "48",
+                                          "65", "80", "100", "128", "200", "513", "1000", "4096"};
+    const char *with = NUMBERS[below(sizeof NUMBERS / sizeof NUMBERS[0])];
+    size_t at, n;
+    char word[16];
+    if (!number_in_text(&at, &n) || n >= sizeof word) return;
+    memcpy(word, text + at, n);
+    for (size_t i = 0; i + n <= text_n; i++) {
+        int apart = (i == 0 || !is_word(text[i - 1])) && (i + n == text_n || !is_word(text[i + n]));
+        if (!apart || memcmp(text + i, word, n) != 0) continue;
+        splice(i, n, with, strlen(with));
+        i += strlen(with);
+    }
 }
 
 static void swap_tokens(void) {
@@ -160,12 +254,36 @@ static void line_in_text(size_t *at, size_t *n) {
 }
 
 static void mutate_text(void) {
-    static const char *const WORDS[] = {
-        "tensor<fp16, [1, 16, 1, 64]>", "tensor<fp16, []>(1.5)", "fp32", "int8", "bool(true)",
-        "BLOBFILE(path=string(\"" PATH "\"), offset=uint64(64))", "[[1,2],[3,4]]", "((((", "[[[[[[[[",
-        "string(\"same\")", "string(\"custom\")", "conv", "matmul", "softmax", "reduce_sum",
-        "transpose", "concat", "split", "tile", "slice_by_index", "layer_norm", "quantize",
-        "scaled_dot_product_attention", "(a, b, c)", "->", "func", "const", "\"", "dict<", "\0"};
+    static const char *const WORDS[] = {"tensor<fp16, [1, 16, 1, 64]>",
+                                        "tensor<fp16, []>(1.5)",
+                                        "fp32",
+                                        "int8",
+                                        "bool(true)",
+                                        "BLOBFILE(path=string(\"" PATH "\"), offset=uint64(64))",
+                                        "[[1,2],[3,4]]",
+                                        "((((",
+                                        "[[[[[[[[",
+                                        "string(\"same\")",
+                                        "string(\"custom\")",
+                                        "conv",
+                                        "matmul",
+                                        "softmax",
+                                        "reduce_sum",
+                                        "transpose",
+                                        "concat",
+                                        "split",
+                                        "tile",
+                                        "slice_by_index",
+                                        "layer_norm",
+                                        "quantize",
+                                        "scaled_dot_product_attention",
+                                        "(a, b, c)",
+                                        "->",
+                                        "func",
+                                        "const",
+                                        "\"",
+                                        "dict<",
+                                        "\0"};
     size_t at, n, from, m;
     const sample *other = &seeds[below((size_t)seed_n)];
     char byte;
@@ -219,8 +337,9 @@ static void mutate_text(void) {
 }
 
 static void mutate_file(void) {
-    static const uint64_t VALUES[] = {0, 1, 2, 64, 128, 63, 65, 0x7fffffff, 0xffffffff,
-                                      UINT64_MAX, (uint64_t)1 << 63, 0xdeadbeef, 4096};
+    static const uint64_t VALUES[] = {
+        0,          1,   2, 64, 128, 63, 65, 0x7fffffff, 0xffffffff, UINT64_MAX, (uint64_t)1 << 63,
+        0xdeadbeef, 4096};
     if (file_n == 0) return;
     uint64_t value = VALUES[below(sizeof VALUES / sizeof VALUES[0])];
     size_t at = below(file_n), word = next() % 2 ? at & ~(size_t)7 : below(3) * 8 + 64;
@@ -246,14 +365,19 @@ static void make_input(void) {
             text[i] = printable ? "()[]{}<>,=;:\"program1.3 func\n"[below(29)] : (char)next();
         return;
     }
-    for (size_t i = 1 + below(6); i > 0; i--) {
-        if (next() % 8 == 0) mutate_file();
-        else if (next() % 3 == 0) tweak_number(); /* what gets furthest */
+    /* Mostly one: further ones hide what the first would have reached. */
+    for (size_t i = next() % 3 ? 1 : 1 + below(6); i > 0; i--) {
+        uint64_t kind = next() % 16;
+        if (kind < 2) mutate_file();
+        else if (kind < 6) tweak_number();
+        else if (kind < 8) change_number_everywhere();
+        else if (kind < 11) tweak_entry();
         else mutate_text();
     }
 }
 
-/* ------------------------------------------------------------------------------------------- run */
+/* ------------------------------------------------------------------------------------------- run
+ */
 
 static void check_error(int32_t status, const int32_t where[2]) {
     char sentence[512];
@@ -291,8 +415,10 @@ static void run_function(anepy_sim *sim, int32_t function) {
     if (total > (uint64_t)8 << 20) goto done;
     for (int32_t side = 0; side < 2; side++) {
         for (int32_t i = 0; i < n[side]; i++) {
-            /* Exactly as large as declared: one byte more is an error the sanitizer sees. */
-            surfaces[side][i] = malloc(nbytes[side][i]);
+            /* Exactly as large as declared: one byte more is an error the sanitizer sees. Now and
+             * then too small, which is a rule and may be switched off. */
+            if (next() % 16 == 0) nbytes[side][i] = below(nbytes[side][i]);
+            surfaces[side][i] = malloc(nbytes[side][i] > 0 ? nbytes[side][i] : 1);
             if (surfaces[side][i] == NULL) die("no memory");
             if (side == 0) fill(surfaces[side][i], nbytes[side][i]);
         }
@@ -324,8 +450,10 @@ static void try_input(void) {
     memcpy(exact_text, text, text_n);
     memcpy(exact_file, file, file_n);
     while (anepy_sim_rule_name(rules) != NULL) rules++;
-    /* All defaults, all off (what a rule would have refused then runs), or all reported. */
-    memset(actions, next() % 3 == 0 ? 0 : next() % 2 ? 255 : 1, sizeof actions);
+    /* All default, all off (what a rule would have refused then runs), all reported, or mixed. */
+    static const uint8_t ACTIONS[] = {255, 0, 1, 2};
+    uint64_t mode = next() % 4;
+    for (size_t i = 0; i < sizeof actions; i++) actions[i] = ACTIONS[mode < 3 ? mode : next() % 4];
     anepy_sim_options options = {.struct_size = sizeof options,
                                  .text = exact_text,
                                  .text_n = text_n,
@@ -352,7 +480,8 @@ static void try_input(void) {
     anepy_sim_free(sim);
 }
 
-/* ------------------------------------------------------------------------------------------ main */
+/* ------------------------------------------------------------------------------------------ main
+ */
 
 static char *read_all(const char *path, size_t most, size_t *n) {
     FILE *in = fopen(path, "rb");
@@ -397,11 +526,12 @@ int main(int argc, char **argv) {
     }
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    printf("{\"inputs\": %llu, \"seeds\": %d, \"rejected\": %llu, \"accepted\": %llu, \"ran\": %llu, "
-           "\"run_failed\": %llu, \"slowest_ms\": %.1f, \"seconds\": %.1f, \"max_rss\": %lld}\n",
-           (unsigned long long)count, seed_n, (unsigned long long)figures.rejected,
-           (unsigned long long)figures.accepted, (unsigned long long)figures.ran,
-           (unsigned long long)figures.run_failed, figures.slowest_ms, (now_ms() - begin) / 1e3,
-           (long long)usage.ru_maxrss);
+    printf(
+        "{\"inputs\": %llu, \"seeds\": %d, \"rejected\": %llu, \"accepted\": %llu, \"ran\": %llu, "
+        "\"run_failed\": %llu, \"slowest_ms\": %.1f, \"seconds\": %.1f, \"max_rss\": %lld}\n",
+        (unsigned long long)count, seed_n, (unsigned long long)figures.rejected,
+        (unsigned long long)figures.accepted, (unsigned long long)figures.ran,
+        (unsigned long long)figures.run_failed, figures.slowest_ms, (now_ms() - begin) / 1e3,
+        (long long)usage.ru_maxrss);
     return 0;
 }

@@ -16,8 +16,7 @@ int mil_at_mark(const mil_build *b, char mark) {
 
 /* Marks are one character; "->" and words are compared as text. */
 int32_t mil_expect(mil_build *b, const char *mark, mil_span *at) {
-    if (b->token.kind == MIL_QUOTED || b->token.kind == MIL_EOF ||
-        !mil_span_is(b->token.at, mark))
+    if (b->token.kind == MIL_QUOTED || b->token.kind == MIL_EOF || !mil_span_is(b->token.at, mark))
         return mil_error(b->mil, b->token.at, "expected '%s' here", mark);
     if (at != NULL) *at = b->token.at;
     return mil_advance(b);
@@ -122,8 +121,7 @@ static int32_t parse_element(mil_build *b, mil_value *v, int64_t index) {
     int64_t whole;
     double value;
     const char *type = mil_type_name(v->shape.type);
-    if (v->form == MIL_TEXT)
-        return mil_error(b->mil, at, "expected a string in quotes");
+    if (v->form == MIL_TEXT) return mil_error(b->mil, at, "expected a string in quotes");
     if (v->shape.type == ANEPY_MIL_BOOL) {
         if (!word || !(mil_span_is(at, "true") || mil_span_is(at, "false")))
             return mil_error(b->mil, at, "expected true or false");
@@ -191,10 +189,47 @@ static int32_t parse_text(mil_build *b, mil_value *v) {
 
 /* ------------------------------------------------------------------------------- weight files */
 
-static const uint8_t TAGS[ANEPY_MIL_TYPE_N] = { /* as in the records, ane-facts.md 3 */
+static const uint8_t TAGS[ANEPY_MIL_TYPE_N] = {
+    /* as in the records, ane-facts.md 3 */
     [ANEPY_MIL_F16] = 1, [ANEPY_MIL_F32] = 2, [ANEPY_MIL_U8] = 3,   [ANEPY_MIL_I8] = 4,
     [ANEPY_MIL_I16] = 6, [ANEPY_MIL_U16] = 7, [ANEPY_MIL_I32] = 14, [ANEPY_MIL_U32] = 15,
 };
+
+static uint32_t slot_of(const mil_build *b, const void *raw) {
+    return (uint32_t)(((uint64_t)(uintptr_t)raw * UINT64_C(0x9e3779b97f4a7c15)) >> 32) &
+           (b->record_cap - 1);
+}
+
+/* The first constant with the same data, type and size (records may overlap). The programs of a
+ * step share weights and tables: each record counts and is decoded once. */
+static mil_value **find_record(mil_build *b, const mil_value *v) {
+    uint32_t slot = slot_of(b, v->raw);
+    for (mil_value *d; (d = b->records[slot]) != NULL; slot = (slot + 1) & (b->record_cap - 1))
+        if (d->raw == v->raw && d->shape.type == v->shape.type && d->n == v->n) break;
+    return &b->records[slot];
+}
+
+static int32_t grow_records(mil_build *b, mil_span at) {
+    if (b->record_cap > 0 && b->record_n < b->record_cap / 2) return ANEPY_OK;
+    mil_value **old = b->records;
+    uint32_t old_cap = b->record_cap;
+    b->record_cap = old_cap > 0 ? old_cap * 2 : 64;
+    b->records = mil_alloc(b->mil, b->record_cap * sizeof *b->records);
+    if (b->records == NULL) return mil_no_memory(b->mil, at);
+    for (uint32_t i = 0; i < old_cap; i++)
+        if (old[i] != NULL) *find_record(b, old[i]) = old[i];
+    return ANEPY_OK;
+}
+
+static int32_t note_record(mil_build *b, mil_value *v, mil_span at, uint64_t nbytes) {
+    ANEPY_TRY(grow_records(b, at));
+    mil_value **place = find_record(b, v);
+    if (*place != NULL) return ANEPY_OK;
+    *place = v;
+    b->record_n++;
+    b->mil->weight_nbytes += nbytes;
+    return ANEPY_OK;
+}
 
 static int32_t open_record(mil_build *b, mil_value *v, mil_span path_at, const char *path,
                            mil_span offset_at, int64_t offset) {
@@ -214,7 +249,8 @@ static int32_t open_record(mil_build *b, mil_value *v, mil_span path_at, const c
         return mil_error(b->mil, offset_at, "%s", reason);
     }
     if (nbytes != wanted)
-        return mil_error(b->mil, offset_at, "the record has %llu bytes of data, the type wants %llu",
+        return mil_error(b->mil, offset_at,
+                         "the record has %llu bytes of data, the type wants %llu",
                          (unsigned long long)nbytes, (unsigned long long)wanted);
     if (tag != TAGS[v->shape.type])
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_WEIGHT_TYPE, offset_at, 1,
@@ -222,7 +258,7 @@ static int32_t open_record(mil_build *b, mil_value *v, mil_span path_at, const c
                            TAGS[v->shape.type]));
     v->form = MIL_BLOB;
     v->raw = payload;
-    return ANEPY_OK;
+    return note_record(b, v, path_at, nbytes);
 }
 
 /* (path=string("..."), offset=uint64(64)) */
@@ -313,7 +349,7 @@ double mil_float_at(const mil_value *v, int64_t index) {
 }
 
 /* fp16 in a file becomes fp32 with the same value; subnormals are zero for the engine. */
-static void decode_half(const mil_build *b, mil_value *v) {
+static void decode_half(const mil_build *b, const mil_value *v, float *data) {
     int flush = mil_rule_on(b->mil, ANEPY_RULE_SUBNORMAL);
     uint16_t half[256];
     for (int64_t i = 0; i < v->n; i += 256) {
@@ -321,33 +357,8 @@ static void decode_half(const mil_build *b, mil_value *v) {
         memcpy(half, (const uint8_t *)v->raw + i * 2, (size_t)n * 2);
         for (int64_t j = 0; flush && j < n; j++)
             half[j] = (half[j] & 0x7c00) == 0 ? half[j] & 0x8000 : half[j];
-        b->mil->kernels->from_half(v->data + i, half, n);
+        b->mil->kernels->from_half(data + i, half, n);
     }
-}
-
-static uint32_t slot_of(const mil_build *b, const void *raw) {
-    return (uint32_t)(((uint64_t)(uintptr_t)raw * UINT64_C(0x9e3779b97f4a7c15)) >> 32) &
-           (b->decoded_cap - 1);
-}
-
-/* The programs of a step share weights and tables: each record is decoded once. */
-static mil_value **find_decoded(mil_build *b, const mil_value *v) {
-    uint32_t slot = slot_of(b, v->raw);
-    for (mil_value *d; (d = b->decoded[slot]) != NULL; slot = (slot + 1) & (b->decoded_cap - 1))
-        if (d->raw == v->raw && d->shape.type == v->shape.type) break;
-    return &b->decoded[slot];
-}
-
-static int32_t grow_decoded(mil_build *b, mil_span at) {
-    if (b->decoded_cap > 0 && b->decoded_n < b->decoded_cap / 2) return ANEPY_OK;
-    mil_value **old = b->decoded;
-    uint32_t old_cap = b->decoded_cap;
-    b->decoded_cap = old_cap > 0 ? old_cap * 2 : 64;
-    b->decoded = mil_alloc(b->mil, b->decoded_cap * sizeof *b->decoded);
-    if (b->decoded == NULL) return mil_no_memory(b->mil, at);
-    for (uint32_t i = 0; i < old_cap; i++)
-        if (old[i] != NULL) *find_decoded(b, old[i]) = old[i];
-    return ANEPY_OK;
 }
 
 int32_t mil_decode(mil_build *b, mil_value *v, mil_span at) {
@@ -357,29 +368,15 @@ int32_t mil_decode(mil_build *b, mil_value *v, mil_span at) {
         v->data = (float *)(uintptr_t)v->raw;
         return ANEPY_OK;
     }
-    mil_value **place = NULL;
-    if (v->form == MIL_BLOB) {
-        ANEPY_TRY(grow_decoded(b, at));
-        place = find_decoded(b, v);
-        if (*place != NULL) {
-            v->data = (*place)->data;
-            return ANEPY_OK;
-        }
+    mil_value *owner = v->form == MIL_BLOB ? *find_record(b, v) : v;
+    if (owner->data == NULL) {
+        float *data = mil_alloc(b->mil, ((uint64_t)v->n + MIL_SLACK) * sizeof(float));
+        if (data == NULL) return mil_no_memory(b->mil, at);
+        if (v->form == MIL_BLOB && v->shape.type == ANEPY_MIL_F16) decode_half(b, v, data);
+        else
+            for (int64_t i = 0; i < v->n; i++) data[i] = (float)mil_float_at(v, i);
+        owner->data = data;
     }
-    v->data = mil_alloc(b->mil, ((uint64_t)v->n + MIL_SLACK) * sizeof(float));
-    if (v->data == NULL) return mil_no_memory(b->mil, at);
-    if (v->form == MIL_BLOB && v->shape.type == ANEPY_MIL_F16) {
-        decode_half(b, v);
-    } else {
-        float *data = v->data;
-        v->data = NULL; /* mil_float_at reads the source */
-        for (int64_t i = 0; i < v->n; i++) data[i] = (float)mil_float_at(v, i);
-        v->data = data;
-    }
-    if (place != NULL) {
-        *place = v;
-        b->decoded_n++;
-        b->mil->weight_nbytes += (uint64_t)v->n * mil_type_nbytes(v->shape.type);
-    }
+    v->data = owner->data;
     return ANEPY_OK;
 }

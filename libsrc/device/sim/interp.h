@@ -1,7 +1,7 @@
 /* device/sim/interp.h - what the files of the interpreter share; nobody else includes it.
  *
- * lex.c reads tokens, parse.c builds functions of operations, ops.c binds arguments to the parameters
- * of an operation type, op_*.c check and run them, plan.c gives buffers, run.c executes.
+ * lex.c reads tokens, parse.c builds functions of operations, ops.c binds arguments to the
+ * parameters of an operation type, op_*.c check and run them, plan.c gives buffers, run.c executes.
  *
  * At run time every tensor is a row-major float array whose elements are exact fp16 numbers: the
  * products want fp32 operands, and rounding after each operation is all that makes it fp16. */
@@ -14,10 +14,30 @@
 
 #define MIL_RANK ANEPY_MIL_RANK
 #define MIL_PARAMS 10
-#define MIL_GROUP 4096          /* elements an elementwise step handles while they are in the cache */
-#define MIL_COLUMNS 512         /* columns per product: bounds the panels to 2 MiB */
-#define MIL_SLACK 64            /* floats after every buffer that products may read */
+#define MIL_GROUP 4096  /* elements an elementwise step handles while they are in the cache */
+#define MIL_COLUMNS 512 /* columns per product: bounds the panels to 2 MiB */
+#define MIL_SLACK 64    /* floats after every buffer that products may read */
 #define MIL_MAX_EXTENT INT64_C(0x7fffffff)
+
+/* Under AddressSanitizer memory that is not in use is poisoned, so that a step outside one value is
+ * seen although all values share one stretch. */
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MIL_GUARDED 1
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define MIL_GUARDED 1
+#endif
+#if defined(MIL_GUARDED)
+#include <sanitizer/asan_interface.h>
+#define MIL_GUARD(p, nbytes) ASAN_POISON_MEMORY_REGION(p, nbytes)
+#define MIL_UNGUARD(p, nbytes) ASAN_UNPOISON_MEMORY_REGION(p, nbytes)
+#define MIL_REDZONE 64 /* bytes between allocations */
+#else
+#define MIL_GUARD(p, nbytes) ((void)(p), (void)(nbytes))
+#define MIL_UNGUARD(p, nbytes) ((void)(p), (void)(nbytes))
+#define MIL_REDZONE 0
+#endif
 
 /* A stretch of the text, for messages and names. */
 typedef struct {
@@ -42,7 +62,7 @@ typedef struct mil_value {
     mil_span at;      /* where it is declared */
     mil_span type_at; /* its type there */
     mil_shape shape;
-    int64_t n;      /* elements */
+    int64_t n; /* elements */
     mil_kind kind;
     int32_t literal; /* written inside an argument list */
     mil_op *maker;   /* of a result */
@@ -53,8 +73,9 @@ typedef struct mil_value {
     /* A view shares the elements of its base from `shift` on; base is never a view itself. */
     struct mil_value *base;
     int64_t shift;
-    int32_t first, last; /* of a base: operations between which its elements are needed */
-    int64_t place;       /* of a base that is no constant: floats from the start of the buffers */
+    int32_t last;       /* of a base: the operation after which its elements are not needed */
+    int32_t given_back; /* by the plan, after last */
+    int64_t place;      /* of a base that is no constant: floats from the start of the buffers */
 } mil_value;
 
 typedef struct mil_build mil_build;
@@ -97,8 +118,8 @@ struct mil_op {
     int32_t list_n;
     mil_value **out;
     int32_t out_n;
-    int32_t skip;      /* nothing to run: views and constants */
-    int64_t a[24];     /* what check found out for run */
+    int32_t skip;  /* nothing to run: views and constants */
+    int64_t a[24]; /* what check found out for run */
     float f[4];
     int64_t scratch_n; /* floats of scratch */
     int32_t columns;   /* of its widest product; 0: none */
@@ -132,6 +153,7 @@ struct anepy_mil {
     mil_function *functions;
     int32_t function_n;
     float *buffers, *scratch, *panels;
+    int64_t buffer_n;
     uint64_t mapped_nbytes;
     uint64_t weight_nbytes;
     struct {
@@ -201,15 +223,15 @@ struct mil_build {
     const anepy_mil_file *files;
     uint8_t *file_used;
     int32_t file_n;
-    int32_t minor;    /* of program(1.minor) */
+    int32_t minor; /* of program(1.minor) */
     int32_t depth;
     uint64_t value_total;
     mil_function *function;
     int32_t op_cap;
     mil_value **names; /* hash table of the function's values */
     uint32_t name_cap, name_n;
-    mil_value **decoded; /* hash table of blob constants by payload */
-    uint32_t decoded_cap, decoded_n;
+    mil_value **records; /* hash table of blob constants by payload */
+    uint32_t record_cap, record_n;
 };
 
 /* An argument as parsed: one value, or a list in parentheses. */
@@ -267,7 +289,7 @@ extern const mil_op_type MIL_ELEMENTWISE[], MIL_SHAPES[], MIL_PRODUCTS[], MIL_RE
 
 int32_t mil_plan(anepy_mil *mil, mil_function *f);
 
-/* --------------------------------------------------------------------------------------- run.c */
+/* --------------------------------------------------------------------------- run.c, multiply.c */
 
 struct mil_run {
     anepy_mil *mil;
@@ -296,5 +318,16 @@ typedef struct {
 } mil_matmul;
 void mil_multiply(mil_run *r, const mil_matmul *s, float *pad);
 int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed);
+
+/* count products of one size. C follow each other; which A and B are used comes from dims: per
+ * batch dimension, innermost first, its extent and the steps of A and B, counted in matrices. */
+typedef struct {
+    mil_matmul one; /* the first */
+    int64_t count;
+    const int64_t *dims;
+    int64_t dim_n;
+} mil_batch;
+void mil_multiply_batch(mil_run *r, const mil_batch *s, float *scratch);
+int64_t mil_multiply_batch_scratch_n(const mil_batch *s);
 
 #endif

@@ -27,7 +27,8 @@ static void skip_space(mil_lexer *lexer) {
     }
 }
 
-/* A number takes every character a number could have; whether it is one is found when it is used. */
+/* A number takes every character a number could have; whether it is one is found when it is used.
+ */
 static const char *number_end(const char *p, const char *end) {
     int hexadecimal = 0;
     if (p < end && (*p == '-' || *p == '+')) p++;
@@ -47,9 +48,9 @@ static int32_t read_string(anepy_mil *mil, mil_lexer *lexer, mil_token *out) {
     if (p >= lexer->end || *p != '"') {
         int32_t n = (int32_t)(p - out->at.p > 40 ? 40 : p - out->at.p);
         out->at.n = n;
-        return mil_error(mil, out->at, p < lexer->end && *p == '\\'
-                                           ? "escapes are not allowed in a string"
-                                           : "the string has no end on its line");
+        return mil_error(mil, out->at,
+                         p < lexer->end && *p == '\\' ? "escapes are not allowed in a string"
+                                                      : "the string has no end on its line");
     }
     out->at.p = lexer->p;
     out->at.n = (int32_t)(p - lexer->p);
@@ -104,7 +105,8 @@ int mil_parse_int(mil_span text, int64_t *out) {
     return 1;
 }
 
-/* Digits in a base, with a point, into mantissa * base^exponent; later digits only move the point. */
+/* Digits in a base, with a point, into mantissa * base^exponent; later digits only move the point.
+ */
 static const char *read_mantissa(const char *p, const char *end, int base, double *mantissa,
                                  int32_t *exponent) {
     const char *begin = p;

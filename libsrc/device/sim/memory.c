@@ -19,12 +19,14 @@ static mil_block *new_block(anepy_mil *mil, uint64_t nbytes) {
     block->used = HEAD;
     block->mapped = mapped;
     mil->memory_nbytes += nbytes;
+    MIL_GUARD((char *)block + HEAD, nbytes - HEAD);
     return block;
 }
 
 void *mil_alloc(anepy_mil *mil, uint64_t nbytes) {
     if (nbytes > (uint64_t)1 << 46) return NULL;
-    nbytes = (nbytes + 63) / 64 * 64;
+    uint64_t asked = nbytes;
+    nbytes = (nbytes + 63) / 64 * 64 + MIL_REDZONE;
     mil_block *block = mil->blocks;
     if (block == NULL || block->nbytes - block->used < nbytes) {
         int own = nbytes > BLOCK / 4;
@@ -41,11 +43,13 @@ void *mil_alloc(anepy_mil *mil, uint64_t nbytes) {
     }
     void *memory = (char *)block + block->used;
     block->used += nbytes;
+    MIL_UNGUARD(memory, asked);
     return memory;
 }
 
 int32_t mil_no_memory(anepy_mil *mil, mil_span at) {
-    return mil_error(mil, at, "the program needs more than the %llu MiB it may have, or there is no memory",
+    return mil_error(mil, at,
+                     "the program needs more than the %llu MiB it may have, or there is no memory",
                      (unsigned long long)(mil->options.memory_nbytes >> 20));
 }
 
@@ -53,6 +57,7 @@ void mil_free_blocks(anepy_mil *mil) {
     mil_block *next;
     for (mil_block *block = mil->blocks; block != NULL; block = next) {
         next = block->next;
+        MIL_UNGUARD(block, block->nbytes);
         if (block->mapped) anepy_unmap(block, block->nbytes);
         else anepy_heap_free(block);
     }

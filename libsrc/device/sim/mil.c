@@ -31,6 +31,7 @@ static int32_t map_buffers(anepy_mil *mil) {
     mil->mapped_nbytes = (uint64_t)(buffers + scratch + panels + 64) * sizeof(float);
     mil->buffers = anepy_map(mil->mapped_nbytes);
     if (mil->buffers == NULL) return mil_no_memory(mil, NOWHERE);
+    mil->buffer_n = buffers;
     mil->scratch = mil->buffers + buffers;
     mil->panels = mil->scratch + scratch;
     return ANEPY_OK;
@@ -86,6 +87,7 @@ int32_t anepy_mil_parse(anepy_mil **out, const char *text, uint64_t n, const ane
 
 void anepy_mil_free(anepy_mil *mil) {
     if (mil == NULL) return;
+    MIL_UNGUARD(mil->buffers, (uint64_t)mil->buffer_n * sizeof(float));
     anepy_unmap(mil->buffers, mil->mapped_nbytes);
     mil_free_blocks(mil);
     free(mil);

@@ -9,9 +9,39 @@
 /* --------------------------------------------------------------------------------------- unary */
 
 enum {
-    ABS, CAST_UP, CEIL, CLIP, COS, ELU, ERF, EXP, EXP2, FLOOR, GELU, INVERSE, LEAKY_RELU, LINEAR,
-    LOG, RELU, RELU6, ROUND, RSQRT, SIGMOID, SIGMOID_HARD, SIGN, SILU, SIN, SOFTPLUS, SOFTSIGN,
-    SQRT, SQUARE, TANH, THRESHOLD, IDENTITY, GELU_TANH, GELU_SIGMOID
+    ABS,
+    CAST_UP,
+    CEIL,
+    CLIP,
+    COS,
+    ELU,
+    ERF,
+    EXP,
+    EXP2,
+    FLOOR,
+    GELU,
+    INVERSE,
+    LEAKY_RELU,
+    LINEAR,
+    LOG,
+    RELU,
+    RELU6,
+    ROUND,
+    RSQRT,
+    SIGMOID,
+    SIGMOID_HARD,
+    SIGN,
+    SILU,
+    SIN,
+    SOFTPLUS,
+    SOFTSIGN,
+    SQRT,
+    SQUARE,
+    TANH,
+    THRESHOLD,
+    IDENTITY,
+    GELU_TANH,
+    GELU_SIGMOID
 };
 
 #define EACH(expression)                                                                           \
@@ -126,9 +156,9 @@ static int32_t check_unary(mil_build *b, mil_op *op) {
     op->a[0] = code;
     /* What each calls its numbers differs; the first is alpha or epsilon, the second beta. */
     static const float DEFAULTS[][2] = {
-        [ELU] = {1.0f, 0.0f},        [LEAKY_RELU] = {0.01f, 0.0f}, [LINEAR] = {1.0f, 0.0f},
-        [LOG] = {1e-45f, 0.0f},      [RSQRT] = {1e-12f, 0.0f},     [INVERSE] = {1e-4f, 0.0f},
-        [SIGMOID_HARD] = {0.2f, 0.5f}, [THRESHOLD] = {0.0f, 0.0f}, [GELU_SIGMOID] = {0.0f, 0.0f}};
+        [ELU] = {1.0f, 0.0f},          [LEAKY_RELU] = {0.01f, 0.0f}, [LINEAR] = {1.0f, 0.0f},
+        [LOG] = {1e-45f, 0.0f},        [RSQRT] = {1e-12f, 0.0f},     [INVERSE] = {1e-4f, 0.0f},
+        [SIGMOID_HARD] = {0.2f, 0.5f}, [THRESHOLD] = {0.0f, 0.0f},   [GELU_SIGMOID] = {0.0f, 0.0f}};
     op->f[0] = DEFAULTS[code][0];
     op->f[1] = DEFAULTS[code][1];
     if (code == GELU) {
@@ -158,8 +188,8 @@ static int32_t check_cast(mil_build *b, mil_op *op) {
     mil_span name = {dtype, (int32_t)strlen(dtype), 0, 0};
     anepy_mil_type type;
     if (!mil_type_find(name, &type) || !mil_is_float(type))
-        return mil_error(b->mil, op->arg_at[1], "cast makes fp16 or fp32 on the engine, not '%.40s'",
-                         dtype);
+        return mil_error(b->mil, op->arg_at[1],
+                         "cast makes fp16 or fp32 on the engine, not '%.40s'", dtype);
     if (!mil_is_float(out.type) && out.type != ANEPY_MIL_BOOL)
         return mil_error(b->mil, op->arg_at[0], "cast reads fp16, fp32 or bool, not %s",
                          mil_type_name(out.type));
@@ -171,13 +201,26 @@ static int32_t check_cast(mil_build *b, mil_op *op) {
 /* -------------------------------------------------------------------------- binary and select */
 
 enum {
-    ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, POW, FLOOR_DIV, /* fp16 */
-    EQUAL, NOT_EQUAL, GREATER, GREATER_EQUAL, LESS, LESS_EQUAL, /* bool */
+    ADD,
+    SUB,
+    MUL,
+    DIV,
+    MAXIMUM,
+    MINIMUM,
+    POW,
+    FLOOR_DIV, /* fp16 */
+    EQUAL,
+    NOT_EQUAL,
+    GREATER,
+    GREATER_EQUAL,
+    LESS,
+    LESS_EQUAL, /* bool */
     SELECT
 };
 
 /* a[]: 0 the number of merged dimensions, 1.. extents, then the strides of up to three operands;
- * a stride is 0 where an operand is broadcast. Adjacent dimensions merge where all operands allow. */
+ * a stride is 0 where an operand is broadcast. Adjacent dimensions merge where all operands allow.
+ */
 enum { DIMS = 1, STRIDES = 1 + MIL_RANK };
 
 static int32_t broadcast(mil_build *b, mil_op *op, mil_value *const *operands, int32_t count,
@@ -337,8 +380,9 @@ static int32_t check_pair_rules(mil_build *b, const mil_op *op, const mil_shape 
         const mil_shape *s = &v->shape;
         if (b->mil->options.chip == ANEPY_CHIP_M1 && !mil_is_const(v) && s->rank > 0 &&
             s->dims[s->rank - 1] == 1 && out->dims[out->rank - 1] > 1)
-            ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_RUNTIME_BROADCAST, op->arg_at[k], 1,
-                               "on M1 this runtime operand is broadcast along the last axis: zeros"));
+            ANEPY_TRY(
+                mil_rule(b->mil, ANEPY_RULE_RUNTIME_BROADCAST, op->arg_at[k], 1,
+                         "on M1 this runtime operand is broadcast along the last axis: zeros"));
         if (op->type->code == MUL && mil_is_const(v) && v->n == 1 && v->data[0] == 0.0f &&
             other->maker != NULL && strncmp(other->maker->type->name, "reduce_", 7) == 0)
             ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_REDUCE_TIMES_ZERO, op->at, 1,
@@ -372,13 +416,16 @@ static int32_t check_select(mil_build *b, mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X {"x", MIL_TENSOR, 0}
-#define UNARY(name, code) {name, {X}, check_unary, run_unary, code}
+#define X                                                                                          \
+    { "x", MIL_TENSOR, 0 }
+#define UNARY(name, code)                                                                          \
+    { name, {X}, check_unary, run_unary, code }
 #define UNARY1(name, first, optional, code)                                                        \
-    {name, {X, {first, MIL_FLOAT, optional}}, check_unary, run_unary, code}
+    { name, {X, {first, MIL_FLOAT, optional}}, check_unary, run_unary, code }
 #define UNARY2(name, code)                                                                         \
-    {name, {X, {"alpha", MIL_FLOAT, 0}, {"beta", MIL_FLOAT, 0}}, check_unary, run_unary, code}
-#define BINARY(name, code) {name, {X, {"y", MIL_TENSOR, 0}}, check_binary, run_pair, code}
+    { name, {X, {"alpha", MIL_FLOAT, 0}, {"beta", MIL_FLOAT, 0}}, check_unary, run_unary, code }
+#define BINARY(name, code)                                                                         \
+    { name, {X, {"y", MIL_TENSOR, 0}}, check_binary, run_pair, code }
 
 const mil_op_type MIL_ELEMENTWISE[] = {
     BINARY("add", ADD),

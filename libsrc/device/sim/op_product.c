@@ -11,7 +11,8 @@ static int32_t add_work(mil_build *b, const mil_op *op, int64_t m, int64_t n, in
                         int64_t batch) {
     double work = (double)m * (double)n * (double)k * (double)batch;
     if (work > (double)b->mil->options.work)
-        return mil_error(b->mil, op->at, "this needs %.3g multiply-adds, more than a run may", work);
+        return mil_error(b->mil, op->at, "this needs %.3g multiply-adds, more than a run may",
+                         work);
     b->function->work += (uint64_t)work;
     return ANEPY_OK;
 }
@@ -35,8 +36,15 @@ static void note_product(mil_op *op, int64_t m, int64_t n, int64_t k, int32_t b_
 /* a[]: batch, groups, out channels and in channels per group, then for height and width: in, out,
  * kernel, stride, dilation, padding before. */
 enum { BATCH, GROUPS, OUT, IN, SPACE, SPACE_N = 6, IN_X = 0, OUT_X, KERNEL, STRIDE, DILATION, PAD };
-enum { CONV_WEIGHT = 1, CONV_BIAS, CONV_STRIDES, CONV_PAD_TYPE, CONV_PAD, CONV_DILATIONS,
-       CONV_GROUPS };
+enum {
+    CONV_WEIGHT = 1,
+    CONV_BIAS,
+    CONV_STRIDES,
+    CONV_PAD_TYPE,
+    CONV_PAD,
+    CONV_DILATIONS,
+    CONV_GROUPS
+};
 
 /* An output position after another reads input positions after each other. */
 static int conv_is_plain(const mil_op *op) {
@@ -213,8 +221,7 @@ static void run_conv(mil_run *r, const mil_op *op) {
     const float *x = mil_data(r, op->arg[0]), *w = mil_data(r, op->arg[CONV_WEIGHT]);
     float *y = mil_data(r, op->out[0]);
     for (int64_t i = 0; i < a[BATCH] * a[GROUPS]; i++)
-        conv_group(r, op, y + i * a[OUT] * n, x + i * a[IN] * in,
-                   w + i % a[GROUPS] * a[OUT] * k);
+        conv_group(r, op, y + i * a[OUT] * n, x + i * a[IN] * in, w + i % a[GROUPS] * a[OUT] * k);
     if (op->arg[CONV_BIAS] != NULL) {
         const float *bias = mil_data(r, op->arg[CONV_BIAS]);
         for (int64_t c = 0; c < a[BATCH] * channels; c++)
@@ -240,7 +247,8 @@ static int32_t matmul_batch(mil_build *b, mil_op *op, mil_shape *out) {
         char one[128], two[128];
         if (dx != dy && dx != 1 && dy != 1)
             return mil_error(b->mil, op->at, "the batch dimensions of %s and %s differ",
-                             mil_shape_text(x, one, sizeof one), mil_shape_text(y, two, sizeof two));
+                             mil_shape_text(x, one, sizeof one),
+                             mil_shape_text(y, two, sizeof two));
         if (dx != dy)
             ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_MATMUL_BROADCAST, op->at, 1,
                                "batch dimension %d is %lld in x and %lld in y: may give zeros", i,
@@ -258,6 +266,21 @@ static int32_t matmul_batch(mil_build *b, mil_op *op, mil_shape *out) {
     return ANEPY_OK;
 }
 
+static mil_batch matmul_batch_of(const mil_op *op) {
+    const int64_t *a = op->a;
+    return (mil_batch){.one = {.m = a[M],
+                               .n = a[N],
+                               .k = a[K],
+                               .ldc = a[N],
+                               .a_row = a[TRANSPOSE_X] ? 1 : a[K],
+                               .a_step = a[TRANSPOSE_X] ? a[M] : 1,
+                               .ldb = a[TRANSPOSE_Y] ? a[K] : a[N],
+                               .b_transposed = (int32_t)a[TRANSPOSE_Y]},
+                       .count = a[BATCHES],
+                       .dims = a + BATCH_DIMS,
+                       .dim_n = a[BATCH_RANK]};
+}
+
 static int32_t check_matmul(mil_build *b, mil_op *op) {
     const mil_shape *x = &op->arg[0]->shape, *y = &op->arg[1]->shape;
     int64_t *a = op->a;
@@ -271,8 +294,8 @@ static int32_t check_matmul(mil_build *b, mil_op *op) {
                          "matmul takes at least 2 dimensions, not %d",
                          x->rank < 2 ? x->rank : y->rank);
     if (x->rank > 4 || y->rank > 4)
-        ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_RANK, op->at, 1,
-                           "matmul takes at most 4 dimensions"));
+        ANEPY_TRY(
+            mil_rule(b->mil, ANEPY_RULE_RANK, op->at, 1, "matmul takes at most 4 dimensions"));
     for (int32_t slot = 2; slot < 4; slot++) {
         if (op->arg[slot] == NULL || !op->arg[slot]->literal) continue;
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_INLINE_LITERAL, op->arg_at[slot], 1,
@@ -297,36 +320,19 @@ static int32_t check_matmul(mil_build *b, mil_op *op) {
                            "M1: a runtime matmul over %lld elements, no multiple of 32: zeros",
                            (long long)k));
     ANEPY_TRY(mil_declare(b, op, 0, &out));
-    note_product(op, a[M], a[N], k, (int32_t)a[TRANSPOSE_Y]);
+    mil_batch batch = matmul_batch_of(op);
+    op->scratch_n = mil_multiply_batch_scratch_n(&batch);
+    op->columns = (int32_t)a[N];
     return add_work(b, op, a[M], a[N], k, a[BATCHES]);
 }
 
 static void run_matmul(mil_run *r, const mil_op *op) {
-    const int64_t *a = op->a;
-    const float *x = mil_data(r, op->arg[0]), *y = mil_data(r, op->arg[1]);
-    float *z = mil_data(r, op->out[0]);
-    mil_matmul s = {.m = a[M],
-                    .n = a[N],
-                    .k = a[K],
-                    .ldc = a[N],
-                    .a_row = a[TRANSPOSE_X] ? 1 : a[K],
-                    .a_step = a[TRANSPOSE_X] ? a[M] : 1,
-                    .ldb = a[TRANSPOSE_Y] ? a[K] : a[N],
-                    .b_transposed = (int32_t)a[TRANSPOSE_Y]};
-    for (int64_t i = 0; i < a[BATCHES]; i++) {
-        int64_t rest = i, ix = 0, iy = 0;
-        for (int64_t d = 0; d < a[BATCH_RANK]; d++) {
-            const int64_t *dim = a + BATCH_DIMS + 3 * d;
-            ix += rest % dim[0] * dim[1];
-            iy += rest % dim[0] * dim[2];
-            rest /= dim[0];
-        }
-        s.a = x + ix * a[M] * a[K];
-        s.b = y + iy * a[K] * a[N];
-        s.c = z + i * a[M] * a[N];
-        mil_multiply(r, &s, r->scratch);
-    }
-    mil_round_all(r, z, op->out[0]->n);
+    mil_batch s = matmul_batch_of(op);
+    s.one.a = mil_data(r, op->arg[0]);
+    s.one.b = mil_data(r, op->arg[1]);
+    s.one.c = mil_data(r, op->out[0]);
+    mil_multiply_batch(r, &s, r->scratch);
+    mil_round_all(r, s.one.c, op->out[0]->n);
 }
 
 /* y = x W^T + bias, W [out, in]. */
@@ -340,8 +346,9 @@ static int32_t check_linear(mil_build *b, mil_op *op) {
         ANEPY_TRY(mil_want_same_type(b, op, slot, 0));
     }
     if (x->rank < 1 || w->rank != 2 || x->dims[x->rank - 1] != w->dims[1])
-        return mil_error(b->mil, op->arg_at[1], "the weight of linear must be [out, in] with the "
-                                                "last dimension of x as in");
+        return mil_error(b->mil, op->arg_at[1],
+                         "the weight of linear must be [out, in] with the "
+                         "last dimension of x as in");
     if (op->arg[2] != NULL && op->arg[2]->n != w->dims[0])
         return mil_error(b->mil, op->arg_at[2], "the bias has %lld elements, wanted %lld",
                          (long long)op->arg[2]->n, (long long)w->dims[0]);
@@ -396,8 +403,9 @@ static int32_t check_sdpa(mil_build *b, mil_op *op) {
         fits = q->dims[i] == k->dims[i] && q->dims[i] == v->dims[i];
     if (!fits || q->dims[q->rank - 1] != k->dims[q->rank - 1] ||
         k->dims[q->rank - 2] != v->dims[q->rank - 2])
-        return mil_error(b->mil, op->at, "query [..., L, E], key [..., S, E] and value [..., S, F] "
-                                         "do not fit each other");
+        return mil_error(b->mil, op->at,
+                         "query [..., L, E], key [..., S, E] and value [..., S, F] "
+                         "do not fit each other");
     a[QUERIES] = q->dims[q->rank - 2];
     a[KEYS] = k->dims[q->rank - 2];
     a[WIDTH] = q->dims[q->rank - 1];
@@ -443,7 +451,8 @@ static void attention_row(void *context, int32_t index, int32_t worker) {
     const rows_job *job = context;
     float *row = job->scores + index * job->keys;
     for (int64_t i = 0; i < job->keys; i++)
-        row[i] = row[i] * job->scale + (job->mask != NULL ? job->mask[index * job->keys + i] : 0.0f);
+        row[i] =
+            row[i] * job->scale + (job->mask != NULL ? job->mask[index * job->keys + i] : 0.0f);
     job->run->mil->kernels->softmax_row(row, (int32_t)job->keys, (int32_t)job->keys, 1.0f);
 }
 
@@ -484,7 +493,8 @@ static void run_sdpa(mil_run *r, const mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X {"x", MIL_TENSOR, 0}
+#define X                                                                                          \
+    { "x", MIL_TENSOR, 0 }
 
 const mil_op_type MIL_PRODUCTS[] = {
     {"conv",

@@ -39,7 +39,8 @@ static int32_t want_per_axis(mil_build *b, const mil_op *op, int32_t slot, int64
     const mil_value *v = op->arg[slot];
     if (v == NULL || (v->shape.rank <= 1 && (v->n == 1 || v->n == extent))) return ANEPY_OK;
     char given[128];
-    return mil_error(b->mil, op->arg_at[slot], "%s must be a scalar or have %lld elements, not be %s",
+    return mil_error(b->mil, op->arg_at[slot],
+                     "%s must be a scalar or have %lld elements, not be %s",
                      op->type->params[slot].name, (long long)extent,
                      mil_shape_text(&v->shape, given, sizeof given));
 }
@@ -76,10 +77,10 @@ static int32_t check_affine(mil_build *b, mil_op *op) {
     ANEPY_TRY(make_const(b, op, &out));
     for (int64_t i = 0; i < data->n; i++) {
         int64_t index = i / op->a[1] % op->a[0];
-        op->out[0]->data[i] = (float)((mil_float_at(data, i) - per_axis(op->arg[AFFINE_ZERO], index)) *
-                                      per_axis(op->arg[AFFINE_SCALE], index));
+        op->out[0]->data[i] =
+            (float)((mil_float_at(data, i) - per_axis(op->arg[AFFINE_ZERO], index)) *
+                    per_axis(op->arg[AFFINE_SCALE], index));
     }
-    b->mil->weight_nbytes += (uint64_t)data->n;
     round_const(b, op->out[0]);
     return ANEPY_OK;
 }
@@ -122,7 +123,6 @@ static int32_t check_blockwise(mil_build *b, mil_op *op) {
         double zero = offset != NULL ? mil_float_at(offset, at) : 0.0;
         op->out[0]->data[i] = (float)((mil_float_at(data, i) - zero) * mil_float_at(scale, at));
     }
-    b->mil->weight_nbytes += (uint64_t)data->n;
     round_const(b, op->out[0]);
     return ANEPY_OK;
 }
@@ -148,7 +148,8 @@ static int32_t check_lut(mil_build *b, mil_op *op) {
     }
     ANEPY_TRY(make_const(b, op, &out));
     if (indices->n != (op->out[0]->n * bits + 7) / 8)
-        return mil_error(b->mil, op->arg_at[0], "%lld bytes of indices, %lld elements of %d bits need %lld",
+        return mil_error(b->mil, op->arg_at[0],
+                         "%lld bytes of indices, %lld elements of %d bits need %lld",
                          (long long)indices->n, (long long)op->out[0]->n, bits,
                          (long long)((op->out[0]->n * bits + 7) / 8));
     for (int64_t i = 0; i < op->out[0]->n; i++) {
@@ -157,7 +158,6 @@ static int32_t check_lut(mil_build *b, mil_op *op) {
         if (bit / 8 + 1 < indices->n) two |= (uint32_t)mil_int_at(indices, bit / 8 + 1) << 8;
         op->out[0]->data[i] = (float)mil_float_at(lut, two >> bit % 8 & ((1u << bits) - 1));
     }
-    b->mil->weight_nbytes += (uint64_t)indices->n;
     round_const(b, op->out[0]);
     return ANEPY_OK;
 }

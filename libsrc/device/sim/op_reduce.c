@@ -276,8 +276,8 @@ static int32_t check_layer_norm(mil_build *b, mil_op *op) {
     }
     op->f[0] = (float)mil_float_or(op, LN_EPSILON, 1e-5);
     int64_t d = a[REDUCED];
-    int bad = b->mil->options.chip <= ANEPY_CHIP_M2 &&
-              (d == 1024 || d == 1536 || d == 2560 || d == 4096);
+    int bad =
+        b->mil->options.chip <= ANEPY_CHIP_M2 && (d == 1024 || d == 1536 || d == 2560 || d == 4096);
     if (d >= 10240 || bad)
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_LAYER_NORM, op->at, 1,
                            "layer_norm over %lld elements fails on M%d", (long long)d,
@@ -318,13 +318,13 @@ static void run_layer_norm(mil_run *r, const mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X {"x", MIL_TENSOR, 0}
+#define X                                                                                          \
+    { "x", MIL_TENSOR, 0 }
 #define REDUCE(name, code)                                                                         \
-    {name,                                                                                         \
-     {X, {"axes", MIL_INT_LIST, 1}, {"keep_dims", MIL_BOOL, 1}},                                   \
-     check_reduce,                                                                                 \
-     run_reduce,                                                                                   \
-     code}
+    {                                                                                              \
+        name, {X, {"axes", MIL_INT_LIST, 1}, {"keep_dims", MIL_BOOL, 1}}, check_reduce,            \
+            run_reduce, code                                                                       \
+    }
 
 const mil_op_type MIL_REDUCTIONS[] = {
     REDUCE("reduce_sum", SUM),

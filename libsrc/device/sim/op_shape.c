@@ -104,7 +104,8 @@ static void run_copy(mil_run *r, const mil_op *op) {
     mil_each(r, op->out[0]->n / pairs[0] / rows * job.blocks, transpose_strip, &job);
 }
 
-/* ---------------------------------------------------------------------------- reshapes, transpose */
+/* ---------------------------------------------------------------------------- reshapes, transpose
+ */
 
 static int32_t check_reshape(mil_build *b, mil_op *op) {
     const mil_value *x = op->arg[0], *shape = op->arg[1];
@@ -436,7 +437,8 @@ static int32_t check_concat(mil_build *b, mil_op *op) {
         op->arg[2] = op->list[i];
         ANEPY_TRY(mil_want_float(b, op, 2));
         int fits = s->rank == out.rank && s->type == out.type;
-        for (int32_t d = 0; d < out.rank && fits; d++) fits = d == axis || s->dims[d] == out.dims[d];
+        for (int32_t d = 0; d < out.rank && fits; d++)
+            fits = d == axis || s->dims[d] == out.dims[d];
         if (!fits) {
             char first[128], other[128];
             return mil_error(b->mil, op->arg_at[2], "value %d is %s, which does not continue %s", i,
@@ -458,7 +460,8 @@ static int32_t check_concat(mil_build *b, mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X {"x", MIL_TENSOR, 0}
+#define X                                                                                          \
+    { "x", MIL_TENSOR, 0 }
 
 const mil_op_type MIL_SHAPES[] = {
     {"reshape", {X, {"shape", MIL_INT_LIST, 0}}, check_reshape, NULL, 0},

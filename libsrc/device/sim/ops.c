@@ -1,4 +1,5 @@
-/* device/sim/ops.c - the list of operations, their parameters, and checks that all of them share. */
+/* device/sim/ops.c - the list of operations, their parameters, and checks that all of them share.
+ */
 #include "device/sim/interp.h"
 
 #include <stdio.h>
@@ -213,9 +214,9 @@ const char *mil_string_or(const mil_op *op, int32_t slot, const char *otherwise)
 
 int32_t mil_want_list(mil_build *b, const mil_op *op, int32_t slot, int64_t n) {
     if (op->arg[slot] == NULL || op->arg[slot]->n == n) return ANEPY_OK;
-    return mil_error(b->mil, op->arg_at[slot], "parameter %s of %s needs %lld entries here, not %lld",
-                     op->type->params[slot].name, op->type->name, (long long)n,
-                     (long long)op->arg[slot]->n);
+    return mil_error(
+        b->mil, op->arg_at[slot], "parameter %s of %s needs %lld entries here, not %lld",
+        op->type->params[slot].name, op->type->name, (long long)n, (long long)op->arg[slot]->n);
 }
 
 int32_t mil_want_axis(mil_build *b, const mil_op *op, int32_t slot, int64_t value, int32_t rank,
@@ -241,6 +242,6 @@ int32_t mil_want_same_type(mil_build *b, const mil_op *op, int32_t slot, int32_t
     anepy_mil_type type = op->arg[slot]->shape.type, wanted = op->arg[other]->shape.type;
     if (type == wanted) return ANEPY_OK;
     return mil_error(b->mil, op->arg_at[slot], "%s is %s, but %s is %s",
-                     op->type->params[slot].name, mil_type_name(type),
-                     op->type->params[other].name, mil_type_name(wanted));
+                     op->type->params[slot].name, mil_type_name(type), op->type->params[other].name,
+                     mil_type_name(wanted));
 }

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define MAX_FUNCTIONS 4096
-#define MAX_OPS 65536  /* per function: more than a whole training step has */
+#define MAX_OPS 65536 /* per function: more than a whole training step has */
 #define MAX_OUTS 1024
 #define MAX_ARGUMENTS 16
 

@@ -80,9 +80,10 @@ static void mark_use(void *context, mil_value *base, int32_t time) {
 }
 
 static void free_if_last(void *context, mil_value *base, int32_t time) {
-    if (base->last != time) return;
-    base->last = -1; /* once */
-    give_back(context, base);
+    space *s = context;
+    if (base->last != time || base->given_back) return;
+    base->given_back = 1;
+    give_back(s, base);
 }
 
 int32_t mil_plan(anepy_mil *mil, mil_function *f) {

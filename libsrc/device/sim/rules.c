@@ -83,8 +83,7 @@ static const struct {
     [ANEPY_RULE_SATURATION] = {"saturation", REPORT, "a result is beyond 32752"},
     [ANEPY_RULE_SUBNORMAL] = {"subnormal", REPORT, "results below 2^-14 become zero"},
     /* Trap 7 [V]: runs, ignoring the mask (applied). */
-    [ANEPY_RULE_SDPA_MASK] = {"sdpa_mask", REPORT,
-                              "scaled_dot_product_attention ignores its mask"},
+    [ANEPY_RULE_SDPA_MASK] = {"sdpa_mask", REPORT, "scaled_dot_product_attention ignores its mask"},
     [ANEPY_RULE_SDPA_LENGTH] = {"sdpa_length", REPORT,
                                 "scaled_dot_product_attention is wrong from lengths of 512"},
     /* 2.2: refused on M1 and M2; elsewhere works at the boundary. */
@@ -101,14 +100,12 @@ static const struct {
     /* 2.4 [R]. */
     [ANEPY_RULE_SQUARE] = {"square", REPORT,
                            "square may be wrong for these widths; write mul(x, x)"},
-    [ANEPY_RULE_REDUCE_TIMES_ZERO] = {"reduce_times_zero", REPORT,
-                                      "a reduction times zero fails"},
+    [ANEPY_RULE_REDUCE_TIMES_ZERO] = {"reduce_times_zero", REPORT, "a reduction times zero fails"},
     [ANEPY_RULE_LAYER_NORM] = {"layer_norm", ERROR,
                                "layer_norm fails from 10240 channels on, on M1 and M2 also for "
                                "1024, 1536, 2560 and 4096"},
     /* 2.3. */
-    [ANEPY_RULE_WEIGHTS_SIZE] = {"weights_size", ERROR,
-                                 "a program has more than 2 GiB of weights"},
+    [ANEPY_RULE_WEIGHTS_SIZE] = {"weights_size", ERROR, "a program has more than 2 GiB of weights"},
     /* Section 3 [I]: int8 data under an fp16 tag runs; the tag seems to be ignored. */
     [ANEPY_RULE_WEIGHT_TYPE] = {"weight_type", REPORT,
                                 "a weight record has another type than its constant"},
@@ -143,8 +140,7 @@ static void write_sentence(char *out, mil_span at, const char *prefix, const cha
     char word[44];
     int32_t n = 0;
     /* Hostile text may hold any byte. */
-    for (; n < at.n && n < 40; n++)
-        word[n] = at.p[n] >= ' ' && at.p[n] <= '~' ? at.p[n] : '?';
+    for (; n < at.n && n < 40; n++) word[n] = at.p[n] >= ' ' && at.p[n] <= '~' ? at.p[n] : '?';
     if (n < at.n) memcpy(word + n - 3, "...", 3);
     word[n] = '\0';
     int used = 0;

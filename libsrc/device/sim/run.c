@@ -98,48 +98,6 @@ void mil_round_all(mil_run *r, float *p, int64_t n) {
     mil_each_group(r, n, round_group, &job);
 }
 
-/* ------------------------------------------------------------------------------------ products */
-
-/* Rows that are no multiple of the panel width are copied to where they may be. */
-int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed) {
-    return b_transposed || n % ANEPY_COLUMNS == 0 ? 0 : (m + k) * anepy_round_up(n, ANEPY_COLUMNS);
-}
-
-void mil_multiply(mil_run *r, const mil_matmul *s, float *pad) {
-    anepy_product p = {.c = s->c,
-                       .a = s->a,
-                       .b = s->b,
-                       .ldc = s->ldc,
-                       .a_row = s->a_row,
-                       .a_step = s->a_step,
-                       .ldb = s->ldb,
-                       .b_transposed = s->b_transposed,
-                       .m = (int32_t)s->m,
-                       .k = (int32_t)s->k};
-    int64_t n = s->n;
-    int padded = mil_multiply_scratch_n(s->m, n, s->k, s->b_transposed) > 0;
-    if (padded) {
-        n = anepy_round_up(n, ANEPY_COLUMNS);
-        for (int64_t i = 0; i < s->k; i++) {
-            memcpy(pad + i * n, s->b + i * s->ldb, (size_t)s->n * sizeof *pad);
-            memset(pad + i * n + s->n, 0, (size_t)(n - s->n) * sizeof *pad);
-        }
-        p.b = pad;
-        p.c = pad + s->k * n;
-        p.ldb = p.ldc = n;
-    }
-    const float *b = p.b;
-    float *c = p.c;
-    for (int64_t j = 0; j < n; j += MIL_COLUMNS) {
-        p.n = (int32_t)(n - j < MIL_COLUMNS ? n - j : MIL_COLUMNS);
-        p.b = b + (p.b_transposed ? j * p.ldb : j);
-        p.c = c + j;
-        anepy_gemm_run(&r->gemm, &p);
-    }
-    for (int64_t i = 0; padded && i < s->m; i++)
-        memcpy(s->c + i * s->ldc, c + i * n, (size_t)s->n * sizeof *c);
-}
-
 /* ------------------------------------------------------------------------------------ surfaces */
 
 #define SURFACE_FLOOR (48 << 10)
@@ -261,6 +219,25 @@ static int32_t report_numbers(mil_run *r, mil_span at, const char *name) {
     return ANEPY_OK;
 }
 
+/* What an operation does not read any more is poisoned again. */
+static void guard_ended(const mil_run *r, const mil_value *v, int32_t time) {
+    const mil_value *base = v->base != NULL ? v->base : v;
+    if (base->kind == MIL_CONST || base->last != time) return;
+    MIL_GUARD(mil_data(r, base), (uint64_t)base->n * sizeof(float));
+}
+
+static void guard_after(const mil_run *r, const mil_op *op, int32_t time) {
+    for (int32_t i = 0; i < MIL_PARAMS; i++)
+        if (op->arg[i] != NULL) guard_ended(r, op->arg[i], time);
+    for (int32_t i = 0; i < op->list_n; i++) guard_ended(r, op->list[i], time);
+    for (int32_t i = 0; i < op->out_n; i++) guard_ended(r, op->out[i], time);
+}
+
+static void unguard_outputs(const mil_run *r, const mil_op *op) {
+    for (int32_t i = 0; i < op->out_n; i++)
+        MIL_UNGUARD(mil_data(r, op->out[i]), (uint64_t)op->out[i]->n * sizeof(float));
+}
+
 static int32_t run_function(mil_run *r, const void *const *inputs, const uint64_t *input_nbytes,
                             void *const *outputs, const uint64_t *output_nbytes) {
     const mil_function *f = r->function;
@@ -270,13 +247,17 @@ static int32_t run_function(mil_run *r, const void *const *inputs, const uint64_
         const mil_value *v = f->sorted_inputs[i];
         surface_job job = surface_of(r, v, input_nbytes[i]);
         job.in = inputs[i];
+        MIL_UNGUARD(job.data, (uint64_t)v->n * sizeof(float));
         mil_each_group(r, v->n, read_group, &job);
         ANEPY_TRY(report_numbers(r, v->at, v->name));
     }
     for (int32_t t = 0; t < f->op_n; t++) {
         const mil_op *op = f->ops[t];
-        if (op->skip) continue;
-        op->type->run(r, op);
+        if (!op->skip) {
+            unguard_outputs(r, op);
+            op->type->run(r, op);
+        }
+        guard_after(r, op, t);
         ANEPY_TRY(report_numbers(r, op->at, op->out[0]->name));
     }
     for (int32_t i = 0; i < f->output_n; i++) {
@@ -294,16 +275,15 @@ int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *input
                       anepy_mil_position *where) {
     if (function < 0 || function >= mil->function_n)
         return anepy_fail(ANEPY_E_ARGUMENT, "function %d of %d", function, mil->function_n);
-    mil_run r = {.mil = mil,
-                 .function = &mil->functions[function],
-                 .gemm = *gemm,
-                 .scratch = mil->scratch};
+    mil_run r = {
+        .mil = mil, .function = &mil->functions[function], .gemm = *gemm, .scratch = mil->scratch};
     r.gemm.panels = mil->panels;
     atomic_init(&r.saturated, 0);
     atomic_init(&r.flushed, 0);
     atomic_init(&r.cropped, 0);
     mil->where = (anepy_mil_position){0, 0};
     uint64_t fpmode = anepy_fpmode_enter();
+    MIL_GUARD(mil->buffers, (uint64_t)mil->buffer_n * sizeof(float));
     int32_t status = run_function(&r, inputs, input_nbytes, outputs, output_nbytes);
     anepy_fpmode_leave(fpmode);
     if (where != NULL) *where = mil->where;

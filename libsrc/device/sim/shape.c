@@ -8,10 +8,12 @@ static const struct {
     const char *name;
     uint64_t nbytes;
 } TYPES[ANEPY_MIL_TYPE_N] = {
-    [ANEPY_MIL_F16] = {"fp16", 2},   [ANEPY_MIL_F32] = {"fp32", 4},   [ANEPY_MIL_I8] = {"int8", 1},
-    [ANEPY_MIL_U8] = {"uint8", 1},   [ANEPY_MIL_I16] = {"int16", 2},  [ANEPY_MIL_U16] = {"uint16", 2},
-    [ANEPY_MIL_I32] = {"int32", 4},  [ANEPY_MIL_U32] = {"uint32", 4}, [ANEPY_MIL_I64] = {"int64", 8},
-    [ANEPY_MIL_U64] = {"uint64", 8}, [ANEPY_MIL_BOOL] = {"bool", 1},  [ANEPY_MIL_STRING] = {"string", 0},
+    [ANEPY_MIL_F16] = {"fp16", 2},  [ANEPY_MIL_F32] = {"fp32", 4},
+    [ANEPY_MIL_I8] = {"int8", 1},   [ANEPY_MIL_U8] = {"uint8", 1},
+    [ANEPY_MIL_I16] = {"int16", 2}, [ANEPY_MIL_U16] = {"uint16", 2},
+    [ANEPY_MIL_I32] = {"int32", 4}, [ANEPY_MIL_U32] = {"uint32", 4},
+    [ANEPY_MIL_I64] = {"int64", 8}, [ANEPY_MIL_U64] = {"uint64", 8},
+    [ANEPY_MIL_BOOL] = {"bool", 1}, [ANEPY_MIL_STRING] = {"string", 0},
 };
 
 const char *anepy_mil_type_name(int32_t type) {

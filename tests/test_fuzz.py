@@ -27,7 +27,18 @@ from mil_text import Sample, old_dialect  # noqa: E402
 
 from anepy import Model, ModelConfig, mil  # noqa: E402
 
-RECORDED = ""
+# The long run: clang 19, seed 1, one thread; nothing failed.
+RECORDED = {
+    "inputs": 4_000_000,
+    "seeds": 264,
+    "rejected": 2_526_600,
+    "accepted": 1_473_400,  # mutations that left the program valid, or made another valid one
+    "functions_run": 1_296_739,
+    "runs_stopped_by_a_rule": 230_215,
+    "slowest_ms": 70.0,
+    "seconds": 565,
+    "max_rss_kib": 316_640,
+}
 TYPES = {"float16": 1, "uint8": 3, "int8": 4}
 
 

@@ -27,7 +27,7 @@ _DTYPES = {"fp16": "float16", "fp32": "float32"}
 _RECORD_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4}
 _SURFACE = 65536  # every surface is a multiple of it (ane-facts 4.1)
 _E_PROGRAM = -13
-_REPORT, _ERROR = 1, 2
+_REPORT, _ERROR, _DEFAULT = 1, 2, 255
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Program(_Owner):
         device: "sim".
         chip: whose limits: "m1" to "m5".
         strict: True makes every broken rule an error, False only reports them; None lets each rule
-            decide (see `rules`).
+            decide (see `rules`). `compile_budget`, which is about the process, is left out.
         rules: actions of single rules, which override `strict`: "off", "report" or "error".
         threads: default from CPU affinity, cgroup quota and physical cores.
 
@@ -303,8 +303,13 @@ def _actions(strict: bool | None, chosen: Mapping[str, Action]) -> bytes:
             raise ConfigError(f"unknown rule {name!r}: use one of {', '.join(table)}")
         if action not in _ACTIONS:
             raise ConfigError(f"rule {name} is {action!r}, expected one of {', '.join(_ACTIONS)}")
-    everything = {None: 255, True: _ERROR, False: _REPORT}[strict]
-    return bytes(_ACTIONS.index(chosen[n]) if n in chosen else everything for n in table)
+    everything = {None: _DEFAULT, True: _ERROR, False: _REPORT}[strict]
+    return bytes(
+        _ACTIONS.index(chosen[name])
+        if name in chosen
+        else (_DEFAULT if name == "compile_budget" else everything)
+        for name in table
+    )
 
 
 def _files(weights: Weights) -> dict[str, Array]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,7 +268,7 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case(WEIGHTED, weights={"g.bin": GAIN}),
     ),
 }
-ELSEWHERE = {"weights_size"}  # needs a file of 2 GiB: tested on its own
+ELSEWHERE = {"weights_size", "compile_budget"}  # need 2 GiB, and a process of their own
 
 
 def run_raw(compiled: Program, inputs: dict[str, Array]) -> None:
@@ -351,6 +353,18 @@ def test_rule_weights_size_counts_records_named() -> None:
             with pytest.raises(MilError, match=r"rule weights_size: .* 2048 MiB"):
                 Program(text, {"w.bin": data})
             Program(text, {"w.bin": data}, rules={"weights_size": "off"}).close()
+
+
+def test_rule_compile_budget_counts_the_programs_of_a_process() -> None:
+    code = f"""
+from anepy import Program
+for count in range(1, 122):
+    with Program({CASES["layer_norm"][1].text!r}, chip="m3",
+                 rules={{"compile_budget": "report" if count < 121 else "error"}}) as program:
+        assert ("compile_budget" in program.reports) == (count > 119), count
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MilError: rule compile_budget: compilation 121 of this process" in result.stderr
 
 
 # ------------------------------------------------------------------------- what is done to numbers
@@ -459,10 +473,11 @@ def test_strict_makes_every_report_an_error_and_its_opposite_none() -> None:
 
 def test_rules_name_their_action_and_meaning() -> None:
     table = rules()
-    assert {rule.action for rule in table.values()} == {"report", "error"}
+    assert {rule.action for rule in table.values()} == {"report", "error", "off"}
     assert all(len(rule.meaning) > 10 for rule in table.values())
     assert table["surface_size"].action == "error"
     assert table["io_order"].action == "report"
+    assert [name for name, rule in table.items() if rule.action == "off"] == ["compile_budget"]
 
 
 def test_actions_beyond_the_known_are_refused() -> None:

@@ -1,6 +1,7 @@
 /* device/sim/mil.c - makes, describes and frees a parsed program. */
 #include "device/sim/interp.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,6 +10,10 @@
 #define MOST_TEXT ((uint64_t)256 << 20)
 #define DEFAULT_MEMORY ((uint64_t)16 << 30)
 #define DEFAULT_WORK ((uint64_t)1 << 50)
+
+#define COMPILE_BUDGET 119
+
+static _Atomic int32_t compiles; /* in this process */
 
 static const mil_span NOWHERE = {"", 0, 0, 0};
 
@@ -65,7 +70,13 @@ static int32_t build(anepy_mil *mil, const char *text, uint64_t n, const anepy_m
     b.lexer = (mil_lexer){copy, copy + n, copy, 1};
     ANEPY_TRY(mil_parse_program(&b));
     ANEPY_TRY(check_weights(&b));
-    return map_buffers(mil);
+    ANEPY_TRY(map_buffers(mil));
+    int32_t n_compiled = atomic_fetch_add(&compiles, 1) + 1;
+    if (n_compiled <= COMPILE_BUDGET) return ANEPY_OK;
+    return mil_rule(mil, ANEPY_RULE_COMPILE_BUDGET, NOWHERE, 1,
+                    "compilation %d of this process, %d are safe: put programs into one text, or "
+                    "pass weights as inputs",
+                    n_compiled, COMPILE_BUDGET);
 }
 
 int32_t anepy_mil_parse(anepy_mil **out, const char *text, uint64_t n, const anepy_mil_file *files,

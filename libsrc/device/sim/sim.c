@@ -3,7 +3,6 @@
  *
  * All programs of one compilation are functions of one text with one blob, so a weight update costs
  * one compile (ane-facts.md 1.5). "sim:m1" ... "sim:m5" choose the chip whose limits apply. */
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -41,8 +40,6 @@ typedef struct {
     sim_surface *surfaces;
     anepy_kernel *kernels;
 } simulator;
-
-static _Atomic int32_t compiles; /* in this process: what the hardware limits */
 
 /* ------------------------------------------------------------------------------------ surfaces */
 
@@ -116,7 +113,6 @@ static int32_t compile_bank(simulator *sim, const anepy_instance *instances, int
         anepy_mil_file file = {ANEPY_MIL_WEIGHT_FILE, source.blob.data, source.blob.n};
         status = anepy_mil_parse(out, source.text, source.n, &file, source.blob.n > 0,
                                  &sim->options, NULL);
-        atomic_fetch_add(&compiles, 1);
     }
     anepy_mil_source_free(&source);
     free(items);

@@ -29,7 +29,7 @@ def shared() -> Callable[[str], Path]:
 
 
 # What CI may lack: a second user, and packages that are optional even for the tests.
-_MAY_BE_MISSING = ("root may write", "needs a user whom", "ANEPY_TEST_DATA", "torch", "coremltools")
+_MAY_BE_MISSING = ("root may write", "needs a user who", "ANEPY_TEST_DATA", "torch", "coremltools")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -491,3 +491,31 @@ def test_close_in_another_thread_is_learned_of() -> None:
     thread.join()
     with pytest.raises(ClosedError):
         engine.step([1], [2])
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "199999 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_threads_respect_the_cgroup_quota(files: dict[str, str], threads: int | None) -> None:
+    """In a mount namespace of our own with a cgroup folder we wrote; None: as without a quota."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a user who may make a mount namespace")
+    write = "".join(
+        f"mkdir -p $(dirname /sys/fs/cgroup/{name}); echo '{text}' > /sys/fs/cgroup/{name}; "
+        for name, text in files.items()
+    )
+    code = "from anepy.engine import library_info; print(library_info()['threads'])"
+    command = f"mount -t tmpfs none /sys/fs/cgroup && {write} exec '{sys.executable}' -c \"{code}\""
+    environment = {k: v for k, v in os.environ.items() if k != "ANEPY_NUM_THREADS"}
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == (threads or library_info()["threads"])

@@ -80,30 +80,41 @@ static double read_quota(const char *quota_path, const char *period_path) {
     return value > 0.0 && period > 0.0 ? value / period : 0.0;
 }
 
-/* The tightest limit of our cgroup and its parents (version 2), or of version 1. */
+/* Is "cpu" one of the comma-separated controllers of a version 1 hierarchy? */
+static int has_cpu(const char *controllers) {
+    for (const char *at = controllers; *at != '\0'; at += strcspn(at, ",")) {
+        at += *at == ',';
+        if (strncmp(at, "cpu", 3) == 0 && (at[3] == ',' || at[3] == '\0')) return 1;
+    }
+    return 0;
+}
+
+/* The tightest limit of our cgroup and its parents, in version 2 (no controllers named) and 1. */
 static double cpu_quota(void) {
     double best = 0.0;
-    char line[512], path[640];
+    char line[512], path[640], period[640];
     FILE *file = fopen("/proc/self/cgroup", "re");
-    if (file != NULL) {
-        while (fgets(line, sizeof line, file) != NULL) {
-            if (strncmp(line, "0::", 3) != 0) continue;
-            char *group = line + 3;
-            group[strcspn(group, "\n")] = '\0';
-            for (;;) {
-                snprintf(path, sizeof path, "/sys/fs/cgroup%s/cpu.max", group);
-                double quota = read_quota(path, NULL);
-                if (quota > 0.0 && (best == 0.0 || quota < best)) best = quota;
-                char *slash = strrchr(group, '/');
-                if (slash == NULL) break;
-                *slash = '\0';
-            }
+    if (file == NULL) return 0.0;
+    while (fgets(line, sizeof line, file) != NULL) {
+        char *controllers = strchr(line, ':');
+        char *group = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
+        if (group == NULL) continue;
+        *controllers++ = *group++ = '\0';
+        group[strcspn(group, "\n")] = '\0';
+        int version2 = controllers[0] == '\0';
+        if (!version2 && !has_cpu(controllers)) continue;
+        for (;;) {
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s", version2 ? "" : "/cpu", group,
+                     version2 ? "cpu.max" : "cpu.cfs_quota_us");
+            snprintf(period, sizeof period, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+            double quota = read_quota(path, version2 ? NULL : period);
+            if (quota > 0.0 && (best == 0.0 || quota < best)) best = quota;
+            char *slash = strrchr(group, '/');
+            if (slash == NULL) break;
+            *slash = '\0';
         }
-        fclose(file);
     }
-    if (best == 0.0)
-        best = read_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
-                          "/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    fclose(file);
     return best;
 }
 #endif

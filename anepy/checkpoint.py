@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import CheckpointError
 from .files import probe, replacing, write_failure
@@ -26,6 +27,7 @@ from .files import probe, replacing, write_failure
 FORMAT = 1
 _CHUNK = 1 << 20
 _META_LIMIT = 1 << 26
+_NPY: Any = np.lib.format  # typed in newer versions of numpy only
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Meta:
     format: int = FORMAT
 
 
-def save(path: str | Path, arrays: Mapping[str, np.ndarray], meta: Meta) -> int:
+def save(path: str | Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Meta) -> int:
     """Write a checkpoint so that either the old or the complete new file is there.
 
     Args:
@@ -123,10 +125,10 @@ def read_meta(path: str | Path) -> Meta:
 def load(
     path: str | Path,
     config: Mapping[str, Any],
-    weights: Mapping[str, np.ndarray],
-    adam_m: Mapping[str, np.ndarray],
-    adam_v: Mapping[str, np.ndarray],
-    gradients: Mapping[str, np.ndarray],
+    weights: Mapping[str, npt.NDArray[Any]],
+    adam_m: Mapping[str, npt.NDArray[Any]],
+    adam_v: Mapping[str, npt.NDArray[Any]],
+    gradients: Mapping[str, npt.NDArray[Any]],
 ) -> Meta:
     """Copy a checkpoint into existing arrays, array by array.
 
@@ -164,9 +166,9 @@ def load(
     return meta
 
 
-def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+def _write_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array(member, array, allow_pickle=False)
+        _NPY.write_array(member, array, allow_pickle=False)
 
 
 @contextlib.contextmanager
@@ -197,7 +199,7 @@ def _read_meta(path: str | Path, archive: zipfile.ZipFile) -> Meta:
     if info.file_size > _META_LIMIT:
         raise CheckpointError(f"{path}: its 'meta' has {info.file_size} bytes; not a checkpoint")
     with archive.open(info) as member:
-        text = np.lib.format.read_array(member, allow_pickle=False)
+        text = _NPY.read_array(member, allow_pickle=False)
     if text.shape != () or text.dtype.kind != "U":
         raise CheckpointError(f"{path}: its 'meta' is not a text; not a checkpoint of anepy")
     try:
@@ -246,7 +248,9 @@ def _check_config(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[st
         )
 
 
-def _check_member(path: str | Path, archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+def _check_member(
+    path: str | Path, archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]
+) -> None:
     """Check presence, type, shape, size and checksum of one array against its destination."""
     try:
         info = archive.getinfo(f"{name}.npy")
@@ -270,7 +274,7 @@ def _check_member(path: str | Path, archive: zipfile.ZipFile, name: str, array: 
         )
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+def _read_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
     out = array.data.cast("B")
     with archive.open(f"{name}.npy") as member:
         _read_header(member)
@@ -281,7 +285,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None
 
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    return np.lib.format.read_array_header_2_0(member)
+    version = _NPY.read_magic(member)
+    read = _NPY.read_array_header_1_0 if version == (1, 0) else _NPY.read_array_header_2_0
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(member)
+    return header

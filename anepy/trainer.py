@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import checkpoint
 from .data import Sampler, TokenData, windows
@@ -77,7 +78,7 @@ class Trainer:
         self.source["tokens"] = len(data)
         data.check(model.config.vocab_size)
         self.data, self.held_out = data.split(self.config.held_out)
-        self._held_out_windows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._held_out_windows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
         if self.held_out is not None:
             self._held_out_windows = list(
                 windows(self.held_out, self.seq, self.config.eval_windows)

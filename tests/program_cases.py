@@ -66,6 +66,11 @@ class Case:
         return found
 
 
+def f64(array: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Widen an array; np.float64(array) makes a scalar of it in older versions of numpy."""
+    return np.asarray(array, np.float64)
+
+
 def _half(x: npt.ArrayLike) -> Array:
     return np.asarray(x).astype(np.float16)
 
@@ -102,7 +107,7 @@ def _tensors(
     head = config.head_dim
     x = _half(rng.standard_normal((n, config.dim)))
     dy = _half(rng.standard_normal((n, config.dim)) * GRADIENT)
-    x64, dy64 = np.float64(x), np.float64(dy)
+    x64, dy64 = f64(x), f64(dy)
     if name == "sdpa_fwd":
         o = ref.sdpa_fwd(x64, w, config)
         return {"x": x}, {**o, "out": o["o_out"]}
@@ -112,26 +117,24 @@ def _tensors(
     if name == "ffn_bwd":
         o = ref.ffn_fwd(x64, w)
         ins = {"dy": dy, "h1": _half(o["h1"]), "h3": _half(o["h3"])}
-        dx, dh1, dh3 = ref.ffn_bwd(dy64, np.float64(ins["h1"]), np.float64(ins["h3"]), w)
+        dx, dh1, dh3 = ref.ffn_bwd(dy64, f64(ins["h1"]), f64(ins["h3"]), w)
         return ins, {"dx": dx, "dh1": dh1, "dh3": dh3}
     if name in ("sdpa_bwd1", "sdpa_bwd2", "qkv_bwd"):
         o = ref.sdpa_fwd(x64, w, config)
         q, k, v = (_half(o[t]) for t in "qkv")
-        q64, k64, v64 = np.float64(q), np.float64(k), np.float64(v)
+        q64, k64, v64 = f64(q), f64(k), f64(v)
         dv, probs, dprobs = ref.sdpa_bwd1(q64, k64, v64, dy64, w, config)
         if name == "sdpa_bwd1":
             return {"q": q, "k": k, "v": v, "dy": dy}, {"dv": dv, "probs": probs, "dprobs": dprobs}
         ins = {"probs": _half(probs), "dprobs": _half(dprobs), "q": q, "k": k}
-        dq, dk = ref.sdpa_bwd2(
-            np.float64(ins["probs"]), np.float64(ins["dprobs"]), q64, k64, config
-        )
+        dq, dk = ref.sdpa_bwd2(f64(ins["probs"]), f64(ins["dprobs"]), q64, k64, config)
         dq, dk = ref.rope(dq, head, inverse=True), ref.rope(dk, head, inverse=True)
         if name == "sdpa_bwd2":
             return ins, {"dq": dq, "dk": dk}
         ins = {"dq": _half(dq), "dk": _half(dk), "dv": _half(dv)}
-        dq, dk, dv = (np.float64(ins[t]) for t in ("dq", "dk", "dv"))
+        dq, dk, dv = (f64(ins[t]) for t in ("dq", "dk", "dv"))
         return ins, {"dx": ref.qkv_bwd(dq, dk, dv, w)}
-    final = np.float64(weights["norm.weight"])
+    final = f64(weights["norm.weight"])
     if name.startswith("rmsnorm_bwd"):
         norm = {"rmsnorm_bwd": "attention_norm", "rmsnorm_bwd_ffn": "ffn_norm"}.get(name)
         scale = final if norm is None else w[norm]
@@ -141,14 +144,14 @@ def _tensors(
     classifier = weights["tok_embeddings.weight" if config.tied else "output.weight"]
     if name == "classifier_fwd":
         rows = slice(program.first_row, program.first_row + program.output_channels)
-        return {"x": x}, {"logits": ref.linear(x64, np.float64(classifier[rows]))}
+        return {"x": x}, {"logits": ref.linear(x64, f64(classifier[rows]))}
     if name == "classifier_bwd":
         rows = slice(program.first_row, program.first_row + program.input_channels)
         dlogits = _half(rng.standard_normal((n, program.input_channels)))
-        return {"dlogits": dlogits}, {"dx": np.float64(dlogits) @ np.float64(classifier[rows])}
+        return {"dlogits": dlogits}, {"dx": f64(dlogits) @ f64(classifier[rows])}
     assert name == "softmax", f"no reference for program {name}"
     logits = _half(rng.standard_normal((n, config.vocab_size)) * 2.0)
-    return {"logits": logits}, {"probs": grouped_softmax(np.float64(logits))}
+    return {"logits": logits}, {"probs": grouped_softmax(f64(logits))}
 
 
 def _pack(tensor: Array, width: int) -> Array:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import message
-from program_cases import Array, Case, join_groups, make_case, random_model
+from program_cases import Array, Case, f64, join_groups, make_case, random_model
 from reference import llama64 as ref
 from tolerances import relative_error
 
@@ -134,14 +134,14 @@ def test_programs_are_right_at_the_length_models_train_with() -> None:
 
 def test_parts_of_the_classifier_add_up() -> None:
     model = model_of("five heads")
-    classifier = np.float64(model.weights["tok_embeddings.weight"])
+    classifier = f64(model.weights["tok_embeddings.weight"])
     dx, rows = np.zeros((64, 60)), []
     assert parts_of(model, "classifier_bwd", 64) == 2
     for part in range(2):
         case = make_case(model, "classifier_bwd", 64, part=part)
         out = simulate(case, *mil.generate(model, [case.program]))
-        dx += np.float64(out[0, :, 0].T)
-        rows.append(np.float64(case.packed.T))
+        dx += f64(out[0, :, 0].T)
+        rows.append(f64(case.packed.T))
     expected = np.concatenate(rows, axis=1) @ classifier
     assert relative_error(dx, expected) < FP16_PROGRAM
 
@@ -159,8 +159,8 @@ def test_softmax_groups_join_to_the_probabilities_of_the_whole_vocabulary(
     case = Case(program, {"a_in": logits.T[None, :, None]}, {}, 64)
     out = simulate(case, *mil.generate(model, [program]))[0, :, 0].T
     with np.errstate(divide="ignore"):  # a flushed probability is never the largest of its group
-        probs, lse = join_groups(np.float64(out), np.float64(logits))
-    expected = np.float64(logits)
+        probs, lse = join_groups(f64(out), f64(logits))
+    expected = f64(logits)
     assert relative_error(probs, ref.softmax(expected)) < FP16_PROGRAM
     top = expected.max(axis=1)
     assert np.abs(lse - top - np.log(np.exp(expected.T - top).sum(axis=0))).max() < 1e-3
@@ -171,11 +171,11 @@ def test_softmax_groups_join_to_the_probabilities_of_the_whole_vocabulary(
 def test_rmsnorm_keeps_its_precision_over_the_range_of_activations(dim: int, size: float) -> None:
     """0.02 is a fresh model's embedding: squares of it vanish in fp16; 300 squared overflows."""
     model = random_model(ModelConfig(dim, 32, 1, dim // 32, dim // 32, 32, 64))
-    weight = np.float64(model.weights["norm.weight"])
+    weight = f64(model.weights["norm.weight"])
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((64, dim)) * size).astype(np.float16)
     dy = (rng.standard_normal((64, dim)) * 4.0).astype(np.float16)
-    x64, dy64 = np.float64(x), np.float64(dy)
+    x64, dy64 = f64(x), f64(dy)
     for name, packed, expected in (
         ("final_rmsnorm", x, ref.rmsnorm(x64, weight)),
         (
@@ -208,7 +208,7 @@ def test_attention_with_extreme_scores_stays_finite() -> None:
         block = np.tile(signs[:, 0] * 38.0, (port.channels // 64, 1))
         packed[0, port.channel : port.channel + port.channels, 0] = block
     case = Case(case.program, {"a_in": packed}, {}, 64)
-    out = np.float64(simulate(case, *mil.generate(model, [case.program])))
+    out = f64(simulate(case, *mil.generate(model, [case.program])))
     assert np.isfinite(out).all()
     probs = out[0, 768 : 768 + 12 * 64, 0].reshape(12, 64, 64)
     assert np.allclose(probs.sum(-1), 1.0, atol=5e-3)

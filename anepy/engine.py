@@ -141,8 +141,9 @@ class Engine(_Owner):
     Args:
         model: the model to train.
         variant: a named set of switches, with any of +switch and -switch behind it.
-        device: "auto", "cpu" or "ane".
-        precision: "auto" or "fp32".
+        device: "auto", "cpu", "ane", or "sim", the simulated Neural Engine; "sim:m1" to "sim:m5"
+            choose its chip.
+        precision: "auto", or what the device computes in: "fp32" on cpu, "fp16" on sim.
         seq_len: longest sequence; default the model's.
         threads: default from CPU affinity, cgroup quota and physical cores.
         loss_scale: what dynamic loss scaling starts with (fp16 only); default 4096.

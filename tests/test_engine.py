@@ -318,7 +318,8 @@ def test_views_outlive_engine_and_model() -> None:
     view += 1.0
     del others
     gc.collect()
-    assert ARENA * 0.9 < mapped() - before < 2 * ARENA, "one arena of four is still in use"
+    # One arena of four is still in use; stacks of earlier threads may have gone meanwhile.
+    assert ARENA * 0.5 < mapped() - before < 2 * ARENA
     del view
     gc.collect()
     assert mapped() - before < ARENA * 0.5

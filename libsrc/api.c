@@ -105,8 +105,7 @@ static int32_t set_sequence(anepy_engine *e, const int32_t *tokens, const int32_
     e->tokens = tokens;
     e->targets = targets;
     e->n = n;
-    int binds = (e->device->type->capabilities & ANEPY_BINDS) != 0;
-    e->columns = binds ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
+    e->columns = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
     memset(&e->stats, 0, sizeof e->stats);
     return ANEPY_OK;
 }
@@ -214,6 +213,5 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
         e->loss_scale = info->loss_scale;
         e->clean_steps = info->clean_steps;
     }
-    int live = (e->device->type->capabilities & ANEPY_LIVE_WEIGHTS) != 0;
-    return leave(e, live ? ANEPY_OK : anepy_compile(e));
+    return leave(e, anepy_can(e, ANEPY_LIVE_WEIGHTS) ? ANEPY_OK : anepy_compile(e));
 }

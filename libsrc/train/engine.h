@@ -95,6 +95,11 @@ struct anepy_engine {
 
 static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }
 
+/* Has the device this capability (device.h)? */
+static inline int anepy_can(const anepy_engine *e, uint32_t capability) {
+    return (e->device->type->capabilities & capability) != 0;
+}
+
 static inline const anepy_kernels *anepy_vector(const anepy_engine *e) { return e->gemm.kernels; }
 
 int32_t anepy_chunks(const anepy_engine *e); /* pieces of the vocabulary in loss.c */

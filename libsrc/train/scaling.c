@@ -3,11 +3,11 @@
  * accumulated and halves the scale; a long run without that doubles it. */
 #include <math.h>
 
-#include "train/engine.h"
+#include "train/update.h"
 
 #define GROWTH_STEPS 2000
 #define LARGEST_SCALE 0x1p24
-#define PIECE 65536
+#define PIECE ANEPY_UPDATE_PIECE
 
 int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY_F16; }
 

@@ -82,9 +82,10 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, 
     for (int32_t i = 0; i < ANEPY_SWITCH_N; i++)
         if ((device->capabilities & SWITCHES[i].needs) == SWITCHES[i].needs) known |= BIT(i);
     if (text == NULL) text = "max";
-    size_t n = strcspn(text, "+");
+    size_t n = 0;
     int32_t variant = -1;
-    /* A minus may belong to the name (double-buffer): the longest variant that fits wins. */
+    /* A minus may belong to the name (double-buffer), so names are tried; a sign or the end (which
+     * strchr finds too) must follow. */
     for (int32_t i = 0; i < VARIANT_N; i++) {
         size_t length = strlen(VARIANTS[i].name);
         if (strncmp(text, VARIANTS[i].name, length) == 0 && strchr("+-", text[length]) != NULL) {

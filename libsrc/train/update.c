@@ -85,7 +85,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     e->accumulated = 0;
     if (anepy_scaled(e)) anepy_scale_grow(e);
     stats->update_ms = anepy_now_ms() - start;
-    if (e->device->type->capabilities & ANEPY_LIVE_WEIGHTS) return ANEPY_OK;
+    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return ANEPY_OK;
     start = anepy_now_ms();
     int32_t status = anepy_compile(e);
     stats->compile_ms = anepy_now_ms() - start;

@@ -36,9 +36,7 @@ static const struct {
 };
 #define FLOW_N (sizeof FLOW / sizeof FLOW[0])
 
-static int binds(const anepy_engine *e) {
-    return (e->device->type->capabilities & ANEPY_BINDS) != 0;
-}
+static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
  * wq, wk, wv are one product each; scores in one surface for all layers; the rest packed. */
@@ -172,7 +170,7 @@ int32_t anepy_compile(anepy_engine *e) {
             if (e->layers[l].kernels[id] == NULL || e->programs[id].weight_n > 0)
                 instances[n++] = (anepy_instance){&e->programs[id], l};
     status = e->device->ops->compile(e->device, instances, n, e->params, kernels);
-    e->compiles += (e->device->type->capabilities & ANEPY_LIVE_WEIGHTS) == 0;
+    e->compiles += !anepy_can(e, ANEPY_LIVE_WEIGHTS);
     for (int32_t i = 0; i < n && status == ANEPY_OK; i++) {
         anepy_program_id id = instances[i].program->id;
         anepy_layer *layer = &e->layers[instances[i].layer];

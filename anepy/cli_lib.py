@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,17 +58,17 @@ def _text(value: object) -> str:
 def _facts() -> dict[str, Any]:
     import numpy
 
-    from . import __version__, _native, hub
+    from . import __version__, _native, hub, machine
 
     facts: dict[str, Any] = {
         "anepy": __version__,
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "machine": {
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "processor": _processor(),
-            "cpus": _usable_cpus(),
-            "memory": _memory(),
+            "system": machine.system(),
+            "processor": machine.processor(),
+            "cpus": machine.usable_cpus(),
+            "memory": machine.memory(),
         },
         "platform": "unknown",
         "library": {},
@@ -96,31 +93,6 @@ def _facts() -> dict[str, Any]:
         # Somebody who cannot load the library needs this command most.
         facts["library"] = {"error": str(error)}
     return facts
-
-
-def _processor() -> str:
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.check_output(command, text=True, timeout=5).strip()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("model name", "Model"):
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory() -> int:
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 @lib.command(epilog=examples("anepy lib path", "ls -l $(anepy lib path)"))

@@ -262,6 +262,21 @@ class SimReport(_Sized):
     )
 
 
+class Peaks(_Sized):
+    """anepy_peaks."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("threads", c_int32),
+        ("isa", c_char * 32),
+        ("fp32_gflops", c_double),
+        ("bf16_gflops", c_double),
+        ("read_gbs", c_double),
+        ("copy_gbs", c_double),
+        ("triad_gbs", c_double),
+    )
+
+
 # In the order of anepy_struct_size.
 STRUCTS: tuple[type[_Sized], ...] = (
     Config,
@@ -279,6 +294,7 @@ STRUCTS: tuple[type[_Sized], ...] = (
     SimOptions,
     SimTensor,
     SimReport,
+    Peaks,
 )
 
 _ids = POINTER(c_int32)
@@ -335,6 +351,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_library_get_info": (POINTER(LibraryInfo),),
     "anepy_device_get_info": (c_int32, POINTER(DeviceInfo)),
     "anepy_variant_parse": (c_char_p, c_char_p, POINTER(c_uint32)),
+    "anepy_peaks_measure": (POINTER(Peaks), c_char_p, c_int32),
 }
 
 # All others: result type, then arguments.

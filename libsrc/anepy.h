@@ -51,7 +51,8 @@ ANEPY_API int32_t anepy_last_error(char *buf, uint64_t cap);
 
 /* sizeof of the struct with this index: 0 config, 1 tensor, 2 engine options, 3 engine info,
  * 4 step stats, 5 update options, 6 update stats, 7 library info, 8 device info, 9 program options,
- * 10 program info, 11 program port, 12 sim options, 13 sim tensor, 14 sim report; -1 beyond. */
+ * 10 program info, 11 program port, 12 sim options, 13 sim tensor, 14 sim report,
+ * 15 peaks; -1 beyond. */
 ANEPY_API int32_t anepy_struct_size(int32_t index);
 
 /* --------------------------------------------------------------------------- model, tensors */
@@ -362,6 +363,24 @@ ANEPY_API const char *anepy_switch_name(int32_t index);  /* NULL beyond the last
 ANEPY_API const char *anepy_variant_name(int32_t index); /* NULL beyond the last */
 /* The switches a variant text stands for on a device ("auto" included). */
 ANEPY_API int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches);
+
+/* --------------------------------------------------------------------------------- measurement */
+
+/* What this machine can do at most. Arithmetic is measured in registers; memory with arrays of 128
+ * MiB, counting the bytes the program reads and writes (1 GB is 1e9 bytes). */
+typedef struct anepy_peaks {
+    uint32_t struct_size;
+    int32_t threads;
+    char isa[32];
+    double fp32_gflops; /* fused multiply-adds, two operations each */
+    double bf16_gflops; /* bf16 dot products; 0: this instruction set has none */
+    double read_gbs;    /* sum of a */
+    double copy_gbs;    /* a = b */
+    double triad_gbs;   /* a += b */
+} anepy_peaks;
+
+/* isa: one of isa_all, NULL: the one in use; threads 0: default. Takes about 0.15 s and 256 MiB. */
+ANEPY_API int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads);
 
 #ifdef __cplusplus
 }

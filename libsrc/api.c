@@ -34,6 +34,7 @@ int32_t anepy_struct_size(int32_t index) {
         sizeof(anepy_update_stats),    sizeof(anepy_library_info), sizeof(anepy_device_info),
         sizeof(anepy_program_options), sizeof(anepy_program_info), sizeof(anepy_program_port),
         sizeof(anepy_sim_options),     sizeof(anepy_sim_tensor),   sizeof(anepy_sim_report),
+        sizeof(anepy_peaks),
     };
     return index >= 0 && index < (int32_t)(sizeof sizes / sizeof sizes[0]) ? sizes[index] : -1;
 }

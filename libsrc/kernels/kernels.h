@@ -44,6 +44,7 @@ typedef struct anepy_kernels {
     void (*scale)(float *dst, float factor, int64_t n);
     void (*exp)(float *dst, const float *x, int64_t n); /* x <= 88.37; 2 ulp; 0 below -87.3 */
     double (*sum_squares)(const float *x, int64_t n);
+    float (*sum)(const float *x, int64_t n); /* in any order, as fast as memory can be read */
     /* IEEE binary16, round to nearest even; beyond 65504 becomes infinite, NaN stays NaN. */
     void (*to_half)(uint16_t *dst, const float *src, int64_t n);
     void (*from_half)(float *dst, const uint16_t *src, int64_t n);
@@ -85,6 +86,11 @@ typedef struct anepy_kernels {
 
     /* AdamW on n elements (Loshchilov & Hutter 2019), in place; clears g. */
     void (*adam)(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a);
+
+    /* The limit of this set, to measure others against: chain_n independent x = x * factor + term,
+     * `rounds` times each, with nothing but registers; returns the mean of all x. */
+    float (*fma_chains)(float factor, float term, int64_t rounds);
+    int32_t chain_n;
 } anepy_kernels;
 
 /* The best set this machine and ANEPY_CPU_MASK allow; NULL with an error sentence if the mask names

@@ -57,6 +57,12 @@ static double sum_squares__scalar(const float *x, int64_t n) {
     return sum;
 }
 
+static float sum__scalar(const float *x, int64_t n) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
 static void to_half__scalar(uint16_t *dst, const float *src, int64_t n) {
     for (int64_t i = 0; i < n; i++) dst[i] = anepy_to_half(src[i]);
 }
@@ -176,6 +182,20 @@ static void adam__scalar(float *p, float *g, float *m, float *v, int64_t n, cons
     }
 }
 
+/* As many chains as fit the sixteen registers of x86-64 beside factor and term. */
+#define CHAINS 12
+
+static float fma_chains__scalar(float factor, float term, int64_t rounds) {
+    float chain[CHAINS], sum = 0.0f;
+    for (int i = 0; i < CHAINS; i++) chain[i] = (float)i;
+    for (int64_t r = 0; r < rounds; r++) {
+        ANEPY_UNROLL
+        for (int i = 0; i < CHAINS; i++) chain[i] = chain[i] * factor + term;
+    }
+    for (int i = 0; i < CHAINS; i++) sum += chain[i];
+    return sum / CHAINS;
+}
+
 const anepy_kernels anepy_kernels_scalar_set = {
     .isa = "scalar",
     .gemm_name = "gemm_tile_6x16__scalar",
@@ -201,4 +221,7 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .logsumexp_columns = logsumexp_columns__scalar,
     .softmax_gradient = softmax_gradient__scalar,
     .adam = adam__scalar,
+    .sum = sum__scalar,
+    .fma_chains = fma_chains__scalar,
+    .chain_n = CHAINS,
 };

@@ -140,6 +140,17 @@ SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {
     return sum;
 }
 
+SIMD_TARGET static float SIMD_FN(sum)(const float *x, int64_t n) {
+    vf part[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+        ANEPY_UNROLL
+        for (int j = 0; j < 4; j++) part[j] = v_add(part[j], v_load(x + i + j * VL));
+    }
+    for (; i < n; i += VL) part[0] = v_add(part[0], load_left(x + i, n - i));
+    return v_sum(v_add(v_add(part[0], part[1]), v_add(part[2], part[3])));
+}
+
 SIMD_TARGET static void SIMD_FN(to_half)(uint16_t *dst, const float *src, int64_t n) {
     int64_t i = 0;
     for (; i + VL <= n; i += VL) v_store_half(dst + i, v_load(src + i));
@@ -354,6 +365,24 @@ SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, in
     }
 }
 
+/* -------------------------------------------------------------------------------------- limits */
+
+#define CHAINS (ANEPY_TILE_ROWS * TILE_VECTORS) /* the accumulators of gemm_rows */
+
+/* Each chain starts elsewhere, or the compiler would compute one of them. */
+SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t rounds) {
+    vf chain[CHAINS], f = v_set(factor), t = v_set(term), sum = v_set(0.0f);
+    ANEPY_UNROLL
+    for (int i = 0; i < CHAINS; i++) chain[i] = v_set((float)i);
+    for (int64_t r = 0; r < rounds; r++) {
+        ANEPY_UNROLL
+        for (int i = 0; i < CHAINS; i++) chain[i] = v_fma(chain[i], f, t);
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < CHAINS; i++) sum = v_add(sum, chain[i]);
+    return v_sum(sum) / (float)(CHAINS * VL);
+}
+
 #define VECTOR_KERNELS(name)                                                                       \
     {                                                                                              \
         .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
@@ -367,5 +396,6 @@ SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, in
         .softmax_row = SIMD_FN(softmax_row),                                                       \
         .softmax_row_backward = SIMD_FN(softmax_row_backward),                                     \
         .logsumexp_columns = SIMD_FN(logsumexp_columns),                                           \
-        .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam),                      \
+        .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam), .sum = SIMD_FN(sum), \
+        .fma_chains = SIMD_FN(fma_chains), .chain_n = CHAINS * VL,                                 \
     }

@@ -12,7 +12,7 @@
 #if defined(__clang__)
 #define ANEPY_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define ANEPY_UNROLL _Pragma("GCC unroll 16")
+#define ANEPY_UNROLL _Pragma("GCC unroll 24")
 #endif
 
 ANEPY_INLINE int64_t anepy_round_up(int64_t n, int64_t multiple) {

@@ -312,6 +312,18 @@ static void check_queries(void) {
           "library info: %s of %s", info.isa, info.isa_all);
 }
 
+static void check_peaks(void) {
+    anepy_peaks peaks = {.struct_size = sizeof peaks};
+    refuses(anepy_peaks_measure(&peaks, "avx1024", 1), ANEPY_E_NAME, "avx1024");
+    refuses(anepy_peaks_measure(&peaks, NULL, -1), ANEPY_E_ARGUMENT, "threads");
+    const char *best = anepy_kernels_at(0)->isa;
+    CHECK(anepy_peaks_measure(&peaks, best, 2) == ANEPY_OK && peaks.struct_size == sizeof peaks &&
+              peaks.threads == 2 && strcmp(peaks.isa, best) == 0 && peaks.fp32_gflops > 0.0 &&
+              peaks.bf16_gflops >= 0.0 && peaks.read_gbs > 0.0 && peaks.copy_gbs > 0.0 &&
+              peaks.triad_gbs > 0.0,
+          "peaks of %s: %g GFLOP/s, %g GB/s", peaks.isa, peaks.fp32_gflops, peaks.triad_gbs);
+}
+
 /* ---------------------------------------------------------------------- two threads, one handle */
 
 typedef struct {
@@ -410,6 +422,7 @@ void checks_handles(void) {
     check_decoder_arguments(&f);
     check_names();
     check_queries();
+    check_peaks();
     check_mode(&f);
     check_busy(&f);
     fixture_free(&f);

@@ -1,5 +1,5 @@
-/* kernels_products.c - gemm_tile, gemv, transpose_panel and sum_squares of every instruction set,
- * and the table itself.
+/* kernels_products.c - gemm_tile, gemv, transpose_panel, sums and chains of every instruction
+ * set, and the table itself.
  *
  * Factors are small whole numbers, so that every order of summation gives the very same float and
  * one wrong, missing or doubled term shows. */
@@ -25,7 +25,7 @@ static int complete(const anepy_kernels *k) {
            k->sum_squares && k->to_half && k->from_half && k->rmsnorm && k->rmsnorm_stats &&
            k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward && k->softmax_columns &&
            k->softmax_row && k->softmax_row_backward && k->logsumexp_columns &&
-           k->softmax_gradient && k->adam;
+           k->softmax_gradient && k->adam && k->sum && k->fma_chains && k->chain_n > 0;
 }
 
 /* Two sets that share a function are one set under two names. */
@@ -181,16 +181,39 @@ static void check_sum(const anepy_kernels *set, int32_t n, int place) {
     guard_reset();
 }
 
+/* ------------------------------------------------------------------------------ sum, fma_chains */
+
+static void check_plain_sum(const anepy_kernels *set, int32_t n, int place) {
+    float *x = guard_take(n, place), expected = 0.0f;
+    for (int32_t i = 0; i < n; i++) expected += x[i] = random_whole();
+    float actual = set->sum(x, n);
+    CHECK(actual == expected && guard_intact(), "sum %s: %g, not %g, for n %d, place %d", set->isa,
+          (double)actual, (double)expected, n, place);
+    guard_reset();
+}
+
+/* The promised number of steps is taken, by every chain: x + 1 counts them, x / 2 + 1 forgets where
+ * it began. */
+static void check_chains(const anepy_kernels *set) {
+    float start = set->fma_chains(1.0f, 1.0f, 0), after = set->fma_chains(1.0f, 1.0f, 4096);
+    CHECK(after - start == 4096.0f, "fma_chains %s: %g after 4096 rounds, %g before", set->isa,
+          (double)after, (double)start);
+    float settled = set->fma_chains(0.5f, 1.0f, 100);
+    CHECK(settled == 2.0f, "fma_chains %s: settles at %g", set->isa, (double)settled);
+}
+
 void checks_products(void) {
     static const int32_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 64};
     const anepy_kernels *set;
     for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
         check_tiles(set);
+        check_chains(set);
         for (int32_t s = 0; s < SIZE_N; s++) {
             for (int place = 0; place < GUARD_PLACES; place++) {
                 for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++)
                     check_gemv(set, rows[r], SIZES[s], SIZES[s] + (int64_t)r % 3 * 3, place);
                 check_sum(set, SIZES[s], place);
+                check_plain_sum(set, SIZES[s], place);
             }
             for (int32_t r = 1; r <= COLS; r++)
                 check_transpose(set, r, SIZES[s], SIZES[s] + r % 5, (r + s) % GUARD_PLACES);

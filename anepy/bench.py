@@ -1,0 +1,98 @@
+"""The limits of this machine, measured, so that a speed can be told as a share of what is possible.
+
+Arithmetic is measured in registers (independent chains of fused multiply-adds), memory with arrays
+larger than any cache. Both take the best of several short trials: whatever else runs can only make
+a trial slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+
+from . import _abi, _native
+from .errors import ConfigError
+
+PEAK_PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine can do at most with one instruction set.
+
+    Attributes:
+        isa: the instruction set.
+        threads: threads at work.
+        fp32_gflops: fused multiply-adds in float32, GFLOP/s, two operations each.
+        bf16_gflops: bf16 dot products summed in float32, GFLOP/s; None if there are none.
+        read_gbs: GB/s (1e9 bytes) of reading one array.
+        copy_gbs: GB/s of reading one array and writing another.
+        triad_gbs: GB/s of reading two arrays and writing one of them.
+    """
+
+    isa: str
+    threads: int
+    fp32_gflops: float
+    bf16_gflops: float | None
+    read_gbs: float
+    copy_gbs: float
+    triad_gbs: float
+
+
+def peaks(isa: str | None = None, threads: int | None = None) -> Peaks:
+    """Measure the limits of this machine, once per process: about 0.15 s and 256 MiB.
+
+    Args:
+        isa: instruction set, of `library_info()["isa_available"]`. Default: the one in use.
+        threads: threads at work. Default: as many as an engine would use.
+
+    Raises:
+        ConfigError: the instruction set cannot run here, or threads is no sensible number.
+    """
+    if threads is not None and not 1 <= threads < 2**31:
+        raise ConfigError(f"threads is {threads}, expected a number >= 1")
+    return _peaks(isa, threads or 0)
+
+
+def machine_peak(precision: str = "fp32", threads: int | None = None) -> float:
+    """Return the arithmetic limit of this machine in GFLOP/s, measured once per process.
+
+    Args:
+        precision: `fp32` for multiply-adds, `bf16` for dot products of bf16 pairs.
+        threads: threads at work. Default: as many as an engine would use.
+
+    Returns:
+        The limit; NaN for `bf16` where the processor (or `ANEPY_CPU_MASK`) has no such products.
+
+    Raises:
+        ConfigError: another precision, or threads is no sensible number.
+
+    Example:
+        >>> machine_peak("fp32") > 0
+        True
+    """
+    if precision not in PEAK_PRECISIONS:
+        raise ConfigError(
+            f"no peak is known for precision {precision!r}: use one of {', '.join(PEAK_PRECISIONS)}"
+        )
+    found = peaks(threads=threads)
+    value = found.fp32_gflops if precision == "fp32" else found.bf16_gflops
+    return math.nan if value is None else value
+
+
+@functools.cache
+def _peaks(isa: str | None, threads: int) -> Peaks:
+    out = _abi.Peaks()
+    name = None if isa is None else isa.encode("unicode_escape")
+    _native.library().anepy_peaks_measure(ctypes.byref(out), name, threads)
+    return Peaks(
+        isa=out.isa.decode(),
+        threads=out.threads,
+        fp32_gflops=out.fp32_gflops,
+        bf16_gflops=out.bf16_gflops or None,
+        read_gbs=out.read_gbs,
+        copy_gbs=out.copy_gbs,
+        triad_gbs=out.triad_gbs,
+    )

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Compile libsrc/ into the one shared library anepy loads: libanepy.so, or libanepy.dylib on macOS.
 #
-# usage: ./build_lib.sh [--out DIR] [--target TAG] [--debug] [--asan] [--ubsan] [--tsan] [--werror]
-#                       [--quiet] | --print-tag | --print-hash
+# usage: ./build_lib.sh [--out DIR] [--target TAG] [--sdk DIR] [--debug] [--asan] [--ubsan] [--tsan]
+#                       [--werror] [--quiet] | --print-tag | --print-hash
 #
 #   --out DIR      folder of the result (default: anepy/_lib/<tag>; sanitized: <tag>-address and so on)
 #   --target TAG   platform it is for, e.g. linux-aarch64-musl or macos-arm64 (default: this one);
 #                  gcc needs CC=<triple>-gcc, which is the default; clang and zig cc get --target
+#   --sdk DIR      macos-* on another system: the folder of a macOS SDK, for clang with its ld64.lld
 #   --debug        -O1 -g, assertions on
 #   --asan --ubsan --tsan   the sanitizers, also with -O1 -g and assertions
 #   --werror       all the warnings the project is free of, as errors
@@ -70,12 +71,12 @@ source_hash() {
 
 # ----------------------------------------------------------------------------------------- options
 
-out='' target='' debug=no werror=no quiet=no sanitizers=''
+out='' target='' sdk='' debug=no werror=no quiet=no sanitizers=''
 while [ $# -gt 0 ]; do
     case $1 in
-    --out | --target)
+    --out | --target | --sdk)
         [ -n "${2:-}" ] || die 2 "$1 needs a value"
-        if [ "$1" = --out ]; then out=$2; else target=$2; fi
+        case $1 in --out) out=$2 ;; --target) target=$2 ;; *) sdk=$2 ;; esac
         shift
         ;;
     --debug) debug=yes ;;
@@ -100,8 +101,19 @@ linux-*-glibc) triple=${target#linux-} triple=${triple%-glibc}-linux-gnu ;;
 linux-*-musl) triple=${target#linux-} triple=${triple%-musl}-linux-musl ;;
 linux-*-*) die 2 "unknown target $target (linux-<machine>-glibc, linux-<machine>-musl, macos-arm64)" ;;
 linux-?*) triple=${target#linux-}-linux-gnu target=$target-glibc ;;
-macos-arm64 | macos-x86_64) triple=${target#macos-}-apple-macos13 ;;
+macos-arm64 | macos-x86_64) triple=${target#macos-}-apple-macos12 ;;
 *) die 2 "unknown target $target (linux-<machine>-glibc, linux-<machine>-musl, macos-arm64)" ;;
+esac
+
+case $target in macos-*)
+    if [ -n "$sdk" ]; then
+        [ -d "$sdk/System/Library/Frameworks" ] || die 2 "--sdk $sdk is no macOS SDK: it has no System/Library/Frameworks"
+        sdk=$(cd "$sdk" && pwd)
+    elif [ "$(uname -s)" != Darwin ]; then
+        die 2 "--target $target needs --sdk DIR here, the folder of a macOS SDK"
+    fi
+    ;;
+*) [ -z "$sdk" ] || die 2 "--sdk is for macos-* targets, this is $target" ;;
 esac
 
 if [ -z "$out" ]; then
@@ -115,7 +127,13 @@ fi
 remedy='install one: "apt install gcc libc6-dev" (Debian, Ubuntu), "dnf install gcc glibc-devel" (Fedora, RHEL), "apk add gcc musl-dev" (Alpine)'
 [ "$(uname -s)" != Darwin ] || remedy='install one: "xcode-select --install"'
 
-if [ "$target" != "$host" ]; then
+if [ -n "$sdk" ] && [ -z "${CC:-}" ]; then
+    # A clang that brings the linker for Mach-O.
+    for CC in clang clang-{30..14} ''; do
+        if command -v "$CC" >/dev/null && command -v "$("$CC" -print-prog-name=ld64.lld)" >/dev/null; then break; fi
+    done
+    [ -n "$CC" ] || die 1 "no clang with ld64.lld found; install both: \"apt install clang-19 lld-19\" (Debian)"
+elif [ "$target" != "$host" ]; then
     : "${CC:=$triple-gcc}"
 elif [ -z "${CC:-}" ]; then
     for CC in cc gcc clang ''; do if command -v "$CC" >/dev/null; then break; fi; done
@@ -163,7 +181,13 @@ done
 case $target in
 macos-*)
     library=libanepy.dylib source_pattern='\.[cm]$'
-    link+=(-framework Accelerate)
+    # Accelerate, used by kernels/blas_accelerate.c, is opened at run time, as is all that is private.
+    link+=(-install_name @rpath/libanepy.dylib -lobjc -framework Foundation -framework CoreFoundation)
+    link+=(-framework IOSurface -framework Metal -framework MetalPerformanceShaders)
+    if [ -n "$sdk" ]; then
+        cc+=(-isysroot "$sdk")
+        link+=(-fuse-ld=lld "-Wl,-adhoc_codesign")
+    fi
     ;;
 *)
     library=libanepy.so source_pattern='\.c$'

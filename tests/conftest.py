@@ -34,6 +34,7 @@ _MAY_BE_MISSING = (
     "needs a user who",
     "this processor has no",
     "ANEPY_TEST_DATA",
+    "ANEPY_MACOS_SDK",
     "torch",
     "coremltools",
 )

@@ -11,7 +11,7 @@ from ctypes import c_uint64 as u64
 from ctypes import c_void_p as handle
 from typing import Any
 
-from .errors import AbiMismatchError, ConfigError, NativeError
+from .errors import AbiMismatchError, CompileBudgetError, ConfigError, NativeError
 
 ABI_VERSION = 1
 
@@ -90,6 +90,9 @@ class EngineInfo(_Sized):
         ("loss_scale", c_double),
         ("clean_steps", c_int64),
         ("compiles", c_int64),
+        ("compile_budget", c_int64),
+        ("stale", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -234,6 +237,7 @@ class SimOptions(_Sized):
         ("work", u64),
         ("chip", c_int32),
         ("threads", c_int32),
+        ("device", c_char_p),
     )
 
 
@@ -337,6 +341,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
         _floats,
     ),
     "anepy_sim_create": (POINTER(handle), POINTER(SimOptions), _ids),
+    "anepy_sim_reload": (handle, POINTER(SimOptions)),
     "anepy_sim_get_tensor": (handle, POINTER(SimTensor), c_int32, c_int32, c_int32),
     "anepy_sim_run": (
         handle,
@@ -369,6 +374,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_decoder_free": (None, (handle,)),
     "anepy_program_at": (c_char_p, (c_int32,)),
     "anepy_sim_free": (None, (handle,)),
+    "anepy_sim_compiled": (c_int32, (handle,)),
     "anepy_sim_function_name": (c_char_p, (handle, c_int32)),
     "anepy_sim_rule_name": (c_char_p, (c_int32,)),
     "anepy_sim_rule_meaning": (c_char_p, (c_int32,)),
@@ -379,6 +385,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_variant_name": (c_char_p, (c_int32,)),
 }
 
+_BUDGET = -42
 # What the caller can mend: argument, name, token, unavailable, unsupported.
 _USER_ERRORS = frozenset((-10, -11, -12, -41, -50))
 
@@ -427,6 +434,8 @@ def _checker(lib: ctypes.CDLL) -> Any:
         text = detail.value.decode(errors="replace")
         if status in _USER_ERRORS:
             raise ConfigError(text)
+        if status == _BUDGET:
+            raise CompileBudgetError(status, lib.anepy_status_name(status).decode(), text)
         raise NativeError(status, lib.anepy_status_name(status).decode(), text)
 
     return check

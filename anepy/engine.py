@@ -19,6 +19,7 @@ from .errors import ClosedError, ConfigError, NativeError
 from .model import Array, Model
 
 Ids = npt.NDArray[np.int32]
+_DEFER = 1
 _E = TypeVar("_E", bound="Engine")
 _D = TypeVar("_D", bound="Decoder")
 
@@ -142,14 +143,17 @@ class Engine(_Owner):
         model: the model to train.
         variant: a named set of switches, with any of +switch and -switch behind it.
         device: "auto", "cpu", "ane", or "sim", the simulated Neural Engine; "sim:m1" to "sim:m5"
-            choose its chip.
+            choose its chip, and "sim:m1,budget=20" lets a process compile 20 programs.
         precision: "auto", or what the device computes in: "fp32" on cpu, "fp16" on sim.
         seq_len: longest sequence; default the model's.
         threads: default from CPU affinity, cgroup quota and physical cores.
         loss_scale: what dynamic loss scaling starts with (fp16 only); default 4096.
+        defer: compile programs when they are first needed, not at once; for who goes on with
+            `restore`, so that weights that are replaced at once cost no compilation.
 
     Raises:
         ConfigError: a name is unknown, a value out of range, or a device not usable here.
+        CompileBudgetError: this process may compile no more programs.
         NativeError: the system gives no memory.
 
     Example:
@@ -167,6 +171,7 @@ class Engine(_Owner):
         seq_len: int | None = None,
         threads: int | None = None,
         loss_scale: float | None = None,
+        defer: bool = False,
     ) -> None:
         _check_counts(seq_len=seq_len, threads=threads)
         self.model = model
@@ -177,6 +182,7 @@ class Engine(_Owner):
         self.adam_m: Mapping[str, Array] = model.table.views(self._m)
         self.adam_v: Mapping[str, Array] = model.table.views(self._v)
         options = _abi.EngineOptions(
+            flags=_DEFER if defer else 0,
             params=_address(model.arena),
             grads=_address(self._grads),
             adam_m=_address(self._m),
@@ -266,6 +272,9 @@ class Engine(_Owner):
         matrices only. With `grad_clip` the global norm of the mean gradient is limited to it. If
         a gradient is not finite the weights are left alone and `skipped` is set.
 
+        Where weights are baked into programs, those for the new weights are compiled. If the
+        process may compile no more, the update is complete all the same and `stale` says so.
+
         Raises:
             ConfigError: a value is out of range.
             NativeError: no step was made since the last update.
@@ -305,6 +314,20 @@ class Engine(_Owner):
     def compiles(self) -> int:
         """Compilations so far; 0 on devices that read the weights in place."""
         return int(self._info().compiles)
+
+    @property
+    def compile_budget(self) -> int:
+        """Compilations this process may do, all engines together; 0 where there is no limit."""
+        return int(self._info().compile_budget)
+
+    @property
+    def stale(self) -> bool:
+        """Whether there are no programs for the weights as they are.
+
+        After `update` this says that the compile budget is used up: weights and moments are
+        complete, but `step`, `evaluate` and `logits` raise `CompileBudgetError`.
+        """
+        return bool(self._info().stale)
 
     @property
     def loss_scale(self) -> float:

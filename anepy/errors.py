@@ -55,6 +55,15 @@ class NativeError(AnepyError):
         self.detail = detail
 
 
+class CompileBudgetError(NativeError):
+    """This process may compile no more programs for the device.
+
+    Raised before anything is compiled, by the first call that needs programs for the weights as
+    they are now; the update that changed them is complete. Save the model or a checkpoint and go
+    on in a new process, as `anepy train` does by itself.
+    """
+
+
 class MilError(AnepyError):
     """MIL text, its weights or its numbers break the language or a rule of the hardware.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _abi, _native
-from .engine import _Owner
+from .engine import _name, _Owner
 from .errors import ConfigError, MilError, NativeError
 
 Array = npt.NDArray[Any]
@@ -93,8 +93,9 @@ class Program(_Owner):
         weights: weight files by their path in the text, or by what follows
             `@model_path/weights/`. Bytes are a whole file; an array (float16, float32, int8 or
             uint8) becomes a file with this one record, at offset 64.
-        device: "sim".
-        chip: whose limits: "m1" to "m5".
+        device: "sim", with details as "sim:m1,budget=20"; or "ane", which has the say then: rules
+            are only reported.
+        chip: whose limits on the simulator: "m1" to "m5"; default m4.
         strict: True makes every broken rule an error, False only reports them; None lets each rule
             decide (see `rules`). `compile_budget`, which is about the process, is left out.
         rules: actions of single rules, which override `strict`: "off", "report" or "error".
@@ -119,35 +120,29 @@ class Program(_Owner):
         mil_text: str | bytes,
         weights: Weights | None = None,
         device: str = "sim",
-        chip: str = "m4",
+        chip: str | None = None,
         strict: bool | None = None,
         rules: Mapping[str, Action] | None = None,
         threads: int | None = None,
     ) -> None:
-        if device != "sim":
-            raise ConfigError(f"programs run on device sim, not {device}")
-        if chip not in CHIPS:
+        if chip is not None and chip not in CHIPS:
             raise ConfigError(f"unknown chip {chip!r}: use one of {', '.join(CHIPS)}")
         if threads is not None and not 1 <= threads < 2**31:
             raise ConfigError(f"threads is {threads}, expected a number >= 1")
         self.device = device
-        self.chip = chip
         self._lib = _native.library()
         text = mil_text.encode() if isinstance(mil_text, str) else bytes(mil_text)
         files = _files(weights or {})
         actions = _actions(strict, rules or {})
-        n = len(files)
         options = _abi.SimOptions(
             text=text,
             text_n=len(text),
-            paths=(ctypes.c_char_p * n)(*(path.encode() for path in files)),
-            files=_pointers(files.values()),
-            file_nbytes=_sizes(files.values()),
             actions=actions,
-            file_n=n,
             action_n=len(actions),
-            chip=CHIPS.index(chip) + 1,
+            chip=0 if chip is None else CHIPS.index(chip) + 1,
             threads=threads or 0,
+            device=_name(device),
+            **_file_options(files),
         )
         handle = ctypes.c_void_p()
         self._checked(self._lib.anepy_sim_create, ctypes.byref(handle), ctypes.byref(options))
@@ -191,6 +186,19 @@ class Program(_Owner):
                 found[name] = RuleReport(int(report.count), report.first.decode(errors="replace"))
         return found
 
+    @property
+    def compiled(self) -> bool:
+        """Whether this program was compiled, not loaded as an earlier run had compiled it."""
+        return bool(self._lib.anepy_sim_compiled(self._open_handle()))
+
+    def reload(self, weights: Weights) -> None:
+        """Put other weight files in place and load the program again without compiling it.
+
+        Whether it computes with them then is the device's affair; on the simulator it does not.
+        """
+        options = _abi.SimOptions(**_file_options(_files(weights)))
+        self._lib.anepy_sim_reload(self._open_handle(), ctypes.byref(options))
+
     def signature(self, function: str) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
         """Return inputs and outputs of a function, as declared."""
         found = self._find(function)
@@ -231,16 +239,39 @@ class Program(_Owner):
             if port.name not in inputs:
                 raise ConfigError(f"input {port.name!r} of shape {port.info.shape} is missing")
             _fill(ins[port.slot], port, inputs[port.name])
+        self._run(found.index, ins, outs)
+        return {port.name: _view(outs[port.slot], port).copy() for port in found.outputs}
+
+    def run_slots(
+        self, inputs: Sequence[Array], outputs: Sequence[Array], function: int = 0
+    ) -> None:
+        """Run a function on surfaces by slot, of the sizes they have: what the device sees.
+
+        Args:
+            inputs: contiguous arrays of any type, one per slot.
+            outputs: likewise; overwritten.
+            function: position in the text.
+        """
+        shape = list(self._functions.values())[function]
+        if len(inputs) != len(shape.inputs) or len(outputs) != len(shape.outputs):
+            raise ConfigError(
+                f"{len(inputs)} inputs and {len(outputs)} outputs, function {function} has "
+                f"{len(shape.inputs)} and {len(shape.outputs)}"
+            )
+        if not all(array.flags.c_contiguous for array in (*inputs, *outputs)):
+            raise ConfigError("a surface is not contiguous: pass np.ascontiguousarray of it")
+        self._run(function, inputs, outputs)
+
+    def _run(self, function: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         self._checked(
             self._lib.anepy_sim_run,
             self._open_handle(),
-            found.index,
-            _pointers(ins),
-            _sizes(ins),
-            _pointers(outs),
-            _sizes(outs),
+            function,
+            _pointers(inputs),
+            _sizes(inputs),
+            _pointers(outputs),
+            _sizes(outputs),
         )
-        return {port.name: _view(outs[port.slot], port).copy() for port in found.outputs}
 
     def _find(self, function: str) -> _Function:
         found = self._functions.get(function)
@@ -323,6 +354,16 @@ def _files(weights: Weights) -> dict[str, Array]:
         nbytes = memoryview(whole).nbytes
         found[path] = np.frombuffer(whole, np.uint8) if nbytes else np.zeros(0, np.uint8)
     return found
+
+
+def _file_options(files: Mapping[str, Array]) -> dict[str, Any]:
+    n = len(files)
+    return {
+        "paths": (ctypes.c_char_p * n)(*(path.encode() for path in files)),
+        "files": _pointers(files.values()),
+        "file_nbytes": _sizes(files.values()),
+        "file_n": n,
+    }
 
 
 def _record(array: Array, name: str) -> bytes:

@@ -38,6 +38,7 @@ extern "C" {
 #define ANEPY_E_STATE (-31)       /* the call does not fit the handle's state */
 #define ANEPY_E_DEVICE (-40)      /* the device failed */
 #define ANEPY_E_UNAVAILABLE (-41) /* the device cannot be used on this machine */
+#define ANEPY_E_BUDGET (-42)      /* this process may compile no more programs */
 #define ANEPY_E_UNSUPPORTED (-50) /* this device cannot do what was asked */
 #define ANEPY_E_SYSTEM (-60)      /* the operating system refused a thread or a mapping */
 
@@ -101,17 +102,20 @@ ANEPY_API void anepy_memory_free(void *memory, uint64_t nbytes); /* accepts NULL
 
 typedef struct anepy_engine anepy_engine;
 
+/* Programs are compiled when first needed, not at once: for who goes on with restore. */
+#define ANEPY_ENGINE_DEFER 1u
+
 /* The arenas are float32[anepy_model_arena_n], 64-byte aligned, owned by the caller and alive
  * until anepy_engine_free. params is read and, by update, written. */
 typedef struct anepy_engine_options {
     uint32_t struct_size;
-    uint32_t flags;
+    uint32_t flags; /* ANEPY_ENGINE_DEFER */
     float *params;
     float *grads;
     float *adam_m;
     float *adam_v;
     const char *variant;   /* NULL: "max"; else NAME, then any of +switch -switch */
-    const char *device;    /* NULL: "auto" */
+    const char *device;    /* NULL: "auto"; else NAME or NAME:DETAILS, as "sim:m1,budget=20" */
     const char *precision; /* NULL: "auto" */
     int32_t seq_len;       /* longest sequence of this engine; 0: the model's */
     int32_t threads;       /* 0: affinity, cgroup quota and physical cores decide */
@@ -126,11 +130,14 @@ typedef struct anepy_engine_info {
     char isa[32];
     int32_t threads;
     int32_t seq_len;
-    int64_t accumulated; /* steps since the last update */
-    int64_t updates;     /* updates so far: Adam's t */
-    double loss_scale;   /* 1 unless losses are scaled */
-    int64_t clean_steps; /* since the scale last changed */
-    int64_t compiles;    /* compilations so far; 0 where weights are live */
+    int64_t accumulated;    /* steps since the last update */
+    int64_t updates;        /* updates so far: Adam's t */
+    double loss_scale;      /* 1 unless losses are scaled */
+    int64_t clean_steps;    /* since the scale last changed */
+    int64_t compiles;       /* compilations so far; 0 where weights are live */
+    int64_t compile_budget; /* most that this process may do, all engines together; 0: no limit */
+    int32_t stale;          /* 1: there are no programs for the weights as they are yet */
+    int32_t reserved;
 } anepy_engine_info;
 
 /* What one step did. Times are milliseconds of the calling thread; "busy" ones of all threads. */
@@ -182,7 +189,9 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
                                     const int32_t *tokens, const int32_t *targets, int32_t n);
 
 /* AdamW with the mean of the accumulated gradients (Loshchilov & Hutter 2019; PyTorch's order of
- * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. */
+ * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. Where weights
+ * are baked, compiles for the new ones; if the process may compile no more, the update is complete
+ * and info says stale: whatever needs the programs then fails with ANEPY_E_BUDGET. */
 ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *out,
                                       const anepy_update_options *options);
 
@@ -280,7 +289,8 @@ ANEPY_API int32_t anepy_program_run_native(const anepy_model *model, const float
 
 typedef struct anepy_sim anepy_sim; /* a parsed program of MIL text that runs on the simulator */
 
-/* text and files are not needed after anepy_sim_create. */
+/* Parsed by the simulator and run by it, or by another device that runs MIL text: then no rule is
+ * an error and the device has the say. text and files are not needed after anepy_sim_create. */
 typedef struct anepy_sim_options {
     uint32_t struct_size;
     uint32_t flags;
@@ -296,6 +306,7 @@ typedef struct anepy_sim_options {
     uint64_t work;          /* most multiply-adds per run; 0: 2^50 */
     int32_t chip;           /* 1 to 5 for M1 to M5; 0: M4 */
     int32_t threads;        /* 0: affinity, cgroup quota and physical cores decide */
+    const char *device;     /* NULL: "sim"; a device that runs MIL, with its details */
 } anepy_sim_options;
 
 /* An input or output of a function. */
@@ -320,6 +331,12 @@ typedef struct anepy_sim_report {
 ANEPY_API int32_t anepy_sim_create(anepy_sim **out, const anepy_sim_options *options,
                                    int32_t *where);
 ANEPY_API void anepy_sim_free(anepy_sim *sim); /* accepts NULL */
+/* 0 if the device loaded what it had compiled in an earlier run, else 1. */
+ANEPY_API int32_t anepy_sim_compiled(const anepy_sim *sim);
+/* Puts other weight files in place and loads the program again without compiling it; of options
+ * only the files are read. Whether the new weights are used is the device's affair: a finished
+ * program of the simulator keeps those it was compiled with. */
+ANEPY_API int32_t anepy_sim_reload(anepy_sim *sim, const anepy_sim_options *options);
 ANEPY_API const char *anepy_sim_function_name(const anepy_sim *sim, int32_t index); /* NULL: end */
 /* Tensors in declaration order, inputs (output 0) or outputs (1); ANEPY_E_ARGUMENT: end. */
 ANEPY_API int32_t anepy_sim_get_tensor(const anepy_sim *sim, anepy_sim_tensor *out,

@@ -18,7 +18,7 @@
 /* The layout Python mirrors in _abi.py: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 40, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
-_Static_assert(sizeof(anepy_engine_info) == 120, "engine info");
+_Static_assert(sizeof(anepy_engine_info) == 136, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 112, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 56, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
@@ -113,6 +113,7 @@ static int32_t set_sequence(anepy_engine *e, const int32_t *tokens, const int32_
 
 static int32_t forward(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
     ANEPY_TRY(set_sequence(e, tokens, targets, n));
+    if (e->stale) ANEPY_TRY(anepy_compile(e));
     return anepy_forward(e);
 }
 
@@ -214,5 +215,5 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
         e->loss_scale = info->loss_scale;
         e->clean_steps = info->clean_steps;
     }
-    return leave(e, anepy_can(e, ANEPY_LIVE_WEIGHTS) ? ANEPY_OK : anepy_compile(e));
+    return leave(e, anepy_recompile(e));
 }

@@ -1,12 +1,15 @@
-/* api_sim.c - the exported surface of the simulator for any MIL text: parse, describe, run. */
+/* api_sim.c - the exported surface for any MIL text: parse, describe, run, on the simulator or on a
+ * device that takes MIL text as it is. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "device/device.h"
 #include "device/sim/mil.h"
+#include "device/traits.h"
 #include "runtime/memory.h"
 
-_Static_assert(sizeof(anepy_sim_options) == 88, "sim options");
+_Static_assert(sizeof(anepy_sim_options) == 96, "sim options");
 _Static_assert(sizeof(anepy_sim_tensor) == 72, "sim tensor");
 _Static_assert(sizeof(anepy_sim_report) == 496, "sim report");
 
@@ -14,10 +17,14 @@ struct anepy_sim {
     anepy_mil *mil;
     anepy_pool *pool;
     anepy_gemm gemm;
+    const anepy_trial_ops *ops; /* of the device; NULL: the simulator runs it */
+    anepy_trial *trial;
+    int32_t compiled;
     _Atomic int32_t busy;
 };
 
-static int32_t read_options(const anepy_sim_options *o, anepy_mil_options *out) {
+static int32_t read_options(const anepy_sim_options *o, const anepy_traits *traits,
+                            anepy_mil_options *out) {
     if (o->struct_size < sizeof *o)
         return anepy_fail(ANEPY_E_ARGUMENT, "sim options have %u bytes, expected %zu",
                           o->struct_size, sizeof *o);
@@ -26,7 +33,7 @@ static int32_t read_options(const anepy_sim_options *o, anepy_mil_options *out) 
                           ANEPY_CHIP_N, ANEPY_CHIP_N);
     if (o->file_n < 0 || o->action_n < 0 || o->action_n > ANEPY_RULE_N)
         return anepy_fail(ANEPY_E_ARGUMENT, "%d files, %d rules", o->file_n, o->action_n);
-    anepy_mil_options_default(out, o->chip > 0 ? (anepy_chip)(o->chip - 1) : ANEPY_CHIP_M4);
+    anepy_mil_options_default(out, anepy_mil_chip(o->chip > 0 ? o->chip : traits->chip));
     out->memory_nbytes = o->memory_nbytes;
     out->work = o->work;
     for (int32_t i = 0; o->actions != NULL && i < o->action_n; i++) {
@@ -36,13 +43,36 @@ static int32_t read_options(const anepy_sim_options *o, anepy_mil_options *out) 
                               anepy_mil_rule_name(i), o->actions[i]);
         out->action[i] = o->actions[i];
     }
+    out->budget = traits->budget;
+    if (traits->budget > 0) out->action[ANEPY_RULE_COMPILE_BUDGET] = ANEPY_RULE_ERROR;
+    return ANEPY_OK;
+}
+
+static int32_t start_trial(anepy_sim *sim, const anepy_device_type *type, const char *detail,
+                           const anepy_sim_options *o) {
+    anepy_trial_source source = {o->text, o->text_n, o->paths, o->files, o->file_nbytes, o->file_n};
+    sim->compiled = 1;
+    if (type == &anepy_device_sim) return ANEPY_OK;
+    ANEPY_TRY(type->probe());
+    if (type->trial == NULL)
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "device %s runs no MIL text; use sim", type->name);
+    ANEPY_TRY(type->trial->create(&sim->trial, &source, detail, &sim->compiled));
+    sim->ops = type->trial;
     return ANEPY_OK;
 }
 
 static int32_t parse(anepy_sim *sim, const anepy_sim_options *o, int32_t *where) {
     anepy_mil_options options;
     anepy_mil_position position = {0, 0};
-    ANEPY_TRY(read_options(o, &options));
+    anepy_traits traits;
+    const char *detail;
+    const anepy_device_type *type = anepy_device_find(o->device ? o->device : "sim", &detail);
+    if (type == NULL) return ANEPY_E_NAME;
+    ANEPY_TRY(anepy_traits_parse(&traits, detail));
+    ANEPY_TRY(read_options(o, &traits, &options));
+    if (type != &anepy_device_sim)
+        for (int32_t i = 0; i < ANEPY_RULE_N; i++)
+            options.action[i] = anepy_min_i32(options.action[i], ANEPY_RULE_REPORT);
     anepy_mil_file *files = calloc((size_t)o->file_n + 1, sizeof *files);
     if (files == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d files", o->file_n);
     for (int32_t i = 0; i < o->file_n; i++)
@@ -52,7 +82,7 @@ static int32_t parse(anepy_sim *sim, const anepy_sim_options *o, int32_t *where)
     free(files);
     where[0] = position.line;
     where[1] = position.column;
-    return status;
+    return status == ANEPY_OK ? start_trial(sim, type, detail, o) : status;
 }
 
 static int32_t prepare(anepy_sim *sim, int32_t threads) {
@@ -82,10 +112,25 @@ int32_t anepy_sim_create(anepy_sim **out, const anepy_sim_options *options, int3
 
 void anepy_sim_free(anepy_sim *sim) {
     if (sim == NULL) return;
+    if (sim->ops != NULL) sim->ops->release(sim->trial);
     anepy_pool_free(sim->pool);
     anepy_heap_free(sim->gemm.scratch);
     anepy_mil_free(sim->mil);
     free(sim);
+}
+
+int32_t anepy_sim_compiled(const anepy_sim *sim) { return sim->compiled; }
+
+int32_t anepy_sim_reload(anepy_sim *sim, const anepy_sim_options *o) {
+    anepy_trial_source source = {NULL, 0, o->paths, o->files, o->file_nbytes, o->file_n};
+    if (o->struct_size < sizeof *o || o->file_n < 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "sim options have %u bytes and %d files",
+                          o->struct_size, o->file_n);
+    if (atomic_exchange(&sim->busy, 1))
+        return anepy_fail(ANEPY_E_BUSY, "this program is running in another thread");
+    int32_t status = sim->ops != NULL ? sim->ops->reload(sim->trial, &source) : ANEPY_OK;
+    atomic_store(&sim->busy, 0);
+    return status;
 }
 
 const char *anepy_sim_function_name(const anepy_sim *sim, int32_t index) {
@@ -119,8 +164,20 @@ int32_t anepy_sim_run(anepy_sim *sim, int32_t function, const void *const *input
     anepy_mil_position position = {0, 0};
     if (atomic_exchange(&sim->busy, 1))
         return anepy_fail(ANEPY_E_BUSY, "this program is running in another thread");
-    int32_t status = anepy_mil_run(sim->mil, function, inputs, input_nbytes, outputs, output_nbytes,
-                                   &sim->gemm, &position);
+    int32_t status;
+    if (sim->ops == NULL) {
+        status = anepy_mil_run(sim->mil, function, inputs, input_nbytes, outputs, output_nbytes,
+                               &sim->gemm, &position);
+    } else {
+        anepy_trial_surfaces surfaces = {function,
+                                         anepy_mil_input_n(sim->mil, function),
+                                         anepy_mil_output_n(sim->mil, function),
+                                         inputs,
+                                         input_nbytes,
+                                         outputs,
+                                         output_nbytes};
+        status = sim->ops->run(sim->trial, &surfaces);
+    }
     atomic_store(&sim->busy, 0);
     where[0] = position.line;
     where[1] = position.column;

@@ -168,6 +168,7 @@ def test_functions_that_return_a_status_are_checked(header: str) -> None:
         "anepy_struct_size",
         "anepy_model_tensor_n",
         "anepy_sim_rule_action",
+        "anepy_sim_compiled",
     }
     returning = {name for name, (result, _) in prototypes(header).items() if result == "int32_t"}
     assert set(_abi.CHECKED) <= returning and returning - set(_abi.CHECKED) <= numbers

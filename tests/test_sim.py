@@ -450,7 +450,9 @@ def test_call_with_wrong_inputs_is_refused(inputs: dict[str, Array], sentence: s
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"device": "ane"}, "programs run on device sim, not ane"),
+        ({"device": "cpu"}, "device cpu runs no MIL text; use sim"),
+        ({"device": "tpu"}, "unknown device 'tpu': use one of auto, ane, cpu, sim"),
+        ({"device": "sim:m9"}, "unknown device detail 'm9': use m1 to m5, dialect=1.3 or 1.0"),
         ({"chip": "m9"}, "unknown chip 'm9': use one of m1, m2, m3, m4, m5"),
         ({"threads": 0}, "threads is 0"),
         ({"rules": {"speed": "off"}}, "unknown rule 'speed'"),

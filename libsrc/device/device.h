@@ -44,8 +44,42 @@ typedef struct {
     int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len */
     int32_t seq_len;
     anepy_dtype dtype;  /* of surfaces and products */
-    const char *detail; /* what follows the colon of "sim:m1"; NULL: nothing */
+    const char *detail; /* what follows the colon of "sim:m1" (traits.h); NULL: nothing */
 } anepy_device_options;
+
+/* MIL text on its own, outside of any engine: what probes find a machine out with. A device takes
+ * it as it is: surfaces by slot with the sizes given, nothing rounded up, and no budget of its own,
+ * so that the hardware's answer is what comes back. */
+typedef struct anepy_trial anepy_trial;
+
+typedef struct {
+    const char *text;
+    uint64_t text_n;
+    const char *const *paths; /* of file_n weight files, as in BLOBFILE */
+    const void *const *files;
+    const uint64_t *file_nbytes;
+    int32_t file_n;
+} anepy_trial_source;
+
+typedef struct {
+    int32_t function; /* position in the text */
+    int32_t input_n, output_n;
+    const void *const *inputs;
+    const uint64_t *input_nbytes;
+    void *const *outputs; /* undefined after a failure */
+    const uint64_t *output_nbytes;
+} anepy_trial_surfaces;
+
+typedef struct {
+    /* *compiled becomes 0 if what an earlier run compiled could be loaded instead. detail as in
+     * anepy_device_options. */
+    int32_t (*create)(anepy_trial **out, const anepy_trial_source *source, const char *detail,
+                      int32_t *compiled);
+    /* Puts other weight files in place of the same size and loads again without compiling. */
+    int32_t (*reload)(anepy_trial *trial, const anepy_trial_source *source);
+    int32_t (*run)(anepy_trial *trial, const anepy_trial_surfaces *surfaces);
+    void (*release)(anepy_trial *trial);
+} anepy_trial_ops;
 
 typedef struct {
     const char *name;
@@ -55,6 +89,7 @@ typedef struct {
     /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
     int32_t (*probe)(void);
     int32_t (*open)(anepy_device **out, const anepy_device_options *options);
+    const anepy_trial_ops *trial; /* NULL: runs no MIL text, or is the simulator itself */
 } anepy_device_type;
 
 typedef struct {
@@ -64,7 +99,8 @@ typedef struct {
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
     /* Compiles all instances, in as few compilations as the device can, with the weights that the
-     * arena params holds now: all of out[0..n), or none and an error. */
+     * arena params holds now: all of out[0..n), or none and an error; ANEPY_E_BUDGET, before
+     * anything is compiled, if the process may not compile that many. */
     int32_t (*compile)(anepy_device *device, const anepy_instance *instances, int32_t n,
                        const float *params, anepy_kernel **out);
     void (*release)(anepy_kernel *kernel);
@@ -78,6 +114,8 @@ struct anepy_device {
     const anepy_device_type *type;
     const anepy_device_ops *ops;
     anepy_device_options options;
+    int64_t compiles;       /* texts compiled so far */
+    int64_t compile_budget; /* most that the process may compile; 0: no limit */
 };
 
 /* The type with this name; NULL or "auto" is the first usable one. A colon and what the device

@@ -37,6 +37,7 @@ const char *anepy_status_name(int32_t status) {
     case ANEPY_E_STATE: return "state";
     case ANEPY_E_DEVICE: return "device";
     case ANEPY_E_UNAVAILABLE: return "unavailable";
+    case ANEPY_E_BUDGET: return "budget";
     case ANEPY_E_UNSUPPORTED: return "unsupported";
     case ANEPY_E_SYSTEM: return "system";
     default: return "unknown";

@@ -144,6 +144,8 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
                                     .detail = detail};
     ANEPY_TRY(type->open(&e->device, &options));
     ANEPY_TRY(anepy_wire(e));
+    e->stale = 1;
+    if (!(o->flags & ANEPY_ENGINE_DEFER)) ANEPY_TRY(anepy_compile(e));
     return allocate_captures(e);
 }
 
@@ -203,7 +205,9 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->updates = e->updates;
     out->loss_scale = e->loss_scale;
     out->clean_steps = e->clean_steps;
-    out->compiles = e->compiles;
+    out->compiles = e->device->compiles;
+    out->compile_budget = e->device->compile_budget;
+    out->stale = e->stale;
     return ANEPY_OK;
 }
 

@@ -58,10 +58,11 @@ struct anepy_engine {
     uint32_t switches;
     anepy_dtype dtype;
     int32_t seq_len, width; /* width: seq_len rounded up to a panel */
-    int64_t accumulated, updates, compiles;
+    int64_t accumulated, updates;
     double loss_scale;      /* what gradients are multiplied with on their way down */
     int64_t clean_steps;    /* since the scale last changed */
     int32_t damaged;        /* something not finite was accumulated: the update will be refused */
+    int32_t stale;          /* the programs are not those of the weights */
     _Atomic int32_t busy;   /* a call is running */
     uint64_t caller_fpmode; /* given back when it returns */
     anepy_pool *pool;
@@ -107,10 +108,13 @@ int32_t anepy_chunks(const anepy_engine *e); /* pieces of the vocabulary in loss
 /* Runs on [0, count) pieces on all threads with the engine as context. */
 void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);
 
-/* wiring.c: surfaces, kernels and links of all layers. */
+/* wiring.c: surfaces and links of all layers; anepy_compile has still to follow. */
 int32_t anepy_wire(anepy_engine *e);
-/* Programs for the weights as they are now; at the start, and after an update where baked. */
+/* Programs for the weights as they are now. */
 int32_t anepy_compile(anepy_engine *e);
+/* The same after the weights have changed, where they are baked. If the process may compile no more
+ * that is no failure yet: the engine stays stale. */
+int32_t anepy_recompile(anepy_engine *e);
 /* Moves a program's inputs to where it reads them. */
 int32_t anepy_transfer_inputs(anepy_engine *e, int32_t layer, anepy_program_id id);
 /* A program's output as float32 [channels, width]; valid until the next call. */

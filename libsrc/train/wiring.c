@@ -137,7 +137,7 @@ int32_t anepy_wire(anepy_engine *e) {
         ANEPY_TRY(link_inputs(e, &e->layers[l]));
         wire_dw(e, &e->layers[l], l);
     }
-    return anepy_compile(e);
+    return ANEPY_OK;
 }
 
 static int32_t bind_kernel(anepy_engine *e, anepy_layer *layer, anepy_program_id id) {
@@ -170,7 +170,6 @@ int32_t anepy_compile(anepy_engine *e) {
             if (e->layers[l].kernels[id] == NULL || e->programs[id].weight_n > 0)
                 instances[n++] = (anepy_instance){&e->programs[id], l};
     status = e->device->ops->compile(e->device, instances, n, e->params, kernels);
-    e->compiles += !anepy_can(e, ANEPY_LIVE_WEIGHTS);
     for (int32_t i = 0; i < n && status == ANEPY_OK; i++) {
         anepy_program_id id = instances[i].program->id;
         anepy_layer *layer = &e->layers[instances[i].layer];
@@ -178,10 +177,18 @@ int32_t anepy_compile(anepy_engine *e) {
         layer->kernels[id] = kernels[i];
         status = bind_kernel(e, layer, id);
     }
+    if (status == ANEPY_OK) e->stale = 0;
 done:
     free(instances);
     free(kernels);
     return status;
+}
+
+int32_t anepy_recompile(anepy_engine *e) {
+    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return ANEPY_OK;
+    e->stale = 1; /* whatever happens now, the old programs are not to be used */
+    int32_t status = anepy_compile(e);
+    return status == ANEPY_E_BUDGET ? ANEPY_OK : status;
 }
 
 /* -------------------------------------------------------------------------------- in each step */

@@ -361,7 +361,7 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     int64_t width = options->width, half = m->head_dim / 2;
     anepy_cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for device cpu");
-    cpu->base = (anepy_device){&anepy_device_cpu, &OPS, *options};
+    cpu->base = (anepy_device){.type = &anepy_device_cpu, .ops = &OPS, .options = *options};
     /* Attention scratch: one panel of scores and one of their gradients, [width][64] each. */
     cpu->scratch_n = 2 * width * COLS;
     if ((cpu->cosine = own_floats(cpu, half * width)) == NULL ||

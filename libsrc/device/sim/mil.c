@@ -72,12 +72,15 @@ static int32_t build(anepy_mil *mil, const char *text, uint64_t n, const anepy_m
     ANEPY_TRY(check_weights(&b));
     ANEPY_TRY(map_buffers(mil));
     int32_t n_compiled = atomic_fetch_add(&compiles, 1) + 1;
-    if (n_compiled <= COMPILE_BUDGET) return ANEPY_OK;
+    int32_t budget = mil->options.budget > 0 ? mil->options.budget : COMPILE_BUDGET;
+    if (n_compiled <= budget) return ANEPY_OK;
     return mil_rule(mil, ANEPY_RULE_COMPILE_BUDGET, NOWHERE, 1,
                     "compilation %d of this process, %d are safe: put programs into one text, or "
                     "pass weights as inputs",
-                    n_compiled, COMPILE_BUDGET);
+                    n_compiled, budget);
 }
+
+int32_t anepy_mil_compiles(void) { return atomic_load(&compiles); }
 
 int32_t anepy_mil_parse(anepy_mil **out, const char *text, uint64_t n, const anepy_mil_file *files,
                         int32_t file_n, const anepy_mil_options *options,

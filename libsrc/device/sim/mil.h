@@ -85,9 +85,11 @@ typedef struct {
     uint8_t action[ANEPY_RULE_N]; /* anepy_rule_action */
     uint64_t memory_nbytes;       /* most the program may take, text to buffers; 0: 16 GiB */
     uint64_t work;                /* most multiply-adds or elements per run; 0: 2^50 */
+    int32_t budget;               /* texts a process may parse: the rule; 0: 119 */
 } anepy_mil_options;
 
 void anepy_mil_options_default(anepy_mil_options *options, anepy_chip chip);
+anepy_chip anepy_mil_chip(int32_t number); /* 1 to 5 for M1 to M5; 0: M4 */
 
 const char *anepy_mil_rule_name(int32_t rule);    /* NULL beyond the last */
 const char *anepy_mil_rule_meaning(int32_t rule); /* NULL beyond the last */
@@ -142,6 +144,8 @@ int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *input
                       const uint64_t *input_nbytes, void *const *outputs,
                       const uint64_t *output_nbytes, const anepy_gemm *gemm,
                       anepy_mil_position *where);
+
+int32_t anepy_mil_compiles(void); /* texts parsed by this process so far */
 
 /* How often a rule was broken in parsing and running so far; *first is the first sentence (NULL if
  * none; owned by mil). */

@@ -123,6 +123,10 @@ void anepy_mil_options_default(anepy_mil_options *options, anepy_chip chip) {
     for (int32_t i = 0; i < ANEPY_RULE_N; i++) options->action[i] = RULES[i].action;
 }
 
+anepy_chip anepy_mil_chip(int32_t number) {
+    return number > 0 ? (anepy_chip)(ANEPY_CHIP_M1 + number - 1) : ANEPY_CHIP_M4;
+}
+
 const char *anepy_mil_rule_name(int32_t rule) {
     return rule >= 0 && rule < ANEPY_RULE_N ? RULES[rule].name : NULL;
 }

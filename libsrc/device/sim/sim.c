@@ -2,12 +2,14 @@
  * would get are generated, parsed and interpreted in fp16.
  *
  * All programs of one compilation are functions of one text with one blob, so a weight update costs
- * one compile (ane-facts.md 1.5). "sim:m1" ... "sim:m5" choose the chip whose limits apply. */
+ * one compile (ane-facts.md 1.5). "sim:m1" ... "sim:m5" choose the chip whose limits apply;
+ * "procedures=no" makes a text of each program, "budget=20" lets the process compile 20 texts. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "device/device.h"
 #include "device/sim/mil.h"
+#include "device/traits.h"
 #include "programs/mil.h"
 #include "runtime/memory.h"
 
@@ -37,6 +39,7 @@ typedef struct sim_surface {
 typedef struct {
     anepy_device base;
     anepy_mil_options options;
+    anepy_traits traits;
     sim_surface *surfaces;
     anepy_kernel *kernels;
 } simulator;
@@ -48,7 +51,9 @@ static int32_t sim_surface_create(anepy_device *device, int32_t channels, anepy_
     int32_t width = device->options.width;
     sim_surface *surface = calloc(1, sizeof *surface);
     uint64_t nbytes = (uint64_t)channels * (uint64_t)width * sizeof(uint16_t);
-    nbytes = (nbytes + SURFACE_STEP - 1) / SURFACE_STEP * SURFACE_STEP;
+    uint64_t step =
+        sim->traits.surface_nbytes > 0 ? (uint64_t)sim->traits.surface_nbytes : SURFACE_STEP;
+    nbytes = (nbytes + step - 1) / step * step;
     void *data = surface != NULL ? anepy_map(nbytes) : NULL;
     if (data == NULL) {
         free(surface);
@@ -107,8 +112,8 @@ static int32_t compile_bank(simulator *sim, const anepy_instance *instances, int
     if (items == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d programs", n);
     for (int32_t i = 0; i < n; i++)
         items[i] = (anepy_mil_item){instances[i].program, params, instances[i].layer};
-    int32_t status =
-        anepy_mil_generate(&source, items, n, o->model, o->width, o->seq_len, ANEPY_DIALECT_13);
+    anepy_dialect dialect = sim->traits.dialect == 10 ? ANEPY_DIALECT_10 : ANEPY_DIALECT_13;
+    int32_t status = anepy_mil_generate(&source, items, n, o->model, o->width, o->seq_len, dialect);
     if (status == ANEPY_OK) {
         anepy_mil_file file = {ANEPY_MIL_WEIGHT_FILE, source.blob.data, source.blob.n};
         status = anepy_mil_parse(out, source.text, source.n, &file, source.blob.n > 0,
@@ -119,9 +124,8 @@ static int32_t compile_bank(simulator *sim, const anepy_instance *instances, int
     return status;
 }
 
-static int32_t sim_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
-                           const float *params, anepy_kernel **out) {
-    simulator *sim = (simulator *)device;
+static int32_t compile_text(simulator *sim, const anepy_instance *instances, int32_t n,
+                            const float *params, anepy_kernel **out) {
     bank *b = calloc(1, sizeof *b);
     if (b == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d programs", n);
     int32_t status = compile_bank(sim, instances, n, params, &b->mil), made = 0;
@@ -129,13 +133,38 @@ static int32_t sim_compile(anepy_device *device, const anepy_instance *instances
         status = add_kernel(sim, b, instances[made].program, made, &out[made]);
         made += status == ANEPY_OK;
     }
-    if (status == ANEPY_OK) return ANEPY_OK;
+    if (status == ANEPY_OK) {
+        sim->base.compiles++;
+        return ANEPY_OK;
+    }
     if (made == 0) { /* otherwise the bank goes with the last kernel */
         anepy_mil_free(b->mil);
         free(b);
     }
     while (made > 0) sim_release(out[--made]);
     return status;
+}
+
+static int32_t sim_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
+                           const float *params, anepy_kernel **out) {
+    simulator *sim = (simulator *)device;
+    int32_t step = sim->traits.single ? 1 : n, texts = sim->traits.single ? n : 1, made = 0;
+    int64_t budget = device->compile_budget, used = anepy_mil_compiles();
+    if (budget > 0 && used + texts > budget)
+        return anepy_fail(ANEPY_E_BUDGET,
+                          "device sim: the new weights need %d compilations, this process has made "
+                          "%lld of the %lld it may; nothing is lost: save the model or a "
+                          "checkpoint and go on in a new process",
+                          texts, (long long)used, (long long)budget);
+    while (made < n) {
+        int32_t status = compile_text(sim, instances + made, step, params, out + made);
+        if (status != ANEPY_OK) {
+            while (made > 0) sim_release(out[--made]);
+            return status;
+        }
+        made += step;
+    }
+    return ANEPY_OK;
 }
 
 /* Programs have one packed input and one packed output surface. */
@@ -187,18 +216,16 @@ static const anepy_device_ops OPS = {
 };
 
 static int32_t sim_open(anepy_device **out, const anepy_device_options *options) {
-    anepy_chip chip = ANEPY_CHIP_M4;
-    const char *name = options->detail;
-    if (name != NULL) {
-        if (name[0] != 'm' || name[1] < '1' || name[1] > '5' || name[2] != '\0')
-            return anepy_fail(ANEPY_E_NAME, "unknown chip '%s': use one of m1, m2, m3, m4, m5",
-                              name);
-        chip = (anepy_chip)(ANEPY_CHIP_M1 + name[1] - '1');
-    }
+    anepy_traits traits;
+    ANEPY_TRY(anepy_traits_parse(&traits, options->detail));
     simulator *sim = calloc(1, sizeof *sim);
     if (sim == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for device sim");
-    sim->base = (anepy_device){&anepy_device_sim, &OPS, *options};
-    anepy_mil_options_default(&sim->options, chip);
+    sim->base = (anepy_device){.type = &anepy_device_sim,
+                               .ops = &OPS,
+                               .options = *options,
+                               .compile_budget = traits.budget};
+    sim->traits = traits;
+    anepy_mil_options_default(&sim->options, anepy_mil_chip(traits.chip));
     *out = &sim->base;
     return ANEPY_OK;
 }

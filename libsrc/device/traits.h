@@ -1,0 +1,23 @@
+/* device/traits.h - what follows the colon of a device: "m1", "dialect=1.0,budget=60", or nothing.
+ *
+ * What is known about the hardware at hand. `anepy probe` finds it out and Python passes it on
+ * (anepy/adapt.py says which value comes from which probe); a user may state it as well. */
+#ifndef ANEPY_DEVICE_TRAITS_H
+#define ANEPY_DEVICE_TRAITS_H
+
+#include "runtime/status.h"
+
+/* Zero: not stated, the device decides. */
+typedef struct {
+    int32_t chip;           /* m1 to m5: 1 to 5; for the simulator */
+    int32_t dialect;        /* dialect=1.3 or 1.0: 13 or 10 */
+    int32_t budget;         /* budget=N: texts a process may compile, the one in work included */
+    int32_t surface_nbytes; /* surface=N: surfaces are multiples of it; a multiple of 64 */
+    int32_t single;         /* procedures=no: one program per text */
+    int32_t fresh;          /* reuse=no: nothing that an earlier run compiled is loaded */
+} anepy_traits;
+
+/* detail: NULL or words separated by commas. ANEPY_E_NAME with a sentence otherwise. */
+int32_t anepy_traits_parse(anepy_traits *out, const char *detail);
+
+#endif

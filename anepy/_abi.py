@@ -14,6 +14,7 @@ from typing import Any
 from .errors import AbiMismatchError, CompileBudgetError, ConfigError, NativeError
 
 ABI_VERSION = 1
+LEAVE_GRADIENTS = 1  # flag of UpdateOptions
 
 
 class _Sized(ctypes.Structure):

@@ -159,9 +159,11 @@ typedef struct anepy_step_stats {
     int64_t allocations;   /* heap operations during the step */
 } anepy_step_stats;
 
+#define ANEPY_LEAVE_GRADIENTS 1u /* nobody reads them before the next step, which replaces them */
+
 typedef struct anepy_update_options {
     uint32_t struct_size;
-    uint32_t flags;
+    uint32_t flags; /* ANEPY_LEAVE_GRADIENTS: do not spend the time to clear them */
     double lr;
     double beta1;
     double beta2;

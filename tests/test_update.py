@@ -14,7 +14,7 @@ from tolerances import assert_tensors_close
 
 from anepy.engine import Engine, library_info
 from anepy.errors import NativeError
-from anepy.model import Model
+from anepy.model import Model, ModelConfig
 
 
 class Reference:
@@ -327,3 +327,109 @@ def test_simd_adam_is_as_exact_as_the_scalar_one() -> None:
     # Otherwise the switch would switch nothing.
     if library_info()["isa"] != "scalar":
         assert any(results[0][n].tobytes() != results[1][n].tobytes() for n in results[0])
+
+
+# ------------------------------------------------------------------ what gradients show, and when
+
+
+def train(engine: Engine, updates: int = 3, **options: float) -> None:
+    for update in range(updates):
+        for step in range(update + 1):
+            engine.step(*sequence(engine.model.config, 20 + 9 * step, update))
+        engine.update(lr=1e-2, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("config", [GQA, SEPARATE], ids=["gqa", "separate"])
+@pytest.mark.parametrize("variant", ["baseline", "opt"])
+def test_gradients_that_nobody_sees_are_replaced_whatever_they_hold(
+    config: ModelConfig, variant: str, device: str
+) -> None:
+    """An update leaves them; the next step must overwrite every single one."""
+    weights = []
+    for seen in (True, False):
+        with Engine(make_model(config), variant, device) as engine:
+            if seen:
+                assert not any(g.any() for g in engine.gradients.values())
+            for _ in range(3):
+                train(engine, 1, grad_clip=1.0)
+                if seen:
+                    assert not any(g.any() for g in engine.gradients.values())
+                else:
+                    assert engine._grads.any()
+                    engine._grads.fill(math.nan)
+            weights.append(bits(engine.model.weights))
+    assert weights[0] == weights[1]
+
+
+def test_gradients_first_seen_after_an_update_are_zero_and_stay_honest() -> None:
+    with make_engine() as engine, make_engine() as other:
+        train(engine)
+        assert list(engine.gradients) == list(engine.model.weights)
+        assert len(engine.gradients) == len(engine.model.weights)
+        view = engine.gradients["norm.weight"]
+        rest = dict(engine.gradients)
+        assert not any(gradient.any() for gradient in rest.values())
+        engine.step(*sequence(GQA, 30))
+        assert view.any() and np.shares_memory(view, engine.gradients["norm.weight"])
+        train(other)
+        other.step(*sequence(GQA, 30))
+        assert bits(other.gradients) == bits(rest)  # seen in the middle of an accumulation
+        for each in (engine, other):
+            each.update(lr=1e-2)
+            assert not each.gradients["norm.weight"].any() and not each._grads.any()
+        assert bits(engine.model.weights) == bits(other.model.weights)
+
+
+def test_update_clears_only_while_somebody_holds_a_view() -> None:
+    with make_engine() as engine:
+        train(engine)
+        assert engine._grads.any()
+        views: list[Any] = [engine.gradients["norm.weight"][4:][::2].reshape(-1, 2)]
+        views.append(memoryview(engine.gradients["norm.weight"]))
+        for _ in range(2):
+            train(engine)
+            assert not engine._grads.any() and not np.asarray(views[0]).any()
+            np.asarray(views.pop(0))[...] = 2.0
+            assert (engine.gradients["norm.weight"] == 2.0).any(), "a write through a view is lost"
+        train(engine)
+        assert engine._grads.any()
+        assert not any(gradient.any() for gradient in engine.gradients.values())
+
+
+def test_gradients_after_a_refused_update_are_those_of_the_steps() -> None:
+    with make_engine() as engine, make_engine() as other:
+        for each in (engine, other):
+            train(each, 1)
+            each.step(*sequence(GQA, 30))
+        message(lambda: engine.update(lr=-1.0))
+        message(lambda: engine.step([-1], [0]))
+        assert bits(engine.gradients) == bits(other.gradients)
+        other.update(lr=1e-2)
+        message(lambda: other.update(lr=1e-2), NativeError)
+
+
+def test_gradients_seen_after_a_skipped_step_are_zero() -> None:
+    """A scale that overflows everything: the step writes nothing, the update's rest is there."""
+    with Engine(make_model(), "opt", "sim", loss_scale=16.0) as engine:
+        train(engine, 1)
+        engine.restore(0, engine.updates, loss_scale=2.0**40)
+        assert engine.step(*sequence(GQA, 30)).skipped
+        assert not any(gradient.any() for gradient in engine.gradients.values())
+
+
+def test_gradients_after_close_are_zero_too() -> None:
+    engine = make_engine()
+    train(engine)
+    engine.close()
+    assert not any(gradient.any() for gradient in engine.gradients.values())
+
+
+def test_restore_counts_gradients_that_nobody_wrote_as_zero() -> None:
+    with make_engine() as engine, make_engine() as other:
+        for each, number in ((engine, 1), (other, 0)):
+            train(each)
+            each.restore(accumulated=number, updates=each.updates)
+            each.step(*sequence(GQA, 30))
+        assert (engine.accumulated, other.accumulated) == (2, 1)
+        assert bits(engine.gradients) == bits(other.gradients)

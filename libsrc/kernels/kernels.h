@@ -22,6 +22,7 @@ typedef struct {
     float decay;       /* 1 - lr * weight_decay */
     float inv_sqrt_c2; /* 1 / sqrt(1 - beta2^t) */
     float grad_scale;  /* multiplies every gradient first */
+    int32_t clear;     /* write zeros to g */
 } anepy_adam;
 
 typedef struct anepy_kernels {
@@ -84,7 +85,7 @@ typedef struct anepy_kernels {
     /* x = exp(x - lse[s]) * scale over x[rows][64], in place. */
     void (*softmax_gradient)(float *x, const float *lse, float scale, int64_t ld, int32_t rows);
 
-    /* AdamW on n elements (Loshchilov & Hutter 2019), in place; clears g. */
+    /* AdamW on n elements (Loshchilov & Hutter 2019), in place; g is cleared or kept. */
     void (*adam)(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a);
 
     /* The limit of this set, to measure others against: chain_n independent x = x * factor + term,

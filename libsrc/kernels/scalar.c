@@ -178,7 +178,7 @@ static void adam__scalar(float *p, float *g, float *m, float *v, int64_t n, cons
         m[i] = a->beta1 * m[i] + a->one_beta1 * grad;
         v[i] = a->beta2 * v[i] + a->one_beta2 * grad * grad;
         p[i] = p[i] * a->decay - a->lr * m[i] / (sqrtf(v[i]) * a->inv_sqrt_c2 + a->eps);
-        g[i] = 0.0f;
+        if (a->clear) g[i] = 0.0f;
     }
 }
 

@@ -347,8 +347,8 @@ SIMD_TARGET static void SIMD_FN(softmax_gradient)(float *x, const float *lse, fl
 /* -------------------------------------------------------------------------------------- AdamW */
 
 /* Exact square root and division: memory-bound either way, and safe at zero (5.3 no. 7). */
-SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, int64_t n,
-                                      const anepy_adam *a) {
+V_INLINE void adam_loop(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a,
+                        const int clear) {
     vf b1 = v_set(a->beta1), b2 = v_set(a->beta2), lr = v_set(a->lr), eps = v_set(a->eps);
     vf o1 = v_set(a->one_beta1), o2 = v_set(a->one_beta2), decay = v_set(a->decay);
     vf c2 = v_set(a->inv_sqrt_c2), gs = v_set(a->grad_scale), zero = v_set(0.0f);
@@ -361,8 +361,14 @@ SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, in
         store_left(m + i, mean, left);
         store_left(v + i, var, left);
         store_left(p + i, v_sub(v_mul(load_left(p + i, left), decay), step), left);
-        store_left(g + i, zero, left);
+        if (clear) store_left(g + i, zero, left);
     }
+}
+
+SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, int64_t n,
+                                      const anepy_adam *a) {
+    if (a->clear) adam_loop(p, g, m, v, n, a, 1);
+    else adam_loop(p, g, m, v, n, a, 0);
 }
 
 /* -------------------------------------------------------------------------------------- limits */

@@ -67,12 +67,20 @@ void anepy_embed(anepy_engine *e) {
     else gather_scalar(e);
 }
 
+static void clear_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    const anepy_config *c = &e->model->config;
+    int32_t rows = anepy_min_i32(COLS, c->vocab_size - index * COLS);
+    memset(e->grads + anepy_model_embedding(e->model) + (int64_t)index * COLS * c->dim, 0,
+           (size_t)rows * (size_t)c->dim * sizeof(float));
+}
+
 void anepy_embed_backward(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     /* The first step replaces what is there; a tied classifier has done so. */
     if (e->accumulated == 0 && !c->tied)
-        memset(e->grads + anepy_model_embedding(e->model), 0,
-               (size_t)c->vocab_size * (size_t)c->dim * sizeof(float));
+        anepy_engine_run(e, (c->vocab_size + COLS - 1) / COLS, clear_rows);
     if (anepy_on(e, ANEPY_VECTOR_EMBED))
         anepy_engine_run(e, (e->model->config.dim + COLS - 1) / COLS, scatter_block);
     else scatter_scalar(e);

@@ -1,4 +1,4 @@
-/* train/update.c - AdamW over the flat arenas: one pass that scales, clips, steps and clears. */
+/* train/update.c - AdamW over the flat arenas: one pass that scales, clips and steps. */
 #include "train/update.h"
 
 #include <math.h>
@@ -76,7 +76,8 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
                        .eps = (float)o->eps,
                        .decay = 1.0f,
                        .inv_sqrt_c2 = (float)(1.0 / sqrt(1.0 - pow(o->beta2, t))),
-                       .grad_scale = (float)scale};
+                       .grad_scale = (float)scale,
+                       .clear = !(o->flags & ANEPY_LEAVE_GRADIENTS)};
     update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? anepy_vector(e) : anepy_kernels_scalar(),
                         adam, adam};
     task.matrices.decay = (float)(1.0 - o->lr * o->weight_decay);

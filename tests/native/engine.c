@@ -226,6 +226,37 @@ static void check_stale_gradients(int which) {
     fixture_free(&f);
 }
 
+/* An update that leaves the gradients changes nothing else, then and in the steps after it. */
+static void check_left_gradients(int which) {
+    fixture f = fixture_make(which);
+    float *clean = floats(f.n), *left = floats(f.n);
+    for (uint32_t flags = 0; flags <= ANEPY_LEAVE_GRADIENTS; flags++) {
+        fixture_reset(&f);
+        anepy_engine *engine = fixture_engine(&f, "max", 2);
+        anepy_update_options o = {.struct_size = sizeof o,
+                                  .flags = flags,
+                                  .lr = 0.01,
+                                  .beta1 = 0.9,
+                                  .beta2 = 0.999,
+                                  .eps = 1e-8,
+                                  .grad_clip = 1.0};
+        anepy_update_stats stats = {.struct_size = sizeof stats};
+        int32_t changed = 0;
+        for (int round = 0; round < 3; round++) {
+            for (int i = 0; i <= round; i++) step(engine, &f, length(&f, i));
+            memcpy(left, f.grads, (size_t)f.n * sizeof(float));
+            CHECK(anepy_engine_update(engine, &stats, &o) == ANEPY_OK, "update, flags %u", flags);
+            for (int64_t i = 0; i < f.n; i++) changed += !same(f.grads[i], flags ? left[i] : 0.0f);
+        }
+        CHECK(changed == 0, "flags %u: %d gradients are not what they should be", flags, changed);
+        if (flags == 0) memcpy(clean, f.params, (size_t)f.n * sizeof(float));
+        else CHECK(all_same(f.params, clean, f.n), "leaving the gradients changes the weights");
+        anepy_engine_free(engine);
+    }
+    free(clean), free(left);
+    fixture_free(&f);
+}
+
 /* -------------------------------------------------------------------------------------- decoder */
 
 static void check_decoder(int which, int32_t threads) {
@@ -402,6 +433,7 @@ void checks_engine(void) {
         check_lengths(which);
         check_accumulation(which);
         check_stale_gradients(which);
+        check_left_gradients(which);
         for (int32_t threads = 1; threads <= 3; threads += 2) check_decoder(which, threads);
     }
     check_update(0.0, 0);

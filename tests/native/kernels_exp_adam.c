@@ -105,7 +105,8 @@ static anepy_adam options(double lr, double decay, int t) {
                         .eps = 1e-8f,
                         .decay = (float)(1.0 - lr * decay),
                         .inv_sqrt_c2 = (float)(1.0 / sqrt(1.0 - pow(beta2, t))),
-                        .grad_scale = 0.5f};
+                        .grad_scale = 0.5f,
+                        .clear = 1};
 }
 
 static float random_weight(void) { return random_float(-1.0f, 1.0f); }
@@ -133,19 +134,21 @@ static int adam_right(const state *s, const state *before, int32_t i, const anep
     double step = a->lr * (m0 + m1) / (sqrt(v) * a->inv_sqrt_c2 + a->eps);
     double size = a->lr * (fabs(m0) + fabs(m1)) / (sqrt(v) * a->inv_sqrt_c2 + a->eps);
     return is_close(s->m[i], m0 + m1, 4.0, fabs(m0) + fabs(m1)) && is_close(s->v[i], v, 5.0, v) &&
-           is_close(s->p[i], p - step, 12.0, fabs(p) + size) && to_bits(s->g[i]) == 0;
+           is_close(s->p[i], p - step, 12.0, fabs(p) + size) &&
+           to_bits(s->g[i]) == (a->clear ? 0 : to_bits(before->g[i]));
 }
 
-static void check_adam(const anepy_kernels *set, int32_t n, int place, int t) {
+static void check_adam(const anepy_kernels *set, int32_t n, int place, int t, int clear) {
     anepy_adam a = options(1e-3, 0.1, t);
+    a.clear = clear;
     state s = t == 1 ? make(n, place, random_gradient, zero, zero)
                      : make(n, place, random_gradient, random_moment, random_square);
     state before = copy(&s, n);
     int right = 1;
     set->adam(s.p, s.g, s.m, s.v, n, &a);
     for (int32_t i = 0; i < n; i++) right &= adam_right(&s, &before, i, &a);
-    CHECK(right && guard_intact(), "adam %s: %s, n %d, place %d, t %d", set->isa,
-          right ? "wrote elsewhere" : "wrong", n, place, t);
+    CHECK(right && guard_intact(), "adam %s: %s, n %d, place %d, t %d, clear %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", n, place, t, clear);
     guard_reset();
 }
 
@@ -205,8 +208,8 @@ static void check_set(const anepy_kernels *set) {
     static const float odd[] = {NAN, 1e30f, -1e25f, 1e-25f, -1e-40f, 0x1p-149f, 0.0f, -0.0f};
     for (int32_t s = 0; s < SIZE_N; s++) {
         for (int place = 0; place < GUARD_PLACES; place++) {
-            check_adam(set, SIZES[s], place, 1);
-            check_adam(set, SIZES[s], place, 1000);
+            check_adam(set, SIZES[s], place, 1, 0), check_adam(set, SIZES[s], place, 1, 1);
+            check_adam(set, SIZES[s], place, 1000, 0), check_adam(set, SIZES[s], place, 1000, 1);
             check_adam_zero(set, SIZES[s], place, 0.0);
             check_adam_zero(set, SIZES[s], place, 0.1);
             check_adam_decay(set, SIZES[s], place);

@@ -129,14 +129,14 @@ class AnepySide:
         self.tokens, self.targets = tokens, targets
 
     def prepare(self) -> None:
-        """Do nothing: `update` leaves the gradients cleared."""
+        """Do nothing: the first step after an update overwrites the gradients."""
 
     def step(self) -> float:
         """Run forward and backward; return the loss."""
         return float(self.engine.step(self.tokens, self.targets).loss)
 
     def update(self) -> None:
-        """Apply AdamW and clear the gradients."""
+        """Apply AdamW; no view of the gradients is alive, so there is nothing to clear."""
         self.engine.update(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 

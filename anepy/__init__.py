@@ -25,7 +25,7 @@ _HOMES = {
     "TrainConfig": "train_config",
     "Trainer": "trainer",
     "UpdateStats": "engine",
-    "devices": "engine",
+    "devices": "device",
     "generate": "generation",
     "prepare": "data",
     "stream": "generation",
@@ -36,7 +36,8 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .data import TokenData, prepare
-    from .engine import Engine, StepStats, UpdateStats, devices, variants
+    from .device import devices
+    from .engine import Engine, StepStats, UpdateStats, variants
     from .errors import AnepyError, MilError
     from .generation import generate, stream
     from .model import PRESETS, Model, ModelConfig

@@ -21,6 +21,7 @@ from .cli_common import (
     examples,
     guarded,
     model_path,
+    note,
     print_json,
 )
 from .cli_data import evaluate, prepare
@@ -84,13 +85,17 @@ def generate(
         int, typer.Option("--max-tokens", "-n", min=0, help="New tokens at most.")
     ] = 256,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto or cpu.")] = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, printing the text while it is written."""
     path = model_path(model, model_option)
-    from .generation import stream
+    from .generation import choose_device, stream
 
+    told = choose_device(device)
+    if not as_json:
+        note(told)
     pieces = []
     began = time.perf_counter()
     for piece in stream(path, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads):
@@ -104,6 +109,8 @@ def generate(
                 "model": str(path),
                 "prompt": prompt,
                 "text": "".join(pieces),
+                "device": "cpu",
+                "device_note": told,
                 "seconds": time.perf_counter() - began,
             }
         )

@@ -81,6 +81,12 @@ def fail(message: str, output: str = "") -> None:
     raise typer.Exit(EXIT_FAILURE) from None
 
 
+def note(text: str) -> None:
+    """Say something worth knowing on standard error, in one line; nothing if there is nothing."""
+    if text:
+        _say(f"anepy: note: {text}")
+
+
 def print_json(record: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output."""
     from .run_log import dumps

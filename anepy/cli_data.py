@@ -22,6 +22,7 @@ from .cli_common import (
     TokenizerOption,
     guarded,
     model_path,
+    note,
     print_json,
     table,
 )
@@ -92,7 +93,11 @@ def evaluate(
             for ids, targets in sequences:
                 losses.append((len(ids), engine.evaluate(ids, targets)))
             seconds = time.perf_counter() - began
-            facts: dict[str, Any] = {"device": engine.device, "precision": engine.precision}
+            facts: dict[str, Any] = {
+                "device": engine.device,
+                "device_note": engine.device_note,
+                "precision": engine.precision,
+            }
     count = sum(n for n, _ in losses)
     loss = math.fsum(n * value for n, value in losses) / count
     name = str(data if data is not None else text)
@@ -111,6 +116,7 @@ def evaluate(
             }
         )
         return
+    note(facts["device_note"])
     rows = [
         ("model", f"{path.name}, {facts['device']}, {facts['precision']}"),
         ("data", f"{name}, {quantity(count)} tokens in {len(losses)} sequences"),

@@ -39,9 +39,9 @@ def info(as_json: JsonOption = False) -> None:
     else:
         rows.append(("library", f"{library.pop('path', '?')} ({library.pop('found', '?')})"))
         rows += [(name.replace("_", " "), _text(value)) for name, value in library.items()]
-    for device in facts["devices"]:
-        usable = "" if device["usable"] else "not usable: "
-        rows.append((f"device {device['name']}", usable + device["reason"]))
+    for item in facts["devices"]:
+        usable = "" if item["usable"] else "not usable: "
+        rows.append((f"device {item['name']}", usable + item["reason"]))
     rows += [
         (f"variant {name}", ", ".join(switches) or "no switches")
         for name, switches in facts["variants"].items()
@@ -79,14 +79,14 @@ def _facts() -> dict[str, Any]:
     }
     try:
         facts["platform"] = _native.platform_tag()
-        from . import engine
+        from . import device, engine
 
         facts["library"] = dict(engine.library_info())
         if (found := _native.loaded()) is not None:
             facts["library"] = {"path": str(found.path), "found": found.place} | facts["library"]
         facts["devices"] = [
             {"name": item.name, "usable": item.usable, "reason": item.reason}
-            for item in engine.devices()
+            for item in device.devices()
         ]
         facts["variants"] = {name: list(on) for name, on in engine.variants().items()}
     except (AnepyError, OSError) as error:

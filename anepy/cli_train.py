@@ -215,7 +215,7 @@ def run(request: Request) -> None:
                     "model": plan.name,
                     "settings": asdict(trainer.config) | {"seq": trainer.seq},
                     "engine": trainer.engine_settings(),
-                    "notes": trainer.notes,
+                    "notes": _notes(trainer),
                     "summary": asdict(summary),
                     "interrupted": interrupted,
                     "checkpoint": str(plan.written) if plan.written else None,
@@ -402,7 +402,7 @@ def _introduce(
     from .reports import flops_per_step
 
     weights = trainer.model.weights
-    notes = list(trainer.notes)
+    notes = _notes(trainer)
     if plan.checkpoint is not None and plan.resume is None and plan.save_at_end:
         if plan.checkpoint.exists():
             notes.append(f"{plan.checkpoint} will be replaced; --resume would continue from it")
@@ -442,8 +442,14 @@ def _introduce(
         "settings": settings,
         "engine": header.engine,
         "start": header.start,
+        "notes": notes,
     }
     log.run(facts, trainer.engine.device)
+
+
+def _notes(trainer: Trainer) -> list[str]:
+    chosen = trainer.engine.device_note
+    return [*([chosen] if chosen else []), *trainer.notes]
 
 
 def _loop(

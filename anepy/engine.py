@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _abi, _native
+from .device import AUTO, open_device
 from .errors import ClosedError, ConfigError, NativeError
 from .model import Array, Model, TensorTable
 
@@ -78,15 +79,6 @@ class UpdateStats:
     update_ms: float
     compile_ms: float
     skipped: bool
-
-
-@dataclass(frozen=True)
-class DeviceInfo:
-    """A device by name; `reason` says what it is, or why it cannot be used here."""
-
-    name: str
-    usable: bool
-    reason: str
 
 
 class _Owner:
@@ -179,6 +171,7 @@ class Engine(_Owner):
     """Trains a model: one sequence per step, gradients accumulate until `update`.
 
     Use one engine from one thread at a time. The model's weights are updated in place.
+    `device` and `device_note` say where it runs and, if that was left to anepy, why there.
 
     Args:
         model: the model to train.
@@ -207,7 +200,7 @@ class Engine(_Owner):
         self,
         model: Model,
         variant: str = "max",
-        device: str = "auto",
+        device: str = AUTO,
         precision: str = "auto",
         seq_len: int | None = None,
         threads: int | None = None,
@@ -228,16 +221,21 @@ class Engine(_Owner):
             adam_m=_address(self._m),
             adam_v=_address(self._v),
             variant=_name(variant),
-            device=_name(device),
             precision=_name(precision),
             seq_len=seq_len or 0,
             threads=threads or 0,
             loss_scale=loss_scale or 0.0,
         )
-        handle = ctypes.c_void_p()
-        self._lib.anepy_engine_create(
-            ctypes.byref(handle), model.table.handle, ctypes.byref(options)
-        )
+
+        def create(name: str) -> ctypes.c_void_p:
+            handle = ctypes.c_void_p()
+            options.device = _name(name)
+            self._lib.anepy_engine_create(
+                ctypes.byref(handle), model.table.handle, ctypes.byref(options)
+            )
+            return handle
+
+        handle, self.device_note = open_device(device, create)
         self._own(handle, self._lib.anepy_engine_free)
         self._gradients = _Gradients(model.table, self._grads, self._guard)
         self.gradients: Mapping[str, Array] = self._gradients
@@ -465,21 +463,7 @@ class Decoder(_Owner):
         return self._logits
 
 
-def devices() -> list[DeviceInfo]:
-    """List the devices this build knows, in the order "auto" tries them."""
-    lib = _native.library()
-    found = []
-    for index in range(256):
-        info = _abi.DeviceInfo()
-        try:
-            lib.anepy_device_get_info(index, ctypes.byref(info))
-        except ConfigError:
-            break
-        found.append(DeviceInfo(info.name.decode(), bool(info.usable), info.reason.decode()))
-    return found
-
-
-def variants(device: str = "auto") -> dict[str, tuple[str, ...]]:
+def variants(device: str = AUTO) -> dict[str, tuple[str, ...]]:
     """Return the switches of every named variant that makes sense on a device."""
     lib = _native.library()
     found: dict[str, tuple[str, ...]] = {}

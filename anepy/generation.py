@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .device import AUTO, choice_note
 from .engine import Decoder
 from .errors import ConfigError, TokenizerError
 from .model import Model
@@ -55,6 +56,21 @@ def generate(
         >>> generate("stories260K.bin", "Once upon a time", "tok512.bin", temperature=0.0)
     """
     return "".join(stream(model, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads))
+
+
+def choose_device(device: str) -> str:
+    """Check the device text is to be generated on; for "auto" say in one line which it is.
+
+    Raises:
+        ConfigError: it is not one that generates text.
+    """
+    if device == AUTO:
+        return choice_note("cpu", ["not ane: text is generated on the CPU only"])
+    if device != "cpu":
+        raise ConfigError(
+            f"text is generated on the CPU, not on device {device}: leave --device out"
+        )
+    return ""
 
 
 def stream(

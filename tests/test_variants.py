@@ -8,7 +8,8 @@ import pytest
 from cases import GQA, SEPARATE, bits, make_engine, message, sequence
 
 from anepy import _abi
-from anepy.engine import Engine, devices, library_info, variants
+from anepy.device import devices
+from anepy.engine import Engine, library_info, variants
 from anepy.model import Model, ModelConfig
 
 MEMORY_SWITCHES = ("prealloc", "fp16_cache", "skip_dead_reads", "concurrent_dw", "vector_embed")

@@ -196,18 +196,32 @@ def test_wide_instructions_stand_in_functions_of_their_set_only(library: Library
             register in instruction.text and "vfmadd" in instruction.text
             for instruction in library.functions[f"gemm_tile__{isa}"]
         )
+    assert any("vdpbf16ps" in i.text for i in library.functions["dot_tile__avx512bf16"])
+    assert [
+        name
+        for name, code in library.functions.items()
+        if not name.endswith("__avx512bf16") and any("bf16" in i.text.split()[0] for i in code)
+    ] == []
     assert len([name for name in library.functions if "__avx2" in name]) > 15
 
 
 @needs_x86
-@pytest.mark.parametrize(("isa", "vectors"), [("avx2", 2), ("avx512", 4)])
+@pytest.mark.parametrize(
+    ("kernel", "product", "vectors"),
+    [
+        ("gemm_tile__avx2", "vfmadd", 2),
+        ("gemm_tile__avx512", "vfmadd", 4),
+        ("gemm_tile__avx512bf16", "vfmadd", 4),
+        ("dot_tile__avx512bf16", "vdpbf16ps", 4),
+    ],
+)
 def test_matrix_kernel_keeps_its_accumulators_in_registers(
-    library: Library, isa: str, vectors: int
+    library: Library, kernel: str, product: str, vectors: int
 ) -> None:
     """No innermost loop of products stores a vector, or touches the stack: nothing was spilled."""
     sizes = set()
-    for loop in library.innermost_loops(f"gemm_tile__{isa}"):
-        products = sum("vfmadd" in instruction.text for instruction in loop)
+    for loop in library.innermost_loops(kernel):
+        products = sum(product in instruction.text for instruction in loop)
         if products == 0:
             continue
         sizes.add(products)
@@ -236,6 +250,23 @@ def test_loops_and_stores_are_recognized() -> None:
     assert [[i.address for i in loop] for loop in library.innermost_loops("f")] == [[8, 12, 16]]
     assert [i.address for i in code if i.writes_memory] == [12]
     assert [i.address for i in code if i.uses_stack] == [12]
+
+
+@needs_x86
+def test_compiler_without_bf16_instructions_leaves_their_set_out(tmp_path: Path) -> None:
+    """As gcc before 10 and assemblers before 2.34: told apart by a file the script tries."""
+    old = tmp_path / "old-cc"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in *-O2*/probe.c*) exit 1 ;; esac\n'
+        f'exec {toolchain.tool("gcc", "clang")} "$@"\n'
+    )
+    old.chmod(0o755)
+    toolchain.run(
+        [toolchain.SCRIPT, "--quiet", "--werror", "--out", tmp_path], env={"CC": str(old)}
+    )
+    library = Library(tmp_path / "libanepy.so")
+    assert [name for name in library.functions if name.endswith("__avx512bf16")] == []
+    assert "gemm_tile__avx512" in library.functions
 
 
 # --------------------------------------------------------------------------------- loading, header

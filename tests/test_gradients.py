@@ -104,7 +104,10 @@ def run_all_on_this_isa() -> None:
     print(isa, library_info()["gemm"])
 
 
-ISAS = {"x86_64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}
+ISAS = {
+    "x86_64": ["scalar", "avx2", "avx512", "avx512bf16"],
+    "aarch64": ["scalar", "neon", "neonbf16"],
+}
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ import pytest
 from native import toolchain
 
 THREADED = ("gemm", "pool", "runtime", "engine", "handles")
-MASKS = {
-    "x86_64": ["avx512", "avx2", "scalar"],
-    "AMD64": ["avx512", "avx2", "scalar"],
-    "aarch64": ["neon", "scalar"],
-    "arm64": ["neon", "scalar"],
-}.get(platform.machine(), ["scalar"])
+X86 = ["avx512bf16", "avx512", "avx2", "scalar"]
+ARM = ["neonbf16", "neon", "scalar"]
+MASKS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(
+    platform.machine(), ["scalar"]
+)
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,11 @@ def test_checks_under_thread_sanitizer_pass(program: Callable[[Build], Program])
 def test_checks_on_emulated_aarch64_pass(program: Callable[[Build], Program]) -> None:
     emulator = toolchain.tool("qemu-aarch64", "qemu-aarch64-static")
     path = program(AARCH64).path
-    assert toolchain.run([emulator, path, "--list"]).stdout.split() == ["neon", "scalar"]
-    assert_passes(emulator, path, "--emulated")
+    for processor, sets in (("max", ARM), ("cortex-a72", ARM[1:])):
+        listed = toolchain.run([emulator, "-cpu", processor, path, "--list"]).stdout
+        assert listed.split() == sets, f"{processor} is taken for something else"
+    assert_passes(emulator, "-cpu", "cortex-a72", path, "--isa", "neon", "table")
+    assert_passes(emulator, "-cpu", "max", path, "--emulated")
 
 
 # ------------------------------------------------------------------------------ choices at run time
@@ -192,6 +194,10 @@ MUTATIONS = [
     ("exp", VECTORS, "0x1.fffffcp-2f", "0x1.ffffp-2f"),
     ("adam", VECTORS, "v_fma(v_sqrt(var), c2, eps)", "v_mul(v_sqrt(var), c2)"),
     ("gemm", "kernels/gemm.c", "product->accumulate || p > 0", "product->accumulate"),
+    ("gemm", "kernels/gemm.c", "if (k % 2 != 0) row[k] = 0;", ""),
+    ("gemm", "kernels/gemm.c", "pairs[(n - 1) * COLS + j] &= 0xffff;", "(void)pairs;"),
+    ("bf16", "kernels/bf16_impl.h", "p + 1 < k ? n / VL * VL : 0", "n / VL * VL"),
+    ("bf16", "kernels/bf16_impl.h", "p + 1 < k ? load_left(src + ld", "1 ? load_left(src + ld"),
     ("pool", "runtime/threads.c", "if (pool->serial) return NULL;", "if (0) return NULL;"),
     ("model", "model/model.c", "arena_n += t->rows * cols;", "arena_n += t->rows * cols + 1;"),
     ("handles", "runtime/fpmode.h", "(uint32_t)saved);", "(uint32_t)saved | 0x8040);"),

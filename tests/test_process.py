@@ -441,9 +441,10 @@ def test_default_threads_respect_the_affinity() -> None:
     assert default_threads() <= len(os.sched_getaffinity(0))
 
 
-MASKS = {"x86_64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}.get(
-    platform.machine().replace("arm64", "aarch64"), ["scalar"]
-)
+MASKS = {
+    "x86_64": ["scalar", "avx2", "avx512", "avx512bf16"],
+    "aarch64": ["scalar", "neon", "neonbf16"],
+}.get(platform.machine().replace("arm64", "aarch64"), ["scalar"])
 
 
 @pytest.mark.parametrize("mask", MASKS)

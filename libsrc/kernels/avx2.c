@@ -3,7 +3,7 @@
 #include "kernels/simd_avx2.h"
 #include "kernels/vector_impl.h"
 
-const anepy_kernels anepy_kernels_avx2_set = VECTOR_KERNELS("gemm_tile_6x16__avx2");
+const anepy_kernels anepy_kernels_avx2_set = VECTOR_KERNELS("gemm_tile_6x16__avx2", NULL);
 #else
 typedef int anepy_no_avx2; /* ISO C wants a declaration */
 #endif

@@ -3,7 +3,7 @@
 #include "kernels/simd_avx512.h"
 #include "kernels/vector_impl.h"
 
-const anepy_kernels anepy_kernels_avx512_set = VECTOR_KERNELS("gemm_tile_6x64__avx512");
+const anepy_kernels anepy_kernels_avx512_set = VECTOR_KERNELS("gemm_tile_6x64__avx512", NULL);
 #else
 typedef int anepy_no_avx512; /* ISO C wants a declaration */
 #endif

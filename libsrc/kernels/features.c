@@ -1,6 +1,8 @@
 /* kernels/features.c - CPUID together with the OS state of XCR0; never model numbers. */
 #include "kernels/features.h"
 
+#include "runtime/machine.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
@@ -24,10 +26,14 @@ uint32_t anepy_cpu_features(void) {
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
     /* macOS on Intel enables zmm state lazily, so XCR0 hides it there; AVX2 is enough. */
     if (found != 0 && all(b, f | dq | bw | vl) && (state & 0xe6) == 0xe6) found |= ANEPY_CPU_AVX512;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return found;
+    if (found & ANEPY_CPU_AVX512 && a & 1u << 5) found |= ANEPY_CPU_AVX512_BF16;
     return found;
 }
 #elif defined(__aarch64__)
-uint32_t anepy_cpu_features(void) { return ANEPY_CPU_NEON; } /* part of the base architecture */
+uint32_t anepy_cpu_features(void) { /* NEON is part of the base architecture */
+    return ANEPY_CPU_NEON | (anepy_machine_has_bf16() ? ANEPY_CPU_NEON_BF16 : 0);
+}
 #else
 uint32_t anepy_cpu_features(void) { return 0; }
 #endif

@@ -8,6 +8,8 @@
 #define ANEPY_CPU_AVX2 1u   /* AVX2, FMA, F16C, and the OS saves ymm */
 #define ANEPY_CPU_AVX512 2u /* F, DQ, BW, VL, and the OS saves zmm and opmask */
 #define ANEPY_CPU_NEON 4u
+#define ANEPY_CPU_AVX512_BF16 8u
+#define ANEPY_CPU_NEON_BF16 16u
 
 uint32_t anepy_cpu_features(void);
 

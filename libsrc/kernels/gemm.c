@@ -4,7 +4,7 @@
 #include <string.h>
 
 #define COLS ANEPY_COLUMNS
-#define DEPTH 1024      /* reduction length per packed block: 256 KiB per panel, fits L2 */
+#define DEPTH 1024      /* units of the reduction per packed block: 256 KiB per panel, fits L2 */
 #define BLOCK_ROWS 48   /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
 #define PIECE_ROWS 1536 /* rows of C per background piece: amortises its transposition */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
@@ -13,89 +13,155 @@ int64_t anepy_gemm_panels_n(int32_t columns) {
     return (int64_t)DEPTH * anepy_round_up(columns, COLS);
 }
 
-/* A tile, then a panel of B (pieces) or a block of A (run). */
+/* A tile, then what a piece packs, or a block of A (run). In bf16 that is half a panel of B and the
+ * rows it is transposed from; the block of A takes their place. */
 int64_t anepy_gemm_scratch_n(int32_t k) {
-    return TILE_N + (int64_t)anepy_max_i32(k * COLS, DEPTH * BLOCK_ROWS);
+    return TILE_N + (int64_t)COLS * anepy_max_i32(k + 1, DEPTH);
 }
 
-/* Rows [0, m) of up to 64 columns of C from one panel of B. Where C has fewer columns, whole tiles
- * are computed beside it and what exists is copied. */
-static void multiply_panel(const anepy_kernels *kernels, const anepy_product *s, float *c,
-                           const float *a, const float *panel, int64_t ldb, int32_t m,
-                           int32_t columns, float *tile) {
-    for (int32_t i = 0; i < m; i += ANEPY_TILE_ROWS) {
+static int32_t units_of(const anepy_gemm *gemm, int32_t k) {
+    return gemm->bf16 != NULL ? (k + 1) / 2 : k;
+}
+
+/* Rows of a factor as the tile kernels read them, in units. */
+typedef struct {
+    const float *data;
+    int64_t row, step;
+} units;
+
+/* Rows [0, m) of up to 64 columns of C from one panel of B with n units. Where C has fewer columns,
+ * whole tiles are computed beside it and what exists is copied. bf16 == NULL: float32. */
+static void multiply_panel(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
+                           int64_t ldc, units a, const float *panel, int64_t ldb, int32_t n,
+                           int32_t m, int32_t columns, int32_t accumulate, float *tile) {
+    int whole = columns == COLS;
+    for (int32_t i = 0; i < m; i += ANEPY_TILE_ROWS, c += ANEPY_TILE_ROWS * ldc) {
         int32_t rows = anepy_min_i32(ANEPY_TILE_ROWS, m - i);
-        float *out = c + i * s->ldc;
-        if (columns == COLS) {
-            for (int32_t j = 0; j < COLS; j += kernels->gemm_cols)
-                kernels->gemm_tile(out + j, s->ldc, a + i * s->a_row, s->a_row, s->a_step,
-                                   panel + j, ldb, s->k, rows, s->accumulate);
-            continue;
+        const float *block = a.data + i * a.row;
+        float *out = whole ? c : tile;
+        int64_t ld = whole ? ldc : COLS;
+        for (int32_t j = 0; j < COLS; j += kernels->gemm_cols) {
+            if (bf16 != NULL)
+                bf16->dot_tile(out + j, ld, (const uint32_t *)(const void *)block, a.row, a.step,
+                               (const uint32_t *)(const void *)(panel + j), n, rows,
+                               whole && accumulate);
+            else
+                kernels->gemm_tile(out + j, ld, block, a.row, a.step, panel + j, ldb, n, rows,
+                                   whole && accumulate);
         }
-        for (int32_t j = 0; j < COLS; j += kernels->gemm_cols)
-            kernels->gemm_tile(tile + j, COLS, a + i * s->a_row, s->a_row, s->a_step, panel + j,
-                               ldb, s->k, rows, 0);
-        for (int32_t r = 0; r < rows; r++, out += s->ldc) {
-            if (s->accumulate) kernels->add(out, out, tile + r * COLS, columns);
-            else memcpy(out, tile + r * COLS, (size_t)columns * sizeof(float));
+        for (int32_t r = 0; r < rows && !whole; r++) {
+            float *to = c + r * ldc;
+            if (accumulate) kernels->add(to, to, tile + r * COLS, columns);
+            else memcpy(to, tile + r * COLS, (size_t)columns * sizeof(float));
         }
     }
+}
+
+/* ------------------------------------------------------------------------------------ packing */
+
+/* Rows of float32 [rows, k] as bf16, `n` units apart. */
+static void round_rows(const anepy_bf16_kernels *bf16, float *dst, const float *src, int64_t ld,
+                       int32_t rows, int32_t k, int32_t n) {
+    for (int32_t i = 0; i < rows; i++) {
+        uint16_t *row = (uint16_t *)(void *)(dst + (int64_t)i * n);
+        bf16->to_bf16(row, src + i * ld, k);
+        if (k % 2 != 0) row[k] = 0;
+    }
+}
+
+/* 64 columns of B from `column` on, as [units][64]. rounded: room for 64 rows of units. */
+static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *panel,
+                         int32_t column, float *rounded) {
+    const anepy_bf16_kernels *bf16 = gemm->bf16;
+    int64_t first = s->b_transposed ? column * s->ldb : column;
+    int32_t n = units_of(gemm, s->k), columns = anepy_min_i32(COLS, s->n - column);
+    uint32_t *pairs = (uint32_t *)(void *)panel;
+    if (bf16 == NULL && !s->b_transposed) {
+        for (int32_t p = 0; p < s->k; p++)
+            memcpy(panel + (int64_t)p * COLS, s->b + first + p * s->ldb, COLS * sizeof(float));
+    } else if (bf16 == NULL) {
+        gemm->kernels->transpose_panel(panel, s->b + first, s->ldb, columns, s->k);
+    } else if (!s->b_transposed && s->b16 != NULL) {
+        bf16->zip_pairs(pairs, COLS, s->b16 + first, s->ldb, s->k, COLS);
+    } else if (!s->b_transposed) {
+        bf16->pack_pairs(pairs, COLS, s->b + first, s->ldb, s->k, COLS);
+    } else if (s->b16 != NULL) {
+        gemm->kernels->transpose_panel(panel, (const float *)(const void *)(s->b16 + first),
+                                       s->ldb / 2, columns, n);
+        for (int32_t j = 0; j < COLS && s->k % 2 != 0; j++) pairs[(n - 1) * COLS + j] &= 0xffff;
+    } else {
+        round_rows(bf16, rounded, s->b + first, s->ldb, columns, s->k, n);
+        gemm->kernels->transpose_panel(panel, rounded, n, columns, n);
+    }
+}
+
+/* Rows [first, first + rows) of A: where they are if the kernel can read them there in order, else
+ * copied to block. */
+static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *block, int32_t first,
+                       int32_t rows) {
+    const anepy_bf16_kernels *bf16 = gemm->bf16;
+    int32_t n = units_of(gemm, s->k), by_rows = s->a_step == 1;
+    int64_t start = first * s->a_row;
+    if (by_rows && bf16 == NULL) return (units){s->a + start, s->a_row, 1};
+    if (by_rows && s->a16 != NULL)
+        return (units){(const float *)(const void *)(s->a16 + start), s->a_row / 2, 1};
+    if (by_rows) {
+        round_rows(bf16, block, s->a + start, s->a_row, rows, s->k, n);
+        return (units){block, n, 1};
+    }
+    if (bf16 != NULL && s->a16 != NULL) {
+        bf16->zip_pairs((uint32_t *)(void *)block, BLOCK_ROWS, s->a16 + start, s->a_step, s->k,
+                        rows);
+    } else if (bf16 != NULL) {
+        bf16->pack_pairs((uint32_t *)(void *)block, BLOCK_ROWS, s->a + start, s->a_step, s->k,
+                         rows);
+    } else {
+        const int64_t ahead = 16;
+        for (int32_t p = 0; p < s->k; p++) {
+            const float *src = s->a + start + p * s->a_step;
+            for (int32_t line = 0; line < BLOCK_ROWS; line += 16)
+                __builtin_prefetch(src + ahead * s->a_step + line);
+            memcpy(block + (int64_t)p * BLOCK_ROWS, src, (size_t)rows * sizeof(float));
+        }
+    }
+    return (units){block, 1, BLOCK_ROWS};
 }
 
 /* ------------------------------------------------------------------------ on all threads, now */
 
 static void pack_panel(void *context, int32_t index, int32_t worker) {
-    (void)worker;
     const anepy_gemm_job *job = context;
-    const anepy_product *s = &job->product;
-    float *dst = job->gemm->panels + (int64_t)index * s->k * COLS;
-    if (s->b_transposed) {
-        job->gemm->kernels->transpose_panel(dst, s->b + (int64_t)index * COLS * s->ldb, s->ldb,
-                                            anepy_min_i32(COLS, s->n - index * COLS), s->k);
-        return;
-    }
-    const float *src = s->b + (int64_t)index * COLS;
-    for (int32_t p = 0; p < s->k; p++)
-        memcpy(dst + (int64_t)p * COLS, src + p * s->ldb, COLS * sizeof(float));
-}
-
-/* A block of A whose rows are strided, as [k][48]: the tile kernel then reads it in order. */
-static void pack_block(float *dst, const anepy_product *s, int32_t first, int32_t rows) {
-    const int64_t ahead = 16;
-    for (int32_t p = 0; p < s->k; p++) {
-        const float *src = s->a + first + p * s->a_step;
-        for (int32_t line = 0; line < BLOCK_ROWS; line += 16)
-            __builtin_prefetch(src + ahead * s->a_step + line);
-        memcpy(dst + (int64_t)p * BLOCK_ROWS, src, (size_t)rows * sizeof(float));
-    }
+    const anepy_gemm *gemm = job->gemm;
+    int64_t panel_n = (int64_t)units_of(gemm, job->product.k) * COLS;
+    pack_columns(gemm, &job->product, gemm->panels + index * panel_n, index * COLS,
+                 gemm->scratch + worker * gemm->scratch_n + TILE_N);
 }
 
 static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_gemm_job *job = context;
     const anepy_gemm *gemm = job->gemm;
-    anepy_product s = job->product;
-    float *tile = gemm->scratch + worker * gemm->scratch_n, *block = tile + TILE_N;
-    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s.m - first);
-    const float *a = s.a + first * s.a_row;
-    if (s.a_step != 1) {
-        pack_block(block, &s, first, rows);
-        a = block;
-        s.a_row = 1;
-        s.a_step = BLOCK_ROWS;
-    }
-    for (int32_t j = 0; j < s.n; j += COLS)
-        multiply_panel(gemm->kernels, &s, s.c + first * s.ldc + j, a,
-                       gemm->panels + (int64_t)j * s.k, COLS, rows, anepy_min_i32(COLS, s.n - j),
-                       tile);
+    const anepy_product *s = &job->product;
+    float *tile = gemm->scratch + worker * gemm->scratch_n;
+    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
+    int32_t n = units_of(gemm, s->k);
+    units a = pack_rows(gemm, s, tile + TILE_N, first, rows);
+    for (int32_t j = 0; j < s->n; j += COLS)
+        multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + j, s->ldc, a,
+                       gemm->panels + (int64_t)j * n, COLS, n, rows, anepy_min_i32(COLS, s->n - j),
+                       s->accumulate, tile);
 }
 
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
-    for (int32_t p = 0; p < product->k; p += DEPTH) {
+    int32_t depth = gemm->bf16 != NULL ? 2 * DEPTH : DEPTH;
+    for (int32_t p = 0; p < product->k; p += depth) {
         anepy_gemm_job job = {gemm, *product};
         anepy_product *s = &job.product;
-        s->a += p * s->a_step;
-        s->b += s->b_transposed ? p : p * s->ldb;
-        s->k = anepy_min_i32(DEPTH, product->k - p);
+        int64_t a = p * s->a_step, b = s->b_transposed ? p : p * s->ldb;
+        if (s->a16 != NULL) s->a16 += a;
+        else s->a += a;
+        if (s->b16 != NULL) s->b16 += b;
+        else s->b += b;
+        s->k = anepy_min_i32(depth, product->k - p);
         s->accumulate = product->accumulate || p > 0;
         anepy_pool_run(gemm->pool, (s->n + COLS - 1) / COLS, pack_panel, &job);
         anepy_pool_run(gemm->pool, (s->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_rows, &job);
@@ -110,17 +176,26 @@ int32_t anepy_gemm_pieces(const anepy_product *product) {
     return row_pieces(product) * ((product->n + COLS - 1) / COLS);
 }
 
+/* A is read where it is, or a block at a time. */
 void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
     const anepy_gemm_job *job = context;
-    const anepy_product *s = &job->product;
     const anepy_gemm *gemm = job->gemm;
-    int32_t pieces = row_pieces(s);
+    const anepy_product *s = &job->product;
+    int32_t pieces = row_pieces(s), n = units_of(gemm, s->k);
     int32_t first = index % pieces * PIECE_ROWS, column = index / pieces * COLS;
     int32_t columns = anepy_min_i32(COLS, s->n - column);
+    int32_t end = anepy_min_i32(s->m, first + PIECE_ROWS);
     float *tile = gemm->scratch + worker * gemm->scratch_n, *panel = tile + TILE_N;
-    gemm->kernels->transpose_panel(panel, s->b + column * s->ldb, s->ldb, columns, s->k);
-    multiply_panel(gemm->kernels, s, s->c + first * s->ldc + column, s->a + first * s->a_row, panel,
-                   COLS, anepy_min_i32(PIECE_ROWS, s->m - first), columns, tile);
+    float *block = panel + (int64_t)n * COLS;
+    pack_columns(gemm, s, panel, column, block);
+    int32_t step = gemm->bf16 != NULL ? BLOCK_ROWS : PIECE_ROWS;
+    for (; first < end; first += step) {
+        int32_t rows = anepy_min_i32(step, end - first);
+        units a = gemm->bf16 != NULL ? pack_rows(gemm, s, block, first, rows)
+                                     : (units){s->a + first * s->a_row, s->a_row, s->a_step};
+        multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + column, s->ldc, a, panel,
+                       COLS, n, rows, columns, s->accumulate, tile);
+    }
 }
 
 /* ------------------------------------------------------------------------------ in the cache */
@@ -128,8 +203,7 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
 void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const float *a,
                       int64_t a_row, int64_t a_step, const float *b, int64_t ldb, int32_t m,
                       int32_t n, int32_t k, int32_t accumulate) {
-    anepy_product s = {
-        .ldc = ldc, .a_row = a_row, .a_step = a_step, .k = k, .accumulate = accumulate};
     for (int32_t j = 0; j < n; j += COLS)
-        multiply_panel(kernels, &s, c + j, a, b + j, ldb, m, COLS, NULL);
+        multiply_panel(kernels, NULL, c + j, ldc, (units){a, a_row, a_step}, b + j, ldb, k, m, COLS,
+                       accumulate, NULL);
 }

@@ -3,7 +3,10 @@
  * All products of the step are C (+)= A . B with the weights (or output gradients) as A, whose
  * elements are broadcast, and activations as B, whose rows are vectors. Blocking and its reasons:
  * cpu-performance.md 1.3 and 1.5. Every element of C is summed by one thread in a fixed order, so
- * results do not depend on the number of threads. */
+ * results do not depend on the number of threads.
+ *
+ * With bf16 kernels the factors are rounded to bf16 as they are packed and multiplied in pairs of
+ * steps; sums and C stay float32. A unit is 32 bits: a float, or such a pair. */
 #ifndef ANEPY_KERNELS_GEMM_H
 #define ANEPY_KERNELS_GEMM_H
 
@@ -15,6 +18,10 @@
 typedef struct {
     float *c;
     const float *a, *b;
+    /* Of a bf16 product: a factor that is rounded already, instead of a or b. Its strides other
+     * than 1 are even and its first element is 4-byte aligned; what follows a row of odd length is
+     * finite. */
+    const uint16_t *a16, *b16;
     int64_t ldc, a_row, a_step, ldb;
     int32_t b_transposed;
     int32_t m, n, k;
@@ -24,6 +31,7 @@ typedef struct {
 /* What products need to run. */
 typedef struct {
     const anepy_kernels *kernels;
+    const anepy_bf16_kernels *bf16; /* those of kernels; NULL: products are float32 */
     anepy_pool *pool;
     float *panels;  /* shared: anepy_gemm_panels_n floats, 64-byte aligned */
     float *scratch; /* per worker: scratch_n floats, 64-byte aligned */

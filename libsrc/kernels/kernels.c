@@ -14,9 +14,15 @@ static const struct {
     uint32_t needs;
 } SETS[] = {
 #if defined(__x86_64__)
+#if !defined(ANEPY_NO_BF16) /* a compiler that does not know the instructions: build_lib.sh */
+    {&anepy_kernels_avx512bf16_set, ANEPY_CPU_AVX512 | ANEPY_CPU_AVX512_BF16},
+#endif
     {&anepy_kernels_avx512_set, ANEPY_CPU_AVX512},
     {&anepy_kernels_avx2_set, ANEPY_CPU_AVX2},
 #elif defined(__aarch64__)
+#if !defined(ANEPY_NO_BF16)
+    {&anepy_kernels_neonbf16_set, ANEPY_CPU_NEON | ANEPY_CPU_NEON_BF16},
+#endif
     {&anepy_kernels_neon_set, ANEPY_CPU_NEON},
 #endif
     {&anepy_kernels_scalar_set, 0},

@@ -1,8 +1,8 @@
 /* kernels/kernels.h - the kernel table: one set of function pointers per instruction set.
  *
  * Every kernel has a plain reference in scalar.c; the vector sets are filled from one template
- * (vector_impl.h) over the few primitives of each instruction set. A new instruction set is a
- * simd_*.h with those primitives, a file that includes the template, and a row in SETS
+ * (vector_impl.h, bf16_impl.h) over the few primitives of each instruction set. A new instruction
+ * set is a simd_*.h with those primitives, a file that includes the template, and a row in SETS
  * (kernels.c). Vectors of float32 throughout; `n` counts elements; pointers need no alignment
  * unless stated; outputs come first and are overwritten unless "accumulates" is said. */
 #ifndef ANEPY_KERNELS_H
@@ -24,6 +24,25 @@ typedef struct {
     float grad_scale;  /* multiplies every gradient first */
     int32_t clear;     /* write zeros to g */
 } anepy_adam;
+
+/* Products of bfloat16 numbers with float32 sums, two steps of the reduction per instruction. A
+ * unit is a pair of bf16 numbers, the first in the low half; a reduction of k has (k + 1) / 2
+ * units, and where k is odd the second number of the last unit of B is zero. Subnormals may count
+ * as zero. */
+typedef struct {
+    /* As gemm_tile on units: C[rows][gemm_cols] = or += A . B with A(i,q) = a[i*a_row + q*a_step],
+     * B(q,j) = b[q*64 + j], 0 <= q < pairs. */
+    void (*dot_tile)(float *c, int64_t ldc, const uint32_t *a, int64_t a_row, int64_t a_step,
+                     const uint32_t *b, int32_t pairs, int32_t rows, int32_t accumulate);
+    /* Round to nearest even; NaN stays NaN. */
+    void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
+    void (*from_bf16)(float *dst, const uint16_t *src, int64_t n);
+    /* Rows 2q and 2q + 1 of src [k][n], ld apart, become row q of units: dst[q*dst_ld + j]. */
+    void (*pack_pairs)(uint32_t *dst, int64_t dst_ld, const float *src, int64_t ld, int32_t k,
+                       int32_t n);
+    void (*zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src, int64_t ld, int32_t k,
+                      int32_t n);
+} anepy_bf16_kernels;
 
 typedef struct anepy_kernels {
     const char *isa;
@@ -92,6 +111,8 @@ typedef struct anepy_kernels {
      * `rounds` times each, with nothing but registers; returns the mean of all x. */
     float (*fma_chains)(float factor, float term, int64_t rounds);
     int32_t chain_n;
+
+    const anepy_bf16_kernels *bf16; /* NULL: the instruction set has no bf16 products */
 } anepy_kernels;
 
 /* The best set this machine and ANEPY_CPU_MASK allow; NULL with an error sentence if the mask names
@@ -108,6 +129,8 @@ const anepy_kernels *anepy_kernels_at(int32_t index);
 extern const anepy_kernels anepy_kernels_scalar_set;
 extern const anepy_kernels anepy_kernels_avx2_set;
 extern const anepy_kernels anepy_kernels_avx512_set;
+extern const anepy_kernels anepy_kernels_avx512bf16_set;
 extern const anepy_kernels anepy_kernels_neon_set;
+extern const anepy_kernels anepy_kernels_neonbf16_set;
 
 #endif

@@ -7,8 +7,7 @@
 #define SIMD_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SIMD_FN(name) name##__avx2
 #define VL 8
-#define TILE_VECTORS 2 /* 6 x 2 accumulators + 2 columns of B + 1 broadcast = 15 of 16 registers   \
-                        */
+#define TILE_VECTORS 2 /* 6 x 2 accumulators + 2 columns of B + 1 factor = 15 of 16 registers */
 
 typedef __m256 vf;
 #define V_INLINE static inline __attribute__((always_inline)) SIMD_TARGET

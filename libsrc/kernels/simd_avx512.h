@@ -3,9 +3,11 @@
 
 #include "runtime/common.h"
 
+#ifndef SIMD_NAME /* simd_avx512bf16.h adds to this file */
 #define SIMD_NAME "avx512"
 #define SIMD_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
 #define SIMD_FN(name) name##__avx512
+#endif
 #define VL 16
 #define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B = 28 of 32 registers */
 

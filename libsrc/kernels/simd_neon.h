@@ -3,15 +3,16 @@
 
 #include "runtime/common.h"
 
+#ifndef SIMD_NAME /* simd_neonbf16.h adds to this file */
 #define SIMD_NAME "neon"
 #define SIMD_TARGET /* part of the base architecture */
 #define SIMD_FN(name) name##__neon
+#endif
 #define VL 4
-#define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B + 1 broadcast = 29 of 32 registers   \
-                        */
+#define TILE_VECTORS 4 /* 6 x 4 accumulators + 4 columns of B + 1 factor = 29 of 32 registers */
 
 typedef float32x4_t vf;
-#define V_INLINE static inline __attribute__((always_inline))
+#define V_INLINE static inline __attribute__((always_inline)) SIMD_TARGET
 
 V_INLINE vf v_load(const float *p) { return vld1q_f32(p); }
 V_INLINE void v_store(float *p, vf v) { vst1q_f32(p, v); }

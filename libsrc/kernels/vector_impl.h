@@ -389,7 +389,7 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
     return v_sum(sum) / (float)(CHAINS * VL);
 }
 
-#define VECTOR_KERNELS(name)                                                                       \
+#define VECTOR_KERNELS(name, pairs)                                                                \
     {                                                                                              \
         .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
         .gemm_tile = SIMD_FN(gemm_tile), .transpose_panel = SIMD_FN(transpose_panel),              \
@@ -403,5 +403,5 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .softmax_row_backward = SIMD_FN(softmax_row_backward),                                     \
         .logsumexp_columns = SIMD_FN(logsumexp_columns),                                           \
         .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam), .sum = SIMD_FN(sum), \
-        .fma_chains = SIMD_FN(fma_chains), .chain_n = CHAINS * VL,                                 \
+        .fma_chains = SIMD_FN(fma_chains), .chain_n = CHAINS * VL, .bf16 = (pairs),                \
     }

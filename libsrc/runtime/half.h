@@ -1,4 +1,5 @@
-/* runtime/half.h - IEEE binary16 in software, bit for bit what the conversion instructions do. */
+/* runtime/half.h - IEEE binary16 in software, bit for bit what the conversion instructions do; and
+ * bfloat16, the upper half of a float32. */
 #ifndef ANEPY_RUNTIME_HALF_H
 #define ANEPY_RUNTIME_HALF_H
 
@@ -43,6 +44,13 @@ static inline float anepy_from_half(uint16_t half) {
         memcpy(&bits, &x, sizeof bits);
     }
     bits |= sign;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float anepy_from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }

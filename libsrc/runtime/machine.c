@@ -15,6 +15,7 @@
 #include <sys/sysctl.h>
 #else
 #include <sched.h>
+#include <sys/auxv.h>
 #endif
 
 #define MAX_THREADS 256
@@ -34,7 +35,21 @@ static int32_t count_cores(void) {
 }
 
 static double cpu_quota(void) { return 0.0; }
+
+int anepy_machine_has_bf16(void) {
+    int32_t value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, NULL, 0) == 0 && value != 0;
+}
 #else
+int anepy_machine_has_bf16(void) {
+#if defined(__aarch64__)
+    return (getauxval(AT_HWCAP2) & 1u << 14) != 0; /* HWCAP2_BF16, which old headers lack */
+#else
+    return 0;
+#endif
+}
+
 /* Is this CPU the first of its SMT siblings? Unknown topology counts as its own core. */
 static int is_first_sibling(int cpu) {
     char path[96];

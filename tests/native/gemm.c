@@ -92,7 +92,8 @@ static void prepare(problem *q, int32_t accumulate) {
             q->c[i * s->ldc + j] = accumulate ? (float)(j % 7 - i % 5) : NAN;
 }
 
-/* exact: whole numbers. Otherwise any order of summation is within k roundings of its terms. */
+/* exact: whole numbers. Otherwise any order of summation is within k roundings of its terms,
+ * which bf16 products may do to odd: by one unit, not half of one. */
 static int right(const problem *q, int exact) {
     const anepy_product *s = &q->product;
     for (int64_t i = 0; i < s->m; i++) {
@@ -100,7 +101,7 @@ static int right(const problem *q, int exact) {
             double start = s->accumulate ? (double)(j % 7 - i % 5) : 0.0;
             double expected = q->expected[i * s->n + j] + start, actual = q->c[i * s->ldc + j];
             double size = q->size[i * s->n + j] + fabs(start);
-            if (exact ? actual != expected : !is_close(actual, expected, s->k + 2.0, size))
+            if (exact ? actual != expected : !is_close(actual, expected, 2.0 * s->k + 2.0, size))
                 return 0;
         }
     }
@@ -117,6 +118,10 @@ static void done(problem *q) {
 
 enum { RUN, PIECES, SMALL };
 static const char *const FORMS[] = {"run", "piece", "small"};
+
+/* Kinds of factors: float32, rounded to bf16 on the way, rounded before. */
+enum { FLOATS, ROUNDED, HALVES, KINDS };
+static const char *const FACTORS[] = {"float32", "bf16 from float32", "bf16"};
 
 static void compute(anepy_gemm *gemm, int form, const anepy_product *s) {
     anepy_gemm_job job = {gemm, *s};
@@ -135,28 +140,64 @@ static int fits(int form, int b_transposed) {
 }
 
 /* Memory of exactly the promised size: the guards tell if more is used. */
-static anepy_gemm make_gemm(const anepy_kernels *set, anepy_pool *pool, shape d, int form) {
-    anepy_gemm gemm = {.kernels = set, .pool = pool};
+static anepy_gemm make_gemm(const anepy_kernels *set, anepy_pool *pool, shape d, int form,
+                            int kind) {
+    anepy_gemm gemm = {.kernels = set, .pool = pool, .bf16 = kind == FLOATS ? NULL : set->bf16};
     gemm.scratch_n = anepy_gemm_scratch_n(form == PIECES ? d.k : 1);
     gemm.panels = guard_take(anepy_gemm_panels_n(d.n), GUARD_END);
     gemm.scratch = guard_take(gemm.scratch_n * anepy_pool_threads(pool), GUARD_END);
     return gemm;
 }
 
-static void check_form(problem *q, shape d, int form) {
-    const anepy_kernels *set;
-    for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
-        anepy_gemm gemm = make_gemm(set, pools[1], d, form);
-        for (int32_t accumulate = 0; accumulate < 2; accumulate++) {
-            prepare(q, accumulate);
-            compute(&gemm, form, &q->product);
-            CHECK(right(q, 1),
-                  "gemm_%s %s: m %d, n %d, k %d, a_row %lld, transposed %d, "
-                  "accumulate %d, place %d",
-                  FORMS[form], set->isa, d.m, d.n, d.k, (long long)q->product.a_row,
-                  q->product.b_transposed, accumulate, q->place);
-        }
+/* The rows of a factor in bf16, rows an even number of elements apart; behind each, and in the
+ * padding of rows of odd length, stands 3. */
+static uint16_t *halves_of(const float *x, int64_t rows, int64_t columns, int64_t ld,
+                           int64_t *half_ld, int place) {
+    *half_ld = anepy_round_up(columns, 2) + 2 * (ld - columns);
+    int64_t n = (rows - 1) * *half_ld + anepy_round_up(columns, 2);
+    uint16_t *halves = guard_halves(n, place);
+    for (int64_t i = 0; i < n; i++) halves[i] = 0x4040;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++)
+            halves[i * *half_ld + j] = (uint16_t)(to_bits(x[i * ld + j]) >> 16);
+    return halves;
+}
+
+/* The same problem with factors that bf16 holds exactly. */
+static anepy_product in_halves(const problem *q) {
+    anepy_product s = q->product;
+    int by_columns = s.a_step != 1;
+    int64_t lda = by_columns ? s.a_step : s.a_row;
+    s.a16 = halves_of(s.a, by_columns ? s.k : s.m, by_columns ? s.m : s.k, lda, &lda, q->place);
+    if (by_columns) s.a_step = lda;
+    else s.a_row = lda;
+    s.b16 = halves_of(s.b, s.b_transposed ? s.n : s.k, s.b_transposed ? s.k : s.n, s.ldb, &s.ldb,
+                      q->place);
+    s.a = s.b = NULL;
+    return s;
+}
+
+static void check_kind(problem *q, shape d, int form, int kind, const anepy_kernels *set) {
+    anepy_gemm gemm = make_gemm(set, pools[1], d, form, kind);
+    anepy_product halves = kind == HALVES ? in_halves(q) : q->product;
+    for (int32_t accumulate = 0; accumulate < 2; accumulate++) {
+        prepare(q, accumulate);
+        halves.c = q->c;
+        halves.accumulate = accumulate;
+        compute(&gemm, form, kind == HALVES ? &halves : &q->product);
+        CHECK(right(q, 1),
+              "gemm_%s %s, %s: m %d, n %d, k %d, a_row %lld, transposed %d, "
+              "accumulate %d, place %d",
+              FORMS[form], set->isa, FACTORS[kind], d.m, d.n, d.k, (long long)q->product.a_row,
+              q->product.b_transposed, accumulate, q->place);
     }
+}
+
+static void check_form(problem *q, shape d, int form, int kind) {
+    const anepy_kernels *set;
+    for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++)
+        if (kind == FLOATS || (set->bf16 != NULL && form != SMALL))
+            check_kind(q, d, form, kind, set);
 }
 
 /* Columns of a product with B as it is come in whole panels. */
@@ -164,10 +205,12 @@ static void check_shape(shape d, int a_by_columns, int b_transposed, int64_t sla
     if (!b_transposed) d.n = (int32_t)anepy_round_up(d.n, COLS);
     for (int form = RUN; form <= SMALL; form++) {
         if (!fits(form, b_transposed)) continue;
-        problem q = pose(d, a_by_columns, b_transposed, slack, place, random_whole);
-        q.c = guard_take(q.c_n, place);
-        check_form(&q, d, form);
-        done(&q);
+        for (int kind = FLOATS; kind < KINDS; kind++) {
+            problem q = pose(d, a_by_columns, b_transposed, slack, place, random_whole);
+            q.c = guard_take(q.c_n, place);
+            check_form(&q, d, form, kind);
+            done(&q);
+        }
     }
 }
 
@@ -195,16 +238,20 @@ static void check_random_shapes(void) {
 /* ------------------------------------------------------------------------- rounding and threads */
 
 static float random_real(void) { return random_float(-1.0f, 1.0f); }
+static float random_bf16(void) { return from_bits(to_bits(random_real()) & 0xffff0000u); }
 
 /* Real numbers: within the rounding any order may have, and the same bits from every pool. */
-static void check_threads(const anepy_kernels *set, shape d, int a_by_columns, int b_transposed) {
+static void check_threads(const anepy_kernels *set, shape d, int a_by_columns, int b_transposed,
+                          int kind) {
     static float first[LARGEST];
+    if (kind == ROUNDED && set->bf16 == NULL) return;
     for (int form = RUN; form <= PIECES; form++) {
         if (!fits(form, b_transposed)) continue;
-        problem q = pose(d, a_by_columns, b_transposed, 3, GUARD_END, random_real);
+        problem q = pose(d, a_by_columns, b_transposed, 3, GUARD_END,
+                         kind == FLOATS ? random_real : random_bf16);
         q.c = guard_take(q.c_n, GUARD_END);
         for (int t = 0; t < POOL_N; t++) {
-            anepy_gemm gemm = make_gemm(set, pools[t], d, form);
+            anepy_gemm gemm = make_gemm(set, pools[t], d, form, kind);
             for (int repeat = 0; repeat < 3; repeat++) {
                 prepare(&q, 1);
                 compute(&gemm, form, &q.product);
@@ -228,7 +275,7 @@ static void check_nan(const anepy_kernels *set) {
     shape d = {100, 64, 70};
     problem q = pose(d, 0, 0, 0, GUARD_END, random_real);
     q.c = guard_take(q.c_n, GUARD_END);
-    anepy_gemm gemm = make_gemm(set, pools[1], d, RUN);
+    anepy_gemm gemm = make_gemm(set, pools[1], d, RUN, FLOATS);
     ((float *)(uintptr_t)q.product.a)[51 * 70 + 69] = NAN;
     prepare(&q, 0);
     compute(&gemm, RUN, &q.product);
@@ -246,10 +293,12 @@ void checks_gemm(void) {
     check_shapes();
     check_random_shapes();
     for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) {
-        check_threads(set, (shape){301, 128, 200}, 0, 0);
-        check_threads(set, (shape){145, 64, 1300}, 1, 0);
-        check_threads(set, (shape){200, 130, 77}, 0, 1);
-        check_threads(set, (shape){1601, 70, 33}, 1, 1);
+        for (int kind = FLOATS; kind <= ROUNDED; kind++) {
+            check_threads(set, (shape){301, 128, 200}, 0, 0, kind);
+            check_threads(set, (shape){145, 64, kind == FLOATS ? 1300 : 2100}, 1, 0, kind);
+            check_threads(set, (shape){200, 130, 77}, 0, 1, kind);
+            check_threads(set, (shape){1601, 70, 33}, 1, 1, kind);
+        }
         check_nan(set);
     }
     for (int t = 0; t < POOL_N; t++) anepy_pool_free(pools[t]);

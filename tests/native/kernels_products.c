@@ -25,7 +25,9 @@ static int complete(const anepy_kernels *k) {
            k->sum_squares && k->to_half && k->from_half && k->rmsnorm && k->rmsnorm_stats &&
            k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward && k->softmax_columns &&
            k->softmax_row && k->softmax_row_backward && k->logsumexp_columns &&
-           k->softmax_gradient && k->adam && k->sum && k->fma_chains && k->chain_n > 0;
+           k->softmax_gradient && k->adam && k->sum && k->fma_chains && k->chain_n > 0 &&
+           (!k->bf16 || (k->bf16->dot_tile && k->bf16->to_bf16 && k->bf16->from_bf16 &&
+                         k->bf16->pack_pairs && k->bf16->zip_pairs));
 }
 
 /* Two sets that share a function are one set under two names. */
@@ -46,6 +48,8 @@ void checks_table(void) {
               set->gemm_cols);
         CHECK(name > isa && strcmp(set->gemm_name + name - isa, set->isa) == 0, "%s is of %s",
               set->gemm_name, set->isa);
+        CHECK((set->bf16 != NULL) == (strstr(set->isa, "bf16") != NULL),
+              "%s is named after instructions it has not", set->isa);
         for (int32_t j = 0; j < i; j++) check_different(anepy_kernels_at(j), set);
         found |= set == chosen;
         last = set;
@@ -58,7 +62,9 @@ void checks_table(void) {
               anepy_kernels_at(1) != NULL,
           "AVX2 and FMA are there and not used");
 #elif defined(__aarch64__)
-    CHECK(strcmp(anepy_kernels_at(0)->isa, "neon") == 0, "NEON is not used");
+    CHECK(strcmp(anepy_kernels_at(0)->isa, "neonbf16") == 0 ||
+              strcmp(anepy_kernels_at(0)->isa, "neon") == 0,
+          "NEON is not used");
 #endif
     if (expected_isa == NULL || chosen == NULL) return;
     anepy_library_info info = {.struct_size = sizeof info};

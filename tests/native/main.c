@@ -82,9 +82,10 @@ static const struct {
     {"products", checks_products}, {"elementwise", checks_elementwise},
     {"columns", checks_columns},   {"exp", checks_exp},
     {"adam", checks_adam},         {"half", checks_half},
-    {"gemm", checks_gemm},         {"pool", checks_pool},
-    {"runtime", checks_runtime},   {"model", checks_model},
-    {"engine", checks_engine},     {"handles", checks_handles},
+    {"bf16", checks_bf16},         {"gemm", checks_gemm},
+    {"pool", checks_pool},         {"runtime", checks_runtime},
+    {"model", checks_model},       {"engine", checks_engine},
+    {"handles", checks_handles},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

@@ -1,0 +1,103 @@
+/* kernels/bf16_impl.h - the kernels of anepy_bf16_kernels, once, over vector_impl.h and the few
+ * primitives on pairs that a simd_*bf16.h adds. Contracts stand in kernels.h. */
+
+/* As gemm_rows, two steps of the reduction at once. */
+V_INLINE void dot_rows(float *c, int64_t ldc, const uint32_t *a, int64_t a_row, int64_t a_step,
+                       const uint32_t *b, int32_t pairs, const int rows, int accumulate) {
+    vf acc[ANEPY_TILE_ROWS][TILE_VECTORS];
+    ANEPY_UNROLL
+    for (int i = 0; i < rows; i++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(0.0f);
+    }
+    for (int32_t q = 0; q < pairs; q++) {
+        vp col[TILE_VECTORS];
+        ANEPY_UNROLL
+        for (int j = 0; j < TILE_VECTORS; j++) col[j] = v_load_pairs(b + j * VL);
+        ANEPY_UNROLL
+        for (int i = 0; i < rows; i++) {
+            vp x = v_set_pair(a[i * a_row]);
+            ANEPY_UNROLL
+            for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_dot(x, col[j], acc[i][j]);
+        }
+        a += a_step;
+        b += COLS;
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < rows; i++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            float *out = c + i * ldc + j * VL;
+            v_store(out, accumulate ? v_add(v_load(out), acc[i][j]) : acc[i][j]);
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(dot_tile)(float *c, int64_t ldc, const uint32_t *a, int64_t a_row,
+                                          int64_t a_step, const uint32_t *b, int32_t pairs,
+                                          int32_t rows, int32_t accumulate) {
+    switch (rows) {
+    case 6: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 6, accumulate); break;
+    case 5: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 5, accumulate); break;
+    case 4: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 4, accumulate); break;
+    case 3: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 3, accumulate); break;
+    case 2: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 2, accumulate); break;
+    default: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 1, accumulate); break;
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(to_bf16)(uint16_t *dst, const float *src, int64_t n) {
+    int64_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        vp v = v_round_to_bf16(v_load(src + i), v_load(src + i + VL));
+        memcpy(dst + i, &v, sizeof v);
+    }
+    if (i == n) return;
+    vp rest = v_round_to_bf16(load_left(src + i, n - i),
+                              n - i > VL ? load_left(src + i + VL, n - i - VL) : v_set(0.0f));
+    memcpy(dst + i, &rest, (size_t)(n - i) * sizeof *dst);
+}
+
+SIMD_TARGET static void SIMD_FN(from_bf16)(float *dst, const uint16_t *src, int64_t n) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) v_store(dst + i, v_load_bf16(src + i));
+    for (; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
+}
+
+V_INLINE void store_pairs_left(uint32_t *p, vp v, int64_t left) {
+    if (left >= VL) v_store_pairs(p, v);
+    else v_store_pairs_n(p, v, left);
+}
+
+SIMD_TARGET static void SIMD_FN(pack_pairs)(uint32_t *dst, int64_t dst_ld, const float *src,
+                                            int64_t ld, int32_t k, int32_t n) {
+    for (int32_t p = 0; p < k; p += 2, dst += dst_ld, src += 2 * ld) {
+        for (int32_t line = 0; line < n; line += 16) { /* far enough for rows in no cache */
+            __builtin_prefetch(src + 8 * ld + line);
+            __builtin_prefetch(src + 9 * ld + line);
+        }
+        for (int32_t j = 0; j < n; j += VL) {
+            vf low = load_left(src + j, n - j);
+            vf high = p + 1 < k ? load_left(src + ld + j, n - j) : v_set(0.0f);
+            store_pairs_left(dst + j, v_zip(v_round_to_bf16(low, high)), n - j);
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src,
+                                           int64_t ld, int32_t k, int32_t n) {
+    for (int32_t p = 0; p < k; p += 2, dst += dst_ld, src += 2 * ld) {
+        int32_t whole = p + 1 < k ? n / VL * VL : 0;
+        for (int32_t j = 0; j < whole; j += VL)
+            v_store_pairs(dst + j, v_zip(v_join(src + j, src + ld + j)));
+        for (int32_t j = whole; j < n; j++)
+            dst[j] = src[j] | (p + 1 < k ? (uint32_t)src[ld + j] << 16 : 0);
+    }
+}
+
+#define BF16_KERNELS                                                                               \
+    {                                                                                              \
+        .dot_tile = SIMD_FN(dot_tile), .to_bf16 = SIMD_FN(to_bf16),                                \
+        .from_bf16 = SIMD_FN(from_bf16), .pack_pairs = SIMD_FN(pack_pairs),                        \
+        .zip_pairs = SIMD_FN(zip_pairs),                                                           \
+    }

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AnepyError": "errors",
+    "CompileBudgetError": "errors",
     "Engine": "engine",
     "MilError": "errors",
     "Model": "model",
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .data import TokenData, prepare
     from .device import devices
     from .engine import Engine, StepStats, UpdateStats, variants
-    from .errors import AnepyError, MilError
+    from .errors import AnepyError, CompileBudgetError, MilError
     from .generation import generate, stream
     from .model import PRESETS, Model, ModelConfig
     from .program import Program

@@ -45,6 +45,7 @@ class Meta:
         engine: device, precision, variant, instruction set and threads that were used.
         losses: the last losses, oldest first.
         scaling: loss scale and clean steps, where losses are scaled (fp16).
+        run: what the next process of the same run needs (restart.py), and a report not yet given.
         anepy: version that wrote the file.
         format: version of this layout.
     """
@@ -59,6 +60,7 @@ class Meta:
     engine: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     scaling: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     anepy: str = ""
     format: int = FORMAT
 
@@ -230,6 +232,8 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
         isinstance(x, (int, float)) for x in scaling.values()
     ):
         raise CheckpointError(f"{path}: 'scaling' in 'meta' is damaged; take another checkpoint")
+    if not isinstance(values.get("run", {}), dict):
+        raise CheckpointError(f"{path}: 'run' in 'meta' is damaged; take another checkpoint")
     losses = values.get("losses")
     if not isinstance(losses, list) or not all(isinstance(x, (int, float)) for x in losses):
         raise CheckpointError(f"{path}: 'losses' in 'meta' are no numbers; the file is damaged")

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from .cli_common import distinct, guarded, one_of, print_json
-from .errors import CheckpointError, ConfigError, DataError
+from .errors import CheckpointError, ConfigError, DataError, NativeError
 from .train_config import TrainConfig, config_from, setting_help
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .data import TokenData
     from .interrupts import StopRequest
     from .model import Model
+    from .restart import Restart
     from .run_log import RunLog
     from .trainer import Trainer
 
@@ -188,10 +189,15 @@ def run(request: Request) -> None:
         AnepyError: of any kind, in one line.
         typer.Exit: the run was interrupted.
     """
-    plan = _plan(request)
+    from . import restart
+
+    began = restart.pending()
+    plan = _plan(request, began)
     with ExitStack() as stack:
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))
+        if began is not None:
+            began.discard()
         _check_outputs(request, plan, trainer)
         from .console import reporter as make_reporter
 
@@ -234,6 +240,7 @@ class Plan:
     Attributes:
         demo: the embedded model and corpus are trained.
         name: of the model, for people.
+        restarted: how this process goes on with a run that an earlier one began; None if none did.
         model: file to train; None for the demo and for a resume that has only a checkpoint.
         data: token file; None for the demo.
         config: effective settings.
@@ -246,6 +253,7 @@ class Plan:
 
     demo: bool
     name: str
+    restarted: Restart | None
     model: Path | None
     data: Path | None
     config: TrainConfig
@@ -256,7 +264,7 @@ class Plan:
     written: Path | None = None
 
 
-def _plan(request: Request) -> Plan:
+def _plan(request: Request, began: Restart | None) -> Plan:
     """Combine flags, checkpoint and defaults, in this order of precedence."""
     name = request.model.stem if request.model is not None else f"anepy-{DEMO_NAME}"
     checkpoint = request.checkpoint
@@ -269,6 +277,9 @@ def _plan(request: Request) -> Plan:
             checkpoint = resume
     elif checkpoint is None:
         checkpoint = Path(f"{name}.ckpt.npz")
+    explicit = request.checkpoint is not None or resume is not None
+    if began is not None:
+        resume = Path(began.checkpoint)
     meta = None
     saved: Mapping[str, Any] = {}
     if resume is not None:
@@ -284,7 +295,7 @@ def _plan(request: Request) -> Plan:
         config.validate()
     except TypeError as error:
         raise CheckpointError(f"{resume}: its settings are damaged ({error})") from error
-    if meta is not None and meta.step >= config.steps:
+    if meta is not None and meta.step >= config.steps and "report" not in meta.run:
         raise ConfigError(
             f"{resume} is at step {meta.step} of {config.steps}, there is nothing left to do: "
             f"pass a larger --steps"
@@ -297,10 +308,10 @@ def _plan(request: Request) -> Plan:
         shown = (
             DEMO_NAME if demo else Path((meta and meta.source.get("model")) or resume or "").name
         )
-    explicit = request.checkpoint is not None or resume is not None
     return Plan(
         demo=demo,
         name=shown,
+        restarted=began,
         model=request.model,
         data=data,
         config=config,
@@ -343,7 +354,8 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
             )
         assert plan.data is not None
         data = plan.data
-    with Trainer(_model(plan), data, plan.config, plan.resume) as trainer:
+    restarted = plan.restarted is not None
+    with Trainer(_model(plan), data, plan.config, plan.resume, restarted) as trainer:
         if plan.demo:
             trainer.source["demo"] = True
         yield trainer
@@ -434,6 +446,9 @@ def _introduce(
         notes=notes,
         outputs=outputs,
     )
+    if plan.restarted is not None:
+        reporter.resume(header)
+        return
     reporter.header(header)
     facts = {
         "model": plan.name,
@@ -467,8 +482,12 @@ def _loop(
         discard_temporaries()
         reporter.abort()
 
+    from . import cli_restart, restart
+
     saved: list[str] = []
+    failure: NativeError | None = None
     with StopRequest(reporter.stopping, abort) as stop:
+        restart.unblock_signals()
         try:
             reporter.start()
             for report in trainer:
@@ -480,8 +499,14 @@ def _loop(
                 if every and report.step % every == 0 and plan.checkpoint is not None:
                     trainer.save_checkpoint(plan.checkpoint)
                     plan.written = plan.checkpoint
+        except NativeError as error:
+            if not trainer.engine.stale:
+                raise
+            failure = error
         finally:
-            reporter.stop()
+            reporter.stop(erase=failure is not None)
+        if failure is not None and stop.signal is None:
+            cli_restart.go_on_elsewhere(plan, trainer, reporter, log, failure, stop)
         complete = trainer.step >= trainer.config.steps
         if plan.checkpoint is not None and (plan.save_at_end or not complete):
             nbytes = trainer.save_checkpoint(plan.checkpoint)

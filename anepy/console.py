@@ -50,6 +50,12 @@ class Reporter:
     def header(self, header: Header) -> None:
         """Show what is about to happen."""
 
+    def resume(self, header: Header) -> None:
+        """Take over from an earlier process of this run, whose header is on the screen."""
+
+    def restart(self, text: str) -> None:
+        """Say in one line that a new process goes on."""
+
     def start(self) -> None:
         """Begin showing steps."""
 
@@ -59,8 +65,12 @@ class Reporter:
     def stopping(self) -> None:
         """Say that an interrupt was seen; called from another thread."""
 
-    def stop(self) -> None:
-        """End showing steps; may be called twice."""
+    def stop(self, erase: bool = False) -> None:
+        """End showing steps; may be called twice.
+
+        Args:
+            erase: the next process shows them again.
+        """
 
     def abort(self) -> None:
         """Leave the terminal usable, a moment before the process ends."""
@@ -111,6 +121,15 @@ class Plain(Reporter):
 
     def _line(self, text: str) -> None:
         print(text, file=self._file, flush=True)
+
+    def resume(self, header: Header) -> None:
+        """Go on with the same spacing of lines, as far as it is known here."""
+        self._first = 0
+        self._every = max(1, header.settings["steps"] // _PLAIN_LINES)
+
+    def restart(self, text: str) -> None:
+        """Print the line the research programs print."""
+        self._line(f"[exec() {text}]")
 
     def header(self, header: Header) -> None:
         """Print what is about to happen."""
@@ -244,11 +263,19 @@ class Live(Reporter):
             Panel(grid, title=title, title_align="left", box=border, width=self._width)
         )
 
-    def header(self, header: Header) -> None:
-        """Show the settings in a panel."""
+    def resume(self, header: Header) -> None:
+        """Take over where the display was."""
         self._start_step, self._total = header.start, header.settings["steps"]
         for loss in header.losses:
             self._losses.add(loss)
+
+    def restart(self, text: str) -> None:
+        """Leave one line for each process on the screen."""
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
+
+    def header(self, header: Header) -> None:
+        """Show the settings in a panel."""
+        self.resume(header)
         self._panel("anepy train", header_rows(header))
         for text in header.notes:
             self.note(text)
@@ -284,9 +311,10 @@ class Live(Reporter):
         if self._live is not None:
             self._live.refresh()
 
-    def stop(self) -> None:
-        """Draw the last state and leave it on the screen."""
+    def stop(self, erase: bool = False) -> None:
+        """Draw the last state and leave it on the screen, unless the next process draws it."""
         if self._live is not None:
+            self._live.transient = erase
             self._live.stop()
             self._live = None
 

@@ -187,6 +187,8 @@ def summary_rows(summary: Summary, arrow: str) -> list[tuple[str, str]]:
     if phases:
         shown = ", ".join(f"{name} {ms:.2f}" for name, ms in phases.items())
         rows.append(("ms per step", shown))
+    if summary.restarts:
+        rows.append(("compiles", f"{summary.compiles} in {summary.restarts + 1} processes"))
     memory = f"{summary.peak_memory / 1e6:,.0f} MB at most" if summary.peak_memory else "unknown"
     rows.append(("memory", f"{memory}, {summary.allocations} allocations per step"))
     if summary.skipped:

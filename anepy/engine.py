@@ -313,8 +313,9 @@ class Engine(_Owner):
         matrices only. With `grad_clip` the global norm of the mean gradient is limited to it. If
         a gradient is not finite the weights are left alone and `skipped` is set.
 
-        Where weights are baked into programs, those for the new weights are compiled. If the
-        process may compile no more, the update is complete all the same and `stale` says so.
+        Where weights are baked into programs, those for the new weights are compiled. If that
+        fails, or the process may compile no more, the update is complete all the same, `stale`
+        is set, and the next call that needs the programs tries again and says why.
 
         Raises:
             ConfigError: a value is out of range.
@@ -370,8 +371,9 @@ class Engine(_Owner):
     def stale(self) -> bool:
         """Whether there are no programs for the weights as they are.
 
-        After `update` this says that the compile budget is used up: weights and moments are
-        complete, but `step`, `evaluate` and `logits` raise `CompileBudgetError`.
+        After `update` this says that they could not be compiled. Weights and moments are
+        complete, but `step`, `evaluate` and `logits` raise the reason: `CompileBudgetError` where
+        a new process helps.
         """
         return bool(self._info().stale)
 

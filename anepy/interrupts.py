@@ -61,6 +61,8 @@ class StopRequest:
             self.signal = number
 
     def _watch(self) -> None:
+        # The main thread decides when signals wait (restart.py); here they could be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         first_at: float | None = None
         while received := self._reader.recv(64):
             for number in received:

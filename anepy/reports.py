@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,8 @@ PHASES = {
     "dw_wait": "dw_wait_ms",
 }
 LOSS_TAIL = 200
+# Step times that go to the next process of a run: enough for quartiles, little for a file.
+_TIMES_KEPT = 4096
 # Losses of single sequences are noisy: first and last loss are means over up to this many steps.
 _LOSS_WINDOW = 10
 
@@ -101,6 +103,8 @@ class Summary:
         tflops: TFLOP/s at the median step time.
         phases: mean busy time in ms per step, by phase.
         allocations: most allocations any step but the first made.
+        compiles: compilations, where weights are baked into programs.
+        restarts: how often the run went on in a new process, because one had compiled enough.
         peak_memory: largest resident size of the process in bytes; 0 if unknown.
         first_loss: mean training loss of the first steps; None before the first step.
         last_loss: mean training loss of the last steps.
@@ -125,6 +129,8 @@ class Summary:
     tflops: float
     phases: Mapping[str, float]
     allocations: int
+    compiles: int
+    restarts: int
     peak_memory: int
     first_loss: float | None
     last_loss: float | None
@@ -144,12 +150,16 @@ class Measurements:
         losses: the last losses, oldest first.
         held_out_before: held-out loss before the first step, None until known.
         held_out_after: the latest one after it.
+        compiles: compilations of earlier processes of this run.
+        restarts: see `Summary`.
     """
 
     def __init__(self, seq: int, flops: int, losses: Sequence[float] = ()) -> None:
         self.losses = [float(loss) for loss in losses[-LOSS_TAIL:]]
         self.held_out_before: float | None = None
         self.held_out_after: float | None = None
+        self.compiles = 0
+        self.restarts = 0
         self._seq = seq
         self._flops = flops
         self._started: float | None = None
@@ -161,6 +171,55 @@ class Measurements:
         self._skipped = 0
         self._allocations = 0
         self._first_losses: list[float] = []
+        self._warm = False
+        self._steps = 0
+        self._train_ms = 0.0
+        self._updating_ms = 0.0
+        self._peak_memory = 0
+
+    def state(self, compiles: int) -> dict[str, Any]:
+        """Return what the next process of this run needs to go on adding up.
+
+        Args:
+            compiles: compilations of this process.
+        """
+        return {
+            "held_out_before": self.held_out_before,
+            "held_out_after": self.held_out_after,
+            "compiles": self.compiles + compiles,
+            "restarts": self.restarts + 1,
+            "started": self._started,
+            "wall_s": self._wall_s,
+            "step_ms": list(self._step_ms[-_TIMES_KEPT:]),
+            "update_ms": list(self._update_ms[-_TIMES_KEPT:]),
+            "compile_ms": self._compile_ms,
+            "phase_ms": self._phase_ms,
+            "skipped": self._skipped,
+            "allocations": self._allocations,
+            "first_losses": self._first_losses,
+            "steps": self._steps,
+            "train_ms": self._train_ms,
+            "updating_ms": self._updating_ms,
+            "peak_memory": self._largest_memory(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state` of an earlier process; its clock goes on as well."""
+        self.held_out_before = state["held_out_before"]
+        self.held_out_after = state["held_out_after"]
+        self.compiles, self.restarts = state["compiles"], state["restarts"]
+        self._started, self._wall_s = state["started"], state["wall_s"]
+        self._step_ms = array("d", state["step_ms"])
+        self._update_ms = array("d", state["update_ms"])
+        self._compile_ms, self._phase_ms = state["compile_ms"], dict(state["phase_ms"])
+        self._skipped, self._allocations = state["skipped"], state["allocations"]
+        self._first_losses = list(state["first_losses"])
+        self._steps, self._train_ms = state["steps"], state["train_ms"]
+        self._updating_ms = state["updating_ms"]
+        self._peak_memory = state["peak_memory"]
+
+    def _largest_memory(self) -> int:
+        return max(self._peak_memory, peak_memory())
 
     def start(self) -> None:
         """Start the clock; later calls do nothing."""
@@ -169,9 +228,12 @@ class Measurements:
 
     def step(self, ms: float, stats: StepStats) -> dict[str, float]:
         """Add a step and return its times by phase."""
-        # The first step allocates on purpose: buffers, worker threads.
-        if self._step_ms:
+        # The first step of a process allocates on purpose: buffers, worker threads.
+        if self._warm:
             self._allocations = max(self._allocations, int(stats.allocations))
+        self._warm = True
+        self._steps += 1
+        self._train_ms += ms
         self._step_ms.append(ms)
         phases = {name: float(getattr(stats, key)) for name, key in PHASES.items()}
         for name, value in phases.items():
@@ -186,6 +248,7 @@ class Measurements:
     def update(self, ms: float, compile_ms: float) -> None:
         """Add an update."""
         self._update_ms.append(ms)
+        self._updating_ms += ms
         self._compile_ms += compile_ms
 
     def stop(self) -> None:
@@ -193,22 +256,23 @@ class Measurements:
         if self._started is not None:
             self._wall_s = time.perf_counter() - self._started
 
-    def summary(self, step: int, total: int, updates: int) -> Summary:
+    def summary(self, step: int, total: int, updates: int, compiles: int) -> Summary:
         """Return it all.
 
         Args:
             step: last step done; `total` is the one the run stops at.
             total: see `step`.
             updates: updates done since the very first step.
+            compiles: compilations of this process.
         """
-        steps = len(self._step_ms)
+        steps = self._steps
         q1, median, q3 = (
             [float(value) for value in np.percentile(np.frombuffer(self._step_ms), [25, 50, 75])]
             if steps
             else [0.0] * 3
         )
-        train_ms = math.fsum(self._step_ms)
-        busy_s = (train_ms + math.fsum(self._update_ms) + self._compile_ms) / 1e3
+        train_ms = self._train_ms
+        busy_s = (train_ms + self._updating_ms + self._compile_ms) / 1e3
         few = min(_LOSS_WINDOW, max(1, steps // 2))
         last_losses = self.losses[-few:] if steps else []
         return Summary(
@@ -229,7 +293,9 @@ class Measurements:
             tflops=self._flops / median / 1e9 if median else 0.0,
             phases={name: ms / max(1, steps) for name, ms in self._phase_ms.items()},
             allocations=self._allocations,
-            peak_memory=peak_memory(),
+            compiles=self.compiles + compiles,
+            restarts=self.restarts,
+            peak_memory=self._largest_memory(),
             first_loss=_mean(self._first_losses[:few]),
             last_loss=_mean(last_losses),
             held_out_before=self.held_out_before,

@@ -1,6 +1,7 @@
 """The log of a run: one JSON object per line, with the keys of the research programs and more.
 
-Records: `run` (settings), `step`, `batch` (one per update), `perf`, `eval` and `summary`. Of the
+Records: `run` (settings), `step`, `batch` (one per update), `perf`, `eval`, `restart` (the run goes
+on in a new process) and `summary`. Of the
 step's times `t_elem` includes softmax and loss, as in the research programs; `t_softmax` is that
 part alone. Times are in milliseconds.
 """
@@ -124,6 +125,10 @@ class RunLog:
                 "step": report.step,
             }
         )
+
+    def restart(self, step: int, compiles: int, reason: str) -> None:
+        """Write that the run goes on in a new process."""
+        self._write({"type": "restart", "step": step, "compiles": compiles, "reason": reason})
 
     def summary(self, summary: Summary) -> None:
         """Write how the run went."""

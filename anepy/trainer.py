@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from . import checkpoint
 from .data import Sampler, TokenData, windows
 from .engine import Engine, UpdateStats
-from .errors import ClosedError, ConfigError, DivergedError
+from .errors import CheckpointError, ClosedError, ConfigError, DivergedError, NativeError
 from .model import Model
 from .reports import Measurements, StepReport, Summary, flops_per_step
 from .train_config import TrainConfig
@@ -46,6 +46,12 @@ class Trainer:
         resume: checkpoint to continue from. Its weights, moments, accumulated gradients and
             sampler position replace those of `model`; differences between its settings and
             `config` follow `config` and are told in `notes`. Only the seed is the file's.
+        restarted: the checkpoint is of this very run, which goes on in a new process: times and
+            counts are added to those it carries.
+
+    A process may compile only so many programs for the Neural Engine. When it has, the iteration
+    raises `CompileBudgetError` before the step that would need more; nothing is lost then, and a
+    run that is resumed from `save_checkpoint` in a new process goes on bit for bit.
 
     Raises:
         ConfigError, ModelError, DataError, CheckpointError: before any weight is changed.
@@ -61,6 +67,7 @@ class Trainer:
         data: TokenData | str | Path,
         config: TrainConfig | None = None,
         resume: str | Path | None = None,
+        restarted: bool = False,
     ) -> None:
         self.config = config if config is not None else TrainConfig()
         self.config.validate()
@@ -91,14 +98,16 @@ class Trainer:
             precision=self.config.precision,
             seq_len=self.seq,
             threads=self.config.threads,
+            defer=meta is not None,  # the weights are not those to compile for yet
         )
         self.notes: list[str] = []
         self._step = 0
+        self._unevaluated: StepReport | None = None
         self._flops = flops_per_step(model.config, self.seq)["total"]
         self._measured = Measurements(self.seq, self._flops)
         if meta is not None and resume is not None:
             try:
-                self._restore(resume, meta)
+                self._restore(resume, meta, restarted)
             except BaseException:
                 self.close()
                 raise
@@ -141,7 +150,7 @@ class Trainer:
         """Train until `config.steps`; iterating again after a break goes on."""
         if self.held_out is not None and self._measured.held_out_before is None:
             self._measured.held_out_before = self.evaluate()
-        while self._step < self.config.steps:
+        while self._step < self.config.steps or self._unevaluated is not None:
             yield self.run_step()
 
     def run_step(self) -> StepReport:
@@ -149,12 +158,21 @@ class Trainer:
 
         Raises:
             DivergedError: the loss is not finite; the weights are those of the last update.
+            CompileBudgetError, NativeError: there are no programs for the weights; the step was
+                not begun.
         """
         engine, config, measured = self.engine, self.config, self._measured
         measured.start()
+        if self._unevaluated is not None:
+            return self._evaluated(self._unevaluated)
+        position = self._sampler.state()
         tokens, targets = self._sampler.next()
         began = time.perf_counter()
-        stats = engine.step(tokens, targets)
+        try:
+            stats = engine.step(tokens, targets)
+        except NativeError:
+            self._sampler.restore(position)
+            raise
         step_ms = (time.perf_counter() - began) * 1e3
         step = self._step + 1
         # Half precision skips a step and lowers its scale; without a scale nothing would improve.
@@ -168,12 +186,7 @@ class Trainer:
         updated = engine.accumulated >= config.accum or (last and engine.accumulated > 0)
         update = self._update(lr, step) if updated else None
         phases = measured.step(step_ms, stats)
-        held_out_loss = None
-        due = last or (config.eval_every and step % config.eval_every == 0)
-        if self.held_out is not None and due:
-            held_out_loss = measured.held_out_after = self.evaluate()
-        measured.stop()
-        return StepReport(
+        report = StepReport(
             step=step,
             total=config.steps,
             loss=float(stats.loss),
@@ -189,11 +202,24 @@ class Trainer:
             grad_norm=None if update is None or math.isnan(update.grad_norm) else update.grad_norm,
             update_ms=update.update_ms if update else 0.0,
             compile_ms=update.compile_ms if update else 0.0,
-            compiles=engine.compiles,
+            compiles=measured.compiles + engine.compiles,
             allocations=int(stats.allocations),
             phases=phases,
-            held_out_loss=held_out_loss,
+            held_out_loss=None,
         )
+        due = last or (config.eval_every and step % config.eval_every == 0)
+        if self.held_out is not None and due:
+            return self._evaluated(report)
+        measured.stop()
+        return report
+
+    def _evaluated(self, report: StepReport) -> StepReport:
+        """Complete a report, now or, if there are no programs, in the next process."""
+        self._unevaluated = report
+        loss = self._measured.held_out_after = self.evaluate()
+        self._unevaluated = None
+        self._measured.stop()
+        return replace(report, held_out_loss=loss)
 
     def evaluate(self) -> float:
         """Return the mean loss over evenly spaced sequences of the held-out data.
@@ -232,12 +258,19 @@ class Trainer:
 
     def summary(self) -> Summary:
         """Return what this object has done and measured so far."""
-        return self._measured.summary(self._step, self.config.steps, self.engine.updates)
+        engine = self.engine
+        return self._measured.summary(
+            self._step, self.config.steps, engine.updates, engine.compiles
+        )
 
     # Checkpoints
 
-    def save_checkpoint(self, path: str | Path) -> int:
+    def save_checkpoint(self, path: str | Path, restarting: bool = False) -> int:
         """Write everything a resumed run needs; possible after any step.
+
+        Args:
+            path: the file.
+            restarting: a new process goes on at once and adds up times and counts.
 
         Returns:
             The size of the file in bytes.
@@ -253,6 +286,11 @@ class Trainer:
             arrays |= {f"grad.{name}": value for name, value in engine.gradients.items()}
         from . import __version__
 
+        run: dict[str, Any] = {}
+        if self._unevaluated is not None:
+            run["report"] = asdict(self._unevaluated)
+        if restarting:
+            run["measured"] = self._measured.state(engine.compiles)
         meta = checkpoint.Meta(
             config=asdict(self.model.config),
             step=self._step,
@@ -264,6 +302,7 @@ class Trainer:
             engine=self.engine_settings(),
             losses=list(self.losses),
             scaling={"loss_scale": engine.loss_scale, "clean_steps": engine.clean_steps},
+            run=run,
             anepy=__version__,
         )
         return checkpoint.save(path, arrays, meta)
@@ -284,7 +323,7 @@ class Trainer:
             "threads": engine.threads,
         }
 
-    def _restore(self, path: str | Path, meta: checkpoint.Meta) -> None:
+    def _restore(self, path: str | Path, meta: checkpoint.Meta, restarted: bool) -> None:
         if meta.step > self.config.steps:
             raise ConfigError(
                 f"{path} is at step {meta.step} already, steps is {self.config.steps}: raise steps"
@@ -303,6 +342,13 @@ class Trainer:
         engine.restore(meta.accumulated, meta.updates, **meta.scaling)
         self._step = meta.step
         self._measured = Measurements(self.seq, self._flops, meta.losses)
+        try:
+            if "report" in meta.run:
+                self._unevaluated = StepReport(**meta.run["report"])
+            if restarted:
+                self._measured.restore(meta.run["measured"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: its 'run' is damaged ({error})") from error
         self.notes = self._differences(meta)
 
     def _differences(self, meta: checkpoint.Meta) -> list[str]:

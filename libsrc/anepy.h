@@ -192,8 +192,9 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
 
 /* AdamW with the mean of the accumulated gradients (Loshchilov & Hutter 2019; PyTorch's order of
  * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. Where weights
- * are baked, compiles for the new ones; if the process may compile no more, the update is complete
- * and info says stale: whatever needs the programs then fails with ANEPY_E_BUDGET. */
+ * are baked, compiles for the new ones. If that fails the update is complete all the same and info
+ * says stale: whatever needs the programs then compiles, and fails, again; with ANEPY_E_BUDGET
+ * before anything is compiled if the process may compile no more. */
 ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *out,
                                       const anepy_update_options *options);
 

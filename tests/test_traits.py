@@ -124,7 +124,8 @@ after = model.arena.copy()
 for call in (lambda: engine.step(ids, ids), lambda: engine.evaluate(ids, ids),
              lambda: engine.logits(ids), lambda: Engine(model, device="sim:budget=3")):
     text = refused(call)
-    assert "1 compilations, this process has made 3 of the 3" in text and "new process" in text
+    assert "weights need 1 compilations, this process has made 3 of the 3" in text
+    assert "go on in a new process" in text
 assert np.array_equal(model.arena, after) and engine.compiles == 2
 engine.restore(0, 2)
 refused(lambda: engine.step(ids, ids))
@@ -148,6 +149,24 @@ assert "{BAKED} compilations, this process has made {ALL} of" in refused(
 """)
 
 
+def test_failing_compilation_leaves_a_complete_update_and_is_tried_again() -> None:
+    run("""
+engine = Engine(model, device="sim:m4,fails=2")
+engine.step(ids, ids)
+engine.update(lr=1e-2)
+engine.step(ids, ids)
+engine.update(lr=1e-2)
+assert engine.stale and engine.updates == 2 and engine.compiles == 2
+after = model.arena.copy()
+for number in (4, 5):
+    try:
+        engine.step(ids, ids)
+    except NativeError as error:
+        assert error.name == "program" and f"compilation {number} of this process" in str(error)
+assert np.array_equal(model.arena, after) and engine.accumulated == 0
+""")
+
+
 def test_budget_of_the_interpreter_is_its_rule() -> None:
     run("""
 text = '''program(1.3) { func main<ios18>(tensor<fp16, [1, 16]> x) {
@@ -155,7 +174,7 @@ text = '''program(1.3) { func main<ios18>(tensor<fp16, [1, 16]> x) {
 made = []
 try:
     for _ in range(9):
-        made.append(Program(text, device="sim:m4,budget=5"))
+        made.append(Program(text, device="sim:m4,budget=2,fails=5"))
 except AnepyError as error:
     assert "rule compile_budget: compilation 6 of this process, 5 are safe" in str(error)
 assert len(made) == 5

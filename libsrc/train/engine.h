@@ -112,9 +112,9 @@ void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);
 int32_t anepy_wire(anepy_engine *e);
 /* Programs for the weights as they are now. */
 int32_t anepy_compile(anepy_engine *e);
-/* The same after the weights have changed, where they are baked. If the process may compile no more
- * that is no failure yet: the engine stays stale. */
-int32_t anepy_recompile(anepy_engine *e);
+/* The same after the weights have changed, where they are baked. A failure is not told yet: the
+ * engine stays stale, and who needs the programs compiles again. */
+void anepy_recompile(anepy_engine *e);
 /* Moves a program's inputs to where it reads them. */
 int32_t anepy_transfer_inputs(anepy_engine *e, int32_t layer, anepy_program_id id);
 /* A program's output as float32 [channels, width]; valid until the next call. */

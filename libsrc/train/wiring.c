@@ -184,11 +184,10 @@ done:
     return status;
 }
 
-int32_t anepy_recompile(anepy_engine *e) {
-    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return ANEPY_OK;
+void anepy_recompile(anepy_engine *e) {
+    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return;
     e->stale = 1; /* whatever happens now, the old programs are not to be used */
-    int32_t status = anepy_compile(e);
-    return status == ANEPY_E_BUDGET ? ANEPY_OK : status;
+    (void)anepy_compile(e);
 }
 
 /* -------------------------------------------------------------------------------- in each step */

@@ -89,6 +89,8 @@ typedef struct {
 } anepy_mil_options;
 
 void anepy_mil_options_default(anepy_mil_options *options, anepy_chip chip);
+/* Makes it an error to parse more than n texts in this process; 0: leaves it as it is. */
+void anepy_mil_options_limit(anepy_mil_options *options, int32_t n);
 anepy_chip anepy_mil_chip(int32_t number); /* 1 to 5 for M1 to M5; 0: M4 */
 
 const char *anepy_mil_rule_name(int32_t rule);    /* NULL beyond the last */

@@ -123,6 +123,12 @@ void anepy_mil_options_default(anepy_mil_options *options, anepy_chip chip) {
     for (int32_t i = 0; i < ANEPY_RULE_N; i++) options->action[i] = RULES[i].action;
 }
 
+void anepy_mil_options_limit(anepy_mil_options *options, int32_t n) {
+    if (n == 0) return;
+    options->budget = n;
+    options->action[ANEPY_RULE_COMPILE_BUDGET] = ANEPY_RULE_ERROR;
+}
+
 anepy_chip anepy_mil_chip(int32_t number) {
     return number > 0 ? (anepy_chip)(ANEPY_CHIP_M1 + number - 1) : ANEPY_CHIP_M4;
 }

@@ -3,7 +3,8 @@
  *
  * All programs of one compilation are functions of one text with one blob, so a weight update costs
  * one compile (ane-facts.md 1.5). "sim:m1" ... "sim:m5" choose the chip whose limits apply;
- * "procedures=no" makes a text of each program, "budget=20" lets the process compile 20 texts. */
+ * "procedures=no" makes a text of each program, "budget=20" lets the process compile 20 texts, and
+ * with "fails=20" the hardware refuses the next one. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -150,9 +151,14 @@ static int32_t sim_compile(anepy_device *device, const anepy_instance *instances
     simulator *sim = (simulator *)device;
     int32_t step = sim->traits.single ? 1 : n, texts = sim->traits.single ? n : 1, made = 0;
     int64_t budget = device->compile_budget, used = anepy_mil_compiles();
+    if (budget > 0 && texts > budget)
+        return anepy_fail(ANEPY_E_BUDGET,
+                          "device sim: the programs need %d compilations, a process may make %lld: "
+                          "allow more, or leave out procedures=no",
+                          texts, (long long)budget);
     if (budget > 0 && used + texts > budget)
         return anepy_fail(ANEPY_E_BUDGET,
-                          "device sim: the new weights need %d compilations, this process has made "
+                          "device sim: the weights need %d compilations, this process has made "
                           "%lld of the %lld it may; nothing is lost: save the model or a "
                           "checkpoint and go on in a new process",
                           texts, (long long)used, (long long)budget);
@@ -226,6 +232,7 @@ static int32_t sim_open(anepy_device **out, const anepy_device_options *options)
                                .compile_budget = traits.budget};
     sim->traits = traits;
     anepy_mil_options_default(&sim->options, anepy_mil_chip(traits.chip));
+    anepy_mil_options_limit(&sim->options, traits.fails);
     *out = &sim->base;
     return ANEPY_OK;
 }

@@ -14,7 +14,15 @@ from rich.console import Console
 
 from anepy import console, console_text
 from anepy.console import Live, Plain
-from anepy.console_text import Header, History, duration, milliseconds, quantity, sparkline
+from anepy.console_text import (
+    Header,
+    History,
+    duration,
+    milliseconds,
+    quantity,
+    sparkline,
+    summary_rows,
+)
 from anepy.reports import PHASES, StepReport, Summary
 from anepy.run_log import RunLog, dumps
 from anepy.train_config import TrainConfig
@@ -103,6 +111,8 @@ def summary(**changes: Any) -> Summary:
         "tflops": 0.191,
         "phases": PHASE_MS,
         "allocations": 0,
+        "compiles": 11,
+        "restarts": 0,
         "peak_memory": 2_000_000_000,
         "first_loss": 5.0,
         "last_loss": 2.0,
@@ -113,6 +123,12 @@ def summary(**changes: Any) -> Summary:
 
 
 # Words and figures
+
+
+def test_summary_tells_compilations_of_a_run_over_several_processes() -> None:
+    assert not [row for row in summary_rows(summary(), "->") if row[0] == "compiles"]
+    rows = dict(summary_rows(summary(restarts=2), "->"))
+    assert rows["compiles"] == "11 in 3 processes"
 
 
 def test_sparkline_spans_lowest_to_highest() -> None:

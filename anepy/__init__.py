@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AnepyError": "errors",
+    "CompareConfig": "compare_config",
+    "Comparison": "comparison",
     "CompileBudgetError": "errors",
     "Engine": "engine",
     "MilError": "errors",
@@ -26,6 +28,7 @@ _HOMES = {
     "TrainConfig": "train_config",
     "Trainer": "trainer",
     "UpdateStats": "engine",
+    "compare": "measuring",
     "devices": "device",
     "generate": "generation",
     "prepare": "data",
@@ -36,11 +39,14 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from .compare_config import CompareConfig
+    from .comparison import Comparison
     from .data import TokenData, prepare
     from .device import devices
     from .engine import Engine, StepStats, UpdateStats, variants
     from .errors import AnepyError, CompileBudgetError, MilError
     from .generation import generate, stream
+    from .measuring import compare
     from .model import PRESETS, Model, ModelConfig
     from .program import Program
     from .tokenizer import Tokenizer

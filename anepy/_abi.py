@@ -11,7 +11,13 @@ from ctypes import c_uint64 as u64
 from ctypes import c_void_p as handle
 from typing import Any
 
-from .errors import AbiMismatchError, CompileBudgetError, ConfigError, NativeError
+from .errors import (
+    AbiMismatchError,
+    CompileBudgetError,
+    ConfigError,
+    NativeError,
+    UnsupportedError,
+)
 
 ABI_VERSION = 1
 LEAVE_GRADIENTS = 1  # flag of UpdateOptions
@@ -387,8 +393,9 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 _BUDGET = -42
-# What the caller can mend: argument, name, token, unavailable, unsupported.
-_USER_ERRORS = frozenset((-10, -11, -12, -41, -50))
+_UNSUPPORTED = -50
+# What the caller can mend: argument, name, token, unavailable.
+_USER_ERRORS = frozenset((-10, -11, -12, -41))
 
 
 def bind(lib: ctypes.CDLL, path: str) -> None:
@@ -433,6 +440,8 @@ def _checker(lib: ctypes.CDLL) -> Any:
         detail = ctypes.create_string_buffer(512)
         lib.anepy_last_error(detail, 512)
         text = detail.value.decode(errors="replace")
+        if status == _UNSUPPORTED:
+            raise UnsupportedError(text)
         if status in _USER_ERRORS:
             raise ConfigError(text)
         if status == _BUDGET:

@@ -24,6 +24,7 @@ from .cli_common import (
     note,
     print_json,
 )
+from .cli_compare import compare
 from .cli_data import evaluate, prepare
 from .cli_lib import info, lib
 from .cli_mil import mil
@@ -154,6 +155,13 @@ def _register() -> None:
             "anepy train stories110M.bin --data stories.bin --steps 100 --save tuned.bin",
         ),
     )(train)
+    app.command(
+        "compare",
+        epilog=examples(
+            "anepy compare baseline opt --json compare.json",
+            "anepy compare baseline max --ablate --model stories15M.bin --data stories.bin",
+        ),
+    )(compare)
     app.command(
         "generate",
         epilog=examples(

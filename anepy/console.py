@@ -1,4 +1,4 @@
-"""The terminal: everything a person sees of a run, and the only module that imports rich.
+"""The terminal: everything a person sees of a run. Only modules of this name import rich.
 
 Three faces of one interface (`Reporter`): `Live` redraws a display on a terminal, `Plain` prints
 lines with the wording of the research programs (their dashboards parse them), and the base class
@@ -92,8 +92,8 @@ def reporter(quiet: bool) -> Reporter:
         quiet: show nothing there; a terminal on standard error still gets the live display.
     """
     if quiet:
-        return Live(make_console(sys.stderr)) if _is_live(sys.stderr) else Reporter()
-    return Live(make_console(sys.stdout)) if _is_live(sys.stdout) else Plain(sys.stdout)
+        return Live(make_console(sys.stderr)) if is_live(sys.stderr) else Reporter()
+    return Live(make_console(sys.stdout)) if is_live(sys.stdout) else Plain(sys.stdout)
 
 
 def make_console(file: TextIO) -> Console:
@@ -101,7 +101,8 @@ def make_console(file: TextIO) -> Console:
     return Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
-def _is_live(file: TextIO) -> bool:
+def is_live(file: TextIO) -> bool:
+    """Say whether a display can be redrawn there."""
     return file.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
@@ -196,11 +197,11 @@ class Plain(Reporter):
 
     def stopping(self) -> None:
         """Say on standard error that the step will be finished."""
-        _warn(STOPPING)
+        warn(STOPPING)
 
     def note(self, text: str) -> None:
         """Print to standard error, away from what is parsed."""
-        _warn(f"anepy: note: {text}")
+        warn(f"anepy: note: {text}")
 
     def summary(self, summary: Summary, saved: Sequence[str]) -> None:
         """Print the report, the lines dashboards know first."""
@@ -390,7 +391,8 @@ class Live(Reporter):
 STOPPING = "anepy: finishing this step, then saving; press Ctrl-C again to stop at once"
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Print a line on standard error, if somebody is still there."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -399,7 +401,7 @@ def _warn(text: str) -> None:
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print labelled lines: a panel on a terminal, `label: text` elsewhere."""
-    if _is_live(sys.stdout):
+    if is_live(sys.stdout):
         Live(make_console(sys.stdout))._panel(title, rows)
         return
     width = max((len(label) for label, _ in rows), default=0) + 2

@@ -481,6 +481,26 @@ def variants(device: str = AUTO) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def variant_switches(text: str, device: str = "auto") -> tuple[str, ...]:
+    """Return the switches that a variant stands for on a device.
+
+    Raises:
+        UnsupportedError: one of them means nothing on this device.
+        ConfigError: an unknown variant, switch or device.
+    """
+    lib = _native.library()
+    switches = ctypes.c_uint32()
+    lib.anepy_variant_parse(_name(text), _name(device), ctypes.byref(switches))
+    return _switch_names(lib, switches.value)
+
+
+def switch_names() -> tuple[str, ...]:
+    """Return every switch there is, on whatever device."""
+    lib = _native.library()
+    names = (lib.anepy_switch_name(index) for index in range(32))
+    return tuple(name.decode() for name in names if name is not None)
+
+
 def library_info() -> dict[str, Any]:
     """Describe the loaded library: instruction sets, matrix kernel, compiler, threads."""
     lib = _native.library()

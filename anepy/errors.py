@@ -15,6 +15,10 @@ class ConfigError(AnepyError):
     """A setting is out of range or contradicts another one."""
 
 
+class UnsupportedError(ConfigError):
+    """A setting that is right elsewhere means nothing on this device."""
+
+
 class ModelError(AnepyError):
     """A model file is missing, malformed or cannot be written."""
 

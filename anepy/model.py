@@ -282,7 +282,8 @@ def _rotary_tables(config: ModelConfig) -> Array:
     return np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
 
 
-def _parameters(c: ModelConfig) -> int:
+def parameters(c: ModelConfig) -> int:
+    """Count the weights of a model of these dimensions; a tied classifier counts once."""
     kv = c.head_dim * c.n_kv_heads
     layer = 2 * c.dim * c.dim + 2 * kv * c.dim + 3 * c.hidden_dim * c.dim + 2 * c.dim
     return (1 if c.tied else 2) * c.vocab_size * c.dim + c.n_layers * layer + c.dim
@@ -311,7 +312,7 @@ def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:
             "heads in its header, which do not divide: it is not a llama2.c .bin file of version 0"
         )
     tables = config.seq_len * config.head_dim
-    expected = _HEADER.size + 4 * (_parameters(config) + tables)
+    expected = _HEADER.size + 4 * (parameters(config) + tables)
     if size == expected:
         return config, tables
     if size == expected - 4 * tables:  # written by a tool that drops the legacy tables

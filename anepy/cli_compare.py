@@ -1,0 +1,217 @@
+"""`anepy compare`: options, the measurement or the files they describe, and what is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_common import EXIT_FAILURE, distinct, guarded
+from .compare_config import CompareConfig, compare_help
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+
+_STDOUT = Path("-")
+
+
+def _option(name: str, **more: Any) -> Any:
+    return typer.Option(help=compare_help(name), show_default=False, **more)
+
+
+@guarded
+def compare(
+    variants: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="VARIANT VARIANT...",
+            help="Like baseline opt opt-prealloc; the first is the reference.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="llama2.c model. Default: random weights."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Token file (anepy prepare). Default: synthetic."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape if there is no --model: stories260K to stories110M, which is the default.",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[int | None, _option("rounds")] = None,
+    steps: Annotated[int | None, _option("steps")] = None,
+    warmup: Annotated[int | None, _option("warmup")] = None,
+    accum: Annotated[int | None, _option("accum")] = None,
+    seq: Annotated[int | None, _option("seq")] = None,
+    lr: Annotated[float | None, _option("lr")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    device: Annotated[str | None, _option("device")] = None,
+    precision: Annotated[str | None, _option("precision")] = None,
+    threads: Annotated[int | None, _option("threads")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help=compare_help("ablate"))] = False,
+    load: Annotated[
+        bool,
+        typer.Option("--load", help="Measure nothing: compare these files of --json instead."),
+    ] = False,
+    as_json: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write every sample; - prints them instead of the table.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Measure what variants are worth, in turns, with intervals.
+
+    A variant is baseline, opt, ane, dynamic, double-buffer or max, and any of +switch and -switch
+    behind it. Ctrl-C ends with what has been measured so far.
+    """
+    words = list(variants or ())
+    settings = {
+        name: value
+        for name, value in locals().items()
+        if name in CompareConfig.__dataclass_fields__ and value is not None and value is not False
+    }
+    inputs = {"model": model, "data": data, "preset": preset}
+    outputs = {"results": as_json}
+    if load:
+        given = [*settings, *(name for name, value in inputs.items() if value is not None)]
+        given += ["json"] if as_json is not None else []
+        if given:
+            raise typer.BadParameter(f"--load measures nothing: leave out --{given[0]}")
+        _compare_files(words)
+        return
+    if len(words) < 2 and not ablate:
+        raise typer.BadParameter("name two variants or more, like baseline opt")
+    if model is not None and preset is not None:
+        raise typer.BadParameter("--model and --preset contradict each other")
+    _measure(words or ["baseline", "max"], settings, inputs, outputs)
+
+
+def _measure(
+    variants: Sequence[str],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Path | None],
+) -> None:
+    """Measure, show, write."""
+    from .console_compare import Turns
+    from .interrupts import StopRequest
+    from .measuring import DEFAULT_PRESET, compare
+
+    config = CompareConfig(**settings)
+    files = {name: path for name, path in outputs.items() if path not in (None, _STDOUT)}
+    distinct(files, {name: inputs[name] for name in ("model", "data")})
+    for name, path in files.items():
+        _check_writable(name, path)
+    display = Turns()
+    with StopRequest(display.stopping, display.abort) as stop, display:
+        comparison = compare(
+            variants,
+            inputs["model"],
+            inputs["data"],
+            config,
+            preset=inputs["preset"] or DEFAULT_PRESET,
+            progress=display.turn,
+            stop=lambda: stop.signal is not None,
+            command=["anepy", *sys.argv[1:]],
+        )
+    quiet = outputs["results"] == _STDOUT
+    measured = any(run.rounds for group in comparison.groups for run in group.runs)
+    if measured:
+        _finish(comparison, quiet, files)
+    if stop.signal is not None:
+        if not measured:
+            print("anepy: interrupted before a round was complete", file=sys.stderr)
+        raise typer.Exit(stop.exit_code)
+    failures = list(comparison.failures())
+    if failures:
+        if not measured:
+            raise ConfigError(f"nothing could be measured: {failures[0].error}")
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _finish(comparison: Comparison, quiet: bool, outputs: Mapping[str, Path]) -> None:
+    from . import comparison_file
+
+    if quiet:
+        from .cli_common import print_json
+
+        print_json(comparison_file.as_record(comparison))
+    else:
+        _show([("", comparison)])
+    if "results" in outputs:
+        comparison_file.save(comparison, outputs["results"])
+        _say(quiet, f"results written: {outputs['results']}")
+
+
+def _say(quiet: bool, text: str) -> None:
+    print(text, file=sys.stderr if quiet else sys.stdout)
+
+
+def _check_writable(what: str, path: Path) -> None:
+    """Find out now what could not be written after the measurement."""
+    from .files import probe, write_failure
+
+    try:
+        probe(path)
+    except OSError as error:
+        raise ConfigError(write_failure(path, what, error)) from None
+
+
+def _compare_files(words: Sequence[str]) -> None:
+    """Lay earlier results side by side."""
+    from .comparison_file import load
+
+    if not words:
+        raise typer.BadParameter("--load needs files that --json wrote")
+    named = list(zip(_names(words), (load(word) for word in words), strict=True))
+    _show(named)
+
+
+def _names(words: Sequence[str]) -> list[str]:
+    """Name files by their stems, or by what was typed where stems are equal."""
+    stems = [Path(word).stem for word in words]
+    names = [
+        stem if stems.count(stem) == 1 else word for stem, word in zip(stems, words, strict=True)
+    ]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})"
+        for at, name in enumerate(names)
+    ]
+
+
+def _show(named: Sequence[tuple[str, Comparison]]) -> None:
+    """Print facts, tables and what they say."""
+    from . import comparison_text as text
+    from .comparison import columns
+    from .console import print_table
+    from .console_compare import print_wide
+
+    for name, comparison in named:
+        print_table(f"anepy compare {name}".strip(), text.facts(comparison))
+    shown = columns(named)
+    print_wide(text.metrics(shown))
+    for name, comparison in named:
+        table = text.switches(comparison)
+        if table is not None:
+            print_wide(table, f"{name}: what each switch changes".removeprefix(": "))
+    lines = text.sentences(shown)
+    if len(named) > 1:
+        lines += text.differences(named)
+    for name, comparison in named:
+        lines += [f"{name}: {line}".removeprefix(": ") for line in text.remarks(comparison)]
+    for line in lines:
+        print(line)

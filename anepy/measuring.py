@@ -1,0 +1,512 @@
+"""`anepy.compare`: variants of one training run, measured in turns.
+
+Every variant has an engine and weights of its own and sees the same sequences. In a round each
+makes the same number of steps and ends them with an update; who begins changes every round, so a
+machine that gets slower with time does so to all of them. Engines stay alive between rounds. Where
+memory does not allow all at once they are measured in groups, each with the reference among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _native, machine
+from .bench import machine_peak
+from .compare_config import CompareConfig
+from .comparison import Ablation, Comparison, Group, Run
+from .data import Sampler, TokenData
+from .engine import Engine, library_info, switch_names, variant_switches
+from .errors import AnepyError, ConfigError, DivergedError, UnsupportedError
+from .estimates import TRUSTED_ROUNDS
+from .model import PRESETS, Model, ModelConfig, parameters
+from .run_log import ANE_PEAK_TFLOPS
+from .trainer import sequence_length
+
+DEFAULT_PRESET = "stories110M"
+BASELINE = "baseline"
+# After its last task a thread pool spins for a few ms; the next engine must not pay for that.
+_SETTLE_S = 0.02
+# Part of the free memory that engines may take; a step without `prealloc` allocates some more.
+_MEMORY_SHARE = 0.9
+_SYNTHETIC_TOKENS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a comparison is.
+
+    Attributes:
+        done: turns done, of `total`; the warm-up of a variant is one.
+        total: see `done`.
+        group: number of the group, of `groups`.
+        groups: see `group`.
+        round: number of the round, from 1; 0 in the warm-up.
+        label: the variant whose turn it is.
+    """
+
+    done: int
+    total: int
+    group: int
+    groups: int
+    round: int
+    label: str
+
+
+def compare(
+    variants: Sequence[str],
+    model: Model | str | Path | None = None,
+    data: TokenData | str | Path | None = None,
+    config: CompareConfig | None = None,
+    *,
+    preset: str = DEFAULT_PRESET,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    command: Sequence[str] = (),
+) -> Comparison:
+    """Measure what variants are worth, in turns and repeatedly.
+
+    A variant that fails on the way is kept with its reason and the others go on.
+
+    Args:
+        variants: like ["baseline", "opt", "opt-prealloc"]; the first is the reference.
+        model: a model, whose weights stay as they are, or the path of one. None: random weights.
+        data: tokens or the path of a token file. None: synthetic tokens.
+        config: settings.
+        preset: shape of the model if there is none.
+        progress: told before every turn.
+        stop: asked after every step; true ends the comparison with what has been measured.
+        command: what was typed, for the record.
+
+    Returns:
+        Every sample, and what follows from them.
+
+    Raises:
+        ConfigError: an unknown name or a value out of range, fewer than two variants that this
+            device can run, or too little memory for two engines.
+        ModelError, DataError: a file is unusable.
+
+    Example:
+        >>> result = compare(["baseline", "opt"], preset="stories260K")  # doctest: +SKIP
+        >>> result.ratio("opt", "baseline").value  # doctest: +SKIP
+        0.86
+    """
+    config = config if config is not None else CompareConfig()
+    config.validate()
+    plan = _Plan.make(variants, config)
+    base = _load(model, preset, config.seed)
+    if data is None:
+        data = synthetic(base.config.vocab_size, config.seed)
+    elif not isinstance(data, TokenData):
+        data = TokenData(data)
+    data.check(base.config.vocab_size)
+    return _Session(config, base, data, plan, progress, stop).run(list(command))
+
+
+def _load(model: Model | str | Path | None, preset: str, seed: int) -> Model:
+    if isinstance(model, Model):
+        return model
+    if model is not None:
+        return Model.load(model)
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    shape = PRESETS[preset]
+    # Refused before gigabytes of random numbers are drawn: weights here and four arenas each.
+    _check_room(int(machine.available_memory() * _MEMORY_SHARE), 16 * parameters(shape))
+    return Model.init(shape, seed=seed)
+
+
+@dataclass(frozen=True)
+class _Contender:
+    label: str
+    variant: str
+    switches: tuple[str, ...]
+
+
+_Section = tuple[_Contender, list[_Contender]]
+
+
+@dataclass
+class _Plan:
+    """Who is measured against whom.
+
+    Attributes:
+        columns: labels of the variants asked for and possible.
+        refused: variant -> reason.
+        sections: a reference and those to compare with it.
+        ablation: rows for the switches.
+    """
+
+    columns: list[str]
+    refused: dict[str, str]
+    sections: list[_Section]
+    ablation: list[Ablation]
+
+    @classmethod
+    def make(cls, variants: Sequence[str], config: CompareConfig) -> _Plan:
+        refused: dict[str, str] = {}
+        found: list[_Contender] = []
+        for text in variants:
+            try:
+                switches = variant_switches(text, config.device)
+            except UnsupportedError as error:
+                refused[text] = str(error)
+                continue
+            same = sum(other.variant == text for other in found)
+            label = f"{text} ({same + 1})" if same else text
+            found.append(_Contender(label, text, switches))
+        if len(found) < (1 if config.ablate else 2):
+            reasons = "; ".join(refused.values())
+            raise ConfigError(
+                f"there is nothing to compare, {len(found)} of {len(variants)} variants can run "
+                f"here: {reasons or 'name two'}"
+            )
+        plan = cls([item.label for item in found], refused, [], [])
+        plan.sections.append((found[0], found[1:]))
+        if config.ablate:
+            plan._ablate(found, config.device)
+        plan.sections = [section for section in plan.sections if section[1]]
+        if not plan.sections:
+            raise ConfigError("there is nothing to compare: name two variants")
+        return plan
+
+    def _ablate(self, found: Sequence[_Contender], device: str) -> None:
+        """Add every switch to the baseline, and leave each out of the fullest variant."""
+        fullest = max(found, key=lambda item: len(item.switches))
+        bases = {
+            "add": self._reference(BASELINE, device),
+            "leave out": self._reference(fullest.variant, device),
+        }
+        for switch in switch_names():
+            reason = _reason(f"{BASELINE}+{switch}", device)
+            forms = ["leave out"] if switch in fullest.switches else []
+            for form in ["add", *forms]:
+                reference, others = bases[form]
+                sign = "+" if form == "add" else "-"
+                text = f"{reference.variant}{sign}{switch}"
+                why = reason or _reason(text, device)
+                row = Ablation(switch, form, reference.label, "", why)
+                if not why:
+                    row.label = self._contender(text, device, reference, others)
+                self.ablation.append(row)
+
+    def _reference(self, variant: str, device: str) -> _Section:
+        """Find the section of a reference, or begin one."""
+        switches = variant_switches(variant, device)
+        for section in self.sections:
+            if section[0].switches == switches:
+                return section
+        known = [item for _, others in self.sections for item in others]
+        label = next((item.label for item in known if item.switches == switches), variant)
+        self.sections.append((_Contender(label, variant, switches), []))
+        return self.sections[-1]
+
+    @staticmethod
+    def _contender(text: str, device: str, reference: _Contender, others: list[_Contender]) -> str:
+        """Return the label of a variant in a section, adding it unless it is there already."""
+        switches = variant_switches(text, device)
+        for item in others:
+            if item.switches == switches:
+                return item.label
+        others.append(_Contender(text, text, switches))
+        return text
+
+
+def _reason(text: str, device: str) -> str:
+    try:
+        variant_switches(text, device)
+    except UnsupportedError as error:
+        # The variant is not what the user typed, and its advice does not fit.
+        return re.sub(r"^variant '.*?': |;.*$", "", str(error))
+    return ""
+
+
+class _Contestant:
+    """A variant at work: its engine, its weights, its place in the data."""
+
+    def __init__(
+        self, run: Run, base: Model, data: TokenData, config: CompareConfig, seq: int
+    ) -> None:
+        self.run = run
+        self._config = config
+        self._sampler = Sampler(data, seq, config.seed)
+        model = Model(base.config)
+        model.arena[...] = base.arena
+        self.engine = Engine(
+            model, run.variant, config.device, config.precision, seq, config.threads
+        )
+        run.switches = list(self.engine.switches)
+        run.memory = 4 * model.arena.nbytes + getattr(self.engine, "memory", 0)
+
+    def turn(self, number: int, steps: int, stop: Callable[[], bool]) -> bool:
+        """Make steps, the last of them followed by an update; False if stopped before.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite.
+        """
+        engine, run = self.engine, self.run
+        for index in range(steps):
+            tokens, targets = self._sampler.next()
+            began = time.perf_counter()
+            stats = engine.step(tokens, targets)
+            wall_ms = (time.perf_counter() - began) * 1e3
+            _append(run.steps, round=number, wall_ms=wall_ms, **_numbers(stats))
+            # Half precision skips a step and lowers its scale; without one nothing would improve.
+            hopeless = stats.skipped and stats.loss_scale == 1
+            self._check("loss", math.isfinite(stats.loss) and not hopeless)
+            last = index == steps - 1
+            if engine.accumulated and (last or engine.accumulated >= self._config.accum):
+                self._update(number)
+            if not last and stop():
+                return False
+        return True
+
+    def _update(self, number: int) -> None:
+        began = time.perf_counter()
+        stats = self.engine.update(lr=self._config.lr)
+        wall_ms = (time.perf_counter() - began) * 1e3
+        self._check("gradient", not stats.skipped)
+        _append(self.run.updates, round=number, wall_ms=wall_ms, **_numbers(stats))
+
+    def _check(self, what: str, finite: bool) -> None:
+        if not finite:
+            step = len(self.run.steps["loss"])
+            raise DivergedError(f"step {step}: the {what} is not finite: lower the learning rate")
+
+
+def _numbers(stats: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in asdict(stats).items()}
+
+
+def _append(table: dict[str, list[float]], **values: float) -> None:
+    for name, value in values.items():
+        table.setdefault(name, []).append(float(value))
+
+
+@contextlib.contextmanager
+def _kept(run: Run) -> Iterator[None]:
+    """Keep in a run why it failed; the others go on."""
+    try:
+        yield
+    except AnepyError as error:
+        run.error = str(error)
+    except MemoryError:
+        run.error = "there is not enough memory"
+
+
+def rotated(count: int, round_: int) -> list[int]:
+    """Return the order of turns in a round: each begins one further than in the round before."""
+    return [(round_ + index) % count for index in range(count)]
+
+
+class _Session:
+    """One comparison from the first engine to the last sample."""
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        base: Model,
+        data: TokenData,
+        plan: _Plan,
+        progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._base = base
+        self._data = data
+        self._plan = plan
+        self._progress = progress
+        self._stop = stop
+        self._seq = sequence_length(config.seq, base.config.seq_len)
+        self._done = self._total = 0
+
+    def run(self, command: list[str]) -> Comparison:
+        """Measure everything, or what there was time for."""
+        arenas = 4 * self._base.arena.nbytes
+        free = int(machine.available_memory() * _MEMORY_SHARE)
+        _check_room(free, arenas)
+        # The first engine tells what all of them run on, and how much memory one takes.
+        first = self._contestant(_run(self._plan.sections[0][0]))
+        try:
+            result = self._describe(first.engine, command)
+            chunks = self._chunks(_check_room(free, first.run.memory), result.notes)
+            self._total = self._turns() * sum(1 + len(others) for _, others in chunks)
+            for number, (reference, others) in enumerate(chunks, 1):
+                group = Group([_run(item) for item in (reference, *others)])
+                if number == 1:
+                    group.runs[0] = first.run
+                result.groups.append(group)
+                began = {0: first} if number == 1 else {}
+                if not self._measure(group, began, (number, len(chunks))):
+                    result.interrupted = True
+                    break
+        finally:
+            first.engine.close()
+        return result
+
+    def _turns(self) -> int:
+        return self._config.rounds + bool(self._config.warmup)
+
+    def _contestant(self, run: Run) -> _Contestant:
+        return _Contestant(run, self._base, self._data, self._config, self._seq)
+
+    def _measure(
+        self, group: Group, alive: dict[int, _Contestant], number: tuple[int, int]
+    ) -> bool:
+        """Let the runs of a group take turns; False if stopped."""
+        config = self._config
+        try:
+            for index, run in enumerate(group.runs):
+                with _kept(run):
+                    if index not in alive:
+                        alive[index] = self._contestant(run)
+            rounds = range(-1 if config.warmup else 0, config.rounds)
+            for round_ in rounds:
+                order = rotated(len(group.runs), max(0, round_))
+                if round_ >= 0:
+                    group.orders.append(order)
+                for index in order:
+                    if self._stop():
+                        return False
+                    run = group.runs[index]
+                    self._progress(
+                        Progress(self._done, self._total, *number, round_ + 1, run.label)
+                    )
+                    self._done += 1
+                    if index not in alive:
+                        continue
+                    time.sleep(_SETTLE_S)
+                    with _kept(run):
+                        steps = config.warmup if round_ < 0 else config.steps
+                        if not alive[index].turn(round_, steps, self._stop):
+                            return False
+                        run.rounds = round_ + 1
+                    if run.error:
+                        alive.pop(index).engine.close()
+            return True
+        finally:
+            for contestant in alive.values():
+                contestant.engine.close()
+
+    def _chunks(self, room: int, notes: list[str]) -> list[_Section]:
+        """Cut sections so that no more than `room` engines are alive at once."""
+        chunks: list[_Section] = []
+        for reference, others in self._plan.sections:
+            parts = -(-len(others) // (room - 1))
+            size = -(-len(others) // parts)
+            chunks += [(reference, others[at : at + size]) for at in range(0, len(others), size)]
+        if len(chunks) > len(self._plan.sections):
+            notes.append(
+                f"memory for {room} engines at a time: measured in {len(chunks)} groups, each with "
+                "its reference"
+            )
+        return chunks
+
+    def _describe(self, engine: Engine, command: list[str]) -> Comparison:
+        from . import __version__
+
+        config, base, plan = self._config, self._base, self._plan
+        notes = []
+        if config.rounds < TRUSTED_ROUNDS:
+            notes.append(
+                f"{config.rounds} rounds: intervals are to be trusted from {TRUSTED_ROUNDS} on"
+            )
+        return Comparison(
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            command=command,
+            anepy=__version__,
+            machine=machine_facts(),
+            library=library_facts(),
+            engine={
+                "device": engine.device,
+                "precision": engine.precision,
+                "isa": engine.isa,
+                "threads": engine.threads,
+                "seq": self._seq,
+            },
+            model={
+                "name": base.path.name if base.path else _shape_name(base.config),
+                "parameters": base.n_parameters,
+                "shape": asdict(base.config),
+            },
+            data={"name": self._data.name, "tokens": len(self._data)},
+            settings=asdict(config) | {"seq": self._seq},
+            peak=peak(engine.device, engine.precision, engine.threads),
+            columns=plan.columns,
+            refused=plan.refused,
+            ablation=plan.ablation,
+            notes=notes,
+        )
+
+
+def _run(item: _Contender) -> Run:
+    return Run(item.label, item.variant, list(item.switches))
+
+
+def _check_room(free: int, need: int) -> int:
+    """Return how many engines of `need` bytes may be alive; 2 where the free memory is unknown.
+
+    Raises:
+        ConfigError: fewer than two.
+    """
+    if free and free < 2 * need:
+        raise ConfigError(
+            f"two engines of this model need {2 * need / 1e9:.2f} GB at once and "
+            f"{free / 1e9:.2f} GB may be used: free some memory, or compare on a smaller --model, "
+            "--preset or --seq"
+        )
+    return free // need if free else 2
+
+
+def synthetic(vocab_size: int, seed: int) -> TokenData:
+    """Make tokens whose frequencies follow the law of Zipf and Mandelbrot, as those of text do."""
+    weights = np.cumsum(1.0 / (np.arange(vocab_size) + 2.7))
+    draws = np.random.default_rng(seed).random(_SYNTHETIC_TOKENS) * weights[-1]
+    tokens = np.searchsorted(weights, draws).astype(np.int32)
+    return TokenData.from_array(tokens, f"synthetic tokens (Zipf's law, seed {seed})", vocab_size)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Describe this machine for a result that leaves it; nothing that names its owner."""
+    facts: dict[str, Any] = {
+        "system": machine.system(),
+        "processor": machine.processor(),
+        "cpus": machine.usable_cpus(),
+        "memory": machine.memory(),
+    }
+    version, build = machine.macos()
+    if version:
+        facts |= {"macos": version, "macos_build": build, "model": machine.sysctl("hw.model")}
+    return facts
+
+
+def library_facts() -> dict[str, Any]:
+    """Describe the native library in use, with the SHA-256 of its file."""
+    facts = dict(library_info())
+    if (found := _native.loaded()) is not None and found.path is not None:
+        facts["sha256"] = hashlib.sha256(found.path.read_bytes()).hexdigest()
+    return facts
+
+
+def peak(device: str, precision: str, threads: int) -> dict[str, Any] | None:
+    """Return what utilization on a device refers to: GFLOP/s and a name; None for a simulator."""
+    if device == "ane":
+        return {"gflops": ANE_PEAK_TFLOPS * 1e3, "name": "Apple's figure for the Neural Engine"}
+    if device != "cpu":
+        return None
+    gflops = machine_peak(precision, threads)
+    return {"gflops": gflops, "name": "measured FMA peak"} if gflops > 0 else None
+
+
+def _shape_name(config: ModelConfig) -> str:
+    known = (name for name, shape in PRESETS.items() if shape == config)
+    return f"{next(known, 'a model')} shape, random weights"

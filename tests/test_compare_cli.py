@@ -1,0 +1,275 @@
+"""`anepy compare`: what it accepts, prints, writes and answers with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from cases import GQA, make_model
+from comparisons import make_comparison
+
+from anepy import cli
+from anepy.comparison_file import load, save
+from anepy.engine import Engine
+from anepy.errors import NativeError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SHORT = ["--model", "m.bin", "--data", "d.bin", "--rounds", 2, "--steps", 2, "--warmup", 0,
+         "--seq", 16, "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Return a function that runs `anepy compare` in a folder with a small model and tokens."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    make_model().save("m.bin")
+    np.random.default_rng(0).integers(0, GQA.vocab_size, 400).astype("<u2").tofile("d.bin")
+
+    def call(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["anepy", "compare", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else int(bool(code)), *capsys.readouterr())
+
+    return call
+
+
+def assert_one_line_error(result: Result, *parts: str) -> None:
+    assert result.code == 1, result
+    assert result.err.startswith("anepy: error: ") and result.err.count("\n") == 1, result.err
+    for part in parts:
+        assert part in result.err, result.err
+
+
+def test_compare_prints_a_table_and_what_it_means(run: Run) -> None:
+    result = run("baseline", "opt", *SHORT)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    end = next(at for at, line in enumerate(lines) if line.startswith("opt: "))
+    assert max(map(len, lines[7:end])) <= 80
+    head = next(line for line in lines if "delta" in line)
+    assert head.split() == ["baseline", "opt", "delta"]
+    for part in ("ms/step", "forward + backward", "allocations/step", "loss curves", "agree to"):
+        assert part in result.out, part
+    assert "opt: " in result.out and "time per step against baseline" in result.out
+    assert "2 rounds: intervals are to be trusted from 5 on" in result.out
+    assert "\x1b" not in result.out, "no colour in a pipe"
+
+
+def test_compare_ablate_has_a_row_per_switch(run: Run) -> None:
+    result = run("baseline", "max", "--ablate", *SHORT)
+    assert result.code == 0, result.err
+    for switch in ("simd_adam", "prealloc", "metal_dw", "background_compile"):
+        assert f"\n{switch} " in result.out, switch
+    assert "what each switch changes" in result.out and "not on this device" in result.out
+
+
+def test_compare_json_holds_every_sample_and_the_command(run: Run) -> None:
+    result = run("baseline", "opt", *SHORT, "--json", "r.json")
+    assert result.code == 0 and "results written: r.json" in result.out
+    record = json.loads(Path("r.json").read_text())
+    assert record["command"][:4] == ["anepy", "compare", "baseline", "opt"]
+    assert record["machine"]["processor"] and len(record["library"]["sha256"]) == 64
+    steps = record["groups"][0]["runs"][1]["steps"]
+    assert len(steps["step_ms"]) == len(steps["device_ms"]) == 4
+    assert load("r.json").runs("opt")[0].rounds == 2
+
+
+def test_compare_json_to_standard_output_is_alone_there(run: Run) -> None:
+    result = run("baseline", "opt", *SHORT, "--json", "-")
+    assert json.loads(result.out)["format"] == "anepy-compare" and result.err == ""
+
+
+def test_compare_without_model_and_data(run: Run) -> None:
+    result = run(
+        "baseline", "opt", "--preset", "stories260K", "--seq", 16, "--rounds", 1, "--steps", 1,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "stories260K shape, random weights" in result.out and "Zipf" in result.out
+    assert "one round, no interval" in result.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["opt"],
+        ["opt", "max", "--nonsense"],
+        ["opt", "max", "--rounds", "many"],
+        ["opt", "max", "--model", "m.bin", "--preset", "stories15M"],
+        ["--load"],
+        ["--load", "a.json", "--steps", "3"],
+        ["--load", "a.json", "--model", "m.bin"],
+        ["--load", "a.json", "--json", "b.json"],
+    ],
+)
+def test_compare_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:
+    result = run(*words)
+    assert result.code == 2 and result.out == "" and "Usage:" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["baseline", "nonsense"], ["nonsense", "baseline, opt"]),
+        (["baseline", "opt+nonsense"], ["nonsense"]),
+        (["opt", "opt+metal_dw"], ["metal_dw", "device cpu"]),
+        (["baseline", "opt", "--rounds", "0"], ["rounds is 0"]),
+        (["baseline", "opt", "--seq", "999"], ["context is"]),
+        (["baseline", "opt", "--precision", "fp7"], ["fp7"]),
+        (["baseline", "opt", "--device", "toaster"], ["toaster"]),
+        (["baseline", "opt", "--model", "no.bin"], ["no.bin"]),
+        (["baseline", "opt", "--data", "no.bin"], ["no.bin"]),
+        (["baseline", "opt", "--json", "no/r.json"], ["no/r.json", "no folder"]),
+        (["baseline", "opt", "--json", "/dev/null"], ["regular file"]),
+        (["baseline", "opt", "--json", "m.bin"], ["same file"]),
+    ],
+)
+def test_compare_bad_input_is_one_line_and_writes_nothing(
+    run: Run, tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_one_line_error(run(*SHORT, *words), *parts)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_compare_variant_that_fails_is_told_and_exits_with_1(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Engine.step
+
+    def step(self: Engine, *args: Any) -> Any:
+        if self.variant == "opt":
+            raise NativeError(-40, "device", "the device failed")
+        return real(self, *args)
+
+    monkeypatch.setattr(Engine, "step", step)
+    result = run("baseline", "opt", "max", *SHORT, "--json", "r.json")
+    assert result.code == 1
+    assert "opt ended after 0 rounds: the device failed" in result.out
+    assert load("r.json").runs("max")[0].rounds == 2
+    assert_one_line_error(run("opt", "opt", *SHORT), "nothing could be measured", "device failed")
+
+
+# Earlier results
+
+
+def test_compare_load_lays_files_side_by_side(run: Run) -> None:
+    first, second = make_comparison(), make_comparison({"opt": 300.0})
+    second.machine = second.machine | {"processor": "Apple M4"}
+    save(first, "epyc.json")
+    save(second, "m4.json")
+    result = run("--load", "epyc.json", "m4.json")
+    assert (result.code, result.err) == (0, "")
+    for part in ("epyc: baseline", "m4: opt", "different machines", "Apple M4", "measured apart"):
+        assert part in result.out, part
+    alone = run("--load", "epyc.json")
+    assert alone.code == 0 and "delta" in alone.out and "different" not in alone.out
+
+
+def test_compare_load_same_stem_and_same_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save(make_comparison(), "r.json")
+    save(make_comparison(), "a/r.json")
+    result = run("--load", "r.json", "a/r.json", "r.json")
+    assert result.code == 0
+    for name in ("r.json (1): opt", "a/r.json: opt", "r.json (2): opt"):
+        assert name in result.out, name
+
+
+def test_compare_load_of_something_else_is_one_line(run: Run) -> None:
+    Path("x.json").write_text("{}")
+    assert_one_line_error(run("--load", "x.json"), "x.json", "no result of anepy compare")
+    assert_one_line_error(run("--load", "no.json"), "no.json")
+
+
+# Ctrl-C
+
+
+def start(folder: Path, *words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "anepy", "compare", *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_compare_interrupt_shows_what_was_measured(run: Run, tmp_path: Path) -> None:
+    # Tells on standard error when a round begins, so that the test knows when to interrupt.
+    code = (
+        "import sys\n"
+        "from anepy import cli, console_compare\n"
+        "def turn(self, progress):\n"
+        "    print('round', progress.round, file=sys.stderr, flush=True)\n"
+        "console_compare.Turns.turn = turn\n"
+        "cli.main()"
+    )
+    words = [*SHORT, "--rounds", 10**6, "--json", "r.json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "compare", "baseline", "opt", *map(str, words)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.split() == ["round", "4"]:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted: these are the rounds that were complete" in out and "ms/step" in out
+    assert "Traceback" not in err and "showing what was measured" in err
+    result = load("r.json")
+    assert result.interrupted and result.runs("opt")[0].rounds >= 3
+
+
+def test_compare_interrupt_before_anything_is_quiet(run: Run, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from anepy import cli, measuring\n"
+        "real = measuring.synthetic\n"
+        "def synthetic(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(*args)\n"
+        "measuring.synthetic = synthetic\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compare", "baseline", "opt", "--preset", "stories260K",
+         "--json", "r.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 130, done
+    assert "interrupted before a round was complete" in done.stderr and done.stdout == ""
+    assert not Path("r.json").exists()

@@ -6,7 +6,6 @@ Imports nothing heavy, so that the command line can show its help texts without 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -48,7 +47,7 @@ class TrainConfig:
     device: str = _setting("auto", "Device: auto, cpu, sim or ane.")
     precision: str = _setting("auto", "Precision: auto, fp32, bf16 or fp16.")
     threads: int | None = _setting(None, "CPU threads. Default: as many as the process may use.")
-    metal: bool = _setting(False, "Weight gradients on the GPU (macOS only).")
+    metal: bool = _setting(False, "Weight gradients on the GPU: switch metal_dw (macOS).")
     held_out: float = _setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = _setting(0, "Steps between held-out evaluations. 0: at both ends only.")
     eval_windows: int = _setting(16, "Sequences per held-out evaluation.")
@@ -81,10 +80,6 @@ class TrainConfig:
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, " or ".join(SCHEDULES))
         if self.eval_every and not self.held_out:
             raise ConfigError("eval_every needs held-out data: set held_out, for example to 0.05")
-        if self.metal and sys.platform != "darwin":
-            raise ConfigError(
-                f"metal needs macOS with a Metal GPU, this is {sys.platform}: leave metal out"
-            )
 
     @property
     def engine_variant(self) -> str:

@@ -93,7 +93,7 @@ ANEPY_API int32_t anepy_model_tensor(const anepy_model *model, int32_t index, an
 /* Elements (float32) of one arena: the number of parameters. */
 ANEPY_API int64_t anepy_model_arena_n(const anepy_model *model);
 
-/* Zeroed, 64-byte aligned memory, on large pages where the system has them. The pages are backed
+/* Zeroed, 64 KiB aligned memory, on large pages where the system has them. The pages are backed
  * when first touched. Free with the same size. */
 ANEPY_API int32_t anepy_memory_alloc(void **out, uint64_t nbytes);
 ANEPY_API void anepy_memory_free(void *memory, uint64_t nbytes); /* accepts NULL */
@@ -105,8 +105,8 @@ typedef struct anepy_engine anepy_engine;
 /* Programs are compiled when first needed, not at once: for who goes on with restore. */
 #define ANEPY_ENGINE_DEFER 1u
 
-/* The arenas are float32[anepy_model_arena_n], 64-byte aligned, owned by the caller and alive
- * until anepy_engine_free. params is read and, by update, written. */
+/* The arenas are float32[anepy_model_arena_n], 64-byte aligned (grads, with metal_dw: 16 KiB), owned
+ * by the caller and alive until anepy_engine_free. params is read and, by update, written. */
 typedef struct anepy_engine_options {
     uint32_t struct_size;
     uint32_t flags; /* ANEPY_ENGINE_DEFER */

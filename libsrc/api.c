@@ -107,6 +107,7 @@ static int32_t set_sequence(anepy_engine *e, const int32_t *tokens, const int32_
     e->targets = targets;
     e->n = n;
     e->columns = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
+    e->dw_started = 0;
     memset(&e->stats, 0, sizeof e->stats);
     return ANEPY_OK;
 }
@@ -119,6 +120,16 @@ static int32_t forward(anepy_engine *e, const int32_t *tokens, const int32_t *ta
 
 /* ----------------------------------------------------------------------------------- the calls */
 
+/* After a failure nothing may still write, and what was accumulated before may be incomplete. The
+ * first sentence is the one that counts. */
+static int32_t abandon(anepy_engine *e, int32_t status) {
+    char sentence[512];
+    anepy_last_error(sentence, sizeof sentence);
+    anepy_dw_wait(e);
+    if (e->dw_started > 0 && e->accumulated > 0) e->damaged = 1;
+    return anepy_fail(status, "%s", sentence);
+}
+
 static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
     double start = anepy_now_ms();
     int64_t heap = anepy_heap_operations();
@@ -130,8 +141,8 @@ static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targe
     int32_t status = ANEPY_OK;
     if (anepy_scaled(e) && !isfinite(stats->loss)) stats->skipped = 1;
     else status = anepy_backward(e);
-    if (status != ANEPY_OK || stats->skipped) anepy_dw_wait(e); /* nothing may still write */
-    if (status != ANEPY_OK) return status;
+    if (status != ANEPY_OK) return abandon(e, status);
+    if (stats->skipped) ANEPY_TRY(anepy_dw_wait(e));
     stats->loss_scale = e->loss_scale;
     if (!stats->skipped) e->accumulated++;
     if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,6 @@ def test_validate_out_of_range_names_the_setting(name: str, value: Any) -> None:
 def test_validate_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="held_out"):
         TrainConfig(eval_every=5).validate()
-    if sys.platform != "darwin":
-        with pytest.raises(ConfigError, match="macOS"):
-            TrainConfig(metal=True).validate()
 
 
 def test_every_setting_has_a_help_text() -> None:

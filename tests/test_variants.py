@@ -64,7 +64,6 @@ def test_variant_unknown_switch_lists_the_known(text: str) -> None:
         ("ane", "offload_rmsnorm"),
         ("dynamic", "dynamic_weights"),
         ("double-buffer", "background_compile"),
-        ("opt+metal_dw", "metal_dw"),
         ("max+offload_softmax", "offload_softmax"),
     ],
 )

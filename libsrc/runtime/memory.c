@@ -10,16 +10,17 @@
 
 static _Atomic int64_t heap_operations;
 
-/* A multiple of every page size in use, so that both ends of a mapping can be given back. */
-static uint64_t mapped_size(uint64_t nbytes) { return (nbytes + 65535) / 65536 * 65536; }
+#define ANY_PAGE ((uint64_t)65536) /* a multiple of every page size in use, also of a GPU's */
+
+/* Both ends of such a mapping can be given back. */
+static uint64_t mapped_size(uint64_t nbytes) { return (nbytes + ANY_PAGE - 1) / ANY_PAGE * ANY_PAGE; }
 
 void *anepy_map(uint64_t nbytes) {
     if (nbytes == 0 || nbytes > (uint64_t)1 << 46) return NULL;
     uint64_t size = mapped_size(nbytes);
-    uint64_t align = size >= LARGE_PAGE ? LARGE_PAGE : 0;
+    uint64_t align = size >= LARGE_PAGE ? LARGE_PAGE : ANY_PAGE;
     char *base = mmap(NULL, size + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (base == MAP_FAILED) return NULL;
-    if (align == 0) return base;
     uint64_t skip = (align - (uintptr_t)base % align) % align;
     if (skip > 0) munmap(base, skip);
     if (align > skip) munmap(base + skip + size, align - skip);

@@ -7,7 +7,7 @@
 
 #include "runtime/status.h"
 
-/* Zeroed and 2 MiB aligned where large pages are in use (64 bytes at least); NULL if refused. */
+/* Zeroed; 64 KiB aligned, 2 MiB where large pages are in use; NULL if refused. */
 void *anepy_map(uint64_t nbytes);
 void anepy_unmap(void *memory, uint64_t nbytes); /* accepts NULL */
 

@@ -22,9 +22,16 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out) {
     return anepy_surface_read(s, o->channel, o->channels, o->capture);
 }
 
-static void start(anepy_engine *e, anepy_dw *dw) {
+/* On the GPU the products of a layer are one group: the last is that of wq, wk, wv. */
+static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
+    anepy_dw *dw = &e->layers[layer].dw[which];
+    e->dw_started++;
+    if (e->metal != NULL)
+        return anepy_gpu.multiply(e->metal, layer * DW_N + which, &dw->job.product,
+                                  which == DW_QKV);
     anepy_pool_submit(e->pool, &dw->loop, anepy_gemm_pieces(&dw->job.product), anepy_gemm_piece,
                       &dw->job, !anepy_on(e, ANEPY_CONCURRENT_DW));
+    return ANEPY_OK;
 }
 
 int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
@@ -45,19 +52,21 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
                                 .n = dw->x.channels,
                                 .k = e->n,
                                 .accumulate = e->accumulated > 0}};
-    if (!anepy_scaled(e)) start(e, dw);
+    return anepy_scaled(e) ? ANEPY_OK : start(e, layer, which);
+}
+
+int32_t anepy_dw_start_all(anepy_engine *e) {
+    if (!anepy_scaled(e)) return ANEPY_OK;
+    for (int32_t l = e->model->config.n_layers - 1; l >= 0; l--)
+        for (int32_t i = 0; i < DW_N; i++) ANEPY_TRY(start(e, l, i));
     return ANEPY_OK;
 }
 
-void anepy_dw_start_all(anepy_engine *e) {
-    if (!anepy_scaled(e)) return;
-    for (int32_t l = e->model->config.n_layers - 1; l >= 0; l--)
-        for (int32_t i = 0; i < DW_N; i++) start(e, &e->layers[l].dw[i]);
-}
-
-void anepy_dw_wait(anepy_engine *e) {
+int32_t anepy_dw_wait(anepy_engine *e) {
+    int32_t status = ANEPY_OK;
     anepy_pool_wait(e->pool);
-    if (anepy_on(e, ANEPY_PREALLOC)) return;
+    if (e->metal != NULL) status = anepy_gpu.wait(e->metal, &e->stats.dw_ms);
+    if (anepy_keeps_captures(e)) return status;
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
             anepy_operand *operands[2] = {&e->layers[l].dw[i].dy, &e->layers[l].dw[i].x};
@@ -67,4 +76,32 @@ void anepy_dw_wait(anepy_engine *e) {
             }
         }
     }
+    return status;
+}
+
+int anepy_keeps_captures(const anepy_engine *e) {
+    return anepy_on(e, ANEPY_PREALLOC) || anepy_on(e, ANEPY_METAL_DW);
+}
+
+/* Memory of a surface that is read where it is, without a capture buffer. */
+static int32_t share_surface(anepy_engine *e, const anepy_operand *o) {
+    const anepy_surface *s = o->source;
+    if (s->device == NULL || o->capture != NULL) return ANEPY_OK;
+    return anepy_gpu.share(e->metal, s->data,
+                           (uint64_t)s->channels * (uint64_t)s->width * sizeof(float));
+}
+
+int32_t anepy_dw_open_gpu(anepy_engine *e) {
+    int32_t layers = e->model->config.n_layers;
+    ANEPY_TRY(anepy_gpu.open(&e->metal, layers * DW_N));
+    ANEPY_TRY(anepy_gpu.share(e->metal, e->grads, (uint64_t)e->model->arena_n * sizeof(float)));
+    ANEPY_TRY(anepy_gpu.share(e->metal, e->host, e->host_nbytes));
+    if (e->captures != NULL) ANEPY_TRY(anepy_gpu.share(e->metal, e->captures, e->captures_nbytes));
+    for (int32_t l = 0; l < layers; l++) {
+        for (int32_t i = 0; i < DW_N; i++) {
+            ANEPY_TRY(share_surface(e, &e->layers[l].dw[i].dy));
+            ANEPY_TRY(share_surface(e, &e->layers[l].dw[i].x));
+        }
+    }
+    return ANEPY_OK;
 }

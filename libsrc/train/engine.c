@@ -74,7 +74,7 @@ static int32_t allocate_host(anepy_engine *e) {
 
 /* prealloc: capture buffers once per layer, for the operands that will need one. */
 static int32_t allocate_captures(anepy_engine *e) {
-    if (!anepy_on(e, ANEPY_PREALLOC)) return ANEPY_OK;
+    if (!anepy_keeps_captures(e)) return ANEPY_OK;
     if (anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F32) return ANEPY_OK;
     for (int pass = 0; pass < 2; pass++) {
         carver c = {e->captures, 0};
@@ -146,7 +146,8 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     ANEPY_TRY(anepy_wire(e));
     e->stale = 1;
     if (!(o->flags & ANEPY_ENGINE_DEFER)) ANEPY_TRY(anepy_compile(e));
-    return allocate_captures(e);
+    ANEPY_TRY(allocate_captures(e));
+    return anepy_on(e, ANEPY_METAL_DW) ? anepy_dw_open_gpu(e) : ANEPY_OK;
 }
 
 int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
@@ -184,6 +185,7 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
 void anepy_engine_free(anepy_engine *e) {
     if (e == NULL) return;
     anepy_pool_free(e->pool);
+    if (e->metal != NULL) anepy_gpu.close(e->metal);
     if (e->device != NULL) e->device->ops->close(e->device);
     anepy_unmap(e->host, e->host_nbytes);
     anepy_unmap(e->captures, e->captures_nbytes);

@@ -6,6 +6,7 @@
 #ifndef ANEPY_TRAIN_ENGINE_H
 #define ANEPY_TRAIN_ENGINE_H
 
+#include "device/metal/metal.h"
 #include "train/switches.h"
 
 /* Programs every layer has: the first in the table. */
@@ -61,13 +62,15 @@ struct anepy_engine {
     int64_t accumulated, updates;
     double loss_scale;      /* what gradients are multiplied with on their way down */
     int64_t clean_steps;    /* since the scale last changed */
-    int32_t damaged;        /* something not finite was accumulated: the update will be refused */
+    int32_t damaged;        /* something not finite, or half a step, was accumulated: no update */
+    int32_t dw_started;     /* products of the running step that may have been added */
     int32_t stale;          /* the programs are not those of the weights */
     _Atomic int32_t busy;   /* a call is running */
     uint64_t caller_fpmode; /* given back when it returns */
     anepy_pool *pool;
     anepy_gemm gemm;
     anepy_device *device;
+    anepy_metal *metal; /* with metal_dw: computes the weight gradients of the layers */
     anepy_program programs[ANEPY_LAYER_PROGRAM_N];
     anepy_layer *layers;
     anepy_surface x_final; /* host: residual stream after the last layer */
@@ -150,8 +153,11 @@ double anepy_step_flops(const anepy_model *model, int32_t n);
 /* dw.c: both factors of a product are there: notes them, and starts it unless the step may still
  * be skipped. */
 int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which);
-void anepy_dw_start_all(anepy_engine *e); /* those that waited for the verdict */
-void anepy_dw_wait(anepy_engine *e);      /* until done; frees what was allocated */
+int32_t anepy_dw_start_all(anepy_engine *e); /* those that waited for the verdict */
+int32_t anepy_dw_wait(anepy_engine *e);      /* until done; frees what was allocated */
+/* Are capture buffers there from the start? A GPU reads only what it was given once. */
+int anepy_keeps_captures(const anepy_engine *e);
+int32_t anepy_dw_open_gpu(anepy_engine *e); /* shares all that products read and write */
 
 /* scaling.c */
 int anepy_scaled(const anepy_engine *e);

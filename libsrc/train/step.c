@@ -93,12 +93,12 @@ int32_t anepy_backward(anepy_engine *e) {
     }
     if (!anepy_scaled(e) && !anepy_input_gradient_finite(e)) e->damaged = 1;
     count(&mark, &stats->elementwise_ms);
-    anepy_dw_start_all(e);
+    ANEPY_TRY(anepy_dw_start_all(e));
     anepy_classifier_dw(e);
     count(&mark, &stats->classifier_ms);
     anepy_norm_accumulate(e);
     count(&mark, &stats->norm_ms);
-    anepy_dw_wait(e);
+    ANEPY_TRY(anepy_dw_wait(e));
     count(&mark, &stats->dw_wait_ms);
     stats->dw_ms += anepy_pool_take_busy_ms(e->pool);
     anepy_embed_backward(e);

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "device/metal/metal.h"
+
 #define BIT(s) (1u << (s))
 
 /* needs: the device capability without which the switch means nothing; 0: host work. */
@@ -17,7 +19,7 @@ static const struct {
     [ANEPY_CONCURRENT_DW] = {"concurrent_dw", 0},
     [ANEPY_SKIP_DEAD_READS] = {"skip_dead_reads", 0},
     [ANEPY_VECTOR_EMBED] = {"vector_embed", 0},
-    [ANEPY_METAL_DW] = {"metal_dw", ANEPY_METAL},
+    [ANEPY_METAL_DW] = {"metal_dw", 0},
     [ANEPY_OFFLOAD_RMSNORM] = {"offload_rmsnorm", ANEPY_OFFLOADS},
     [ANEPY_OFFLOAD_CLASSIFIER] = {"offload_classifier", ANEPY_OFFLOADS},
     [ANEPY_OFFLOAD_SOFTMAX] = {"offload_softmax", ANEPY_OFFLOADS},
@@ -77,6 +79,16 @@ static int32_t find(const char *kind, const char *text, size_t n, const char *(*
     return -1;
 }
 
+/* metal_dw depends on the machine, not on the device. */
+static int32_t need_gpu(const char *text) {
+    char reason[240];
+    if (anepy_gpu.probe() == ANEPY_OK) return ANEPY_OK;
+    anepy_last_error(reason, sizeof reason);
+    return anepy_fail(ANEPY_E_UNSUPPORTED,
+                      "variant '%s': switch metal_dw cannot be used: %s; leave it out", text,
+                      reason);
+}
+
 int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, uint32_t *out) {
     uint32_t known = 0, switches;
     for (int32_t i = 0; i < ANEPY_SWITCH_N; i++)
@@ -112,6 +124,7 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, 
                               "variant '%s': switch %s means nothing on device %s; leave it out or "
                               "choose another device",
                               text, SWITCHES[i].name, device->name);
+    if (switches & BIT(ANEPY_METAL_DW)) ANEPY_TRY(need_gpu(text));
     *out = switches;
     return ANEPY_OK;
 }

@@ -1,0 +1,10 @@
+/* device/metal/none.c - where there is no Metal. Weak: metal.m, compiled on macOS only, replaces
+ * it.
+ */
+#include "device/metal/metal.h"
+
+static int32_t no_metal(void) {
+    return anepy_fail(ANEPY_E_UNAVAILABLE, "this build has no Metal (it needs macOS)");
+}
+
+__attribute__((weak)) const anepy_metal_calls anepy_gpu = {.probe = no_metal};

@@ -100,6 +100,7 @@ class EngineInfo(_Sized):
         ("compile_budget", c_int64),
         ("stale", c_int32),
         ("reserved", c_int32),
+        ("memory", u64),
     )
 
 
@@ -122,6 +123,8 @@ class StepStats(_Sized):
         ("dw_ms", c_double),
         ("dw_wait_ms", c_double),
         ("allocations", c_int64),
+        ("forward_ms", c_double),
+        ("backward_ms", c_double),
     )
 
 

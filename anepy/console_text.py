@@ -137,9 +137,13 @@ def engine_text(engine: Mapping[str, Any]) -> str:
 
 
 def variant_text(engine: Mapping[str, Any]) -> str:
-    """Name a variant and its switches."""
+    """Name a variant and its switches, and say so where steps use weights that are not the last."""
     switches = ", ".join(engine["switches"]) or "no switches"
-    return f"{engine['variant']}: {switches}"
+    stale = (
+        "background_compile" in engine["switches"] and "dynamic_weights" not in engine["switches"]
+    )
+    note = " (gradients belong to the weights one update earlier)" if stale else ""
+    return f"{engine['variant']}: {switches}{note}"
 
 
 def optimizer_text(settings: Mapping[str, Any]) -> str:

@@ -45,6 +45,8 @@ class StepStats:
         dw_ms: weight gradients, busy time summed over threads.
         dw_wait_ms: the step waited for weight gradients.
         flops: floating-point operations.
+        forward_ms: from the embedding to the loss.
+        backward_ms: the rest of the step.
     """
 
     loss: float
@@ -62,6 +64,8 @@ class StepStats:
     dw_ms: float
     dw_wait_ms: float
     flops: float
+    forward_ms: float
+    backward_ms: float
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,8 @@ class Engine(_Owner):
             dw_ms=stats.dw_ms,
             dw_wait_ms=stats.dw_wait_ms,
             flops=stats.flops,
+            forward_ms=stats.forward_ms,
+            backward_ms=stats.backward_ms,
         )
 
     def update(
@@ -376,6 +382,11 @@ class Engine(_Owner):
         a new process helps.
         """
         return bool(self._info().stale)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of activations, surfaces and buffers; weights, gradients and moments excluded."""
+        return int(self._info().memory)
 
     @property
     def loss_scale(self) -> float:

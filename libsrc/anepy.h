@@ -138,6 +138,7 @@ typedef struct anepy_engine_info {
     int64_t compile_budget; /* most that this process may do, all engines together; 0: no limit */
     int32_t stale;          /* 1: there are no programs for the weights as they are yet */
     int32_t reserved;
+    uint64_t memory; /* bytes of activations, surfaces and buffers; arenas not included */
 } anepy_engine_info;
 
 /* What one step did. Times are milliseconds of the calling thread; "busy" ones of all threads. */
@@ -157,6 +158,8 @@ typedef struct anepy_step_stats {
     double dw_ms;          /* weight-gradient products, busy, summed over threads */
     double dw_wait_ms;     /* the step waited for them */
     int64_t allocations;   /* heap operations during the step */
+    double forward_ms;     /* to the loss */
+    double backward_ms;
 } anepy_step_stats;
 
 #define ANEPY_LEAVE_GRADIENTS 1u /* nobody reads them before the next step, which replaces them */

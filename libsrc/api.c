@@ -18,8 +18,8 @@
 /* The layout Python mirrors in _abi.py: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 40, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
-_Static_assert(sizeof(anepy_engine_info) == 136, "engine info");
-_Static_assert(sizeof(anepy_step_stats) == 112, "step stats");
+_Static_assert(sizeof(anepy_engine_info) == 144, "engine info");
+_Static_assert(sizeof(anepy_step_stats) == 128, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 56, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
 
@@ -135,9 +135,9 @@ static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targe
     int64_t heap = anepy_heap_operations();
     anepy_step_stats *stats = &e->stats;
     ANEPY_TRY(forward(e, tokens, targets, n));
-    double mark = anepy_now_ms();
-    stats->loss = anepy_loss(e, 1);
-    stats->softmax_ms = anepy_now_ms() - mark;
+    ANEPY_TRY(anepy_step_loss(e, 1, &stats->loss));
+    double mark = start;
+    anepy_count(&mark, &stats->forward_ms);
     int32_t status = ANEPY_OK;
     if (anepy_scaled(e) && !isfinite(stats->loss)) stats->skipped = 1;
     else status = anepy_backward(e);
@@ -148,7 +148,8 @@ static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targe
     if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
     stats->flops = anepy_step_flops(e->model, n);
     stats->allocations = anepy_heap_operations() - heap;
-    stats->step_ms = anepy_now_ms() - start;
+    anepy_count(&mark, &stats->backward_ms);
+    stats->step_ms = mark - start;
     return ANEPY_OK;
 }
 
@@ -167,14 +168,16 @@ int32_t anepy_engine_step(anepy_engine *e, anepy_step_stats *out, const int32_t 
 int32_t anepy_engine_evaluate(anepy_engine *e, double *loss, const int32_t *tokens,
                               const int32_t *targets, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = forward(e, tokens, targets, n);
-    if (status == ANEPY_OK) *loss = anepy_loss(e, 0);
+    int32_t status = anepy_compile_settle(e);
+    if (status == ANEPY_OK) status = forward(e, tokens, targets, n);
+    if (status == ANEPY_OK) status = anepy_step_loss(e, 0, loss);
     return leave(e, status);
 }
 
 int32_t anepy_engine_logits(anepy_engine *e, float *logits, const int32_t *tokens, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = forward(e, tokens, NULL, n);
+    int32_t status = anepy_compile_settle(e);
+    if (status == ANEPY_OK) status = forward(e, tokens, NULL, n);
     if (status == ANEPY_OK) anepy_logits_copy(e, logits);
     return leave(e, status);
 }
@@ -226,6 +229,6 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
         e->loss_scale = info->loss_scale;
         e->clean_steps = info->clean_steps;
     }
-    anepy_recompile(e);
+    anepy_recompile(e, 1);
     return leave(e, ANEPY_OK);
 }

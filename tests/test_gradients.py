@@ -75,7 +75,7 @@ def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("variant", ["baseline", "opt", "max"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_every_tensor_matches_the_reference(
     name: str, variant: str, threads: int
@@ -85,7 +85,7 @@ def test_gradients_every_tensor_matches_the_reference(
             assert_step_is_exact(engine, name, length)
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", BLOCKED)
 def test_gradients_of_sums_longer_than_a_block(name: str, variant: str) -> None:
     with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=2) as engine:
@@ -131,7 +131,7 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
     assert used == isa and gemm.endswith(isa), "the mask did not choose the kernels"
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_short_sequence_after_a_long_one_sees_nothing_of_it(name: str, variant: str) -> None:
     """Buffers keep the columns of the longest sequence so far; none may leak."""
@@ -148,7 +148,7 @@ def test_short_sequence_after_a_long_one_sees_nothing_of_it(name: str, variant: 
     assert results[:half] == results[half:]
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", ["gqa", "mqa-separate"])
 def test_gradients_after_a_step_of_nan_see_nothing_of_it(name: str, variant: str) -> None:
     """Zero times what is left in a buffer is zero only if that is a number."""
@@ -162,7 +162,7 @@ def test_gradients_after_a_step_of_nan_see_nothing_of_it(name: str, variant: str
             assert_step_is_exact(engine, name, length)
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", ["mha", "mqa-separate"])
 def test_gradients_of_several_steps_add_up(name: str, variant: str) -> None:
     lengths = (33, 129, 1, 64)
@@ -212,7 +212,7 @@ def test_gradients_with_extreme_logits_stay_finite_and_right() -> None:
         assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 def test_gradients_of_a_real_model_on_real_text(
     shared: Callable[[str], Path], variant: str
 ) -> None:

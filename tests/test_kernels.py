@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from native import toolchain
 
-THREADED = ("gemm", "pool", "runtime", "engine", "handles")
+THREADED = ("gemm", "pool", "runtime", "engine", "handles", "weights")
 X86 = ["avx512bf16", "avx512", "avx2", "scalar"]
 ARM = ["neonbf16", "neon", "scalar"]
 MASKS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(

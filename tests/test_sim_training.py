@@ -43,10 +43,14 @@ def unscaled(engine: Engine, scale: float) -> dict[str, np.ndarray]:
 
 
 def check_gradients(
-    model: Model, weights: dict[str, np.ndarray], tokens: np.ndarray, targets: np.ndarray
+    model: Model,
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    variant: str = "max",
 ) -> None:
     loss, expected = llama64.loss_and_gradients(weights, model.config, tokens, targets)
-    with Engine(model, device="sim", seq_len=max(64, len(tokens))) as engine:
+    with Engine(model, variant, "sim", seq_len=max(64, len(tokens))) as engine:
         stats = engine.step(tokens, targets)
         assert not stats.skipped
         assert stats.loss == pytest.approx(loss, rel=2e-3)
@@ -62,6 +66,31 @@ def check_gradients(
 def test_step_gradients_match_float64(config: ModelConfig, n: int) -> None:
     model, weights = make(config)
     check_gradients(model, weights, *sequence(config, n))
+
+
+OFFLOADS = ("offload_rmsnorm", "offload_classifier", "offload_softmax")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["baseline", "opt", "ane", "dynamic", "double-buffer", "max+dynamic_weights"]
+    + [f"opt+{switch}" for switch in OFFLOADS]
+    + [f"dynamic+{switch}" for switch in OFFLOADS],
+)
+def test_step_gradients_of_every_variant_match_float64(variant: str) -> None:
+    for config in (GQA, ODD_HEADS):
+        model, weights = make(config)
+        check_gradients(model, weights, *sequence(config, 50), variant)
+
+
+@pytest.mark.parametrize("variant", ["ane", "dynamic+offload_classifier", "opt+offload_softmax"])
+def test_vocabulary_in_two_parts_matches_float64(variant: str) -> None:
+    """Classifier programs take 32768 tokens at most."""
+    config = ModelConfig(32, 32, 1, 2, 2, 40007, 64, tied=False)
+    model, weights = make(config)
+    tokens, targets = sequence(config, 20)
+    targets[:3] = 0, 32768, 40006
+    check_gradients(model, weights, tokens, targets, variant)
 
 
 def test_step_of_a_trained_model_matches_float64(shared: Callable[[str], Path]) -> None:
@@ -119,7 +148,7 @@ def test_skipped_step_keeps_what_was_accumulated() -> None:
     """The scale halves, so must the sum; the overflowing step itself leaves no trace."""
     model, _ = make(GQA)
     tokens, targets = sequence(GQA, 64)
-    with Engine(model, device="sim", seq_len=64) as engine:
+    with Engine(model, "opt", "sim", seq_len=64) as engine:
         first = engine.step(tokens, targets)
         before = unscaled(engine, engine.loss_scale)
         model.weights["norm.weight"][0] *= 1e7  # on the host: the loss overflows fp16 on its way
@@ -150,7 +179,7 @@ def test_injected_nan_never_reaches_the_weights() -> None:
 def test_variants_that_move_memory_are_bit_identical() -> None:
     tokens, targets = sequence(GQA, 100)
     results = []
-    for variant in ("baseline", "baseline+skip_dead_reads+prealloc", "opt", "max"):
+    for variant in ("baseline", "baseline+skip_dead_reads+prealloc", "opt", "dynamic"):
         model, _ = make(GQA)
         with Engine(model, variant=variant, device="sim") as engine:
             for _ in range(2):
@@ -221,3 +250,22 @@ def test_unknown_chip_is_refused(device: str) -> None:
     model, _ = make(GQA)
     with pytest.raises(ConfigError, match=r"unknown (chip|device)"):
         Engine(model, device=device)
+
+
+def test_background_compile_is_one_update_stale_unless_weights_are_dynamic() -> None:
+    """The exact weights of every step are checked in native/weights.c."""
+    tokens, targets = sequence(GQA, 64)
+
+    def losses(variant: str) -> list[float]:
+        model, _ = make(GQA)
+        with Engine(model, variant, "sim", seq_len=64) as engine:
+            found = []
+            for _ in range(4):
+                found.append(engine.step(tokens, targets).loss)
+                engine.update(lr=1e-3)
+            return [*found, engine.evaluate(tokens, targets)]
+
+    plain, stale = losses("baseline"), losses("double-buffer")
+    assert stale[0] == plain[0] == stale[1] and stale[2] == plain[1]
+    assert stale[4] != stale[3]  # an evaluation waits for the newest weights
+    assert losses("double-buffer+dynamic_weights") == plain

@@ -16,8 +16,8 @@ from anepy.model import Model, ModelConfig
 from anepy.program import Program
 
 SMALL = ModelConfig(64, 96, 2, 4, 2, 97, 64)
-BAKED = 2 * 5  # programs with weights: all but sdpa_bwd2
-ALL = 2 * 6
+BAKED = 2 * 7 + 4  # programs with weights: all but sdpa_bwd2 and softmax
+ALL = BAKED + 2  # these two are the same for all layers
 TESTS = Path(__file__).resolve().parent
 
 

@@ -18,6 +18,7 @@ MEMORY_SWITCHES = ("prealloc", "fp16_cache", "skip_dead_reads", "concurrent_dw",
 # ------------------------------------------------------------------------- variants and devices
 
 
+OFFLOADS = ("offload_rmsnorm", "offload_classifier", "offload_softmax")
 OPT = ("simd_adam", "fp16_cache", "prealloc", "concurrent_dw", "skip_dead_reads", "vector_embed")
 
 
@@ -36,6 +37,8 @@ OPT = ("simd_adam", "fp16_cache", "prealloc", "concurrent_dw", "skip_dead_reads"
         ("baseline-simd_adam", ()),
         ("max-offload_softmax", OPT),
         ("double-buffer-background_compile", ()),
+        ("ane", OFFLOADS),
+        ("opt+offload_softmax", (*OPT, "offload_softmax")),
     ],
 )
 def test_variant_stands_for_its_switches(variant: str, switches: tuple[str, ...]) -> None:
@@ -61,10 +64,9 @@ def test_variant_unknown_switch_lists_the_known(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "switch"),
     [
-        ("ane", "offload_rmsnorm"),
         ("dynamic", "dynamic_weights"),
         ("double-buffer", "background_compile"),
-        ("max+offload_softmax", "offload_softmax"),
+        ("ane+background_compile", "background_compile"),
     ],
 )
 def test_variant_without_meaning_on_the_cpu_is_refused(text: str, switch: str) -> None:
@@ -82,7 +84,7 @@ def test_names_with_odd_characters_are_refused_in_one_line(option: str, text: st
 def test_variants_lists_what_works_here() -> None:
     found = variants("cpu")
     assert found["baseline"] == () and set(found["opt"]) == set(OPT)
-    assert "ane" not in found and "dynamic" not in found
+    assert set(found["ane"]) == set(OFFLOADS) and "dynamic" not in found
     for name in found:
         make_engine(GQA, name).close()
 
@@ -141,13 +143,13 @@ def train(variant: str, threads: int | None = None, config: ModelConfig = GQA) -
     return results
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 def test_training_twice_is_bit_identical(variant: str) -> None:
     assert train(variant) == train(variant)
 
 
 @pytest.mark.parametrize("config", [GQA, SEPARATE], ids=["gqa", "separate"])
-@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 def test_training_does_not_depend_on_the_threads(variant: str, config: ModelConfig) -> None:
     one = train(variant, 1, config)
     for threads in (2, 3, 5):

@@ -85,6 +85,7 @@ typedef struct {
     const char *about;
     uint32_t precisions; /* bit per anepy_dtype; "auto" takes the first in that order */
     uint32_t capabilities;
+    uint32_t slow; /* those whose switches do not help here: not part of "max" */
     /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
     int32_t (*probe)(void);
     int32_t (*open)(anepy_device **out, const anepy_device_options *options);
@@ -99,10 +100,13 @@ typedef struct {
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
     /* Compiles all instances, in as few compilations as the device can, with the weights that the
      * arena params holds now: all of out[0..n), or none and an error; ANEPY_E_BUDGET, before
-     * anything is compiled, if the process may not compile that many. */
+     * anything is compiled, if the process may not compile that many. With ANEPY_COMPILES_BESIDE it
+     * may run on another thread while older kernels are evaluated, where no weight is live. */
     int32_t (*compile)(anepy_device *device, const anepy_instance *instances, int32_t n,
                        const float *params, anepy_kernel **out);
     void (*release)(anepy_kernel *kernel);
+    /* Live weights as the arena holds them now; NULL without ANEPY_DYNAMIC. */
+    int32_t (*load_weights)(anepy_device *device, const float *params);
     /* Tensor `index` of the program lives at surface[channel ...] from now on. */
     int32_t (*bind)(anepy_kernel *kernel, int32_t index, anepy_surface *surface, int32_t channel);
     /* Computes the first n columns; further columns of the outputs are unspecified but finite. */
@@ -113,8 +117,9 @@ struct anepy_device {
     const anepy_device_type *type;
     const anepy_device_ops *ops;
     anepy_device_options options;
-    int64_t compiles;       /* texts compiled so far */
-    int64_t compile_budget; /* most that the process may compile; 0: no limit */
+    uint64_t nbytes;          /* of its surfaces */
+    _Atomic int64_t compiles; /* texts so far; one may be compiling on another thread */
+    int64_t compile_budget;   /* most that the process may compile; 0: no limit */
 };
 
 /* The type with this name; NULL or "auto" is the first usable one. A colon and what the device

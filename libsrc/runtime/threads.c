@@ -54,6 +54,17 @@ static int exhausted(anepy_loop *loop) {
     return atomic_load_explicit(&loop->next, memory_order_relaxed) >= loop->count;
 }
 
+int32_t anepy_thread_start(pthread_t *out, void *(*main)(void *), void *context) {
+    sigset_t all, saved;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &saved);
+    int error = pthread_create(out, NULL, main, context);
+    pthread_sigmask(SIG_SETMASK, &saved, NULL);
+    return error == 0
+               ? ANEPY_OK
+               : anepy_fail(ANEPY_E_SYSTEM, "no thread could be started: %s", strerror(error));
+}
+
 /* ------------------------------------------------------------------------ with the mutex held */
 
 static void drop_finished(anepy_pool *pool) {
@@ -165,17 +176,13 @@ static void ensure_started(anepy_pool *pool) {
     pool->pid = getpid();
     pool->started = pool->sleepers = pool->watchers = 0;
     pool->foreground = pool->head = pool->tail = NULL;
-    sigset_t all, saved; /* signals stay with the interpreter's threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &saved);
     for (int32_t i = 1; i < pool->threads; i++) {
         worker_arg *arg = &pool->workers[i];
         arg->pool = pool;
         arg->worker = i;
-        if (pthread_create(&arg->thread, NULL, worker_main, arg) != 0) break; /* fewer will do */
+        if (anepy_thread_start(&arg->thread, worker_main, arg) != ANEPY_OK) break; /* fewer do */
         pool->started++;
     }
-    pthread_sigmask(SIG_SETMASK, &saved, NULL);
 }
 
 /* Waits until no worker is inside the loop. Expects and leaves the mutex held. */

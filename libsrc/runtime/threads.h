@@ -8,6 +8,8 @@
 #ifndef ANEPY_RUNTIME_THREADS_H
 #define ANEPY_RUNTIME_THREADS_H
 
+#include <pthread.h>
+
 #include "runtime/status.h"
 
 typedef struct anepy_pool anepy_pool;
@@ -40,6 +42,9 @@ void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_
 
 /* Helps until every background loop is done. */
 void anepy_pool_wait(anepy_pool *pool);
+
+/* A thread that gets no signals: they stay with the interpreter's. */
+int32_t anepy_thread_start(pthread_t *out, void *(*main)(void *), void *context);
 
 /* Milliseconds that all workers together spent in background loops since the last call. */
 double anepy_pool_take_busy_ms(anepy_pool *pool);

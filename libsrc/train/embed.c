@@ -7,7 +7,7 @@
 
 /* vector_embed off: element by element, as the research programs did. */
 static void gather_scalar(anepy_engine *e) {
-    const float *table = e->params + anepy_model_embedding(e->model);
+    const float *table = e->weights + anepy_model_embedding(e->model);
     float *x = e->layers[0].x.data;
     int64_t dim = e->model->config.dim;
     for (int64_t d = 0; d < dim; d++) {
@@ -28,7 +28,7 @@ static void scatter_scalar(anepy_engine *e) {
 static void gather_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
-    const float *table = e->params + anepy_model_embedding(e->model);
+    const float *table = e->weights + anepy_model_embedding(e->model);
     int32_t dim = e->model->config.dim, panels = e->columns / COLS;
     int32_t first = index % panels * COLS, d0 = index / panels * COLS;
     int32_t rows = anepy_max_i32(0, anepy_min_i32(COLS, e->n - first)),

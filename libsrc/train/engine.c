@@ -42,10 +42,16 @@ static void lay_out(anepy_engine *e, carver *c) {
     }
     e->x_final = carve_surface(c, dim, width);
     e->dx = carve_surface(c, dim, width);
-    e->staging = carve(c, (int64_t)anepy_max_i32(dim, config->hidden_dim) * width);
+    for (int i = 0; i < 2; i++)
+        e->staging[i] = carve(c, (int64_t)anepy_max_i32(dim, config->hidden_dim) * width);
     e->xnorm = carve(c, (int64_t)dim * width);
     e->dxnorm = carve(c, (int64_t)dim * width);
     e->logits = carve(c, vocab * width);
+    e->host_xnorm = (anepy_surface){NULL, ANEPY_F32, dim, width, e->xnorm};
+    e->host_dxnorm = (anepy_surface){NULL, ANEPY_F32, dim, width, e->dxnorm};
+    e->host_logits = (anepy_surface){NULL, ANEPY_F32, config->vocab_size, width, e->logits};
+    if (anepy_on(e, ANEPY_OFFLOAD_SOFTMAX))
+        e->group_lse = carve(c, (int64_t)anepy_softmax_groups(e->model) * width);
     e->norm_gradients = carve(c, (2 * (int64_t)config->n_layers + 1) * dim);
     e->rstd = carve(c, width);
     e->coef = carve(c, width);
@@ -144,7 +150,7 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
                                     .detail = detail};
     ANEPY_TRY(type->open(&e->device, &options));
     ANEPY_TRY(anepy_wire(e));
-    e->stale = 1;
+    ANEPY_TRY(anepy_compile_open(e));
     if (!(o->flags & ANEPY_ENGINE_DEFER)) ANEPY_TRY(anepy_compile(e));
     ANEPY_TRY(allocate_captures(e));
     return anepy_on(e, ANEPY_METAL_DW) ? anepy_dw_open_gpu(e) : ANEPY_OK;
@@ -185,10 +191,12 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
 void anepy_engine_free(anepy_engine *e) {
     if (e == NULL) return;
     anepy_pool_free(e->pool);
+    anepy_compile_close(e);
     if (e->metal != NULL) anepy_gpu.close(e->metal);
     if (e->device != NULL) e->device->ops->close(e->device);
     anepy_unmap(e->host, e->host_nbytes);
     anepy_unmap(e->captures, e->captures_nbytes);
+    free(e->nodes);
     free(e->layers);
     free(e);
 }
@@ -210,6 +218,7 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->compiles = e->device->compiles;
     out->compile_budget = e->device->compile_budget;
     out->stale = e->stale;
+    out->memory = e->host_nbytes + e->captures_nbytes + e->device->nbytes;
     return ANEPY_OK;
 }
 

@@ -9,8 +9,8 @@
 #include "device/metal/metal.h"
 #include "train/switches.h"
 
-/* Programs every layer has: the first in the table. */
-#define ANEPY_LAYER_PROGRAM_N (ANEPY_QKV_BWD + 1)
+/* Programs that belong to a layer: the first in the table. */
+#define ANEPY_LAYER_PROGRAM_N (ANEPY_RMSNORM_BWD_FFN + 1)
 
 /* How a program's input gets there. */
 typedef enum {
@@ -43,11 +43,20 @@ typedef struct {
     anepy_loop loop;
 } anepy_dw;
 
+typedef struct anepy_compiler anepy_compiler; /* compile.c */
+
+/* One program of the step: what it computes, for which weights, and where its tensors live. */
 typedef struct {
-    anepy_kernel *kernels[ANEPY_LAYER_PROGRAM_N];
-    anepy_surface *inputs[ANEPY_LAYER_PROGRAM_N];  /* packed; only where tensors cannot be bound */
-    anepy_surface *outputs[ANEPY_LAYER_PROGRAM_N]; /* packed */
-    anepy_link links[ANEPY_LAYER_PROGRAM_N][ANEPY_PROGRAM_TENSORS];
+    anepy_program program;
+    int32_t layer; /* 0 if it belongs to none */
+    anepy_kernel *kernel;
+    anepy_surface *input;  /* packed; only where tensors cannot be bound */
+    anepy_surface *output; /* packed */
+    anepy_link links[ANEPY_PROGRAM_TENSORS];
+} anepy_node;
+
+typedef struct {
+    anepy_node *nodes[ANEPY_LAYER_PROGRAM_N]; /* NULL: an offload that is off */
     anepy_surface x, x2;   /* host: what the attention and the feed-forward half start from */
     anepy_surface dy, dx2; /* host: gradients of the layer's output and of x2 */
     anepy_dw dw[DW_N];
@@ -56,6 +65,7 @@ typedef struct {
 struct anepy_engine {
     const anepy_model *model;
     float *params, *grads, *adam_m, *adam_v;
+    const float *weights; /* what steps compute with: params, or the set that is compiled */
     uint32_t switches;
     anepy_dtype dtype;
     int32_t seq_len, width; /* width: seq_len rounded up to a panel */
@@ -71,15 +81,20 @@ struct anepy_engine {
     anepy_gemm gemm;
     anepy_device *device;
     anepy_metal *metal; /* with metal_dw: computes the weight gradients of the layers */
-    anepy_program programs[ANEPY_LAYER_PROGRAM_N];
+    anepy_node *nodes; /* all programs that run: layer by layer, then those of no layer */
+    int32_t node_n;
+    anepy_node *tail[ANEPY_PROGRAM_N]; /* of no layer: the first part of each; NULL: it is off */
     anepy_layer *layers;
     anepy_surface x_final; /* host: residual stream after the last layer */
     anepy_surface dx;      /* host: gradient that reaches the embedding */
     anepy_surface *scores; /* probabilities and their gradients, of the layer being computed */
-    float *staging;        /* [max(dim, hidden), width]: read-back of a program output */
+    float *staging[2];     /* [max(dim, hidden), width]: read-back of program outputs */
     float *xnorm;          /* [dim, width] after the final norm */
     float *dxnorm;         /* [dim, width] */
     float *logits;         /* [vocab, width], then their gradients in place */
+    anepy_surface host_xnorm, host_dxnorm, host_logits; /* these as programs see them */
+    float *group_lse;                                   /* [groups, width]: offload_softmax */
+    anepy_compiler *compiler;                           /* background_compile */
     float *norm_gradients; /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
     float *rstd, *coef;    /* [width]: statistics of one RMSNorm backward */
     float *lse;            /* [width] */
@@ -111,18 +126,27 @@ int32_t anepy_chunks(const anepy_engine *e); /* pieces of the vocabulary in loss
 /* Runs on [0, count) pieces on all threads with the engine as context. */
 void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);
 
-/* wiring.c: surfaces and links of all layers; anepy_compile has still to follow. */
+/* wiring.c: nodes, surfaces and links. */
 int32_t anepy_wire(anepy_engine *e);
+/* Moves a program's inputs to where it reads them. */
+int32_t anepy_transfer_inputs(anepy_engine *e, anepy_node *node);
+/* A program's output as float32 [channels, width], in staging[which] if it is not host memory. */
+int32_t anepy_read_output(anepy_engine *e, anepy_node *node, int32_t tensor, int32_t which,
+                          const float **out);
+/* Tells the node's new kernel where its tensors live. */
+int32_t anepy_bind(anepy_engine *e, anepy_node *node);
+
+/* compile.c: the weights that programs hold. */
+int32_t anepy_compile_open(anepy_engine *e); /* compiles nothing yet */
 /* Programs for the weights as they are now. */
 int32_t anepy_compile(anepy_engine *e);
-/* The same after the weights have changed, where they are baked. A failure is not told yet: the
- * engine stays stale, and who needs the programs compiles again. */
-void anepy_recompile(anepy_engine *e);
-/* Moves a program's inputs to where it reads them. */
-int32_t anepy_transfer_inputs(anepy_engine *e, int32_t layer, anepy_program_id id);
-/* A program's output as float32 [channels, width]; valid until the next call. */
-int32_t anepy_read_output(anepy_engine *e, int32_t layer, anepy_program_id id, int32_t tensor,
-                          const float **out);
+/* The same after the weights have changed, where they are baked; at_once: not in the background. A
+ * failure is not told yet: the engine stays stale, and who needs the programs compiles again. */
+void anepy_recompile(anepy_engine *e, int at_once);
+/* Before they change, or are evaluated: waits for what compiles in the background and takes it
+ * over. If it failed, the weights it was to replace stay in use. */
+int32_t anepy_compile_settle(anepy_engine *e);
+void anepy_compile_close(anepy_engine *e);
 
 /* embed.c */
 void anepy_embed(anepy_engine *e);
@@ -131,9 +155,10 @@ void anepy_embed_backward(anepy_engine *e);
 /* norm.c */
 void anepy_final_norm(anepy_engine *e);
 /* dx = residual (NULL: 0) + gradient through RMSNorm of x with the weight at this offset; row
- * `which` of norm_gradients gets the weight's own gradient. */
+ * `which` of norm_gradients gets the weight's own gradient. through: the gradient that a device
+ * computed; NULL: compute it. */
 void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
-                         const float *x, int64_t weight, int32_t which);
+                         const float *x, const float *through, int64_t weight, int32_t which);
 /* Adds norm_gradients to the arena. */
 void anepy_norm_accumulate(anepy_engine *e);
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
@@ -142,12 +167,24 @@ void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float
 void anepy_classifier(anepy_engine *e);              /* xnorm -> logits */
 void anepy_logits_copy(anepy_engine *e, float *out); /* [n, vocab] */
 double anepy_loss(anepy_engine *e, int gradient);    /* mean; with gradient: logits -> dlogits */
-void anepy_classifier_backward(anepy_engine *e);     /* dlogits -> dxnorm */
-void anepy_classifier_dw(anepy_engine *e); /* dlogits, xnorm -> gradient of the classifier */
+void anepy_loss_padding(anepy_engine *e); /* so that exp(logit - lse) is 0 beyond the tokens */
+void anepy_loss_targets(anepy_engine *e); /* takes the targets' one off the gradients */
+void anepy_classifier_backward(anepy_engine *e); /* dlogits -> dxnorm */
+void anepy_classifier_dw(anepy_engine *e);       /* dlogits, xnorm -> gradient of the classifier */
+
+/* offload.c: the same on the device. mark: see anepy_count. */
+int32_t anepy_offload_logits(anepy_engine *e, double *mark);
+int32_t anepy_offload_classifier_backward(anepy_engine *e, double *mark);
+int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, double *mark);
 
 /* step.c: tokens (and targets) are set. */
-int32_t anepy_forward(anepy_engine *e);
+int32_t anepy_forward(anepy_engine *e);                               /* to the logits */
+int32_t anepy_step_loss(anepy_engine *e, int gradient, double *loss); /* as anepy_loss */
 int32_t anepy_backward(anepy_engine *e);
+/* Moves the inputs and evaluates. */
+int32_t anepy_evaluate(anepy_engine *e, anepy_node *node, double *mark);
+/* Adds the time since *mark to a phase and moves the mark. */
+void anepy_count(double *mark, double *phase);
 double anepy_step_flops(const anepy_model *model, int32_t n);
 
 /* dw.c: both factors of a product are there: notes them, and starts it unless the step may still

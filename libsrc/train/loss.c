@@ -43,6 +43,15 @@ static void logits_gradient(void *context, int32_t index, int32_t worker) {
                                       p.rows);
 }
 
+void anepy_loss_padding(anepy_engine *e) {
+    for (int32_t s = e->n; s < e->columns; s++) e->lse[s] = INFINITY;
+}
+
+void anepy_loss_targets(anepy_engine *e) {
+    for (int32_t s = 0; s < e->n; s++)
+        e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)(e->loss_scale / e->n);
+}
+
 double anepy_loss(anepy_engine *e, int gradient) {
     int32_t count = anepy_chunks(e), pieces = count * (e->columns / COLS);
     double loss = 0.0;
@@ -59,11 +68,9 @@ double anepy_loss(anepy_engine *e, int gradient) {
         loss += lse - e->logits[(int64_t)e->targets[s] * e->width + s];
     }
     if (gradient) {
-        /* Padding columns get exp(logit - inf) = 0. */
-        for (int32_t s = e->n; s < e->columns; s++) e->lse[s] = INFINITY;
+        anepy_loss_padding(e);
         anepy_engine_run(e, pieces, logits_gradient);
-        for (int32_t s = 0; s < e->n; s++)
-            e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)(e->loss_scale / e->n);
+        anepy_loss_targets(e);
     }
     return loss / e->n;
 }
@@ -72,7 +79,7 @@ void anepy_classifier(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
     anepy_product product = {.c = e->logits,
                              .ldc = e->width,
-                             .a = e->params + anepy_model_classifier(e->model),
+                             .a = e->weights + anepy_model_classifier(e->model),
                              .a_row = dim,
                              .a_step = 1,
                              .b = e->xnorm,
@@ -115,7 +122,7 @@ void anepy_classifier_backward(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
     anepy_product product = {.c = e->dxnorm,
                              .ldc = e->width,
-                             .a = e->params + anepy_model_classifier(e->model),
+                             .a = e->weights + anepy_model_classifier(e->model),
                              .a_row = 1,
                              .a_step = dim,
                              .b = e->logits,

@@ -9,7 +9,7 @@
 typedef struct {
     anepy_engine *e;
     float *dx;
-    const float *residual, *dy, *x;
+    const float *residual, *dy, *x, *through;
     int64_t weight; /* offset of the norm weight in the arenas */
     float *gradient;
 } norm_task;
@@ -20,7 +20,7 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
     float rstd[COLS];
     int64_t j = (int64_t)index * COLS;
     anepy_vector(e)->rmsnorm(e->xnorm + j, rstd, (const float *)e->x_final.data + j,
-                             e->params + anepy_model_final_norm(e->model), e->model->config.dim,
+                             e->weights + anepy_model_final_norm(e->model), e->model->config.dim,
                              e->width);
 }
 
@@ -33,7 +33,7 @@ static void stats_panel(void *context, int32_t index, int32_t worker) {
     const norm_task *t = context;
     int64_t j = (int64_t)index * COLS;
     anepy_vector(t->e)->rmsnorm_stats(t->e->rstd + j, t->e->coef + j, t->dy + j, t->x + j,
-                                      t->e->params + t->weight, t->e->model->config.dim,
+                                      t->e->weights + t->weight, t->e->model->config.dim,
                                       t->e->width);
 }
 
@@ -47,14 +47,16 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
         const float *residual = t->residual != NULL ? t->residual + row : e->zeros;
         t->gradient[c] =
             anepy_vector(e)->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row, e->rstd,
-                                         e->coef, e->params[t->weight + c], e->columns);
+                                         e->coef, e->weights[t->weight + c], e->columns);
+        if (t->through != NULL)
+            anepy_vector(e)->add(t->dx + row, residual, t->through + row, e->columns);
     }
 }
 
 void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
-                         const float *x, int64_t weight, int32_t which) {
-    norm_task task = {
-        e, dx, residual, dy, x, weight, e->norm_gradients + (int64_t)which * e->model->config.dim};
+                         const float *x, const float *through, int64_t weight, int32_t which) {
+    float *gradient = e->norm_gradients + (int64_t)which * e->model->config.dim;
+    norm_task task = {e, dx, residual, dy, x, through, weight, gradient};
     anepy_pool_run(e->pool, e->columns / COLS, stats_panel, &task);
     anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, backward_rows,
                    &task);

@@ -33,7 +33,7 @@ static const struct {
 #define OFFLOADS                                                                                   \
     (BIT(ANEPY_OFFLOAD_RMSNORM) | BIT(ANEPY_OFFLOAD_CLASSIFIER) | BIT(ANEPY_OFFLOAD_SOFTMAX))
 
-/* best_effort: takes those of its switches that the device knows. */
+/* best_effort: takes those of its switches that help on the device. */
 static const struct {
     const char *name;
     uint32_t switches;
@@ -90,9 +90,12 @@ static int32_t need_gpu(const char *text) {
 }
 
 int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, uint32_t *out) {
-    uint32_t known = 0, switches;
-    for (int32_t i = 0; i < ANEPY_SWITCH_N; i++)
-        if ((device->capabilities & SWITCHES[i].needs) == SWITCHES[i].needs) known |= BIT(i);
+    uint32_t known = 0, helpful = 0, switches;
+    for (int32_t i = 0; i < ANEPY_SWITCH_N; i++) {
+        if ((device->capabilities & SWITCHES[i].needs) != SWITCHES[i].needs) continue;
+        known |= BIT(i);
+        if ((device->slow & SWITCHES[i].needs) == 0) helpful |= BIT(i);
+    }
     if (text == NULL) text = "max";
     size_t n = 0;
     int32_t variant = -1;
@@ -109,7 +112,7 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, 
         find("variant", text, strcspn(text, "+"), anepy_variant_name);
         return ANEPY_E_NAME;
     }
-    switches = VARIANTS[variant].switches & (VARIANTS[variant].best_effort ? known : ~0u);
+    switches = VARIANTS[variant].switches & (VARIANTS[variant].best_effort ? helpful : ~0u);
     for (const char *rest = text + n; *rest != '\0'; rest += n) {
         char sign = *rest++;
         n = strcspn(rest, "+-");

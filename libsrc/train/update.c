@@ -53,11 +53,13 @@ static double gradient_norm(anepy_engine *e, double scale) {
 
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
+    stats->compile_ms = 0.0;
+    ANEPY_TRY(anepy_compile_settle(e));
+    anepy_count(&start, &stats->compile_ms);
     double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
     int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
     stats->grad_norm = wanted ? gradient_norm(e, scale) : NAN;
     stats->skipped = e->damaged || (wanted && !isfinite(stats->grad_norm));
-    stats->compile_ms = 0.0;
     if (stats->skipped) { /* nothing that is not a number may reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
         e->accumulated = 0;
@@ -85,10 +87,9 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     e->updates++;
     e->accumulated = 0;
     if (anepy_scaled(e)) anepy_scale_grow(e);
-    stats->update_ms = anepy_now_ms() - start;
-    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return ANEPY_OK;
-    start = anepy_now_ms();
-    anepy_recompile(e);
-    stats->compile_ms = anepy_now_ms() - start;
+    stats->update_ms = 0.0;
+    anepy_count(&start, &stats->update_ms);
+    anepy_recompile(e, 0);
+    anepy_count(&start, &stats->compile_ms);
     return ANEPY_OK;
 }

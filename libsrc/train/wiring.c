@@ -1,4 +1,5 @@
-/* train/wiring.c - which surface every tensor of every program lives in, and how inputs get there.
+/* train/wiring.c - which programs run, which surface every tensor of them lives in, and how inputs
+ * get there.
  *
  * FLOW says where each input comes from. Where the device binds tensors anywhere, an input is bound
  * to its source and an output straight into its reader, so a step moves nothing; elsewhere each
@@ -7,7 +8,37 @@
 
 #include "train/engine.h"
 
-typedef enum { FROM_X, FROM_X2, FROM_DY, FROM_DX2, FROM_PROGRAM } origin;
+/* The switch that puts a program on the device; the others always run there. */
+static const struct {
+    anepy_program_id id;
+    anepy_switch needs;
+} OFFLOADS[] = {
+    {ANEPY_RMSNORM_BWD, ANEPY_OFFLOAD_RMSNORM},
+    {ANEPY_RMSNORM_BWD_FFN, ANEPY_OFFLOAD_RMSNORM},
+    {ANEPY_RMSNORM_BWD_FINAL, ANEPY_OFFLOAD_RMSNORM},
+    {ANEPY_FINAL_RMSNORM, ANEPY_OFFLOAD_RMSNORM},
+    {ANEPY_CLASSIFIER_FWD, ANEPY_OFFLOAD_CLASSIFIER},
+    {ANEPY_CLASSIFIER_BWD, ANEPY_OFFLOAD_CLASSIFIER},
+    {ANEPY_SOFTMAX, ANEPY_OFFLOAD_SOFTMAX},
+};
+
+static int runs(const anepy_engine *e, anepy_program_id id) {
+    for (size_t i = 0; i < sizeof OFFLOADS / sizeof OFFLOADS[0]; i++)
+        if (OFFLOADS[i].id == id) return anepy_on(e, OFFLOADS[i].needs);
+    return 1;
+}
+
+typedef enum {
+    FROM_PROGRAM,
+    FROM_X,
+    FROM_X2,
+    FROM_DY,
+    FROM_DX2,
+    FROM_X_FINAL,
+    FROM_XNORM,
+    FROM_DXNORM,
+    FROM_LOGITS, /* of the tokens of the program's part; after the loss: their gradients */
+} origin;
 
 static const struct {
     anepy_program_id reader;
@@ -33,196 +64,217 @@ static const struct {
     {ANEPY_QKV_BWD, QKV_BWD_DQ, FROM_PROGRAM, ANEPY_SDPA_BWD2, SDPA_BWD2_DQ, 0},
     {ANEPY_QKV_BWD, QKV_BWD_DK, FROM_PROGRAM, ANEPY_SDPA_BWD2, SDPA_BWD2_DK, 0},
     {ANEPY_QKV_BWD, QKV_BWD_DV, FROM_PROGRAM, ANEPY_SDPA_BWD1, SDPA_BWD1_DV, 0},
+    {ANEPY_RMSNORM_BWD, RMSNORM_BWD_DY, FROM_PROGRAM, ANEPY_QKV_BWD, QKV_BWD_DX, 0},
+    {ANEPY_RMSNORM_BWD, RMSNORM_BWD_X, FROM_X, 0, 0, 0},
+    {ANEPY_RMSNORM_BWD_FFN, RMSNORM_BWD_DY, FROM_PROGRAM, ANEPY_FFN_BWD, FFN_BWD_DX, 0},
+    {ANEPY_RMSNORM_BWD_FFN, RMSNORM_BWD_X, FROM_X2, 0, 0, 0},
+    {ANEPY_RMSNORM_BWD_FINAL, RMSNORM_BWD_DY, FROM_DXNORM, 0, 0, 0},
+    {ANEPY_RMSNORM_BWD_FINAL, RMSNORM_BWD_X, FROM_X_FINAL, 0, 0, 0},
+    {ANEPY_FINAL_RMSNORM, FINAL_RMSNORM_X, FROM_X_FINAL, 0, 0, 0},
+    {ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_X, FROM_XNORM, 0, 0, 0},
+    {ANEPY_CLASSIFIER_BWD, CLASSIFIER_BWD_DLOGITS, FROM_LOGITS, 0, 0, 0},
+    {ANEPY_SOFTMAX, SOFTMAX_LOGITS, FROM_LOGITS, 0, 0, 0},
 };
 #define FLOW_N (sizeof FLOW / sizeof FLOW[0])
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
- * wq, wk, wv are one product each; scores in one surface for all layers; the rest packed. */
-static void place_output(anepy_engine *e, anepy_layer *layer, anepy_program_id id, int32_t tensor,
+ * wq, wk, wv are one product each; scores in one surface for all layers; what the host goes on with
+ * in its own memory; the rest packed. */
+static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
-    const anepy_program *qkv = &e->programs[ANEPY_QKV_BWD], *bwd1 = &e->programs[ANEPY_SDPA_BWD1];
-    *surface = layer->outputs[id];
-    *channel = e->programs[id].tensors[tensor].channel;
+    anepy_program_id id = node->program.id;
+    const anepy_layer *layer = &e->layers[node->layer];
+    *surface = node->output;
+    *channel = node->program.tensors[tensor].channel;
     if (!binds(e)) return;
     if (id == ANEPY_SDPA_BWD2 || (id == ANEPY_SDPA_BWD1 && tensor == SDPA_BWD1_DV)) {
         int32_t input = id == ANEPY_SDPA_BWD1    ? QKV_BWD_DV
                         : tensor == SDPA_BWD2_DQ ? QKV_BWD_DQ
                                                  : QKV_BWD_DK;
-        *surface = layer->inputs[ANEPY_QKV_BWD];
-        *channel = qkv->tensors[input].channel;
+        *surface = layer->nodes[ANEPY_QKV_BWD]->input;
+        *channel = layer->nodes[ANEPY_QKV_BWD]->program.tensors[input].channel;
     } else if (id == ANEPY_SDPA_BWD1) {
         *surface = e->scores;
-        *channel = tensor == SDPA_BWD1_P ? 0 : bwd1->tensors[SDPA_BWD1_P].channels;
+        *channel = tensor == SDPA_BWD1_P ? 0 : node->program.tensors[SDPA_BWD1_P].channels;
+    } else if (id == ANEPY_FINAL_RMSNORM) {
+        *surface = &e->host_xnorm;
+    } else if (id == ANEPY_CLASSIFIER_FWD) {
+        *surface = &e->host_logits;
+        *channel = node->program.first_row;
     }
 }
 
-static int32_t packed_input(anepy_engine *e, anepy_layer *layer, anepy_program_id id) {
-    if (layer->inputs[id] != NULL) return ANEPY_OK;
-    return e->device->ops->surface_create(e->device, e->programs[id].input_channels,
-                                          &layer->inputs[id]);
+/* Does every output live elsewhere? */
+static int placed_elsewhere(const anepy_engine *e, anepy_program_id id) {
+    return binds(e) && (id == ANEPY_SDPA_BWD1 || id == ANEPY_SDPA_BWD2 ||
+                        id == ANEPY_FINAL_RMSNORM || id == ANEPY_CLASSIFIER_FWD);
 }
 
-static int32_t create_outputs(anepy_engine *e, anepy_layer *layer) {
-    ANEPY_TRY(packed_input(e, layer, ANEPY_QKV_BWD));
-    for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++) {
-        int elsewhere = binds(e) && (id == ANEPY_SDPA_BWD1 || id == ANEPY_SDPA_BWD2);
-        if (!elsewhere)
-            ANEPY_TRY(e->device->ops->surface_create(e->device, e->programs[id].output_channels,
-                                                     &layer->outputs[id]));
+static int32_t packed_input(anepy_engine *e, anepy_node *node) {
+    if (node->input != NULL) return ANEPY_OK;
+    return e->device->ops->surface_create(e->device, node->program.input_channels, &node->input);
+}
+
+static int32_t create_surfaces(anepy_engine *e) {
+    for (int32_t i = 0; i < e->node_n; i++) {
+        anepy_node *node = &e->nodes[i];
+        anepy_program_id id = node->program.id;
+        if (id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
+        if (!placed_elsewhere(e, id))
+            ANEPY_TRY(e->device->ops->surface_create(e->device, node->program.output_channels,
+                                                     &node->output));
     }
-    return ANEPY_OK;
+    if (!binds(e)) return ANEPY_OK;
+    const anepy_program *bwd1 = &e->layers[0].nodes[ANEPY_SDPA_BWD1]->program;
+    return e->device->ops->surface_create(e->device, 2 * bwd1->tensors[SDPA_BWD1_P].channels,
+                                          &e->scores);
 }
 
-static anepy_surface *host_source(anepy_layer *layer, origin from) {
+static anepy_surface *host_source(anepy_engine *e, anepy_layer *layer, origin from) {
     switch (from) {
     case FROM_X: return &layer->x;
     case FROM_X2: return &layer->x2;
     case FROM_DY: return &layer->dy;
-    default: return &layer->dx2;
+    case FROM_DX2: return &layer->dx2;
+    case FROM_X_FINAL: return &e->x_final;
+    case FROM_XNORM: return &e->host_xnorm;
+    case FROM_DXNORM: return &e->host_dxnorm;
+    default: return &e->host_logits;
     }
 }
 
-static int32_t link_inputs(anepy_engine *e, anepy_layer *layer) {
+static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
+    anepy_layer *layer = &e->layers[node->layer];
     for (size_t i = 0; i < FLOW_N; i++) {
-        anepy_link *link = &layer->links[FLOW[i].reader][FLOW[i].input];
+        if (FLOW[i].reader != node->program.id) continue;
+        anepy_link *link = &node->links[FLOW[i].input];
         if (FLOW[i].from == FROM_PROGRAM) {
-            place_output(e, layer, FLOW[i].writer, FLOW[i].output, &link->source, &link->channel);
+            place_output(e, layer->nodes[FLOW[i].writer], FLOW[i].output, &link->source,
+                         &link->channel);
             int bounce = FLOW[i].saved && !anepy_on(e, ANEPY_SKIP_DEAD_READS);
             link->how = bounce ? BOUNCE : binds(e) ? BOUND : COPY;
         } else {
-            link->source = host_source(layer, FLOW[i].from);
+            link->source = host_source(e, layer, FLOW[i].from);
+            link->channel = FLOW[i].from == FROM_LOGITS ? node->program.first_row : 0;
             link->how = binds(e) ? BOUND : WRITE;
         }
-        if (link->how != BOUND) ANEPY_TRY(packed_input(e, layer, FLOW[i].reader));
+        if (link->how != BOUND) ANEPY_TRY(packed_input(e, node));
     }
     return ANEPY_OK;
 }
 
 /* The tensors whose product is a weight gradient. */
 static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
-    const anepy_program *p = e->programs;
+    const anepy_node *sdpa_fwd = layer->nodes[ANEPY_SDPA_FWD];
+    const anepy_node *ffn_fwd = layer->nodes[ANEPY_FFN_FWD], *ffn_bwd = layer->nodes[ANEPY_FFN_BWD];
     const anepy_model *m = e->model;
     int32_t dim = m->config.dim, hidden = m->config.hidden_dim;
     anepy_operand host_dy = {&layer->dy, 0, dim, NULL}, host_dx2 = {&layer->dx2, 0, dim, NULL};
-    anepy_surface *attention = layer->outputs[ANEPY_SDPA_FWD], *ffn = layer->outputs[ANEPY_FFN_FWD];
-    const anepy_program_tensor *sdpa_fwd = p[ANEPY_SDPA_FWD].tensors;
-    const anepy_program_tensor *ffn_fwd = p[ANEPY_FFN_FWD].tensors;
+#define CHANNEL(node, tensor) (node)->output, (node)->program.tensors[tensor].channel
     layer->dw[DW_W2] = (anepy_dw){.dy = host_dy,
-                                  .x = {ffn, ffn_fwd[FFN_FWD_GATE].channel, hidden, NULL},
+                                  .x = {CHANNEL(ffn_fwd, FFN_FWD_GATE), hidden, NULL},
                                   .gradient = anepy_model_layer(m, l, ANEPY_W2)};
-    layer->dw[DW_W13] =
-        (anepy_dw){.dy = {layer->outputs[ANEPY_FFN_BWD],
-                          p[ANEPY_FFN_BWD].tensors[FFN_BWD_DH1].channel, 2 * hidden, NULL},
-                   .x = {ffn, ffn_fwd[FFN_FWD_XNORM].channel, dim, NULL},
-                   .gradient = anepy_model_layer(m, l, ANEPY_W1)};
+    layer->dw[DW_W13] = (anepy_dw){.dy = {CHANNEL(ffn_bwd, FFN_BWD_DH1), 2 * hidden, NULL},
+                                   .x = {CHANNEL(ffn_fwd, FFN_FWD_XNORM), dim, NULL},
+                                   .gradient = anepy_model_layer(m, l, ANEPY_W1)};
     layer->dw[DW_WO] = (anepy_dw){.dy = host_dx2,
-                                  .x = {attention, sdpa_fwd[SDPA_FWD_ATTN].channel, dim, NULL},
+                                  .x = {CHANNEL(sdpa_fwd, SDPA_FWD_ATTN), dim, NULL},
                                   .gradient = anepy_model_layer(m, l, ANEPY_WO)};
     layer->dw[DW_QKV] =
-        (anepy_dw){.dy = {layer->inputs[ANEPY_QKV_BWD], 0, dim + 2 * m->kv_dim, NULL},
-                   .x = {attention, sdpa_fwd[SDPA_FWD_XNORM].channel, dim, NULL},
+        (anepy_dw){.dy = {layer->nodes[ANEPY_QKV_BWD]->input, 0, dim + 2 * m->kv_dim, NULL},
+                   .x = {CHANNEL(sdpa_fwd, SDPA_FWD_XNORM), dim, NULL},
                    .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
+#undef CHANNEL
+}
+
+/* Adds a node, or counts it while there is no memory for them yet. */
+static void add_node(anepy_engine *e, anepy_program_id id, int32_t layer, int32_t part) {
+    anepy_node *node = e->nodes != NULL ? &e->nodes[e->node_n] : NULL;
+    e->node_n++;
+    if (node == NULL) return;
+    anepy_program_describe_part(&node->program, id, e->model, e->width, part);
+    node->program.live = node->program.weight_n > 0 && anepy_on(e, ANEPY_DYNAMIC_WEIGHTS);
+    node->layer = layer;
+    if (id < ANEPY_LAYER_PROGRAM_N) e->layers[layer].nodes[id] = node;
+    else if (part == 0) e->tail[id] = node;
+}
+
+static void add_nodes(anepy_engine *e) {
+    anepy_program program;
+    e->node_n = 0;
+    for (int32_t l = 0; l < e->model->config.n_layers; l++)
+        for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
+            if (runs(e, id)) add_node(e, id, l, 0);
+    for (anepy_program_id id = ANEPY_LAYER_PROGRAM_N; id < ANEPY_PROGRAM_N; id++) {
+        anepy_program_describe(&program, id, e->model, e->width);
+        for (int32_t part = 0; runs(e, id) && part < program.parts; part++)
+            add_node(e, id, 0, part);
+    }
 }
 
 int32_t anepy_wire(anepy_engine *e) {
-    for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
-        anepy_program_describe(&e->programs[id], id, e->model, e->width);
-    if (binds(e))
-        ANEPY_TRY(e->device->ops->surface_create(
-            e->device, 2 * e->programs[ANEPY_SDPA_BWD1].tensors[SDPA_BWD1_P].channels, &e->scores));
-    for (int32_t l = 0; l < e->model->config.n_layers; l++) {
-        ANEPY_TRY(create_outputs(e, &e->layers[l]));
-        ANEPY_TRY(link_inputs(e, &e->layers[l]));
-        wire_dw(e, &e->layers[l], l);
-    }
+    add_nodes(e);
+    e->nodes = calloc((size_t)e->node_n, sizeof *e->nodes);
+    if (e->nodes == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the programs");
+    add_nodes(e);
+    ANEPY_TRY(create_surfaces(e));
+    for (int32_t i = 0; i < e->node_n; i++) ANEPY_TRY(link_inputs(e, &e->nodes[i]));
+    for (int32_t l = 0; l < e->model->config.n_layers; l++) wire_dw(e, &e->layers[l], l);
     return ANEPY_OK;
 }
 
-static int32_t bind_kernel(anepy_engine *e, anepy_layer *layer, anepy_program_id id) {
-    const anepy_program *p = &e->programs[id];
+int32_t anepy_bind(anepy_engine *e, anepy_node *node) {
+    const anepy_program *p = &node->program;
     for (int32_t t = 0; t < p->input_n + p->output_n; t++) {
-        anepy_surface *surface = layer->inputs[id];
+        anepy_surface *surface = node->input;
         int32_t channel = p->tensors[t].channel;
         if (t >= p->input_n) {
-            place_output(e, layer, id, t, &surface, &channel);
-        } else if (layer->links[id][t].how == BOUND) {
-            surface = layer->links[id][t].source;
-            channel = layer->links[id][t].channel;
+            place_output(e, node, t, &surface, &channel);
+        } else if (node->links[t].how == BOUND) {
+            surface = node->links[t].source;
+            channel = node->links[t].channel;
         }
-        ANEPY_TRY(e->device->ops->bind(layer->kernels[id], t, surface, channel));
+        ANEPY_TRY(e->device->ops->bind(node->kernel, t, surface, channel));
     }
     return ANEPY_OK;
-}
-
-/* The new set is complete before the old one goes; programs without weights stay. */
-int32_t anepy_compile(anepy_engine *e) {
-    int32_t most = e->model->config.n_layers * ANEPY_LAYER_PROGRAM_N, n = 0, status;
-    anepy_instance *instances = calloc((size_t)most, sizeof *instances);
-    anepy_kernel **kernels = calloc((size_t)most, sizeof *kernels);
-    if (instances == NULL || kernels == NULL) {
-        status = anepy_fail(ANEPY_E_MEMORY, "no memory for the program list");
-        goto done;
-    }
-    for (int32_t l = 0; l < e->model->config.n_layers; l++)
-        for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
-            if (e->layers[l].kernels[id] == NULL || e->programs[id].weight_n > 0)
-                instances[n++] = (anepy_instance){&e->programs[id], l};
-    status = e->device->ops->compile(e->device, instances, n, e->params, kernels);
-    for (int32_t i = 0; i < n && status == ANEPY_OK; i++) {
-        anepy_program_id id = instances[i].program->id;
-        anepy_layer *layer = &e->layers[instances[i].layer];
-        if (layer->kernels[id] != NULL) e->device->ops->release(layer->kernels[id]);
-        layer->kernels[id] = kernels[i];
-        status = bind_kernel(e, layer, id);
-    }
-    if (status == ANEPY_OK) e->stale = 0;
-done:
-    free(instances);
-    free(kernels);
-    return status;
-}
-
-void anepy_recompile(anepy_engine *e) {
-    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return;
-    e->stale = 1; /* whatever happens now, the old programs are not to be used */
-    (void)anepy_compile(e);
 }
 
 /* -------------------------------------------------------------------------------- in each step */
 
 static int32_t transfer(anepy_engine *e, const anepy_link *link, anepy_surface *to, int32_t channel,
                         int32_t count) {
+    int64_t row = (int64_t)link->channel * e->width;
     switch (link->how) {
-    case WRITE: return anepy_surface_write(to, channel, count, link->source->data);
+    case WRITE:
+        return anepy_surface_write(to, channel, count, (const float *)link->source->data + row);
     case COPY: return anepy_surface_copy(to, channel, link->source, link->channel, count);
     case BOUNCE:
-        ANEPY_TRY(anepy_surface_read(link->source, link->channel, count, e->staging));
-        return anepy_surface_write(to, channel, count, e->staging);
+        ANEPY_TRY(anepy_surface_read(link->source, link->channel, count, e->staging[0]));
+        return anepy_surface_write(to, channel, count, e->staging[0]);
     default: return ANEPY_OK;
     }
 }
 
-int32_t anepy_transfer_inputs(anepy_engine *e, int32_t layer, anepy_program_id id) {
-    const anepy_program *p = &e->programs[id];
-    anepy_layer *y = &e->layers[layer];
+int32_t anepy_transfer_inputs(anepy_engine *e, anepy_node *node) {
+    const anepy_program *p = &node->program;
     for (int32_t t = 0; t < p->input_n; t++)
-        ANEPY_TRY(transfer(e, &y->links[id][t], y->inputs[id], p->tensors[t].channel,
+        ANEPY_TRY(transfer(e, &node->links[t], node->input, p->tensors[t].channel,
                            p->tensors[t].channels));
     return ANEPY_OK;
 }
 
-int32_t anepy_read_output(anepy_engine *e, int32_t layer, anepy_program_id id, int32_t tensor,
+int32_t anepy_read_output(anepy_engine *e, anepy_node *node, int32_t tensor, int32_t which,
                           const float **out) {
     anepy_surface *surface;
     int32_t channel;
-    place_output(e, &e->layers[layer], id, tensor, &surface, &channel);
+    place_output(e, node, tensor, &surface, &channel);
     if (binds(e) && surface->dtype == ANEPY_F32) {
         *out = (const float *)surface->data + (int64_t)channel * e->width;
         return ANEPY_OK;
     }
-    *out = e->staging;
-    return anepy_surface_read(surface, channel, e->programs[id].tensors[tensor].channels,
-                              e->staging);
+    *out = e->staging[which];
+    return anepy_surface_read(surface, channel, node->program.tensors[tensor].channels,
+                              e->staging[which]);
 }

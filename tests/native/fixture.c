@@ -93,17 +93,22 @@ anepy_engine_options fixture_options(const fixture *f) {
                                   .adam_v = f->adam_v};
 }
 
-anepy_engine *fixture_engine(fixture *f, const char *variant, int32_t threads) {
+anepy_engine *fixture_engine_on(fixture *f, const char *device, const char *variant,
+                                int32_t threads) {
     anepy_engine_options options = fixture_options(f);
     anepy_engine *engine = NULL;
     char text[512] = "";
     options.variant = variant;
-    options.device = "cpu";
+    options.device = device;
     options.threads = threads;
     int32_t status = anepy_engine_create(&engine, f->model, &options);
     if (status != ANEPY_OK) anepy_last_error(text, sizeof text);
     CHECK(status == ANEPY_OK, "no engine for %s on %d threads: %s", variant, threads, text);
     return engine;
+}
+
+anepy_engine *fixture_engine(fixture *f, const char *variant, int32_t threads) {
+    return fixture_engine_on(f, "cpu", variant, threads);
 }
 
 int32_t fixture_restore(anepy_engine *engine, int64_t accumulated, int64_t updates) {

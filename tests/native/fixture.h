@@ -19,8 +19,10 @@ typedef struct {
 fixture fixture_make(int which);
 void fixture_free(fixture *f);
 
-/* An engine over the arenas; NULL after a failed check. */
+/* An engine over the arenas, on the cpu unless said otherwise; NULL after a failed check. */
 anepy_engine *fixture_engine(fixture *f, const char *variant, int32_t threads);
+anepy_engine *fixture_engine_on(fixture *f, const char *device, const char *variant,
+                                int32_t threads);
 anepy_engine_options fixture_options(const fixture *f);
 
 /* As after so many steps since the last of so many updates. */

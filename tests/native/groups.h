@@ -27,5 +27,6 @@ void checks_runtime(void);
 void checks_model(void);
 void checks_engine(void);
 void checks_handles(void);
+void checks_weights(void);
 
 #endif

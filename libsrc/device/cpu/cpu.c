@@ -57,6 +57,7 @@ static int32_t cpu_surface_create(anepy_device *device, int32_t channels, anepy_
     anepy_surface *surface = data != NULL ? own(cpu, sizeof *surface, NULL, 0) : NULL;
     if (surface == NULL) return ANEPY_E_MEMORY;
     *surface = (anepy_surface){device, ANEPY_F32, channels, width, data};
+    device->nbytes += (uint64_t)channels * (uint64_t)width * sizeof(float);
     *out = surface;
     return ANEPY_OK;
 }
@@ -390,7 +391,8 @@ const anepy_device_type anepy_device_cpu = {
     .name = "cpu",
     .about = "native kernels on this processor",
     .precisions = 1u << ANEPY_F32,
-    .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS,
+    .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS,
+    .slow = ANEPY_OFFLOADS, /* they are the host's work done in more passes (anepy compare) */
     .probe = cpu_probe,
     .open = cpu_open,
 };

@@ -1,0 +1,298 @@
+/* device/bank.c - surfaces, kernels and weights of devices that run MIL. */
+#include "device/bank.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SURFACE_STEP                                                                               \
+    65536              /* by default: smaller surfaces fail on some chips (ane-facts.md 4.1)       \
+                        */
+#define WEIGHT_ROWS 64 /* rows of a live weight per piece */
+
+/* One compiled text. */
+struct anepy_bank {
+    void *compiled;
+    int32_t users; /* kernels that are functions of it */
+};
+
+/* ------------------------------------------------------------------------------------ surfaces */
+
+static int32_t create(anepy_bank_device *d, int32_t channels, int32_t width,
+                      anepy_bank_surface **out) {
+    anepy_bank_surface *s = calloc(1, sizeof *s);
+    if (s == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for a surface");
+    uint64_t nbytes = (uint64_t)channels * (uint64_t)width * sizeof(uint16_t);
+    s->base = (anepy_surface){&d->base, ANEPY_F16, channels, width, NULL};
+    uint64_t step =
+        d->traits.surface_nbytes > 0 ? (uint64_t)d->traits.surface_nbytes : SURFACE_STEP;
+    s->nbytes = (nbytes + step - 1) / step * step;
+    s->weight = -1;
+    int32_t status = d->backend->memory_create(d, s);
+    if (status != ANEPY_OK) {
+        free(s);
+        return status;
+    }
+    s->next = d->surfaces;
+    d->surfaces = s;
+    d->base.nbytes += s->nbytes;
+    *out = s;
+    return ANEPY_OK;
+}
+
+static int32_t bank_surface_create(anepy_device *device, int32_t channels, anepy_surface **out) {
+    anepy_bank_surface *surface = NULL;
+    ANEPY_TRY(create((anepy_bank_device *)device, channels, device->options.width, &surface));
+    *out = &surface->base;
+    return ANEPY_OK;
+}
+
+static int32_t bank_lock(anepy_surface *surface, int32_t for_writing) {
+    return ((anepy_bank_device *)surface->device)->backend->lock(surface, for_writing);
+}
+
+static int32_t bank_unlock(anepy_surface *surface, int32_t for_writing) {
+    return ((anepy_bank_device *)surface->device)->backend->unlock(surface, for_writing);
+}
+
+/* -------------------------------------------------------------------------------- live weights */
+
+typedef struct {
+    const anepy_bank_surface *surface;
+    const anepy_kernels *kernels;
+    const float *params;
+} weight_task;
+
+static void write_weight_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const weight_task *t = context;
+    const anepy_bank_surface *s = t->surface;
+    const float *from = t->params + s->weight;
+    int32_t first = index * WEIGHT_ROWS, end = first + WEIGHT_ROWS;
+    if (!s->is_matrix) { /* each value fills its row */
+        for (int32_t r = first; r < anepy_min_i32(end, s->base.channels); r++) {
+            uint16_t *row = (uint16_t *)s->base.data + (int64_t)r * s->base.width;
+            t->kernels->to_half(row, from + r, 1);
+            for (int32_t i = 1; i < s->base.width; i++) row[i] = row[0];
+        }
+        return;
+    }
+    for (int32_t r = first; r < anepy_min_i32(end, s->rows); r++)
+        t->kernels->to_half((uint16_t *)s->base.data + (int64_t)r * s->base.width,
+                            from + (int64_t)r * s->cols, s->cols);
+}
+
+static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const float *params) {
+    weight_task task = {s, d->base.options.gemm->kernels, params};
+    ANEPY_TRY(bank_lock(&s->base, 1));
+    anepy_pool_run(d->base.options.gemm->pool, (s->base.channels + WEIGHT_ROWS - 1) / WEIGHT_ROWS,
+                   write_weight_rows, &task);
+    return bank_unlock(&s->base, 1);
+}
+
+static int32_t bank_load_weights(anepy_device *device, const float *params) {
+    anepy_bank_device *d = (anepy_bank_device *)device;
+    for (anepy_bank_surface *s = d->surfaces; s != NULL; s = s->next)
+        if (s->weight >= 0) ANEPY_TRY(write_weight(d, s, params));
+    return ANEPY_OK;
+}
+
+/* The surface of a live weight: the one that holds it already, or a new one, filled. */
+static int32_t weight_surface(anepy_bank_device *d, const anepy_program_matrix *m,
+                              const float *params, anepy_bank_surface **out) {
+    for (*out = d->surfaces; *out != NULL; *out = (*out)->next)
+        if ((*out)->weight == m->offset) return ANEPY_OK;
+    ANEPY_TRY(create(d, m->channels, m->columns, out));
+    (*out)->weight = m->offset;
+    (*out)->is_matrix = m->is_matrix;
+    (*out)->rows = m->rows;
+    (*out)->cols = m->cols;
+    return write_weight(d, *out, params);
+}
+
+/* ------------------------------------------------------------------------------------- kernels */
+
+static void bank_release(anepy_kernel *kernel) {
+    anepy_bank_device *d = kernel->device;
+    if (kernel->request != NULL) d->backend->forget(kernel);
+    if (kernel->previous != NULL) kernel->previous->next = kernel->next;
+    else d->kernels = kernel->next;
+    if (kernel->next != NULL) kernel->next->previous = kernel->previous;
+    if (--kernel->bank->users == 0) {
+        d->backend->release(d, kernel->bank->compiled);
+        free(kernel->bank);
+    }
+    free(kernel);
+}
+
+static int32_t add_kernel(anepy_bank_device *d, anepy_bank *bank, const anepy_instance *instance,
+                          int32_t function, const float *params, anepy_kernel **out) {
+    const anepy_program *program = instance->program;
+    anepy_kernel *kernel = calloc(1, sizeof *kernel);
+    if (kernel == NULL)
+        return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
+    kernel->device = d;
+    kernel->program = program;
+    kernel->function = function;
+    kernel->input_n = 1;
+    int32_t status = ANEPY_OK;
+    for (int32_t i = 0; program->live && i < program->weight_n && status == ANEPY_OK; i++) {
+        anepy_program_matrix matrix;
+        anepy_program_weight(&matrix, program, d->base.options.model, instance->layer, i);
+        status = weight_surface(d, &matrix, params, &kernel->inputs[kernel->input_n++]);
+    }
+    if (status != ANEPY_OK) {
+        free(kernel);
+        return status;
+    }
+    kernel->bank = bank;
+    bank->users++;
+    kernel->next = d->kernels;
+    if (d->kernels != NULL) d->kernels->previous = kernel;
+    d->kernels = kernel;
+    *out = kernel;
+    return ANEPY_OK;
+}
+
+/* Do two instances have the same text? Then nothing of their layer is baked. */
+static int same_text(const anepy_instance *a, const anepy_instance *b) {
+    const anepy_program *p = a->program, *q = b->program;
+    return p->id == q->id && p->part == q->part && p->live == q->live &&
+           (p->live || p->weight_n == 0 || a->layer == b->layer);
+}
+
+/* The distinct texts among the instances, and for each instance which of them it is. */
+static int32_t distinct(const anepy_instance *instances, int32_t n, const float *params,
+                        anepy_mil_item *items, int32_t *functions) {
+    int32_t count = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t j = 0;
+        while (j < i && !same_text(&instances[i], &instances[j])) j++;
+        functions[i] = j < i ? functions[j] : count;
+        if (j == i)
+            items[count++] = (anepy_mil_item){instances[i].program, params, instances[i].layer};
+    }
+    return count;
+}
+
+static int32_t compile_text(anepy_bank_device *d, const anepy_mil_item *items, int32_t n,
+                            anepy_bank **out) {
+    const anepy_device_options *o = &d->base.options;
+    anepy_dialect dialect = d->traits.dialect == 10 ? ANEPY_DIALECT_10 : ANEPY_DIALECT_13;
+    anepy_mil_source source = {0};
+    anepy_bank *bank = calloc(1, sizeof *bank);
+    if (bank == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d programs", n);
+    int32_t status = anepy_mil_generate(&source, items, n, o->model, o->width, o->seq_len, dialect);
+    if (status == ANEPY_OK) status = d->backend->compile(d, &source, n, &bank->compiled);
+    anepy_mil_source_free(&source);
+    if (status != ANEPY_OK) {
+        free(bank);
+        return status;
+    }
+    atomic_fetch_add(&d->base.compiles, 1);
+    *out = bank;
+    return ANEPY_OK;
+}
+
+static int32_t check_budget(const anepy_bank_device *d, int32_t texts) {
+    int64_t budget = d->base.compile_budget, used = d->backend->compiles();
+    if (budget == 0 || used + texts <= budget) return ANEPY_OK;
+    if (texts > budget)
+        return anepy_fail(ANEPY_E_BUDGET,
+                          "device %s: the programs need %d compilations, a process may make %lld: "
+                          "allow more, or leave out procedures=no",
+                          d->base.type->name, texts, (long long)budget);
+    return anepy_fail(ANEPY_E_BUDGET,
+                      "device %s: the weights need %d compilations, this process has made %lld "
+                      "of the %lld it may; nothing is lost: save the model or a checkpoint and go "
+                      "on in a new process",
+                      d->base.type->name, texts, (long long)used, (long long)budget);
+}
+
+/* What a compilation needs while it runs. */
+typedef struct {
+    anepy_mil_item *items; /* distinct texts */
+    int32_t *functions;    /* of each instance: which of them */
+    anepy_bank **banks;
+} plan;
+
+static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
+                            int32_t n, const float *params, anepy_kernel **out) {
+    int32_t count = distinct(instances, n, params, p->items, p->functions), made = 0, status;
+    int32_t texts = d->traits.single ? count : 1, each = d->traits.single ? 1 : count;
+    ANEPY_TRY(check_budget(d, texts));
+    status = ANEPY_OK;
+    for (int32_t t = 0; t < texts && status == ANEPY_OK; t++)
+        status = compile_text(d, p->items + t * each, each, &p->banks[t]);
+    while (made < n && status == ANEPY_OK) {
+        int32_t f = p->functions[made];
+        status = add_kernel(d, p->banks[f / each], &instances[made], f % each, params, &out[made]);
+        made += status == ANEPY_OK;
+    }
+    if (status == ANEPY_OK) return ANEPY_OK;
+    for (int32_t t = 0; t < texts; t++) { /* the others go with their last kernel */
+        if (p->banks[t] == NULL || p->banks[t]->users > 0) continue;
+        d->backend->release(d, p->banks[t]->compiled);
+        free(p->banks[t]);
+    }
+    while (made > 0) bank_release(out[--made]);
+    return status;
+}
+
+static int32_t bank_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
+                            const float *params, anepy_kernel **out) {
+    plan p = {.items = calloc((size_t)n, sizeof *p.items),
+              .functions = calloc((size_t)n, sizeof *p.functions),
+              .banks = calloc((size_t)n, sizeof(anepy_bank *))};
+    int32_t status = p.items != NULL && p.functions != NULL && p.banks != NULL
+                         ? compile_plan((anepy_bank_device *)device, &p, instances, n, params, out)
+                         : anepy_fail(ANEPY_E_MEMORY, "no memory for %d programs", n);
+    free(p.items);
+    free(p.functions);
+    free(p.banks);
+    return status;
+}
+
+static int32_t bank_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surface,
+                         int32_t channel) {
+    const anepy_program *program = kernel->program;
+    int32_t is_input = index < program->input_n;
+    int32_t channels = is_input ? program->input_channels : program->output_channels;
+    anepy_bank_surface **slot = is_input ? &kernel->inputs[0] : &kernel->output;
+    anepy_bank_surface *packed = (anepy_bank_surface *)surface;
+    if (surface->device != &kernel->device->base || surface->channels != channels ||
+        channel != program->tensors[index].channel || (*slot != NULL && *slot != packed))
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "%s.%s is not at its place in the packed surface",
+                          program->name, program->tensors[index].name);
+    *slot = packed;
+    return ANEPY_OK;
+}
+
+static int32_t bank_evaluate(anepy_kernel *kernel, int32_t n) {
+    (void)n; /* the engine computes whole surfaces */
+    return kernel->device->backend->run(kernel, kernel->bank->compiled);
+}
+
+static void bank_close(anepy_device *device) {
+    anepy_bank_device *d = (anepy_bank_device *)device;
+    while (d->kernels != NULL) bank_release(d->kernels);
+    while (d->surfaces != NULL) {
+        anepy_bank_surface *surface = d->surfaces;
+        d->surfaces = surface->next;
+        d->backend->memory_free(d, surface);
+        free(surface);
+    }
+    d->backend->close(d);
+}
+
+const anepy_device_ops anepy_bank_ops = {
+    .close = bank_close,
+    .surface_create = bank_surface_create,
+    .lock = bank_lock,
+    .unlock = bank_unlock,
+    .compile = bank_compile,
+    .release = bank_release,
+    .load_weights = bank_load_weights,
+    .bind = bank_bind,
+    .evaluate = bank_evaluate,
+};

@@ -1,0 +1,199 @@
+/* train/compile.c - the weights that programs hold: read in place, passed through surfaces
+ * (dynamic_weights), or baked and compiled anew after each update.
+ *
+ * With background_compile the next set compiles on a thread while steps go on with the old one.
+ * Programs and host compute with one and the same set at any time: a copy of the parameters, made
+ * before its compilation starts, which changes hands only between steps. So the gradients of an
+ * update belong to the weights of the update before it: one update stale. */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "runtime/fpmode.h"
+#include "runtime/memory.h"
+#include "runtime/threads.h"
+#include "train/engine.h"
+
+struct anepy_compiler {
+    anepy_engine *engine;
+    float *sets[2]; /* copies of the parameters: in use, and being compiled */
+    int32_t used;   /* which one is in use */
+    uint64_t nbytes;
+    pthread_t thread;
+    pid_t pid;       /* the process it runs in */
+    int32_t running; /* it was started and not yet joined */
+    anepy_instance *instances;
+    anepy_kernel **kernels;
+    int32_t n;
+    int32_t status;
+    char error[512];
+};
+
+static int baked(const anepy_node *node) {
+    return node->program.weight_n > 0 && !node->program.live;
+}
+
+/* What has to be compiled: at first everything, later what has weights. */
+static int32_t list(const anepy_engine *e, anepy_instance *instances) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < e->node_n; i++)
+        if (e->nodes[i].kernel == NULL || baked(&e->nodes[i]))
+            instances[n++] = (anepy_instance){&e->nodes[i].program, e->nodes[i].layer};
+    return n;
+}
+
+/* Takes over the kernels of the list. The new set is complete before the old one goes. */
+static int32_t install(anepy_engine *e, anepy_kernel *const *kernels) {
+    for (int32_t i = 0; i < e->node_n; i++) {
+        anepy_node *node = &e->nodes[i];
+        if (node->kernel != NULL && !baked(node)) continue;
+        if (node->kernel != NULL) e->device->ops->release(node->kernel);
+        node->kernel = *kernels++;
+    }
+    for (int32_t i = 0; i < e->node_n; i++) ANEPY_TRY(anepy_bind(e, &e->nodes[i]));
+    return ANEPY_OK;
+}
+
+static int32_t compile_now(anepy_engine *e, const float *weights) {
+    anepy_instance *instances = calloc((size_t)e->node_n, sizeof *instances);
+    anepy_kernel **kernels = calloc((size_t)e->node_n, sizeof *kernels);
+    int32_t status;
+    if (instances == NULL || kernels == NULL) {
+        status = anepy_fail(ANEPY_E_MEMORY, "no memory for the program list");
+    } else {
+        int32_t n = list(e, instances);
+        status = e->device->ops->compile(e->device, instances, n, weights, kernels);
+        if (status == ANEPY_OK) status = install(e, kernels);
+    }
+    free(instances);
+    free(kernels);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------ in the background
+ */
+
+static void copy_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const anepy_compiler *c = context;
+    const uint64_t piece = 1 << 20;
+    uint64_t first = (uint64_t)index * piece, left = c->nbytes - first;
+    memcpy((char *)c->sets[!c->used] + first, (const char *)c->engine->params + first,
+           left < piece ? left : piece);
+}
+
+/* The parameters as they are now, into the set that is not in use. */
+static void copy_parameters(anepy_compiler *c) {
+    anepy_pool_run(c->engine->pool, (int32_t)((c->nbytes + (1 << 20) - 1) >> 20), copy_piece, c);
+}
+
+static void change_sets(anepy_compiler *c) {
+    c->used = !c->used;
+    c->engine->weights = c->sets[c->used];
+}
+
+static int32_t create(anepy_engine *e) {
+    anepy_compiler *c = calloc(1, sizeof *c);
+    if (c == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the background compiler");
+    e->compiler = c;
+    c->engine = e;
+    c->nbytes = (uint64_t)e->model->arena_n * sizeof(float);
+    c->sets[0] = anepy_map(c->nbytes);
+    c->sets[1] = anepy_map(c->nbytes);
+    c->instances = calloc((size_t)e->node_n, sizeof *c->instances);
+    c->kernels = calloc((size_t)e->node_n, sizeof *c->kernels);
+    if (c->sets[0] == NULL || c->sets[1] == NULL || c->instances == NULL || c->kernels == NULL)
+        return anepy_fail(ANEPY_E_MEMORY, "no memory for two copies of the weights, %llu bytes",
+                          (unsigned long long)(2 * c->nbytes));
+    copy_parameters(c);
+    change_sets(c);
+    return ANEPY_OK;
+}
+
+static void *compile_main(void *context) {
+    anepy_compiler *c = context;
+    anepy_device *device = c->engine->device;
+    anepy_fpmode_enter();
+    c->status = device->ops->compile(device, c->instances, c->n, c->sets[!c->used], c->kernels);
+    if (c->status != ANEPY_OK) anepy_last_error(c->error, sizeof c->error);
+    return NULL;
+}
+
+static int32_t start(anepy_compiler *c) {
+    copy_parameters(c);
+    c->n = list(c->engine, c->instances);
+    c->pid = getpid();
+    ANEPY_TRY(anepy_thread_start(&c->thread, compile_main, c));
+    c->running = 1;
+    return ANEPY_OK;
+}
+
+/* Waits for the thread; its status. After fork it does not exist: its work is done here. */
+static int32_t finish(anepy_compiler *c) {
+    c->running = 0;
+    if (c->pid == getpid()) pthread_join(c->thread, NULL);
+    else compile_main(c);
+    return c->status;
+}
+
+/* ------------------------------------------------------------------------------- for the engine */
+
+int32_t anepy_compile_open(anepy_engine *e) {
+    e->weights = e->params;
+    e->stale = 1;
+    /* With dynamic weights there is nothing to compile again. */
+    int background = anepy_on(e, ANEPY_BACKGROUND_COMPILE) && !anepy_on(e, ANEPY_DYNAMIC_WEIGHTS);
+    return background ? create(e) : ANEPY_OK;
+}
+
+int32_t anepy_compile_settle(anepy_engine *e) {
+    anepy_compiler *c = e->compiler;
+    if (c == NULL || !c->running) return ANEPY_OK;
+    int32_t status = finish(c);
+    if (status == ANEPY_E_BUDGET) {
+        e->stale = 1; /* said when the next step needs programs */
+        return ANEPY_OK;
+    }
+    if (status != ANEPY_OK)
+        return anepy_fail(status,
+                          "compiling the new weights in the background failed, the older set stays "
+                          "in use: %s",
+                          c->error);
+    change_sets(c);
+    return install(e, c->kernels);
+}
+
+int32_t anepy_compile(anepy_engine *e) {
+    anepy_compiler *c = e->compiler;
+    if (c != NULL) {
+        if (c->running && finish(c) == ANEPY_OK) /* what it made is out of date */
+            for (int32_t i = 0; i < c->n; i++) e->device->ops->release(c->kernels[i]);
+        copy_parameters(c);
+    }
+    if (anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) && e->nodes[0].kernel != NULL)
+        ANEPY_TRY(e->device->ops->load_weights(e->device, e->params));
+    else ANEPY_TRY(compile_now(e, c != NULL ? c->sets[!c->used] : e->params));
+    if (c != NULL) change_sets(c);
+    e->stale = 0;
+    return ANEPY_OK;
+}
+
+void anepy_recompile(anepy_engine *e, int at_once) {
+    if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return;
+    if (e->compiler != NULL && !at_once && !e->stale && start(e->compiler) == ANEPY_OK) return;
+    e->stale = 1; /* whatever happens now, the old programs are not to be used */
+    (void)anepy_compile(e);
+}
+
+void anepy_compile_close(anepy_engine *e) {
+    anepy_compiler *c = e->compiler;
+    if (c == NULL) return;
+    if (c->running && c->pid == getpid()) finish(c);
+    anepy_unmap(c->sets[0], c->nbytes);
+    anepy_unmap(c->sets[1], c->nbytes);
+    free(c->instances);
+    free(c->kernels);
+    free(c);
+    e->compiler = NULL;
+}

@@ -1,0 +1,151 @@
+/* train/offload.c - classifier and soft-max on the device: what is left for the host.
+ *
+ * Classifier programs come in parts of the vocabulary. The soft-max program works on groups of
+ * tokens (programs.h says why, and how the host joins them). */
+#include <math.h>
+#include <string.h>
+
+#include "train/engine.h"
+
+#define COLS ANEPY_COLUMNS
+
+int32_t anepy_offload_logits(anepy_engine *e, double *mark) {
+    anepy_node *part = e->tail[ANEPY_CLASSIFIER_FWD];
+    const anepy_node *end = part + part->program.parts;
+    for (; part < end; part++) {
+        ANEPY_TRY(anepy_evaluate(e, part, mark));
+        if (part->output == NULL) continue; /* bound to the logits */
+        ANEPY_TRY(anepy_surface_read(part->output, 0, part->program.output_channels,
+                                     e->logits + (int64_t)part->program.first_row * e->width));
+        anepy_count(mark, &e->stats.io_ms);
+    }
+    return ANEPY_OK;
+}
+
+int32_t anepy_offload_classifier_backward(anepy_engine *e, double *mark) {
+    anepy_node *part = e->tail[ANEPY_CLASSIFIER_BWD];
+    int64_t n = (int64_t)e->model->config.dim * e->width;
+    const anepy_node *end = part + part->program.parts;
+    for (; part < end; part++) {
+        const float *dx;
+        ANEPY_TRY(anepy_evaluate(e, part, mark));
+        ANEPY_TRY(anepy_read_output(e, part, CLASSIFIER_BWD_DX, 0, &dx));
+        if (part->program.part == 0) memcpy(e->dxnorm, dx, (size_t)n * sizeof(float));
+        else anepy_vector(e)->add(e->dxnorm, e->dxnorm, dx, n);
+        anepy_count(mark, &e->stats.io_ms);
+    }
+    return ANEPY_OK;
+}
+
+/* ------------------------------------------------------------------------------------ soft-max */
+
+/* A group of tokens, v = group + i * groups, in a panel of columns. */
+typedef struct {
+    anepy_engine *e;
+    int32_t groups;
+    double scale; /* of the gradients */
+} join_task;
+
+typedef struct {
+    int32_t group, column;
+} place;
+
+static place locate(const join_task *t, int32_t index) {
+    return (place){index % t->groups, index / t->groups * COLS};
+}
+
+/* 64 probabilities of a token as float32. The surface is locked. */
+static void probabilities(const anepy_engine *e, int32_t token, int32_t column, float *out) {
+    const anepy_surface *s = e->tail[ANEPY_SOFTMAX]->output;
+    int64_t at = (int64_t)token * e->width + column;
+    if (s->dtype == ANEPY_F16)
+        anepy_vector(e)->from_half(out, (const uint16_t *)s->data + at, COLS);
+    else memcpy(out, (const float *)s->data + at, COLS * sizeof(float));
+}
+
+/* lse of a group, from its most likely token. */
+static void group_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const join_task *t = context;
+    anepy_engine *e = t->e;
+    place p = locate(t, index);
+    float row[COLS], top[COLS];
+    int32_t best[COLS];
+    for (int32_t v = p.group; v < e->model->config.vocab_size; v += t->groups) {
+        probabilities(e, v, p.column, row);
+        for (int32_t s = 0; s < COLS; s++) {
+            if (v != p.group && !(row[s] > top[s])) continue;
+            top[s] = row[s];
+            best[s] = v;
+        }
+    }
+    for (int32_t s = 0; s < COLS; s++)
+        e->group_lse[(int64_t)p.group * e->width + p.column + s] =
+            e->logits[(int64_t)best[s] * e->width + p.column + s] - logf(top[s]);
+}
+
+/* dlogits = p * exp(group lse - lse) * scale; the target's one comes off later. */
+static void gradient_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const join_task *t = context;
+    anepy_engine *e = t->e;
+    place p = locate(t, index);
+    float row[COLS], factor[COLS];
+    for (int32_t s = 0; s < COLS; s++)
+        factor[s] = e->group_lse[(int64_t)p.group * e->width + p.column + s];
+    anepy_vector(e)->softmax_gradient(factor, e->lse + p.column, (float)t->scale, COLS, 1);
+    for (int32_t v = p.group; v < e->model->config.vocab_size; v += t->groups) {
+        float *out = e->logits + (int64_t)v * e->width + p.column;
+        probabilities(e, v, p.column, row);
+        for (int32_t s = 0; s < COLS; s++) out[s] = row[s] * factor[s];
+    }
+}
+
+static double join(anepy_engine *e, int gradient) {
+    join_task task = {e, anepy_softmax_groups(e->model), e->loss_scale / e->n};
+    int32_t pieces = task.groups * (e->columns / COLS);
+    double loss = 0.0;
+    anepy_pool_run(e->pool, pieces, group_piece, &task);
+    for (int32_t s = 0; s < e->n; s++) {
+        const float *lse = e->group_lse + s;
+        float top = -INFINITY;
+        double sum = 0.0;
+        for (int32_t g = 0; g < task.groups; g++) top = fmaxf(top, lse[(int64_t)g * e->width]);
+        for (int32_t g = 0; g < task.groups; g++)
+            sum += exp((double)lse[(int64_t)g * e->width] - top);
+        double whole = top + log(sum);
+        e->lse[s] = (float)whole;
+        loss += whole - e->logits[(int64_t)e->targets[s] * e->width + s];
+    }
+    if (gradient) {
+        anepy_loss_padding(e);
+        anepy_pool_run(e->pool, pieces, gradient_piece, &task);
+        anepy_loss_targets(e);
+    }
+    return loss / e->n;
+}
+
+/* Logits that are already in surfaces of the device are not written there again. */
+static int32_t transfer_logits(anepy_engine *e, anepy_node *node) {
+    anepy_node *part = e->tail[ANEPY_CLASSIFIER_FWD];
+    if (part == NULL || part->output == NULL) return anepy_transfer_inputs(e, node);
+    const anepy_node *end = part + part->program.parts;
+    for (; part < end; part++)
+        ANEPY_TRY(anepy_surface_copy(node->input, part->program.first_row, part->output, 0,
+                                     part->program.output_channels));
+    return ANEPY_OK;
+}
+
+int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, double *mark) {
+    anepy_node *node = e->tail[ANEPY_SOFTMAX];
+    const anepy_device_ops *ops = e->device->ops;
+    ANEPY_TRY(transfer_logits(e, node));
+    anepy_count(mark, &e->stats.io_ms);
+    ANEPY_TRY(ops->evaluate(node->kernel, e->n));
+    anepy_count(mark, &e->stats.device_ms);
+    ANEPY_TRY(ops->lock(node->output, 0));
+    *loss = join(e, gradient);
+    ANEPY_TRY(ops->unlock(node->output, 0));
+    anepy_count(mark, &e->stats.softmax_ms);
+    return ANEPY_OK;
+}

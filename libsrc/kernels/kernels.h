@@ -59,6 +59,9 @@ typedef struct anepy_kernels {
 
     /* y[i] = sum_p w[i*ldw + p] * x[p], i < rows. */
     void (*gemv)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows, int32_t k);
+    /* Its transpose: y[p] = sum_i x[i] * w[i*ldw + p], p < k. */
+    void (*sum_rows)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
+                     int32_t k);
 
     void (*add)(float *dst, const float *a, const float *b, int64_t n); /* dst may be a or b */
     void (*scale)(float *dst, float factor, int64_t n);

@@ -39,6 +39,13 @@ static void gemv__scalar(float *y, const float *w, int64_t ldw, const float *x, 
     }
 }
 
+static void sum_rows__scalar(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
+                             int32_t k) {
+    for (int32_t p = 0; p < k; p++) y[p] = 0.0f;
+    for (int32_t i = 0; i < rows; i++)
+        for (int32_t p = 0; p < k; p++) y[p] += x[i] * w[i * ldw + p];
+}
+
 static void add__scalar(float *dst, const float *a, const float *b, int64_t n) {
     for (int64_t i = 0; i < n; i++) dst[i] = a[i] + b[i];
 }
@@ -203,6 +210,7 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .gemm_tile = gemm_tile_6x16__scalar,
     .transpose_panel = transpose_panel__scalar,
     .gemv = gemv__scalar,
+    .sum_rows = sum_rows__scalar,
     .add = add__scalar,
     .scale = scale__scalar,
     .exp = exp__scalar,

@@ -100,6 +100,39 @@ SIMD_TARGET static void SIMD_FN(gemv)(float *y, const float *w, int64_t ldw, con
     }
 }
 
+/* Up to 4 vectors of columns; odd and even rows apart, so that additions overlap. */
+V_INLINE void sum_rows_block(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
+                             int64_t left, const int vectors) {
+    vf acc[2][4];
+    ANEPY_UNROLL
+    for (int j = 0; j < vectors; j++) acc[0][j] = acc[1][j] = v_set(0.0f);
+    int32_t i = 0;
+    for (; i + 2 <= rows; i += 2) {
+        ANEPY_UNROLL
+        for (int r = 0; r < 2; r++) {
+            vf xv = v_set(x[i + r]);
+            ANEPY_UNROLL
+            for (int j = 0; j < vectors; j++)
+                acc[r][j] =
+                    v_fma(load_left(w + (i + r) * ldw + j * VL, left - j * VL), xv, acc[r][j]);
+        }
+    }
+    ANEPY_UNROLL
+    for (int j = 0; j < vectors; j++) {
+        if (i < rows)
+            acc[0][j] =
+                v_fma(load_left(w + i * ldw + j * VL, left - j * VL), v_set(x[i]), acc[0][j]);
+        store_left(y + j * VL, v_add(acc[0][j], acc[1][j]), left - j * VL);
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(sum_rows)(float *y, const float *w, int64_t ldw, const float *x,
+                                          int32_t rows, int32_t k) {
+    int32_t p = 0;
+    for (; p + 4 * VL <= k; p += 4 * VL) sum_rows_block(y + p, w + p, ldw, x, rows, 4 * VL, 4);
+    for (; p < k; p += VL) sum_rows_block(y + p, w + p, ldw, x, rows, k - p, 1);
+}
+
 /* ------------------------------------------------------------------------------- element-wise */
 
 SIMD_TARGET static void SIMD_FN(add)(float *dst, const float *a, const float *b, int64_t n) {
@@ -393,7 +426,7 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
     {                                                                                              \
         .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
         .gemm_tile = SIMD_FN(gemm_tile), .transpose_panel = SIMD_FN(transpose_panel),              \
-        .gemv = SIMD_FN(gemv), .add = SIMD_FN(add), .scale = SIMD_FN(scale), .exp = SIMD_FN(exp),  \
+        .gemv = SIMD_FN(gemv), .sum_rows = SIMD_FN(sum_rows), .add = SIMD_FN(add), .scale = SIMD_FN(scale), .exp = SIMD_FN(exp),  \
         .sum_squares = SIMD_FN(sum_squares), .to_half = SIMD_FN(to_half),                          \
         .from_half = SIMD_FN(from_half), .rmsnorm = SIMD_FN(rmsnorm),                              \
         .rmsnorm_stats = SIMD_FN(rmsnorm_stats), .rmsnorm_row = SIMD_FN(rmsnorm_row),              \

@@ -1,4 +1,4 @@
-/* kernels_products.c - gemm_tile, gemv, transpose_panel, sums and chains of every instruction
+/* kernels_products.c - gemm_tile, gemv, sum_rows, transpose_panel, sums and chains of every instruction
  * set, and the table itself.
  *
  * Factors are small whole numbers, so that every order of summation gives the very same float and
@@ -21,7 +21,7 @@ static const int32_t DEPTHS[] = {0,  1,  2,  3,  5,  7,   8,    9,    16,
 /* ------------------------------------------------------------------------------------ the table */
 
 static int complete(const anepy_kernels *k) {
-    return k->gemm_tile && k->transpose_panel && k->gemv && k->add && k->scale && k->exp &&
+    return k->gemm_tile && k->transpose_panel && k->gemv && k->sum_rows && k->add && k->scale && k->exp &&
            k->sum_squares && k->to_half && k->from_half && k->rmsnorm && k->rmsnorm_stats &&
            k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward && k->softmax_columns &&
            k->softmax_row && k->softmax_row_backward && k->logsumexp_columns &&
@@ -149,6 +149,23 @@ static void check_gemv(const anepy_kernels *set, int32_t rows, int32_t k, int64_
     guard_reset();
 }
 
+static void check_sum_rows(const anepy_kernels *set, int32_t rows, int32_t k, int64_t ld,
+                           int place) {
+    float *w = guard_matrix(rows, k, ld, place, random_whole);
+    float *x = guard_matrix(1, rows, rows, place, random_whole);
+    float *y = guard_take(k, place);
+    set->sum_rows(y, w, ld, x, rows, k);
+    int right = 1;
+    for (int32_t p = 0; p < k; p++) {
+        int32_t expected = 0;
+        for (int32_t i = 0; i < rows; i++) expected += (int32_t)w[i * ld + p] * (int32_t)x[i];
+        right &= y[p] == (float)expected;
+    }
+    CHECK(right && guard_intact(), "sum_rows %s: %s for %d x %d, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, k, (long long)ld, place);
+    guard_reset();
+}
+
 static void check_transpose(const anepy_kernels *set, int32_t rows, int32_t n, int64_t ld,
                             int place) {
     float *src = guard_matrix(rows, n, ld, place, random_wild);
@@ -216,8 +233,10 @@ void checks_products(void) {
         check_chains(set);
         for (int32_t s = 0; s < SIZE_N; s++) {
             for (int place = 0; place < GUARD_PLACES; place++) {
-                for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++)
+                for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
                     check_gemv(set, rows[r], SIZES[s], SIZES[s] + (int64_t)r % 3 * 3, place);
+                    check_sum_rows(set, rows[r], SIZES[s], SIZES[s] + (int64_t)r % 3 * 3, place);
+                }
                 check_sum(set, SIZES[s], place);
                 check_plain_sum(set, SIZES[s], place);
             }

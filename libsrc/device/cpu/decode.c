@@ -13,7 +13,7 @@
 #include "runtime/memory.h"
 #include "runtime/threads.h"
 
-#define PIECE_ROWS 64
+#define PIECE_BYTES 65536 /* of weights: 2 us, so that threads end together */
 
 struct anepy_decoder {
     const anepy_model *model;
@@ -24,10 +24,11 @@ struct anepy_decoder {
     _Atomic int32_t busy; /* a call is running */
     float *memory;
     uint64_t nbytes;
-    float *x, *xnorm, *q, *attn, *out; /* [dim] */
+    float *x, *xnorm, *attn, *out;     /* [dim] */
+    float *qkv;                        /* [dim + 2 * kv_dim]: of this position */
     float *hidden;                     /* [2 * hidden_dim]: h1, h3 */
     float *scores;                     /* [n_heads, max_len] */
-    float *keys, *values;              /* [n_layers, max_len, kv_dim] */
+    float *keys, *values;              /* [n_layers, n_kv_heads, max_len, head_dim] */
     float *rotation;                   /* [head_dim]: cos, sin of this position, pair by pair */
 };
 
@@ -37,21 +38,22 @@ typedef struct {
     const anepy_decoder *d;
     float *y;
     const float *w, *x;
-    int32_t rows, cols;
+    int32_t rows, cols, piece; /* piece: rows of one */
 } product;
 
 static void product_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const product *p = context;
-    int32_t first = index * PIECE_ROWS, rows = anepy_min_i32(PIECE_ROWS, p->rows - first);
+    int32_t first = index * p->piece, rows = anepy_min_i32(p->piece, p->rows - first);
     p->d->kernels->gemv(p->y + first, p->w + (int64_t)first * p->cols, p->cols, p->x, rows,
                         p->cols);
 }
 
 static void multiply(const anepy_decoder *d, float *y, int64_t weight, const float *x, int32_t rows,
                      int32_t cols) {
-    product p = {d, y, d->params + weight, x, rows, cols};
-    anepy_pool_run(d->pool, (rows + PIECE_ROWS - 1) / PIECE_ROWS, product_rows, &p);
+    int32_t piece = anepy_max_i32(4, PIECE_BYTES / (int32_t)sizeof(float) / cols / 4 * 4);
+    product p = {d, y, d->params + weight, x, rows, cols, piece};
+    anepy_pool_run(d->pool, (rows + piece - 1) / piece, product_rows, &p);
 }
 
 static void normalize(const anepy_decoder *d, int64_t weight) {
@@ -74,6 +76,14 @@ static void rotate(const anepy_decoder *d, float *x, int32_t heads) {
 
 /* ----------------------------------------------------------------------------------- attention */
 
+/* Puts the heads of this position, [kv_dim], into a cache: each head reads its own in one stream. */
+static void remember(const anepy_decoder *d, float *cache, const float *x) {
+    int32_t head_dim = d->model->head_dim;
+    for (int32_t h = 0; h < d->model->config.n_kv_heads; h++)
+        memcpy(cache + ((int64_t)h * d->max_len + d->position) * head_dim, x + h * head_dim,
+               (size_t)head_dim * sizeof(float));
+}
+
 typedef struct {
     const anepy_decoder *d;
     const float *keys, *values; /* of this layer */
@@ -85,27 +95,23 @@ static void attend_head(void *context, int32_t head, int32_t worker) {
     const anepy_decoder *d = a->d;
     const anepy_model *m = d->model;
     int32_t head_dim = m->head_dim, n = d->position + 1;
-    int64_t offset = (int64_t)(head / (m->config.n_heads / m->config.n_kv_heads)) * head_dim;
+    int64_t kv_head = head / (m->config.n_heads / m->config.n_kv_heads);
+    int64_t offset = kv_head * d->max_len * head_dim;
     float *scores = d->scores + (int64_t)head * d->max_len, *out = d->attn + head * head_dim;
-    d->kernels->gemv(scores, a->keys + offset, m->kv_dim, d->q + head * head_dim, n, head_dim);
+    d->kernels->gemv(scores, a->keys + offset, head_dim, d->qkv + head * head_dim, n, head_dim);
     d->kernels->softmax_row(scores, n, n, 1.0f / sqrtf((float)head_dim));
-    memset(out, 0, (size_t)head_dim * sizeof(float));
-    for (int32_t t = 0; t < n; t++) {
-        const float *value = a->values + (int64_t)t * m->kv_dim + offset;
-        for (int32_t i = 0; i < head_dim; i++) out[i] += scores[t] * value[i];
-    }
+    d->kernels->sum_rows(out, a->values + offset, head_dim, scores, n, head_dim);
 }
 
 static void layer_forward(anepy_decoder *d, int32_t l) {
     const anepy_model *m = d->model;
     int32_t dim = m->config.dim, hidden = m->config.hidden_dim, kv = m->kv_dim;
-    int64_t cache = (int64_t)l * d->max_len * kv, here = cache + (int64_t)d->position * kv;
+    int64_t cache = (int64_t)l * d->max_len * kv;
     normalize(d, anepy_model_layer(m, l, ANEPY_ATTENTION_NORM));
-    multiply(d, d->q, anepy_model_layer(m, l, ANEPY_WQ), d->xnorm, dim, dim);
-    multiply(d, d->keys + here, anepy_model_layer(m, l, ANEPY_WK), d->xnorm, kv, dim);
-    multiply(d, d->values + here, anepy_model_layer(m, l, ANEPY_WV), d->xnorm, kv, dim);
-    rotate(d, d->q, m->config.n_heads);
-    rotate(d, d->keys + here, m->config.n_kv_heads);
+    multiply(d, d->qkv, anepy_model_layer(m, l, ANEPY_WQ), d->xnorm, dim + 2 * kv, dim);
+    rotate(d, d->qkv, m->config.n_heads + m->config.n_kv_heads);
+    remember(d, d->keys + cache, d->qkv + dim);
+    remember(d, d->values + cache, d->qkv + dim + kv);
     attention a = {d, d->keys + cache, d->values + cache};
     anepy_pool_run(d->pool, m->config.n_heads, attend_head, &a);
     multiply(d, d->out, anepy_model_layer(m, l, ANEPY_WO), d->attn, dim, dim);
@@ -164,7 +170,7 @@ static int64_t lay_out(anepy_decoder *d, float *base) {
         int64_t n;
     } parts[] = {{&d->x, dim},
                  {&d->xnorm, dim},
-                 {&d->q, dim},
+                 {&d->qkv, dim + 2 * (int64_t)m->kv_dim},
                  {&d->attn, dim},
                  {&d->out, dim},
                  {&d->hidden, 2 * (int64_t)m->config.hidden_dim},

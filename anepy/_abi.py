@@ -291,6 +291,43 @@ class Peaks(_Sized):
     )
 
 
+class BenchOptions(_Sized):
+    """anepy_bench_options."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("seq_len", c_int32),
+        ("name", c_char_p),
+        ("isa", c_char_p),
+        ("precision", c_char_p),
+        ("threads", c_int32),
+        ("rounds", c_int32),
+        ("round_ms", c_double),
+        ("limit_ms", c_double),
+    )
+
+
+class BenchResult(_Sized):
+    """anepy_bench_result."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("threads", c_int32),
+        ("rounds", c_int32),
+        ("repetitions", c_int32),
+        ("bf16", c_int32),
+        ("reserved", c_int32),
+        ("isa", c_char * 32),
+        ("precision", c_char * 16),
+        ("shape", c_char * 64),
+        ("limit", c_char * 32),
+        ("operations", c_double),
+        ("bytes", c_double),
+        ("calls", c_double),
+        ("error", c_double),
+    )
+
+
 # In the order of anepy_struct_size.
 STRUCTS: tuple[type[_Sized], ...] = (
     Config,
@@ -309,6 +346,8 @@ STRUCTS: tuple[type[_Sized], ...] = (
     SimTensor,
     SimReport,
     Peaks,
+    BenchOptions,
+    BenchResult,
 )
 
 _ids = POINTER(c_int32)
@@ -367,6 +406,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_device_get_info": (c_int32, POINTER(DeviceInfo)),
     "anepy_variant_parse": (c_char_p, c_char_p, POINTER(c_uint32)),
     "anepy_peaks_measure": (POINTER(Peaks), c_char_p, c_int32),
+    "anepy_bench_run": (handle, POINTER(BenchResult), POINTER(c_double), POINTER(BenchOptions)),
 }
 
 # All others: result type, then arguments.
@@ -393,6 +433,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_sim_type_name": (c_char_p, (c_int32,)),
     "anepy_switch_name": (c_char_p, (c_int32,)),
     "anepy_variant_name": (c_char_p, (c_int32,)),
+    "anepy_bench_at": (c_char_p, (c_int32,)),
 }
 
 _BUDGET = -42

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_bench import bench
 from .cli_common import (
     JsonOption,
     ModelArgument,
@@ -197,6 +198,13 @@ def _register() -> None:
             "anepy mil ffn_fwd --model m.bin --chip m1 --out program",
         ),
     )(mil)
+    app.command(
+        "bench",
+        epilog=examples(
+            "anepy bench --preset stories15M",
+            "anepy bench --only classifier --isa avx2 --threads all --json bench.json",
+        ),
+    )(bench)
     app.command("info", epilog=examples("anepy info", "anepy info --json > machine.json"))(info)
     app.add_typer(lib, name="lib")
 

@@ -53,7 +53,7 @@ ANEPY_API int32_t anepy_last_error(char *buf, uint64_t cap);
 /* sizeof of the struct with this index: 0 config, 1 tensor, 2 engine options, 3 engine info,
  * 4 step stats, 5 update options, 6 update stats, 7 library info, 8 device info, 9 program options,
  * 10 program info, 11 program port, 12 sim options, 13 sim tensor, 14 sim report,
- * 15 peaks; -1 beyond. */
+ * 15 peaks, 16 bench options, 17 bench result; -1 beyond. */
 ANEPY_API int32_t anepy_struct_size(int32_t index);
 
 /* --------------------------------------------------------------------------- model, tensors */
@@ -404,6 +404,42 @@ typedef struct anepy_peaks {
 
 /* isa: one of isa_all, NULL: the one in use; threads 0: default. Takes about 0.15 s and 256 MiB. */
 ANEPY_API int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads);
+
+/* The benchmark: parts of the training step, one at a time. */
+typedef struct anepy_bench_options {
+    uint32_t struct_size;
+    int32_t seq_len;       /* tokens */
+    const char *name;      /* as anepy_bench_at */
+    const char *isa;       /* one of isa_all; NULL: the one in use */
+    const char *precision; /* of the factors of products, fp32 or bf16; NULL: fp32 */
+    int32_t threads;       /* 0: default */
+    int32_t rounds;        /* 0: only describe the case */
+    double round_ms;       /* each round repeats the case for about so long, at least once */
+    double limit_ms;       /* after three rounds none begins past this time; 0: no limit */
+} anepy_bench_options;
+
+typedef struct anepy_bench_result {
+    uint32_t struct_size;
+    int32_t threads;
+    int32_t rounds;      /* measured */
+    int32_t repetitions; /* in each round */
+    int32_t bf16;        /* whether there is a bf16 form too */
+    int32_t reserved;
+    char isa[32];
+    char precision[16];
+    char shape[64];
+    char limit[32];    /* what bounds it: fp32, bf16 (arithmetic), read, copy, triad (memory) */
+    double operations; /* of one repetition */
+    double bytes;      /* that it has to read and write at least */
+    double calls;      /* repetitions in a step, or in an update */
+    double error;      /* |result - scalar| / |scalar|, the largest of its outputs */
+} anepy_bench_result;
+
+ANEPY_API const char *anepy_bench_at(int32_t index); /* names; NULL beyond the last */
+/* Checks a case against the scalar kernels (ANEPY_E_STATE if it is wrong), then times it.
+ * seconds: double[rounds], of one repetition each. */
+ANEPY_API int32_t anepy_bench_run(const anepy_model *model, anepy_bench_result *out,
+                                  double *seconds, const anepy_bench_options *options);
 
 #ifdef __cplusplus
 }

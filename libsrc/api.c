@@ -29,12 +29,12 @@ const char *anepy_build_id(void) { return ANEPY_BUILD_ID; }
 
 int32_t anepy_struct_size(int32_t index) {
     static const int32_t sizes[] = {
-        sizeof(anepy_config),          sizeof(anepy_tensor),       sizeof(anepy_engine_options),
-        sizeof(anepy_engine_info),     sizeof(anepy_step_stats),   sizeof(anepy_update_options),
-        sizeof(anepy_update_stats),    sizeof(anepy_library_info), sizeof(anepy_device_info),
-        sizeof(anepy_program_options), sizeof(anepy_program_info), sizeof(anepy_program_port),
-        sizeof(anepy_sim_options),     sizeof(anepy_sim_tensor),   sizeof(anepy_sim_report),
-        sizeof(anepy_peaks),
+        sizeof(anepy_config),          sizeof(anepy_tensor),        sizeof(anepy_engine_options),
+        sizeof(anepy_engine_info),     sizeof(anepy_step_stats),    sizeof(anepy_update_options),
+        sizeof(anepy_update_stats),    sizeof(anepy_library_info),  sizeof(anepy_device_info),
+        sizeof(anepy_program_options), sizeof(anepy_program_info),  sizeof(anepy_program_port),
+        sizeof(anepy_sim_options),     sizeof(anepy_sim_tensor),    sizeof(anepy_sim_report),
+        sizeof(anepy_peaks),           sizeof(anepy_bench_options), sizeof(anepy_bench_result),
     };
     return index >= 0 && index < (int32_t)(sizeof sizes / sizeof sizes[0]) ? sizes[index] : -1;
 }

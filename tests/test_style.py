@@ -86,6 +86,7 @@ def test_c_includes_point_down() -> None:
     kernels and model stand side by side: neither may know the other.
     """
     below = {
+        "bench": {"bench", "device", "programs", "model", "kernels", "runtime"},
         "train": {"train", "device", "programs", "model", "kernels", "runtime"},
         "device": {"device", "programs", "model", "kernels", "runtime"},
         "programs": {"programs", "model", "kernels", "runtime"},

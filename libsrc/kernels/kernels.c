@@ -71,3 +71,15 @@ const anepy_kernels *anepy_kernels_at(int32_t index) {
         if ((features & SETS[i].needs) == SETS[i].needs && index-- == 0) return SETS[i].set;
     return NULL;
 }
+
+int32_t anepy_kernels_named(const anepy_kernels **out, const char *isa) {
+    char names[96] = "";
+    if (isa == NULL) return (*out = anepy_kernels_get()) != NULL ? ANEPY_OK : ANEPY_E_NAME;
+    for (int32_t i = 0; (*out = anepy_kernels_at(i)) != NULL; i++) {
+        if (strcmp((*out)->isa, isa) == 0) return ANEPY_OK;
+        strcat(names, i > 0 ? ", " : "");
+        strcat(names, (*out)->isa);
+    }
+    return anepy_fail(ANEPY_E_NAME, "instruction set '%.20s' cannot run here: use one of %s", isa,
+                      names);
+}

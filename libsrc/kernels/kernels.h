@@ -128,6 +128,9 @@ const anepy_kernels *anepy_kernels_scalar(void);
 /* All sets this machine can run, best first, mask ignored; NULL beyond the last. */
 const anepy_kernels *anepy_kernels_at(int32_t index);
 
+/* The set with this name, NULL: the one in use; ANEPY_E_NAME with the list of all. */
+int32_t anepy_kernels_named(const anepy_kernels **out, const char *isa);
+
 /* One per instruction set, filled in its own file; present only on its processor family. */
 extern const anepy_kernels anepy_kernels_scalar_set;
 extern const anepy_kernels anepy_kernels_avx2_set;

@@ -1,4 +1,4 @@
-/* api_bench.c - the limits of this machine, measured by the shortest code that reaches them. */
+/* bench/peaks.c - the limits of this machine, measured by the shortest code that reaches them. */
 #include <string.h>
 
 #include "kernels/kernels.h"
@@ -132,24 +132,10 @@ static int32_t measure_memory(anepy_peaks *out, anepy_pool *pool) {
 /* -------------------------------------------------------------------------------------- the call
  */
 
-static int32_t find_set(const anepy_kernels **out, const char *isa) {
-    *out = anepy_kernels_get();
-    if (*out == NULL) return ANEPY_E_NAME;
-    if (isa == NULL) return ANEPY_OK;
-    char names[96] = "";
-    for (int32_t i = 0; (*out = anepy_kernels_at(i)) != NULL; i++) {
-        if (strcmp((*out)->isa, isa) == 0) return ANEPY_OK;
-        strncat(names, i > 0 ? ", " : "", sizeof names - strlen(names) - 1);
-        strncat(names, (*out)->isa, sizeof names - strlen(names) - 1);
-    }
-    return anepy_fail(ANEPY_E_NAME, "instruction set '%.20s' cannot run here: use one of %s", isa,
-                      names);
-}
-
 int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads) {
     const anepy_kernels *kernels;
     anepy_pool *pool;
-    ANEPY_TRY(find_set(&kernels, isa));
+    ANEPY_TRY(anepy_kernels_named(&kernels, isa));
     ANEPY_TRY(anepy_pool_create(&pool, threads));
     uint32_t size = out->struct_size;
     memset(out, 0, sizeof *out);

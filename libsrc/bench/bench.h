@@ -1,0 +1,87 @@
+/* bench/bench.h - inside of the benchmark: one table of cases, each a part of the training step at
+ * the shapes of a model, checked against the scalar kernels before it is timed.
+ *
+ * A case fills its buffers from a fixed sequence, runs once with the kernels under test and once
+ * with the scalar ones, and compares; only then it is repeated. Inputs of bf16 cases are exact in
+ * bf16, so that the float32 reference multiplies the same numbers. */
+#ifndef ANEPY_BENCH_BENCH_H
+#define ANEPY_BENCH_BENCH_H
+
+#include "device/device.h"
+
+#define ANEPY_BENCH_BUFFERS 8
+#define ANEPY_BENCH_PIECE 65536 /* elements of long vectors at a time, as train/update.c */
+#define ANEPY_BENCH_ENDS 96     /* rows computed by the reference, at both ends of a product */
+
+typedef enum { IN, OUT, INOUT, HALVES /* input of binary16 */ } anepy_bench_role;
+
+typedef struct {
+    float *data;
+    int64_t n;
+    anepy_bench_role role;
+    float low, high; /* of the numbers in it */
+} anepy_bench_buffer;
+
+typedef struct anepy_bench anepy_bench;
+
+typedef struct {
+    const char *name;
+    int32_t (*prepare)(anepy_bench *b); /* dimensions, buffers, limit; touches no buffer */
+    void (*run)(anepy_bench *b);        /* one repetition */
+    double tolerance; /* of |x - reference| / |reference| over each output; 0: the same bits */
+    int32_t option;   /* tells cases apart that share their functions */
+    int32_t has_bf16;
+    /* Cases on a device: open it and hand the buffers over, fetch what was computed, close. */
+    int32_t (*open)(anepy_bench *b);
+    int32_t (*fetch)(anepy_bench *b);
+    void (*close)(anepy_bench *b);
+} anepy_bench_case;
+
+struct anepy_bench {
+    const anepy_bench_case *what;
+    const anepy_model *model;
+    const anepy_kernels *kernels;
+    anepy_pool *pool;
+    anepy_gemm gemm;
+    anepy_dtype dtype;  /* of the factors of products */
+    int32_t seq, width; /* tokens; columns: tokens rounded up to 64 */
+    anepy_bench_result *result;
+    anepy_bench_buffer buffers[ANEPY_BENCH_BUFFERS];
+    int32_t buffer_n;
+    int32_t columns, valid; /* outputs are rows of so many numbers, so many of them compared */
+    int32_t rows, cols;     /* of the case, in its own sense */
+    int64_t n;
+    int32_t reference; /* 1: of a product only the ends are computed, and compared in any case */
+    anepy_product product;
+    int32_t reduction; /* longest one of anepy_gemm_piece */
+    anepy_model *one;  /* the model with a single layer */
+    anepy_device *device;
+    anepy_kernel *programs[2];
+    anepy_surface *surfaces[4]; /* input and output of each program */
+};
+
+/* Adds a buffer of n numbers in [low, high). */
+int32_t anepy_bench_add(anepy_bench *b, int64_t n, anepy_bench_role role, float low, float high);
+
+/* What bounds the case: "fp32", "bf16" (arithmetic), "read", "copy" or "triad" (memory); operations
+ * and bytes of one repetition; repetitions per step, or per update. */
+void anepy_bench_limit(anepy_bench *b, const char *limit, double operations, double bytes,
+                       double calls);
+const char *anepy_bench_arithmetic(const anepy_bench *b); /* "fp32" or "bf16" */
+
+#define ANEPY_BENCH_SHAPE(b, ...)                                                                  \
+    snprintf((b)->result->shape, sizeof(b)->result->shape, __VA_ARGS__)
+
+/* programs.c: programs of the CPU device, and attention alone. */
+int32_t anepy_bench_prepare_program(anepy_bench *b);
+int32_t anepy_bench_open_program(anepy_bench *b);
+int32_t anepy_bench_fetch_program(anepy_bench *b);
+void anepy_bench_close_program(anepy_bench *b);
+void anepy_bench_run_program(anepy_bench *b);
+void anepy_bench_run_attention(anepy_bench *b);
+void anepy_bench_run_attention_backward(anepy_bench *b);
+
+/* bench/cases.c; NULL beyond the last. */
+const anepy_bench_case *anepy_bench_case_at(int32_t index);
+
+#endif

@@ -98,7 +98,7 @@ def print_columns(
         title_style="bold",
         box=box.ASCII if ascii_only else box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, _GAP, 0, 0),
+        padding=(0, _GAP - 1, 0, 0),  # the box adds one
         show_edge=False,
     )
     for c in columns:

@@ -49,6 +49,8 @@ int32_t anepy_device_get_info(int32_t index, anepy_device_info *out) {
     return ANEPY_OK;
 }
 
+#define MOVE_ROWS 128 /* channels converted per piece */
+
 static size_t element_size(anepy_dtype dtype) { return dtype == ANEPY_F32 ? 4 : 2; }
 
 /* Where a channel begins; the surface is locked. */
@@ -57,25 +59,46 @@ static void *channel_data(anepy_surface *surface, int32_t channel) {
     return (char *)surface->data + (size_t)channel * row;
 }
 
+/* Host rows of float32 to or from channels of a surface, converting. */
+typedef struct {
+    const anepy_surface *surface;
+    void *inside;
+    float *host;
+    int32_t count, writing;
+} move;
+
+static void move_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const move *m = context;
+    const anepy_kernels *kernels = m->surface->device->options.gemm->kernels;
+    int64_t first = (int64_t)index * MOVE_ROWS * m->surface->width;
+    int64_t n = (int64_t)anepy_min_i32(MOVE_ROWS, m->count - index * MOVE_ROWS) * m->surface->width;
+    void *inside = (char *)m->inside + first * (int64_t)element_size(m->surface->dtype);
+    float *host = m->host + first;
+    if (m->surface->dtype == ANEPY_F32)
+        memcpy(m->writing ? inside : host, m->writing ? host : inside, (size_t)n * sizeof(float));
+    else if (m->writing) kernels->to_half(inside, host, n);
+    else kernels->from_half(host, inside, n);
+}
+
+static int32_t move_channels(anepy_surface *surface, int32_t channel, move m) {
+    const anepy_device *device = surface->device;
+    ANEPY_TRY(device->ops->lock(surface, m.writing));
+    m.surface = surface;
+    m.inside = channel_data(surface, channel);
+    anepy_pool_run(device->options.gemm->pool, (m.count + MOVE_ROWS - 1) / MOVE_ROWS, move_rows,
+                   &m);
+    return device->ops->unlock(surface, m.writing);
+}
+
 int32_t anepy_surface_read(anepy_surface *surface, int32_t channel, int32_t count, float *dst) {
-    const anepy_device_ops *ops = surface->device->ops;
-    int64_t n = (int64_t)count * surface->width;
-    ANEPY_TRY(ops->lock(surface, 0));
-    const void *src = channel_data(surface, channel);
-    if (surface->dtype == ANEPY_F16) surface->device->options.gemm->kernels->from_half(dst, src, n);
-    else memcpy(dst, src, (size_t)n * sizeof(float));
-    return ops->unlock(surface, 0);
+    return move_channels(surface, channel, (move){.host = dst, .count = count});
 }
 
 int32_t anepy_surface_write(anepy_surface *surface, int32_t channel, int32_t count,
                             const float *src) {
-    const anepy_device_ops *ops = surface->device->ops;
-    int64_t n = (int64_t)count * surface->width;
-    ANEPY_TRY(ops->lock(surface, 1));
-    void *dst = channel_data(surface, channel);
-    if (surface->dtype == ANEPY_F16) surface->device->options.gemm->kernels->to_half(dst, src, n);
-    else memcpy(dst, src, (size_t)n * sizeof(float));
-    return ops->unlock(surface, 1);
+    return move_channels(surface, channel,
+                         (move){.host = (float *)src, .count = count, .writing = 1});
 }
 
 int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surface *src,

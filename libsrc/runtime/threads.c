@@ -42,7 +42,7 @@ struct anepy_pool {
     worker_arg workers[MAX_WORKERS];
 };
 
-static void pause_cpu(void) {
+void anepy_cpu_pause(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -134,7 +134,7 @@ static void spin_for_epoch(anepy_pool *pool, uint32_t seen) {
     do {
         for (int i = 0; i < 64; i++) {
             if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen) return;
-            pause_cpu();
+            anepy_cpu_pause();
         }
     } while (anepy_now_ms() < end);
 }
@@ -192,7 +192,7 @@ static void await_leavers(anepy_pool *pool, anepy_loop *loop) {
         double end = anepy_now_ms() + SPIN_MS;
         while (atomic_load_explicit(&loop->active, memory_order_acquire) > 0 &&
                anepy_now_ms() < end)
-            pause_cpu();
+            anepy_cpu_pause();
         pthread_mutex_lock(&pool->mutex);
         if (atomic_load(&loop->active) == 0) break;
         pool->watchers++;

@@ -43,6 +43,9 @@ void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_
 /* Helps until every background loop is done. */
 void anepy_pool_wait(anepy_pool *pool);
 
+/* For loops that wait for another thread. */
+void anepy_cpu_pause(void);
+
 /* A thread that gets no signals: they stay with the interpreter's. */
 int32_t anepy_thread_start(pthread_t *out, void *(*main)(void *), void *context);
 

@@ -1,25 +1,85 @@
 /* train/dw.c - weight gradients: dW (+)= dY . X^T of each layer, in the background. */
+#include <stdatomic.h>
+#include <string.h>
+
 #include "runtime/memory.h"
 #include "train/engine.h"
 
+#define CONVERT_ROWS 64 /* per piece */
+
+static int caches_raw(const anepy_engine *e) {
+    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && e->metal == NULL;
+}
+
+int64_t anepy_capture_n(const anepy_engine *e, int32_t channels) {
+    int64_t n = (int64_t)channels * e->width;
+    if (anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F32) return 0;
+    return caches_raw(e) ? n + n / 2 : n;
+}
+
+const uint16_t *anepy_capture_raw(const anepy_engine *e, const anepy_operand *o) {
+    if (o->source->device == NULL || !caches_raw(e)) return NULL;
+    return (const uint16_t *)(const void *)(o->capture + (int64_t)o->channels * e->width);
+}
+
+static int32_t read_raw(anepy_engine *e, anepy_operand *o) {
+    const anepy_device_ops *ops = e->device->ops;
+    anepy_surface *s = o->source;
+    int64_t n = (int64_t)o->channels * s->width;
+    ANEPY_TRY(ops->lock(s, 0));
+    memcpy(o->capture + n, (const uint16_t *)s->data + (int64_t)o->channel * s->width,
+           (size_t)n * sizeof(uint16_t));
+    return ops->unlock(s, 0);
+}
+
 /* float32 rows of an operand. A host buffer, and with fp16_cache a surface that holds float32 the
- * host can see, is used where it is; otherwise the calling thread reads it back into a capture
- * buffer, which without prealloc is made now and freed when the products are done. */
+ * host can see, is used where it is. Others go to a capture buffer, which without prealloc is made
+ * now and freed when the products are done: with fp16_cache as they are, to be converted by the
+ * product's task, otherwise converted by the calling thread. */
 static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out) {
     anepy_surface *s = o->source;
-    if (s->device == NULL || (anepy_on(e, ANEPY_FP16_CACHE) && s->dtype == ANEPY_F32)) {
+    int64_t n = anepy_capture_n(e, o->channels);
+    if (s->device == NULL || n == 0) {
         *out = (const float *)s->data + (int64_t)o->channel * s->width;
         return ANEPY_OK;
     }
     if (o->capture == NULL) {
-        uint64_t nbytes = (uint64_t)o->channels * (uint64_t)s->width * sizeof(float);
+        uint64_t nbytes = (uint64_t)n * sizeof(float);
         o->capture = anepy_heap_alloc(nbytes);
         if (o->capture == NULL)
             return anepy_fail(ANEPY_E_MEMORY, "no memory for a capture buffer of %llu bytes",
                               (unsigned long long)nbytes);
     }
     *out = o->capture;
-    return anepy_surface_read(s, o->channel, o->channels, o->capture);
+    return caches_raw(e) ? read_raw(e, o)
+                         : anepy_surface_read(s, o->channel, o->channels, o->capture);
+}
+
+static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
+    return anepy_capture_raw(e, o) != NULL ? (o->channels + CONVERT_ROWS - 1) / CONVERT_ROWS : 0;
+}
+
+static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece) {
+    int64_t first = (int64_t)piece * CONVERT_ROWS * e->width;
+    int32_t rows = anepy_min_i32(CONVERT_ROWS, o->channels - piece * CONVERT_ROWS);
+    anepy_vector(e)->from_half(o->capture + first, anepy_capture_raw(e, o) + first,
+                               (int64_t)rows * e->width);
+}
+
+/* Indices are taken in order, so whoever waits here waits for conversions that are being done. */
+static void dw_piece(void *context, int32_t index, int32_t worker) {
+    anepy_dw *dw = context;
+    const anepy_engine *e = dw->engine;
+    if (index < dw->conversions) {
+        int32_t first = conversions(e, &dw->dy);
+        if (index < first) convert(e, &dw->dy, index);
+        else convert(e, &dw->x, index - first);
+        atomic_fetch_add_explicit(&dw->converted, 1, memory_order_release);
+        return;
+    }
+    while (atomic_load_explicit(&dw->converted, memory_order_acquire) < dw->conversions)
+        anepy_cpu_pause();
+    anepy_gemm_piece(&dw->job, index - dw->conversions, worker);
 }
 
 /* On the GPU the products of a layer are one group: the last is that of wq, wk, wv. */
@@ -29,8 +89,11 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     if (e->metal != NULL)
         return anepy_gpu.multiply(e->metal, layer * DW_N + which, &dw->job.product,
                                   which == DW_QKV);
-    anepy_pool_submit(e->pool, &dw->loop, anepy_gemm_pieces(&dw->job.product), anepy_gemm_piece,
-                      &dw->job, !anepy_on(e, ANEPY_CONCURRENT_DW));
+    dw->engine = e;
+    dw->conversions = conversions(e, &dw->dy) + conversions(e, &dw->x);
+    atomic_store(&dw->converted, 0);
+    anepy_pool_submit(e->pool, &dw->loop, dw->conversions + anepy_gemm_pieces(&dw->job.product),
+                      dw_piece, dw, !anepy_on(e, ANEPY_CONCURRENT_DW));
     return ANEPY_OK;
 }
 

@@ -26,8 +26,9 @@ static anepy_surface carve_surface(carver *c, int32_t channels, int32_t width) {
     return (anepy_surface){NULL, ANEPY_F32, channels, width, carve(c, (int64_t)channels * width)};
 }
 
-static void carve_operand(carver *c, anepy_operand *o, int64_t width) {
-    if (o->source->device != NULL) o->capture = carve(c, o->channels * width);
+static void carve_operand(const anepy_engine *e, carver *c, anepy_operand *o) {
+    int64_t n = o->source->device != NULL ? anepy_capture_n(e, o->channels) : 0;
+    if (n > 0) o->capture = carve(c, n);
 }
 
 static void lay_out(anepy_engine *e, carver *c) {
@@ -81,16 +82,15 @@ static int32_t allocate_host(anepy_engine *e) {
 /* prealloc: capture buffers once per layer, for the operands that will need one. */
 static int32_t allocate_captures(anepy_engine *e) {
     if (!anepy_keeps_captures(e)) return ANEPY_OK;
-    if (anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F32) return ANEPY_OK;
     for (int pass = 0; pass < 2; pass++) {
         carver c = {e->captures, 0};
         for (int32_t l = 0; l < e->model->config.n_layers; l++) {
             for (int32_t i = 0; i < DW_N; i++) {
-                carve_operand(&c, &e->layers[l].dw[i].dy, e->width);
-                carve_operand(&c, &e->layers[l].dw[i].x, e->width);
+                carve_operand(e, &c, &e->layers[l].dw[i].dy);
+                carve_operand(e, &c, &e->layers[l].dw[i].x);
             }
         }
-        if (pass > 0) break;
+        if (pass > 0 || c.used == 0) break;
         e->captures_nbytes = (uint64_t)c.used * sizeof(float);
         e->captures = anepy_map(e->captures_nbytes);
         if (e->captures == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for capture buffers");

@@ -29,7 +29,8 @@ typedef struct {
 /* Weight-gradient products of a layer; those of one input are one product (model.h). */
 enum { DW_W2, DW_W13, DW_WO, DW_QKV, DW_N };
 
-/* Both factors of a product: where they are, and a float32 copy where one is needed. */
+/* A factor of a product: where it is, and a float32 copy where one is needed; with fp16_cache the
+ * raw half-precision values behind it, which the product's task converts. */
 typedef struct {
     anepy_surface *source;
     int32_t channel, channels;
@@ -39,7 +40,10 @@ typedef struct {
 typedef struct {
     anepy_operand dy, x;
     int64_t gradient; /* offset in the arena */
+    anepy_engine *engine;
     anepy_gemm_job job;
+    int32_t conversions;       /* pieces that convert raw factors come first */
+    _Atomic int32_t converted; /* and have to be done before the product's */
     anepy_loop loop;
 } anepy_dw;
 
@@ -81,7 +85,7 @@ struct anepy_engine {
     anepy_gemm gemm;
     anepy_device *device;
     anepy_metal *metal; /* with metal_dw: computes the weight gradients of the layers */
-    anepy_node *nodes; /* all programs that run: layer by layer, then those of no layer */
+    anepy_node *nodes;  /* all programs that run: layer by layer, then those of no layer */
     int32_t node_n;
     anepy_node *tail[ANEPY_PROGRAM_N]; /* of no layer: the first part of each; NULL: it is off */
     anepy_layer *layers;
@@ -194,6 +198,10 @@ int32_t anepy_dw_start_all(anepy_engine *e); /* those that waited for the verdic
 int32_t anepy_dw_wait(anepy_engine *e);      /* until done; frees what was allocated */
 /* Are capture buffers there from the start? A GPU reads only what it was given once. */
 int anepy_keeps_captures(const anepy_engine *e);
+/* float32 elements of the capture buffer of so many channels; 0: read where they are. */
+int64_t anepy_capture_n(const anepy_engine *e, int32_t channels);
+/* Raw half-precision values of a factor, [channels, width]; NULL: it was read back as float32. */
+const uint16_t *anepy_capture_raw(const anepy_engine *e, const anepy_operand *o);
 int32_t anepy_dw_open_gpu(anepy_engine *e); /* shares all that products read and write */
 
 /* scaling.c */

@@ -22,6 +22,14 @@ static int finite_rows(const anepy_engine *e, const float *x, int64_t rows, int6
     return 1;
 }
 
+static int finite_raw(const anepy_engine *e, const uint16_t *x, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) {
+        anepy_vector(e)->from_half(e->staging[0], x + r * e->width, e->columns);
+        if (!finite(e, e->staging[0], e->columns)) return 0;
+    }
+    return 1;
+}
+
 int anepy_input_gradient_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     return finite_rows(e, e->dx.data, c->dim, e->width) &&
@@ -35,8 +43,11 @@ int anepy_gradients_finite(anepy_engine *e) {
     if (!anepy_input_gradient_finite(e)) return 0;
     for (int32_t l = 0; l < c->n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
-            const anepy_product *p = &e->layers[l].dw[i].job.product;
-            if (!finite_rows(e, p->a, p->m, p->a_row)) return 0;
+            const anepy_dw *dw = &e->layers[l].dw[i];
+            const uint16_t *raw = anepy_capture_raw(e, &dw->dy);
+            if (raw != NULL ? !finite_raw(e, raw, dw->dy.channels)
+                            : !finite_rows(e, dw->job.product.a, dw->dy.channels, e->width))
+                return 0;
         }
     }
     return 1;

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cases import GQA, SEPARATE, bits, make_engine, message, sequence
 
 from anepy import _abi
+from anepy.data import Sampler, TokenData
 from anepy.device import devices
 from anepy.engine import Engine, library_info, variants
+from anepy.errors import ConfigError
+from anepy.estimates import LOSS_TOLERANCE, agreement
 from anepy.model import Model, ModelConfig
+from anepy.tokenizer import Tokenizer
 
 MEMORY_SWITCHES = ("prealloc", "fp16_cache", "skip_dead_reads", "concurrent_dw", "vector_embed")
 
@@ -160,6 +167,58 @@ def test_training_does_not_depend_on_the_threads(variant: str, config: ModelConf
 def test_switch_that_only_moves_memory_changes_no_bit(switch: str) -> None:
     assert train(f"baseline+{switch}") == train("baseline")
     assert train(f"opt-{switch}") == train("opt")
+
+
+# ------------------------------------------------------- fifty steps of fine-tuning a real model
+
+
+def places() -> list[tuple[str, str]]:
+    """List every device with every precision it has here."""
+    found = []
+    for device in ("cpu", "sim"):
+        for precision in LOSS_TOLERANCE:
+            try:
+                Engine(Model(GQA), "baseline", device, precision).close()
+            except ConfigError:
+                continue
+            found.append((device, precision))
+    return found
+
+
+@pytest.mark.parametrize(("device", "precision"), places())
+def test_fifty_steps_of_every_variant_agree_with_the_baseline(
+    shared: Callable[[str], Path], device: str, precision: str
+) -> None:
+    tokenizer = Tokenizer.load(shared("tok512.bin"))
+    text = shared("tinyshakespeare.txt").read_text()[:50000]
+    data = TokenData.from_array(np.array(tokenizer.encode(text), dtype=np.uint16))
+
+    def curve(variant: str) -> list[float]:
+        sampler, losses = Sampler(data, 128, 0), []
+        model = Model.load(shared("stories260K.bin"))
+        with Engine(model, variant, device, precision, seq_len=128) as engine:
+            for step in range(1, 51):
+                losses.append(engine.step(*sampler.next()).loss)
+                if step % 10 == 0:
+                    engine.update(lr=3e-4)
+        return losses
+
+    baseline = curve("baseline")
+    assert np.mean(baseline[-10:]) < 0.9 * np.mean(baseline[:10])
+    alike = {"dynamic", *(f"baseline+{switch}" for switch in MEMORY_SWITCHES)}
+    switches = ("simd_adam", *OFFLOADS)
+    for variant in {*variants(device), *alike, *(f"baseline+{switch}" for switch in switches)}:
+        if variant == "dynamic" and device == "cpu":
+            continue
+        losses = curve(variant)
+        if variant == "double-buffer":  # one update stale: native/weights.c checks every step of it
+            assert losses[:10] == baseline[:10]
+            assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
+        elif variant in alike:
+            assert losses == baseline, variant
+        else:
+            found = agreement(baseline, losses, LOSS_TOLERANCE[precision])
+            assert found.agrees, (variant, found)
 
 
 # ------------------------------------------------------------------------------------ the library

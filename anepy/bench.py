@@ -139,7 +139,7 @@ class Description:
         bytes: what one repetition has to read and write at least.
         calls: repetitions in a training step (in an update, for `adam` and `gradient_norm`);
             0 where that depends on the device, or the step does without it.
-        has_bf16: whether there is a form with bf16 factors too.
+        forms: the precisions there are: of the factors of products, or what is converted.
     """
 
     shape: str
@@ -147,7 +147,7 @@ class Description:
     operations: float
     bytes: float
     calls: float
-    has_bf16: bool
+    forms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -269,10 +269,7 @@ def plan(table: TensorTable, settings: Settings) -> list[Job]:
             for precision in settings.precisions:
                 for name in chosen:
                     job = Job(name, isa, "fp32", threads)
-                    has_bf16 = describe(table, job, settings.seq).has_bf16
-                    if precision == "fp32":
-                        jobs.append(job)
-                    elif has_bf16:
+                    if precision in describe(table, job, settings.seq).forms:
                         jobs.append(replace(job, precision=precision))
     if not jobs:
         raise ConfigError("nothing to measure: no chosen instruction set has bf16 products")
@@ -297,7 +294,7 @@ def describe(table: TensorTable, job: Job, seq: int) -> Description:
         operations=found.operations,
         bytes=found.bytes,
         calls=found.calls,
-        has_bf16=bool(found.bf16),
+        forms=("fp32",) * found.fp32 + ("bf16",) * found.bf16,
     )
 
 

@@ -423,8 +423,8 @@ typedef struct anepy_bench_result {
     int32_t threads;
     int32_t rounds;      /* measured */
     int32_t repetitions; /* in each round */
-    int32_t bf16;        /* whether there is a bf16 form too */
-    int32_t reserved;
+    int32_t fp32;        /* whether there is such a form of it */
+    int32_t bf16;
     char isa[32];
     char precision[16];
     char shape[64];

@@ -68,7 +68,7 @@ static void fill_piece(void *context, int32_t index, int32_t worker) {
 
 static void fill(anepy_bench *b) {
     for (int32_t i = 0; i < b->buffer_n; i++) {
-        filling f = {&b->buffers[i], (uint64_t)(i + 1) << 40, b->dtype == ANEPY_BF16};
+        filling f = {&b->buffers[i], (uint64_t)(i + 1) << 40, b->exact};
         anepy_pool_run(b->pool, (int32_t)((f.to->n + PIECE - 1) / PIECE), fill_piece, &f);
     }
 }
@@ -118,13 +118,14 @@ static void save(const anepy_bench *b, float *to) {
     }
 }
 
-static int has_bf16(const anepy_kernels *kernels) {
-    (void)kernels;
-    return 0;
+static int has_bf16(const anepy_bench *b) {
+    if (b->kernels->bf16 == NULL || !(b->what->forms & ANEPY_BENCH_BF16)) return 0;
+    return b->what->open == NULL || (anepy_device_cpu.precisions >> ANEPY_BF16 & 1u) != 0;
 }
 
 static void choose(anepy_bench *b, const anepy_kernels *kernels, anepy_dtype dtype) {
     b->gemm.kernels = b->kernels = kernels;
+    b->gemm.bf16 = dtype == ANEPY_BF16 ? kernels->bf16 : NULL;
     b->dtype = dtype;
 }
 
@@ -247,11 +248,14 @@ static int32_t find(anepy_bench *b, const anepy_bench_options *o) {
     ANEPY_TRY(anepy_kernels_named(&b->kernels, o->isa));
     const char *precision = o->precision != NULL ? o->precision : "fp32";
     snprintf(b->result->precision, sizeof b->result->precision, "%s", precision);
-    if (strcmp(precision, "fp32") == 0) return ANEPY_OK;
+    int only_bf16 = !(b->what->forms & ANEPY_BENCH_FP32) && o->rounds > 0;
+    if (strcmp(precision, "fp32") == 0 && !only_bf16) return ANEPY_OK;
+    if (strcmp(precision, "fp32") == 0)
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "%s has no fp32 form", b->what->name);
     if (strcmp(precision, "bf16") != 0)
         return anepy_fail(ANEPY_E_NAME, "precision '%.20s' has no benchmark: use fp32 or bf16",
                           precision);
-    if (!has_bf16(b->kernels) || !b->what->has_bf16)
+    if (!has_bf16(b))
         return anepy_fail(ANEPY_E_UNSUPPORTED, "%s has no bf16 form with instruction set %s",
                           b->what->name, b->kernels->isa);
     b->dtype = ANEPY_BF16;
@@ -273,7 +277,8 @@ int32_t anepy_bench_run(const anepy_model *model, anepy_bench_result *out, doubl
     b.gemm.pool = b.pool;
     out->threads = anepy_pool_threads(b.pool);
     snprintf(out->isa, sizeof out->isa, "%s", b.kernels->isa);
-    out->bf16 = b.what->has_bf16 && has_bf16(b.kernels);
+    out->bf16 = has_bf16(&b);
+    out->fp32 = (b.what->forms & ANEPY_BENCH_FP32) != 0;
     choose(&b, b.kernels, b.dtype);
     uint64_t fpmode = anepy_fpmode_enter();
     int32_t status = b.what->prepare(&b);

@@ -22,6 +22,9 @@ typedef struct {
     float low, high; /* of the numbers in it */
 } anepy_bench_buffer;
 
+#define ANEPY_BENCH_FP32 1
+#define ANEPY_BENCH_BF16 2
+
 typedef struct anepy_bench anepy_bench;
 
 typedef struct {
@@ -30,7 +33,8 @@ typedef struct {
     void (*run)(anepy_bench *b);        /* one repetition */
     double tolerance; /* of |x - reference| / |reference| over each output; 0: the same bits */
     int32_t option;   /* tells cases apart that share their functions */
-    int32_t has_bf16;
+    int32_t forms;    /* ANEPY_BENCH_FP32, ANEPY_BENCH_BF16: by what factors are multiplied, or what
+                         is converted */
     /* Cases on a device: open it and hand the buffers over, fetch what was computed, close. */
     int32_t (*open)(anepy_bench *b);
     int32_t (*fetch)(anepy_bench *b);
@@ -44,6 +48,7 @@ struct anepy_bench {
     anepy_pool *pool;
     anepy_gemm gemm;
     anepy_dtype dtype;  /* of the factors of products */
+    int32_t exact;      /* 1: inputs are exact in bf16 */
     int32_t seq, width; /* tokens; columns: tokens rounded up to 64 */
     anepy_bench_result *result;
     anepy_bench_buffer buffers[ANEPY_BENCH_BUFFERS];

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "bench/bench.h"
+#include "runtime/half.h"
 
 #define COLS ANEPY_COLUMNS
 #define PIECE ANEPY_BENCH_PIECE
@@ -33,6 +34,7 @@ static double weight_shape(anepy_bench *b, int32_t which) {
 static int32_t prepare_product(anepy_bench *b, const anepy_product *p, int64_t a_n, int64_t b_n,
                                double calls) {
     b->product = *p;
+    b->exact = b->dtype == ANEPY_BF16;
     b->columns = b->valid = (int32_t)p->ldc;
     b->rows = p->m;
     b->reduction = p->k;
@@ -170,16 +172,35 @@ static void run_norm_of_gradient(anepy_bench *b) {
     anepy_pool_run(b->pool, pieces(b->n), sum_squares_piece, b);
 }
 
-enum { TO_HALF, FROM_HALF, COPY };
+enum { TO_HALF, FROM_HALF, TO_BF16, FROM_BF16, COPY };
 
 static int32_t prepare_conversion(anepy_bench *b) {
     int32_t what = b->what->option;
     vector_case(b, "copy", 1.0, what == COPY ? 8.0 : 6.0);
     b->result->calls = 0.0; /* how often depends on device and precision */
-    add(b, what == TO_HALF ? (b->n + 1) / 2 : b->n, OUT, 0.0f, 0.0f);
-    if (what == FROM_HALF) add(b, (b->n + 1) / 2, HALVES, 0.0f, 0.0f);
+    add(b, what == TO_HALF || what == TO_BF16 ? (b->n + 1) / 2 : b->n, OUT, 0.0f, 0.0f);
+    if (what == FROM_HALF || what == FROM_BF16) add(b, (b->n + 1) / 2, HALVES, 0.0f, 0.0f);
     else add(b, b->n, IN, -1.0f, 1.0f);
     return ANEPY_OK;
+}
+
+/* The scalar set has no bf16: to nearest even, as the contract says. */
+static void to_bf16(const anepy_kernels *kernels, uint16_t *dst, const float *src, int64_t n) {
+    if (kernels->bf16 != NULL) {
+        kernels->bf16->to_bf16(dst, src, n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &src[i], sizeof bits);
+        dst[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+static void from_bf16(const anepy_kernels *kernels, float *dst, const uint16_t *src, int64_t n) {
+    if (kernels->bf16 != NULL) kernels->bf16->from_bf16(dst, src, n);
+    else
+        for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
 }
 
 static void conversion_piece(void *context, int32_t index, int32_t worker) {
@@ -190,6 +211,8 @@ static void conversion_piece(void *context, int32_t index, int32_t worker) {
     switch (b->what->option) {
     case TO_HALF: b->kernels->to_half((uint16_t *)(void *)to + i, from + i, n); break;
     case FROM_HALF: b->kernels->from_half(to + i, (uint16_t *)(void *)from + i, n); break;
+    case TO_BF16: to_bf16(b->kernels, (uint16_t *)(void *)to + i, from + i, n); break;
+    case FROM_BF16: from_bf16(b->kernels, to + i, (uint16_t *)(void *)from + i, n); break;
     default: memcpy(to + i, from + i, (size_t)n * sizeof(float)); break;
     }
 }
@@ -349,21 +372,23 @@ static void run_softmax(anepy_bench *b) {
 #define PRODUCT_TOLERANCE 1e-5 /* another order of up to 32000 float32 summands */
 #define PASS_TOLERANCE 1e-5    /* a few roundings, exp to 2 ulp, sums over a few hundred */
 
+#define BOTH (ANEPY_BENCH_FP32 | ANEPY_BENCH_BF16)
+
 #define PRODUCTS(suffix, prepare)                                                                  \
-    {"qkv_" suffix, prepare, run_product, PRODUCT_TOLERANCE, QKV, 1, NULL, NULL, NULL},            \
-        {"wo_" suffix, prepare, run_product, PRODUCT_TOLERANCE, WO, 1, NULL, NULL, NULL},          \
-        {"w13_" suffix, prepare, run_product, PRODUCT_TOLERANCE, W13, 1, NULL, NULL, NULL},        \
-        {"w2_" suffix, prepare, run_product, PRODUCT_TOLERANCE, W2, 1, NULL, NULL, NULL}, {        \
-        "classifier_" suffix, prepare, run_product, PRODUCT_TOLERANCE, CLASSIFIER, 1, NULL, NULL,  \
-            NULL                                                                                   \
+    {"qkv_" suffix, prepare, run_product, PRODUCT_TOLERANCE, QKV, BOTH, NULL, NULL, NULL},         \
+        {"wo_" suffix, prepare, run_product, PRODUCT_TOLERANCE, WO, BOTH, NULL, NULL, NULL},       \
+        {"w13_" suffix, prepare, run_product, PRODUCT_TOLERANCE, W13, BOTH, NULL, NULL, NULL},     \
+        {"w2_" suffix, prepare, run_product, PRODUCT_TOLERANCE, W2, BOTH, NULL, NULL, NULL}, {     \
+        "classifier_" suffix, prepare, run_product, PRODUCT_TOLERANCE, CLASSIFIER, BOTH, NULL,     \
+            NULL, NULL                                                                             \
     }
 
 #define KERNEL(name, prepare, run, tolerance, option)                                              \
-    { name, prepare, run, tolerance, option, 0, NULL, NULL, NULL }
+    { name, prepare, run, tolerance, option, ANEPY_BENCH_FP32, NULL, NULL, NULL }
 
-#define PROGRAM(name, run, option, bf16)                                                           \
+#define PROGRAM(name, run, option, forms)                                                          \
     {                                                                                              \
-        name, anepy_bench_prepare_program, run, PASS_TOLERANCE, option, bf16,                      \
+        name, anepy_bench_prepare_program, run, PASS_TOLERANCE, option, forms,                     \
             anepy_bench_open_program, anepy_bench_fetch_program, anepy_bench_close_program         \
     }
 
@@ -371,8 +396,9 @@ static const anepy_bench_case CASES[] = {
     PRODUCTS("forward", prepare_forward),
     PRODUCTS("dx", prepare_dx),
     PRODUCTS("dw", prepare_dw),
-    PROGRAM("attention_forward", anepy_bench_run_attention, ANEPY_SDPA_FWD, 0),
-    PROGRAM("attention_backward", anepy_bench_run_attention_backward, ANEPY_SDPA_BWD1, 0),
+    PROGRAM("attention_forward", anepy_bench_run_attention, ANEPY_SDPA_FWD, ANEPY_BENCH_FP32),
+    PROGRAM("attention_backward", anepy_bench_run_attention_backward, ANEPY_SDPA_BWD1,
+            ANEPY_BENCH_FP32),
     KERNEL("rmsnorm", prepare_rmsnorm, run_rmsnorm, PASS_TOLERANCE, 0),
     KERNEL("rmsnorm_backward", prepare_rmsnorm_backward, run_rmsnorm_backward, PASS_TOLERANCE, 0),
     KERNEL("swiglu", prepare_swiglu, run_swiglu, PASS_TOLERANCE, GATE),
@@ -382,14 +408,18 @@ static const anepy_bench_case CASES[] = {
     KERNEL("gradient_norm", prepare_norm_of_gradient, run_norm_of_gradient, PASS_TOLERANCE, 0),
     KERNEL("to_fp16", prepare_conversion, run_conversion, 0.0, TO_HALF),
     KERNEL("from_fp16", prepare_conversion, run_conversion, 0.0, FROM_HALF),
+    {"to_bf16", prepare_conversion, run_conversion, 0.0, TO_BF16, ANEPY_BENCH_BF16, NULL, NULL,
+     NULL},
+    {"from_bf16", prepare_conversion, run_conversion, 0.0, FROM_BF16, ANEPY_BENCH_BF16, NULL, NULL,
+     NULL},
     KERNEL("matvec", prepare_matvec, run_matvec, PRODUCT_TOLERANCE, 0),
     KERNEL("copy", prepare_conversion, run_conversion, 0.0, COPY),
-    PROGRAM("sdpa_fwd", anepy_bench_run_program, ANEPY_SDPA_FWD, 1),
-    PROGRAM("ffn_fwd", anepy_bench_run_program, ANEPY_FFN_FWD, 1),
-    PROGRAM("ffn_bwd", anepy_bench_run_program, ANEPY_FFN_BWD, 1),
-    PROGRAM("sdpa_bwd1", anepy_bench_run_program, ANEPY_SDPA_BWD1, 1),
-    PROGRAM("sdpa_bwd2", anepy_bench_run_program, ANEPY_SDPA_BWD2, 1),
-    PROGRAM("qkv_bwd", anepy_bench_run_program, ANEPY_QKV_BWD, 1),
+    PROGRAM("sdpa_fwd", anepy_bench_run_program, ANEPY_SDPA_FWD, BOTH),
+    PROGRAM("ffn_fwd", anepy_bench_run_program, ANEPY_FFN_FWD, BOTH),
+    PROGRAM("ffn_bwd", anepy_bench_run_program, ANEPY_FFN_BWD, BOTH),
+    PROGRAM("sdpa_bwd1", anepy_bench_run_program, ANEPY_SDPA_BWD1, BOTH),
+    PROGRAM("sdpa_bwd2", anepy_bench_run_program, ANEPY_SDPA_BWD2, BOTH),
+    PROGRAM("qkv_bwd", anepy_bench_run_program, ANEPY_QKV_BWD, BOTH),
 };
 
 const anepy_bench_case *anepy_bench_case_at(int32_t index) {

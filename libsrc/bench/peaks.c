@@ -29,6 +29,16 @@ static void fma_piece(void *context, int32_t index, int32_t worker) {
     c->mean[index] = c->kernels->fma_chains(0.5f, 1.0f, CHAIN_ROUNDS);
 }
 
+#define ONE 0x3f800000u  /* a pair of bf16 numbers: 0 and 1 */
+#define TINY 0x38803880u /* 2^-14 twice */
+#define SUM_OF_TINY 2.0f /* after CHAIN_ROUNDS */
+
+static void dot_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const chains *c = context;
+    c->mean[index] = c->kernels->bf16->dot_chains(ONE, TINY, CHAIN_ROUNDS);
+}
+
 typedef void (*trial_fn)(void *context);
 
 /* The shortest of several trials in milliseconds: what else runs can only make them longer. */
@@ -59,18 +69,30 @@ static double loop_ms(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *c
     return shortest_ms(run_loop, &(loop_trial){pool, count, fn, context});
 }
 
+/* operations: of a chain in a round. Chains that end elsewhere were not computed as asked. */
+static int32_t measure_chains(double *gflops, const chains *c, anepy_pool *pool, anepy_loop_fn fn,
+                              double operations, float expected) {
+    int32_t count = CHAIN_PIECES * anepy_pool_threads(pool);
+    operations *= (double)c->kernels->chain_n * CHAIN_ROUNDS * count;
+    *gflops = operations / loop_ms(pool, count, fn, (void *)(uintptr_t)c) * 1e-6;
+    for (int32_t i = 0; i < count; i++)
+        if (c->mean[i] != expected)
+            return anepy_fail(ANEPY_E_STATE, "a chain of %s instructions gave %g instead of %g",
+                              c->kernels->isa, (double)c->mean[i], (double)expected);
+    return ANEPY_OK;
+}
+
 static int32_t measure_arithmetic(anepy_peaks *out, const anepy_kernels *kernels,
                                   anepy_pool *pool) {
     int32_t count = CHAIN_PIECES * anepy_pool_threads(pool);
     chains c = {kernels, anepy_heap_alloc((uint64_t)count * sizeof(float))};
     if (c.mean == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d results", count);
-    double operations = 2.0 * kernels->chain_n * CHAIN_ROUNDS * count;
-    out->fp32_gflops = operations / loop_ms(pool, count, fma_piece, &c) * 1e-6;
-    int32_t status = ANEPY_OK;
-    for (int32_t i = 0; i < count; i++)
-        if (c.mean[i] != 2.0f) /* the fixed point of x / 2 + 1 */
-            status = anepy_fail(ANEPY_E_STATE, "the %s multiply-adds gave %g instead of 2",
-                                kernels->isa, (double)c.mean[i]);
+    /* 2 is the fixed point of x / 2 + 1. */
+    int32_t status = measure_chains(&out->fp32_gflops, &c, pool, fma_piece, 2.0, 2.0f);
+    if (status == ANEPY_OK && kernels->bf16 != NULL) {
+        float start = kernels->bf16->dot_chains(ONE, TINY, 0);
+        status = measure_chains(&out->bf16_gflops, &c, pool, dot_piece, 4.0, start + SUM_OF_TINY);
+    }
     anepy_heap_free(c.mean);
     return status;
 }

@@ -50,6 +50,7 @@ int32_t anepy_bench_prepare_program(anepy_bench *b) {
     config.tied = 1;
     ANEPY_TRY(anepy_model_create(&b->one, &config));
     describe(&p, b, b->what->option);
+    b->exact = b->dtype == ANEPY_BF16;
     b->columns = b->width;
     b->valid = b->seq;
     double weights = 0.0;

@@ -95,9 +95,23 @@ SIMD_TARGET static void SIMD_FN(zip_pairs)(uint32_t *dst, int64_t dst_ld, const 
     }
 }
 
+SIMD_TARGET static float SIMD_FN(dot_chains)(uint32_t a, uint32_t b, int64_t rounds) {
+    vf chain[CHAINS], sum = v_set(0.0f);
+    vp left = v_set_pair(a), right = v_set_pair(b);
+    ANEPY_UNROLL
+    for (int i = 0; i < CHAINS; i++) chain[i] = v_set((float)i);
+    for (int64_t r = 0; r < rounds; r++) {
+        ANEPY_UNROLL
+        for (int i = 0; i < CHAINS; i++) chain[i] = v_dot(left, right, chain[i]);
+    }
+    ANEPY_UNROLL
+    for (int i = 0; i < CHAINS; i++) sum = v_add(sum, chain[i]);
+    return v_sum(sum) / (float)(CHAINS * VL);
+}
+
 #define BF16_KERNELS                                                                               \
     {                                                                                              \
         .dot_tile = SIMD_FN(dot_tile), .to_bf16 = SIMD_FN(to_bf16),                                \
         .from_bf16 = SIMD_FN(from_bf16), .pack_pairs = SIMD_FN(pack_pairs),                        \
-        .zip_pairs = SIMD_FN(zip_pairs),                                                           \
+        .zip_pairs = SIMD_FN(zip_pairs), .dot_chains = SIMD_FN(dot_chains),                        \
     }

@@ -42,6 +42,8 @@ typedef struct {
                        int32_t n);
     void (*zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src, int64_t ld, int32_t k,
                       int32_t n);
+    /* As fma_chains below: x = x + a . b, both numbers of the pairs a and b in every chain. */
+    float (*dot_chains)(uint32_t a, uint32_t b, int64_t rounds);
 } anepy_bf16_kernels;
 
 typedef struct anepy_kernels {

@@ -1,5 +1,5 @@
-/* kernels_products.c - gemm_tile, gemv, sum_rows, transpose_panel, sums and chains of every instruction
- * set, and the table itself.
+/* kernels_products.c - gemm_tile, gemv, sum_rows, transpose_panel, sums and chains of every
+ * instruction set, and the table itself.
  *
  * Factors are small whole numbers, so that every order of summation gives the very same float and
  * one wrong, missing or doubled term shows. */
@@ -21,13 +21,14 @@ static const int32_t DEPTHS[] = {0,  1,  2,  3,  5,  7,   8,    9,    16,
 /* ------------------------------------------------------------------------------------ the table */
 
 static int complete(const anepy_kernels *k) {
-    return k->gemm_tile && k->transpose_panel && k->gemv && k->sum_rows && k->add && k->scale && k->exp &&
-           k->sum_squares && k->to_half && k->from_half && k->rmsnorm && k->rmsnorm_stats &&
-           k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward && k->softmax_columns &&
-           k->softmax_row && k->softmax_row_backward && k->logsumexp_columns &&
-           k->softmax_gradient && k->adam && k->sum && k->fma_chains && k->chain_n > 0 &&
+    return k->gemm_tile && k->transpose_panel && k->gemv && k->sum_rows && k->add && k->scale &&
+           k->exp && k->sum_squares && k->to_half && k->from_half && k->rmsnorm &&
+           k->rmsnorm_stats && k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward &&
+           k->softmax_columns && k->softmax_row && k->softmax_row_backward &&
+           k->logsumexp_columns && k->softmax_gradient && k->adam && k->sum && k->fma_chains &&
+           k->chain_n > 0 &&
            (!k->bf16 || (k->bf16->dot_tile && k->bf16->to_bf16 && k->bf16->from_bf16 &&
-                         k->bf16->pack_pairs && k->bf16->zip_pairs));
+                         k->bf16->pack_pairs && k->bf16->zip_pairs && k->bf16->dot_chains));
 }
 
 /* Two sets that share a function are one set under two names. */
@@ -221,6 +222,13 @@ static void check_chains(const anepy_kernels *set) {
     float start = set->fma_chains(1.0f, 1.0f, 0), after = set->fma_chains(1.0f, 1.0f, 4096);
     CHECK(after - start == 4096.0f, "fma_chains %s: %g after 4096 rounds, %g before", set->isa,
           (double)after, (double)start);
+    if (set->bf16 != NULL) { /* 1 * 2 + 0.5 * 4 */
+        uint32_t a = 0x3f003f80u, b = 0x40804000u;
+        start = set->bf16->dot_chains(a, b, 0);
+        after = set->bf16->dot_chains(a, b, 4096);
+        CHECK(after - start == 16384.0f, "dot_chains %s: %g after 4096 rounds, %g before", set->isa,
+              (double)after, (double)start);
+    }
     float settled = set->fma_chains(0.5f, 1.0f, 100);
     CHECK(settled == 2.0f, "fma_chains %s: settles at %g", set->isa, (double)settled);
 }

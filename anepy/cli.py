@@ -29,6 +29,7 @@ from .cli_compare import compare
 from .cli_data import evaluate, prepare
 from .cli_lib import info, lib
 from .cli_mil import mil
+from .cli_probe import probe
 from .cli_train import TrainCommand, train
 from .errors import ConfigError
 
@@ -205,6 +206,10 @@ def _register() -> None:
             "anepy bench --only classifier --isa avx2 --threads all --json bench.json",
         ),
     )(bench)
+    app.command(
+        "probe",
+        epilog=examples("anepy probe", "anepy probe --device sim:m1 --json > probe.json"),
+    )(probe)
     app.command("info", epilog=examples("anepy info", "anepy info --json > machine.json"))(info)
     app.add_typer(lib, name="lib")
 

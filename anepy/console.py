@@ -7,12 +7,13 @@ shows nothing, which is what `--json` wants.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
 from rich import box
@@ -397,6 +398,16 @@ def warn(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         return
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield what shows a line on standard error while something runs, if that is a terminal."""
+    if not is_live(sys.stderr):
+        yield lambda text: None
+        return
+    with make_console(sys.stderr).status("") as status:
+        yield status.update
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

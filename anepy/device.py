@@ -68,7 +68,7 @@ def open_device(device: str, make: Callable[[str], T]) -> tuple[T, str]:
         if info.name == "sim":
             break
         if not info.usable:
-            refused.append(_refusal(info.name, info.reason))
+            refused.append(refusal(info.name, info.reason))
             continue
         try:
             return make(info.name), choice_note(info.name, refused)
@@ -76,7 +76,7 @@ def open_device(device: str, make: Callable[[str], T]) -> tuple[T, str]:
             raise
         except AnepyError as error:
             failure = error
-            refused.append(_refusal(info.name, str(error)))
+            refused.append(refusal(info.name, str(error)))
     if failure is not None:
         raise failure
     return make(AUTO), ""  # the library says why none is usable
@@ -87,6 +87,7 @@ def choice_note(name: str, refused: list[str]) -> str:
     return "; ".join([f"device {name}, chosen automatically", *refused])
 
 
-def _refusal(name: str, reason: str) -> str:
+def refusal(name: str, reason: str) -> str:
+    """Say in a few words why a device is not taken."""
     reason = reason.removeprefix(f"device {name}: ").removesuffix(_ADVICE)
     return f"not {name}: {' '.join(reason.split())}"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _abi, _native
+from .adapt import adapted
 from .device import AUTO, open_device
 from .errors import ClosedError, ConfigError, NativeError
 from .model import Array, Model, TensorTable
@@ -233,7 +234,7 @@ class Engine(_Owner):
 
         def create(name: str) -> ctypes.c_void_p:
             handle = ctypes.c_void_p()
-            options.device = _name(name)
+            options.device = _name(adapted(name))
             self._lib.anepy_engine_create(
                 ctypes.byref(handle), model.table.handle, ctypes.byref(options)
             )

@@ -24,7 +24,9 @@ SMALL = ModelConfig(
     dim=32, hidden_dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=259, seq_len=32
 )
 CHECKOUT = Path(__file__).resolve().parents[1]
-COMMANDS = ["train", "compare", "generate", "eval", "init", "prepare", "mil", "bench", "info"]
+COMMANDS = [
+    "train", "compare", "generate", "eval", "init", "prepare", "mil", "bench", "probe", "info",
+]  # fmt: skip
 LIB_COMMANDS = ["path", "build", "fetch", "verify"]
 
 

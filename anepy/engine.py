@@ -183,7 +183,9 @@ class Engine(_Owner):
         variant: a named set of switches, with any of +switch and -switch behind it.
         device: "auto", "cpu", "ane", or "sim", the simulated Neural Engine; "sim:m1" to "sim:m5"
             choose its chip, and "sim:m1,budget=20" lets a process compile 20 programs.
-        precision: "auto", or what the device computes in: "fp32" on cpu, "fp16" on sim.
+        precision: "auto", or what the device computes in: "fp32" or "bf16" on cpu, "fp16" on sim.
+            "bf16" rounds the factors of matrix products; sums, and everything else, stay float32.
+            It needs a processor with bf16 dot products, where "auto" takes it.
         seq_len: longest sequence; default the model's.
         threads: default from CPU affinity, cgroup quota and physical cores.
         loss_scale: what dynamic loss scaling starts with (fp16 only); default 4096.

@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,8 @@ ALL = CONFIGS | BLOCKED
 # Odd, within a block of 64 positions, exactly one, just more, and more than two; long before short.
 LENGTHS = (129, 7, 65, 1, 64, 33)
 
+PRECISIONS = ["fp32", "bf16"]
+
 Arrays = dict[str, npt.NDArray[np.float64]]
 
 
@@ -56,39 +59,62 @@ def clear(engine: Engine) -> None:
     engine.restore(accumulated=0, updates=engine.updates)
 
 
+def needs(precision: str) -> None:
+    """Skip where the instruction set in use has no bf16 products."""
+    if precision == "bf16" and not library_info()["isa"].endswith("bf16"):
+        pytest.skip(f"{library_info()['isa']} has no bf16 products")
+
+
+def assert_close(found: Mapping[str, Any], wanted: Mapping[str, Any], precision: str) -> None:
+    """Compare gradients with the reference within the bars of this precision."""
+    if precision == "fp32":
+        assert_tensors_close(found, wanted, tolerances.FP32_GRADIENT)
+    else:
+        bars = tolerances.BF16_GRADIENT, tolerances.BF16_COSINE
+        assert_tensors_close(found, wanted, bars[0], min_cosine=bars[1])
+
+
+def loss_bar(precision: str) -> float:
+    return tolerances.FP32_LOGITS if precision == "fp32" else tolerances.BF16_LOSS
+
+
 def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
     """Compare one step from cleared gradients with the reference."""
     clear(engine)
     loss, gradients = expected(name, length)
     stats = engine.step(*sequence(ALL[name], length))
-    assert relative_error(stats.loss, loss) < tolerances.FP32_LOGITS
+    assert relative_error(stats.loss, loss) < loss_bar(engine.precision)
     assert (stats.loss_scale, stats.skipped, engine.accumulated) == (1.0, False, 1)
     found, wanted = dict(engine.gradients), dict(gradients)
     if length == 1:  # one position attends only to itself, whatever q and k are
         for tensor in [n for n in wanted if n.endswith(("wq.weight", "wk.weight"))]:
             wanted.pop(tensor)
-            assert np.abs(found.pop(tensor)).max() < 1e-7
+            assert np.abs(found.pop(tensor)).max() < (1e-7 if engine.precision == "fp32" else 1e-2)
     else:
         weakest = min(float(np.linalg.norm(g)) for g in wanted.values())
         assert weakest > 1e-4, "too small to test anything"
-    assert_tensors_close(found, wanted, tolerances.FP32_GRADIENT)
+    assert_close(found, wanted, engine.precision)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_every_tensor_matches_the_reference(
-    name: str, variant: str, threads: int
+    name: str, variant: str, threads: int, precision: str
 ) -> None:
-    with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=threads) as engine:
+    needs(precision)
+    with Engine(make_model(ALL[name]), variant, "cpu", precision, threads=threads) as engine:
         for length in LENGTHS:
             assert_step_is_exact(engine, name, length)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", BLOCKED)
-def test_gradients_of_sums_longer_than_a_block(name: str, variant: str) -> None:
-    with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=2) as engine:
+def test_gradients_of_sums_longer_than_a_block(name: str, variant: str, precision: str) -> None:
+    needs(precision)
+    with Engine(make_model(ALL[name]), variant, "cpu", precision, threads=2) as engine:
         for length in (65, 33):
             assert_step_is_exact(engine, name, length)
 
@@ -97,7 +123,8 @@ def run_all_on_this_isa() -> None:
     """Check every configuration; the process of the next test runs this."""
     for name in CONFIGS:
         for variant, threads in (("baseline", 2), ("opt", 1)):
-            with Engine(make_model(ALL[name]), variant, "cpu", "fp32", threads=threads) as engine:
+            with Engine(make_model(ALL[name]), variant, "cpu", threads=threads) as engine:
+                assert engine.precision == ("bf16" if engine.isa.endswith("bf16") else "fp32")
                 for length in (65, 1, 33):
                     assert_step_is_exact(engine, name, length)
                 isa = engine.isa
@@ -131,13 +158,17 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
     assert used == isa and gemm.endswith(isa), "the mask did not choose the kernels"
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_short_sequence_after_a_long_one_sees_nothing_of_it(name: str, variant: str) -> None:
+def test_short_sequence_after_a_long_one_sees_nothing_of_it(
+    name: str, variant: str, precision: str
+) -> None:
     """Buffers keep the columns of the longest sequence so far; none may leak."""
+    needs(precision)
     results = []
     for before in ((), (129, 65)):
-        with Engine(make_model(ALL[name]), variant, "cpu", "fp32") as engine:
+        with Engine(make_model(ALL[name]), variant, "cpu", precision) as engine:
             for length in before:
                 engine.step(*sequence(ALL[name], length, seed=5))
             clear(engine)
@@ -148,11 +179,15 @@ def test_short_sequence_after_a_long_one_sees_nothing_of_it(name: str, variant: 
     assert results[:half] == results[half:]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", ["gqa", "mqa-separate"])
-def test_gradients_after_a_step_of_nan_see_nothing_of_it(name: str, variant: str) -> None:
+def test_gradients_after_a_step_of_nan_see_nothing_of_it(
+    name: str, variant: str, precision: str
+) -> None:
     """Zero times what is left in a buffer is zero only if that is a number."""
-    with Engine(make_model(ALL[name]), variant, "cpu", "fp32") as engine:
+    needs(precision)
+    with Engine(make_model(ALL[name]), variant, "cpu", precision) as engine:
         embedding = engine.model.weights["tok_embeddings.weight"]
         saved = embedding.copy()
         embedding[...] = np.nan
@@ -162,40 +197,58 @@ def test_gradients_after_a_step_of_nan_see_nothing_of_it(name: str, variant: str
             assert_step_is_exact(engine, name, length)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", ["mha", "mqa-separate"])
-def test_gradients_of_several_steps_add_up(name: str, variant: str) -> None:
+def test_gradients_of_several_steps_add_up(name: str, variant: str, precision: str) -> None:
+    needs(precision)
     lengths = (33, 129, 1, 64)
     total: Arrays = {}
     for length in lengths:
         for tensor, gradient in expected(name, length)[1].items():
             total[tensor] = total.get(tensor, 0.0) + gradient
-    with Engine(make_model(ALL[name]), variant, "cpu", "fp32") as engine:
+    with Engine(make_model(ALL[name]), variant, "cpu", precision) as engine:
         for length in lengths:
             engine.step(*sequence(ALL[name], length))
         assert engine.accumulated == len(lengths)
-        assert_tensors_close(dict(engine.gradients), total, tolerances.FP32_GRADIENT)
+        assert_close(dict(engine.gradients), total, precision)
 
 
-def test_gradients_do_not_depend_on_how_long_sequences_may_be() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_do_not_depend_on_how_long_sequences_may_be(precision: str) -> None:
     """The same sequence in tight and in roomy engines: same sums in the same order."""
+    needs(precision)
     results = []
     for seq_len in (33, 64, 129):
-        with Engine(make_model(ALL["gqa"]), "opt", "cpu", "fp32", seq_len=seq_len) as engine:
+        with Engine(make_model(ALL["gqa"]), "opt", "cpu", precision, seq_len=seq_len) as engine:
             engine.step(*sequence(ALL["gqa"], 33))
             results.append({n: g.tobytes() for n, g in engine.gradients.items()})
     assert results[0] == results[1] == results[2]
 
 
-def test_gradients_of_a_long_sequence_match_the_reference() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_of_a_long_sequence_match_the_reference(precision: str) -> None:
     """Many blocks of 64 positions, the last not full; more than 1024 terms per weight gradient."""
+    needs(precision)
     config = ModelConfig(24, 40, 2, 2, 1, 61, 1100)
     tokens, targets = sequence(config, 1092)
     loss, gradients = ref.loss_and_gradients(weights_of(config), config, tokens, targets)
-    with Engine(make_model(config), "opt", "cpu", "fp32", threads=2) as engine:
+    with Engine(make_model(config), "opt", "cpu", precision, threads=2) as engine:
         stats = engine.step(tokens, targets)
-        assert relative_error(stats.loss, loss) < tolerances.FP32_LOGITS
-        assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
+        assert relative_error(stats.loss, loss) < loss_bar(precision)
+        assert_close(dict(engine.gradients), gradients, precision)
+
+
+@pytest.mark.parametrize("variant", ["baseline", "opt", "opt-fp16_cache", "opt-prealloc"])
+def test_gradients_in_bf16_are_the_same_bits_in_every_run(variant: str) -> None:
+    """With the same threads, and with others: each element is summed by one thread in one order."""
+    needs("bf16")
+    results = []
+    for threads in (2, 2, 1, 3):
+        with Engine(make_model(ALL["wide"]), variant, "cpu", "bf16", threads=threads) as engine:
+            losses = [engine.step(*sequence(ALL["wide"], n)).loss for n in (129, 65, 33)]
+            results.append((losses, {n: g.tobytes() for n, g in engine.gradients.items()}))
+    assert results[1:] == results[:1] * 3
 
 
 def test_gradients_with_extreme_logits_stay_finite_and_right() -> None:
@@ -212,17 +265,20 @@ def test_gradients_with_extreme_logits_stay_finite_and_right() -> None:
         assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 def test_gradients_of_a_real_model_on_real_text(
-    shared: Callable[[str], Path], variant: str
+    shared: Callable[[str], Path], variant: str, precision: str
 ) -> None:
+    needs(precision)
     model = Model.load(shared("stories260K.bin"))
     tokenizer = Tokenizer.load(shared("tok512.bin"), model.config.vocab_size)
     text = shared("tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")[1]
     ids = np.array(tokenizer.encode(text.strip())[:257])
     assert len(ids) == 257
     loss, gradients = ref.loss_and_gradients(model.weights, model.config, ids[:-1], ids[1:])
-    with Engine(model, variant, "cpu", "fp32") as engine:
+    with Engine(model, variant, "cpu", precision) as engine:
         stats = engine.step(ids[:-1], ids[1:])
-        assert relative_error(stats.loss, loss) < tolerances.FP32_LOGITS
-        assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
+        assert relative_error(stats.loss, loss) < loss_bar(precision)
+        assert precision == "fp32" or abs(stats.loss - loss) < 1e-3
+        assert_close(dict(engine.gradients), gradients, precision)

@@ -459,6 +459,26 @@ def test_anepy_cpu_mask_chooses_this_instruction_set_or_a_lower_one(mask: str) -
     assert run(code, ANEPY_CPU_MASK=mask) == f"{expected} {expected}\n"
 
 
+def test_precision_bf16_without_its_instructions_is_refused_never_emulated() -> None:
+    """And "auto" is fp32 then, bf16 where they are."""
+    masks = [mask for mask in MASKS if not mask.endswith("bf16")]
+    code = (
+        "with Engine(make_model(), device='cpu') as engine: print(engine.precision)\n"
+        "try: Engine(make_model(), device='cpu', precision='bf16')\n"
+        "except AnepyError as error: print(error)\n"
+    )
+    for mask in masks:
+        automatic, refusal = run(code, ANEPY_CPU_MASK=mask).splitlines()
+        isa = mask if mask in library_info()["isa_available"] else library_info()["isa"]
+        assert automatic == "fp32"
+        assert "precision bf16 needs bf16 dot products" in refusal
+        assert f"kernel set {isa}" in refusal
+        assert refusal.endswith("use --precision fp32")
+    has = library_info()["isa_available"][0].endswith("bf16")
+    lines = run(code, ANEPY_CPU_MASK="").splitlines()
+    assert lines[0] == ("bf16" if has else "fp32") and len(lines) == (1 if has else 2)
+
+
 def test_anepy_cpu_mask_empty_is_none() -> None:
     isa = run("print(library_info()['isa'])", ANEPY_CPU_MASK="").strip()
     assert isa == library_info()["isa_available"][0]

@@ -35,6 +35,8 @@ FP32_UPDATE = 1e-6
 
 BF16_GRADIENT = 0.06  # per-tensor relative error; the bar of docs/design.md
 BF16_COSINE = 0.998  # a random 6 % error lowers the cosine by 0.0018: no bias hides under it
+# Relative: of one token's large random logits; over a real text 1e-4 of it.
+BF16_LOSS = 2e-3
 
 # --- fp16 surfaces and products: 11 bits, 0.05 % per rounding, at every program boundary
 

@@ -83,11 +83,13 @@ typedef struct {
 typedef struct {
     const char *name;
     const char *about;
-    uint32_t precisions; /* bit per anepy_dtype; "auto" takes the first in that order */
+    uint32_t precisions; /* bit per anepy_dtype; "auto" takes the fastest (engine.c) */
     uint32_t capabilities;
     uint32_t slow; /* those whose switches do not help here: not part of "max" */
     /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
     int32_t (*probe)(void);
+    /* OK, or ANEPY_E_UNSUPPORTED and why this machine lacks one of those; NULL: it lacks none. */
+    int32_t (*has_precision)(anepy_dtype dtype);
     int32_t (*open)(anepy_device **out, const anepy_device_options *options);
     const anepy_trial_ops *trial; /* NULL: runs no MIL text, or is the simulator itself */
 } anepy_device_type;

@@ -13,7 +13,7 @@ static int caches_raw(const anepy_engine *e) {
 
 int64_t anepy_capture_n(const anepy_engine *e, int32_t channels) {
     int64_t n = (int64_t)channels * e->width;
-    if (anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F32) return 0;
+    if (anepy_on(e, ANEPY_FP16_CACHE) && e->dtype != ANEPY_F16) return 0;
     return caches_raw(e) ? n + n / 2 : n;
 }
 

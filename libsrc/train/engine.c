@@ -101,17 +101,20 @@ static int32_t allocate_captures(anepy_engine *e) {
 static const struct {
     const char *name;
     anepy_dtype dtype;
-} PRECISIONS[] = {{"fp32", ANEPY_F32}, {"bf16", ANEPY_BF16}, {"fp16", ANEPY_F16}};
+} PRECISIONS[] = {{"bf16", ANEPY_BF16}, {"fp32", ANEPY_F32}, {"fp16", ANEPY_F16}};
 #define PRECISION_N ((int32_t)(sizeof PRECISIONS / sizeof PRECISIONS[0]))
 
-/* "auto": the first the device has. */
+/* "auto": the first the device has on this machine. */
 static int32_t choose_precision(anepy_engine *e, const char *name, const anepy_device_type *type) {
     int automatic = name == NULL || strcmp(name, "auto") == 0;
     for (int32_t i = 0; i < PRECISION_N; i++) {
-        int has = type->precisions >> PRECISIONS[i].dtype & 1;
-        if (automatic ? has : strcmp(name, PRECISIONS[i].name) == 0) {
-            e->dtype = PRECISIONS[i].dtype;
-            if (has) return ANEPY_OK;
+        anepy_dtype dtype = PRECISIONS[i].dtype;
+        int known = type->precisions >> dtype & 1;
+        int32_t status =
+            known && type->has_precision != NULL ? type->has_precision(dtype) : ANEPY_OK;
+        if (automatic ? known && status == ANEPY_OK : strcmp(name, PRECISIONS[i].name) == 0) {
+            e->dtype = dtype;
+            if (known) return status;
             return anepy_fail(ANEPY_E_UNSUPPORTED,
                               "precision %s is not available on device %s; use --precision auto",
                               name, type->name);
@@ -137,6 +140,7 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     e->loss_scale = !anepy_scaled(e) ? 1.0 : o->loss_scale > 0.0 ? o->loss_scale : DEFAULT_SCALE;
     e->gemm.kernels = anepy_kernels_get();
     if (e->gemm.kernels == NULL) return ANEPY_E_NAME;
+    if (e->dtype == ANEPY_BF16) e->gemm.bf16 = e->gemm.kernels->bf16;
     ANEPY_TRY(anepy_pool_create(&e->pool, o->threads));
     e->gemm.pool = e->pool;
     e->layers = calloc((size_t)e->model->config.n_layers, sizeof *e->layers);

@@ -100,6 +100,7 @@ anepy_engine *fixture_engine_on(fixture *f, const char *device, const char *vari
     char text[512] = "";
     options.variant = variant;
     options.device = device;
+    if (strcmp(device, "cpu") == 0) options.precision = f->precision ? f->precision : "fp32";
     options.threads = threads;
     int32_t status = anepy_engine_create(&engine, f->model, &options);
     if (status != ANEPY_OK) anepy_last_error(text, sizeof text);

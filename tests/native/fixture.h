@@ -8,7 +8,8 @@
 typedef struct {
     anepy_config config;
     anepy_model *model;
-    int64_t n; /* parameters */
+    int64_t n;             /* parameters */
+    const char *precision; /* on device cpu; NULL: fp32 */
     float *params, *grads, *adam_m, *adam_v;
     int32_t *tokens, *targets; /* config.seq_len each */
 } fixture;

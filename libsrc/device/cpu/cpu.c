@@ -387,12 +387,23 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
 
 static int32_t cpu_probe(void) { return anepy_kernels_get() != NULL ? ANEPY_OK : ANEPY_E_NAME; }
 
+static int32_t cpu_has_precision(anepy_dtype dtype) {
+    const anepy_kernels *kernels = anepy_kernels_get();
+    if (kernels == NULL) return ANEPY_E_NAME;
+    if (dtype != ANEPY_BF16 || kernels->bf16 != NULL) return ANEPY_OK;
+    return anepy_fail(ANEPY_E_UNSUPPORTED,
+                      "precision bf16 needs bf16 dot products (AVX512_BF16, or FEAT_BF16 on "
+                      "AArch64), which kernel set %s has not; use --precision fp32",
+                      kernels->isa);
+}
+
 const anepy_device_type anepy_device_cpu = {
     .name = "cpu",
     .about = "native kernels on this processor",
-    .precisions = 1u << ANEPY_F32,
+    .precisions = 1u << ANEPY_F32 | 1u << ANEPY_BF16,
     .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS,
     .slow = ANEPY_OFFLOADS, /* they are the host's work done in more passes (anepy compare) */
     .probe = cpu_probe,
+    .has_precision = cpu_has_precision,
     .open = cpu_open,
 };

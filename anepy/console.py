@@ -28,6 +28,7 @@ from rich.text import Text
 from .console_text import (
     Header,
     History,
+    batch_text,
     duration,
     engine_text,
     header_rows,
@@ -149,7 +150,8 @@ class Plain(Reporter):
             f"Params: {total:.2f}M (transformer {total - embedding:.2f}M + embed {embedding:.2f}M)"
         )
         self._line(
-            f"Accum {settings['accum']} steps, {optimizer_text(settings)}, LR={settings['lr']:g}"
+            f"Accum {settings['accum']} steps{batch_text(settings)}, {optimizer_text(settings)}, "
+            f"LR={settings['lr']:g}"
         )
         millions = {name: f"{count / 1e6:.0f}M" for name, count in header.flops.items()}
         self._line(

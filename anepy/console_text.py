@@ -118,7 +118,8 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
         ("variant", variant_text(header.engine)),
         (
             "run",
-            f"{settings['steps']:,} steps of {settings['seq']} tokens, an update "
+            f"{settings['steps']:,} steps{batch_text(settings)} of {settings['seq']} tokens, "
+            "an update "
             + ("after each" if settings["accum"] == 1 else f"every {settings['accum']}"),
         ),
         ("optimizer", f"{optimizer_text(settings)}, lr {settings['lr']:g}"),
@@ -144,6 +145,12 @@ def variant_text(engine: Mapping[str, Any]) -> str:
     )
     note = " (gradients belong to the weights one update earlier)" if stale else ""
     return f"{engine['variant']}: {switches}{note}"
+
+
+def batch_text(settings: Mapping[str, Any]) -> str:
+    """Say how many sequences a step has, if not one."""
+    count = settings.get("batch", 1)
+    return "" if count == 1 else f" of {count} sequences"
 
 
 def optimizer_text(settings: Mapping[str, Any]) -> str:

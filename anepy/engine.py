@@ -18,9 +18,9 @@ from . import _abi, _native
 from .adapt import adapted
 from .device import AUTO, open_device
 from .errors import ClosedError, ConfigError, NativeError
+from .ids import Ids, as_ids, pair
 from .model import Array, Model, TensorTable
 
-Ids = npt.NDArray[np.int32]
 _DEFER = 1
 _E = TypeVar("_E", bound="Engine")
 _D = TypeVar("_D", bound="Decoder")
@@ -173,7 +173,7 @@ class _Gradients(Mapping[str, Array]):
 
 
 class Engine(_Owner):
-    """Trains a model: one sequence per step, gradients accumulate until `update`.
+    """Trains a model: one sequence or several per step, gradients accumulate until `update`.
 
     Use one engine from one thread at a time. The model's weights are updated in place.
     `device` and `device_note` say where it runs and, if that was left to anepy, why there.
@@ -271,20 +271,24 @@ class Engine(_Owner):
         return int(self._info().updates)
 
     def step(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> StepStats:
-        """Run forward and backward on one sequence; gradients accumulate.
+        """Run forward and backward on one sequence, or several; gradients accumulate.
+
+        Several sequences of one length are one step: the loss is the mean over all their tokens,
+        and what accumulates is its gradient.
 
         Args:
-            tokens: integer ids (n,), 1 <= n <= seq_len.
-            targets: the ids that follow each of them, (n,).
+            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
+            targets: the ids that follow each of them, of the same shape.
 
         Raises:
-            ConfigError: a wrong length or an id beyond the vocabulary.
+            ConfigError: a wrong shape or an id beyond the vocabulary.
         """
-        tokens, targets = _pair(tokens, targets)
+        tokens, targets = pair(tokens, targets, rows=True)
+        count, n = np.atleast_2d(tokens).shape
         stats = _abi.StepStats()
         with self._call() as handle:
-            self._lib.anepy_engine_step(
-                handle, ctypes.byref(stats), _ids(tokens), _ids(targets), len(tokens)
+            self._lib.anepy_engine_step_batch(
+                handle, ctypes.byref(stats), _ids(tokens), _ids(targets), count, n
             )
             self._gradients.stale &= bool(stats.skipped)
         return StepStats(
@@ -350,7 +354,7 @@ class Engine(_Owner):
 
     def logits(self, tokens: npt.ArrayLike) -> Array:
         """Return the logits of every position, float32 (n, vocab_size), without gradients."""
-        ids = _as_ids(tokens, "tokens")
+        ids = as_ids(tokens, "tokens")
         out = np.empty((len(ids), self.model.config.vocab_size), dtype=np.float32)
         with self._call() as handle:
             self._lib.anepy_engine_logits(handle, _floats(out), _ids(ids), len(ids))
@@ -358,7 +362,7 @@ class Engine(_Owner):
 
     def evaluate(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> float:
         """Return the mean cross-entropy in nats, without gradients."""
-        tokens, targets = _pair(tokens, targets)
+        tokens, targets = pair(tokens, targets)
         loss = ctypes.c_double(math.nan)
         with self._call() as handle:
             self._lib.anepy_engine_evaluate(
@@ -558,26 +562,3 @@ def _floats(array: Array) -> Any:
 
 def _ids(array: Ids) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-
-
-def _as_ids(values: npt.ArrayLike, what: str) -> Ids:
-    try:
-        array = np.asarray(values)
-    except ValueError:  # rows of different lengths
-        raise ConfigError(f"{what} is nested, expected integers in one dimension") from None
-    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
-        raise ConfigError(
-            f"{what} has shape {array.shape} and type {array.dtype}, expected integers in one "
-            "dimension, at least one"
-        )
-    for extreme in (int(array.max()), int(array.min())):
-        if not -(2**31) <= extreme < 2**31:
-            raise ConfigError(f"{what} holds {extreme}, which is no token id")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _pair(tokens: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[Ids, Ids]:
-    ids, wanted = _as_ids(tokens, "tokens"), _as_ids(targets, "targets")
-    if len(ids) != len(wanted):
-        raise ConfigError(f"{len(ids)} tokens but {len(wanted)} targets: they go in pairs")
-    return ids, wanted

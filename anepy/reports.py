@@ -44,7 +44,7 @@ class StepReport:
         loss: mean cross-entropy of this sequence, in nats per token.
         lr: learning rate of the update this step belongs to.
         ms_per_step: wall time of forward and backward; update and evaluation excluded.
-        tokens_per_s: tokens of this sequence per second of that time.
+        tokens_per_s: tokens of this step per second of that time.
         gflops: GFLOP/s of that time, by the formula of `flops_per_step`.
         updated: whether the weights were updated after this step.
         updates: updates done so far.
@@ -142,7 +142,7 @@ class Measurements:
     """Add up what the steps of one run took.
 
     Args:
-        seq: tokens per step.
+        tokens: tokens per step.
         flops: FLOPs per step.
         losses: last losses before a resume, oldest first.
 
@@ -154,13 +154,13 @@ class Measurements:
         restarts: see `Summary`.
     """
 
-    def __init__(self, seq: int, flops: int, losses: Sequence[float] = ()) -> None:
+    def __init__(self, tokens: int, flops: int, losses: Sequence[float] = ()) -> None:
         self.losses = [float(loss) for loss in losses[-LOSS_TAIL:]]
         self.held_out_before: float | None = None
         self.held_out_after: float | None = None
         self.compiles = 0
         self.restarts = 0
-        self._seq = seq
+        self._tokens = tokens
         self._flops = flops
         self._started: float | None = None
         self._wall_s = 0.0
@@ -281,7 +281,7 @@ class Measurements:
             steps=steps,
             updates=updates,
             skipped=self._skipped,
-            tokens=steps * self._seq,
+            tokens=steps * self._tokens,
             wall_s=self._wall_s,
             train_ms=train_ms,
             update_ms=_mean(self._update_ms),
@@ -289,7 +289,7 @@ class Measurements:
             ms_per_step=median,
             ms_q1=q1,
             ms_q3=q3,
-            tokens_per_s=steps * self._seq / busy_s if busy_s else 0.0,
+            tokens_per_s=steps * self._tokens / busy_s if busy_s else 0.0,
             tflops=self._flops / median / 1e9 if median else 0.0,
             phases={name: ms / max(1, steps) for name, ms in self._phase_ms.items()},
             allocations=self._allocations,
@@ -303,12 +303,13 @@ class Measurements:
         )
 
 
-def flops_per_step(config: ModelConfig, seq: int) -> dict[str, int]:
+def flops_per_step(config: ModelConfig, seq: int, batch: int = 1) -> dict[str, int]:
     """Count the floating-point operations of one step, as the research programs do.
 
     Args:
         config: dimensions of the model.
-        seq: tokens of the sequence.
+        seq: tokens of each sequence.
+        batch: sequences per step.
 
     Returns:
         FLOPs of `fwd`, `bwd_dx` and `bwd_dw` (matrix products of the layers), `sdpa_bwd`,
@@ -316,9 +317,9 @@ def flops_per_step(config: ModelConfig, seq: int) -> dict[str, int]:
     """
     dim, kv_dim = config.dim, config.dim // config.n_heads * config.n_kv_heads
     products = 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * config.hidden_dim
-    layers = config.n_layers * 2 * products * seq
-    sdpa = config.n_layers * 2 * 5 * dim * seq * seq
-    classifier = 3 * 2 * config.vocab_size * dim * seq
+    layers = config.n_layers * 2 * products * seq * batch
+    sdpa = config.n_layers * 2 * 5 * dim * seq * seq * batch
+    classifier = 3 * 2 * config.vocab_size * dim * seq * batch
     return {
         "fwd": layers,
         "bwd_dx": layers,

@@ -28,7 +28,8 @@ class TrainConfig:
         10
     """
 
-    steps: int = _setting(1000, "Total number of steps (one step is one sequence).")
+    steps: int = _setting(1000, "Total number of steps (one step is --batch sequences).")
+    batch: int = _setting(1, "Sequences per step.")
     accum: int = _setting(10, "Steps per update; a last, partial accumulation is applied too.")
     seq: int | None = _setting(
         None, "Tokens per sequence. Default: 256, or the model's context if shorter."
@@ -58,7 +59,7 @@ class TrainConfig:
         Raises:
             ConfigError: a setting is out of range or contradicts another one.
         """
-        for name in ("steps", "accum", "eval_windows"):
+        for name in ("steps", "batch", "accum", "eval_windows"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "eval_every", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")

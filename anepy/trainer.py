@@ -31,7 +31,7 @@ __all__ = ["DEFAULT_SEQ", "StepReport", "Summary", "TrainConfig", "Trainer", "se
 DEFAULT_SEQ = 256
 # Settings that change what is computed, so a resume that changes them is worth a note.
 _MATHEMATICAL = (
-    "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
+    "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
     "warmup", "min_lr_ratio", "held_out",
 )  # fmt: skip
 
@@ -103,8 +103,9 @@ class Trainer:
         self.notes: list[str] = []
         self._step = 0
         self._unevaluated: StepReport | None = None
-        self._flops = flops_per_step(model.config, self.seq)["total"]
-        self._measured = Measurements(self.seq, self._flops)
+        self._tokens = self.config.batch * self.seq
+        self._flops = flops_per_step(model.config, self.seq, self.config.batch)["total"]
+        self._measured = Measurements(self._tokens, self._flops)
         if meta is not None and resume is not None:
             try:
                 self._restore(resume, meta, restarted)
@@ -154,7 +155,7 @@ class Trainer:
             yield self.run_step()
 
     def run_step(self) -> StepReport:
-        """Train on the next sequence and update the weights if it is time.
+        """Train on the next sequences and update the weights if it is time.
 
         Raises:
             DivergedError: the loss is not finite; the weights are those of the last update.
@@ -166,7 +167,8 @@ class Trainer:
         if self._unevaluated is not None:
             return self._evaluated(self._unevaluated)
         position = self._sampler.state()
-        tokens, targets = self._sampler.next()
+        windows = [self._sampler.next() for _ in range(config.batch)]
+        tokens, targets = (np.stack(each) for each in zip(*windows, strict=True))
         began = time.perf_counter()
         try:
             stats = engine.step(tokens, targets)
@@ -192,7 +194,7 @@ class Trainer:
             loss=float(stats.loss),
             lr=lr,
             ms_per_step=step_ms,
-            tokens_per_s=self.seq / step_ms * 1e3,
+            tokens_per_s=self._tokens / step_ms * 1e3,
             gflops=self._flops / step_ms / 1e6,
             updated=updated,
             updates=engine.updates,
@@ -341,7 +343,7 @@ class Trainer:
         )
         engine.restore(meta.accumulated, meta.updates, **meta.scaling)
         self._step = meta.step
-        self._measured = Measurements(self.seq, self._flops, meta.losses)
+        self._measured = Measurements(self._tokens, self._flops, meta.losses)
         try:
             if "report" in meta.run:
                 self._unevaluated = StepReport(**meta.run["report"])

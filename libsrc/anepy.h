@@ -193,6 +193,13 @@ ANEPY_API int32_t anepy_engine_get_info(const anepy_engine *engine, anepy_engine
 ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
                                     const int32_t *tokens, const int32_t *targets, int32_t n);
 
+/* The same for `count` sequences of n tokens, int32[count, n], as one step: the loss is the mean
+ * over all tokens and what accumulates its gradient. One that fails, or is skipped, adds nothing
+ * that an update would use. */
+ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
+                                          const int32_t *tokens, const int32_t *targets,
+                                          int32_t count, int32_t n);
+
 /* AdamW with the mean of the accumulated gradients (Loshchilov & Hutter 2019; PyTorch's order of
  * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. Where weights
  * are baked, compiles for the new ones. If that fails the update is complete all the same and info

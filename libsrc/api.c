@@ -95,26 +95,30 @@ static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t 
     return ANEPY_OK;
 }
 
-/* targets may be NULL. */
-static int32_t set_sequence(anepy_engine *e, const int32_t *tokens, const int32_t *targets,
-                            int32_t n) {
+/* `count` sequences of n tokens are what comes; targets may be NULL. */
+static int32_t set_sequences(anepy_engine *e, const int32_t *tokens, const int32_t *targets,
+                             int32_t count, int32_t n) {
     if (n < 1 || n > e->seq_len)
         return anepy_fail(ANEPY_E_ARGUMENT, "a sequence of %d tokens, this engine takes 1 to %d", n,
                           e->seq_len);
-    ANEPY_TRY(check_ids(e, "tokens", tokens, n));
-    if (targets != NULL) ANEPY_TRY(check_ids(e, "targets", targets, n));
+    if (count < 1 || count > INT32_MAX / n)
+        return anepy_fail(ANEPY_E_ARGUMENT, "%d sequences in one step, expected 1 to %d", count,
+                          INT32_MAX / n);
+    ANEPY_TRY(check_ids(e, "tokens", tokens, count * n));
+    if (targets != NULL) ANEPY_TRY(check_ids(e, "targets", targets, count * n));
     e->tokens = tokens;
     e->targets = targets;
+    e->sequences = count;
+    e->added = 0;
     e->n = n;
     e->columns = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
     e->dw_started = 0;
     memset(&e->stats, 0, sizeof e->stats);
-    return ANEPY_OK;
+    return e->stale ? anepy_compile(e) : ANEPY_OK;
 }
 
 static int32_t forward(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
-    ANEPY_TRY(set_sequence(e, tokens, targets, n));
-    if (e->stale) ANEPY_TRY(anepy_compile(e));
+    ANEPY_TRY(set_sequences(e, tokens, targets, 1, n));
     return anepy_forward(e);
 }
 
@@ -126,27 +130,64 @@ static int32_t abandon(anepy_engine *e, int32_t status) {
     char sentence[512];
     anepy_last_error(sentence, sizeof sentence);
     anepy_dw_wait(e);
-    if (e->dw_started > 0 && e->accumulated > 0) e->damaged = 1;
+    if ((e->dw_started > 0 || e->added > 0) && e->accumulated > 0) e->damaged = 1;
+    e->added = 0;
     return anepy_fail(status, "%s", sentence);
 }
 
-static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
-    double start = anepy_now_ms();
+/* Forward and backward of the next sequence of the step. */
+static int32_t add_sequence(anepy_engine *e, double *mark) {
+    anepy_step_stats *stats = &e->stats;
+    double loss;
+    stats->skipped = 0;
+    ANEPY_TRY(anepy_forward(e));
+    ANEPY_TRY(anepy_step_loss(e, 1, &loss));
+    anepy_count(mark, &stats->forward_ms);
+    int finite = isfinite(loss) || !anepy_scaled(e);
+    if (finite) ANEPY_TRY(anepy_backward(e));
+    stats->skipped |= !finite;
+    if (stats->skipped) ANEPY_TRY(anepy_dw_wait(e));
+    stats->loss += stats->skipped && isfinite(loss) && e->added > 0 ? 0.0 : loss;
+    anepy_count(mark, &stats->backward_ms);
+    return ANEPY_OK;
+}
+
+/* All sequences of a step, or none. What overflows first is skipped; later ones are tried again at
+ * lower scales, since what the others have added cannot be taken back. */
+static int32_t add_sequences(anepy_engine *e, double *mark) {
+    anepy_step_stats *stats = &e->stats;
+    while (e->added < e->sequences) {
+        ANEPY_TRY(add_sequence(e, mark));
+        stats->loss_scale = e->loss_scale;
+        if (!stats->skipped) {
+            e->added++;
+            e->tokens += e->n;
+            e->targets += e->n;
+        } else if (e->added == 0) {
+            break;
+        } else if (isfinite(stats->loss) && e->loss_scale > 1.0) {
+            anepy_scale_step(e, 1);
+        } else {
+            if (e->accumulated > 0) e->damaged = 1;
+            break;
+        }
+    }
+    stats->loss /= anepy_max_i32(1, e->added);
+    return ANEPY_OK;
+}
+
+static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t count,
+                    int32_t n) {
+    double start = anepy_now_ms(), mark = start;
     int64_t heap = anepy_heap_operations();
     anepy_step_stats *stats = &e->stats;
-    ANEPY_TRY(forward(e, tokens, targets, n));
-    ANEPY_TRY(anepy_step_loss(e, 1, &stats->loss));
-    double mark = start;
-    anepy_count(&mark, &stats->forward_ms);
-    int32_t status = ANEPY_OK;
-    if (anepy_scaled(e) && !isfinite(stats->loss)) stats->skipped = 1;
-    else status = anepy_backward(e);
+    ANEPY_TRY(set_sequences(e, tokens, targets, count, n));
+    int32_t status = add_sequences(e, &mark);
     if (status != ANEPY_OK) return abandon(e, status);
-    if (stats->skipped) ANEPY_TRY(anepy_dw_wait(e));
-    stats->loss_scale = e->loss_scale;
+    e->added = 0;
     if (!stats->skipped) e->accumulated++;
     if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
-    stats->flops = anepy_step_flops(e->model, n);
+    stats->flops = count * anepy_step_flops(e->model, n);
     stats->allocations = anepy_heap_operations() - heap;
     anepy_count(&mark, &stats->backward_ms);
     stats->step_ms = mark - start;
@@ -155,8 +196,13 @@ static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targe
 
 int32_t anepy_engine_step(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
                           const int32_t *targets, int32_t n) {
+    return anepy_engine_step_batch(e, out, tokens, targets, 1, n);
+}
+
+int32_t anepy_engine_step_batch(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
+                                const int32_t *targets, int32_t count, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = step(e, tokens, targets, n);
+    int32_t status = step(e, tokens, targets, count, n);
     if (status == ANEPY_OK) {
         uint32_t size = out->struct_size;
         *out = e->stats;

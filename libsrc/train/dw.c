@@ -114,7 +114,7 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
                                 .m = dw->dy.channels,
                                 .n = dw->x.channels,
                                 .k = e->n,
-                                .accumulate = e->accumulated > 0}};
+                                .accumulate = anepy_adds(e)}};
     return anepy_scaled(e) ? ANEPY_OK : start(e, layer, which);
 }
 

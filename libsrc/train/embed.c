@@ -79,7 +79,7 @@ static void clear_rows(void *context, int32_t index, int32_t worker) {
 void anepy_embed_backward(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     /* The first step replaces what is there; a tied classifier has done so. */
-    if (e->accumulated == 0 && !c->tied)
+    if (!anepy_adds(e) && !c->tied)
         anepy_engine_run(e, (c->vocab_size + COLS - 1) / COLS, clear_rows);
     if (anepy_on(e, ANEPY_VECTOR_EMBED))
         anepy_engine_run(e, (e->model->config.dim + COLS - 1) / COLS, scatter_block);

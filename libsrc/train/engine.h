@@ -105,9 +105,11 @@ struct anepy_engine {
     float *zeros;          /* [width] */
     float *partial;        /* soft-max: [2, chunks, width] */
     double *sums;          /* gradient norm: one per update piece */
-    const int32_t *tokens; /* of the running step */
+    const int32_t *tokens; /* of the running sequence */
     const int32_t *targets;
-    int32_t n;              /* tokens of the running step */
+    int32_t sequences;      /* of the running step */
+    int32_t added;          /* those of them that are in the gradients already */
+    int32_t n;              /* tokens of each */
     int32_t columns;        /* computed: n rounded up to a panel; width where programs always are */
     anepy_step_stats stats; /* of the running step */
     float *host;            /* one mapping: all of the host's memory above */
@@ -121,6 +123,14 @@ static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->sw
 /* Has the device this capability (device.h)? */
 static inline int anepy_can(const anepy_engine *e, uint32_t capability) {
     return (e->device->type->capabilities & capability) != 0;
+}
+
+/* Does the running sequence add to gradients? The first after an update replaces them. */
+static inline int anepy_adds(const anepy_engine *e) { return e->accumulated > 0 || e->added > 0; }
+
+/* What the gradient of each token's loss is multiplied with. */
+static inline double anepy_token_scale(const anepy_engine *e) {
+    return e->loss_scale / ((double)e->n * e->sequences);
 }
 
 static inline const anepy_kernels *anepy_vector(const anepy_engine *e) { return e->gemm.kernels; }

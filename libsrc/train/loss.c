@@ -39,7 +39,7 @@ static void logits_gradient(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     place p = locate(e, index);
     anepy_vector(e)->softmax_gradient(e->logits + (int64_t)p.row * e->width + p.column,
-                                      e->lse + p.column, (float)(e->loss_scale / e->n), e->width,
+                                      e->lse + p.column, (float)anepy_token_scale(e), e->width,
                                       p.rows);
 }
 
@@ -49,7 +49,7 @@ void anepy_loss_padding(anepy_engine *e) {
 
 void anepy_loss_targets(anepy_engine *e) {
     for (int32_t s = 0; s < e->n; s++)
-        e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)(e->loss_scale / e->n);
+        e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)anepy_token_scale(e);
 }
 
 double anepy_loss(anepy_engine *e, int gradient) {
@@ -146,6 +146,6 @@ void anepy_classifier_dw(anepy_engine *e) {
                              .m = e->model->config.vocab_size,
                              .n = dim,
                              .k = e->n,
-                             .accumulate = e->accumulated > 0};
+                             .accumulate = anepy_adds(e)};
     anepy_gemm_run(&e->gemm, &product);
 }

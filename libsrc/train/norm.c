@@ -71,7 +71,7 @@ void anepy_norm_accumulate(anepy_engine *e) {
             i < 2 * layers ? anepy_model_layer(m, i / 2, tensor) : anepy_model_final_norm(m);
         float *gradient = e->grads + offset;
         const float *row = e->norm_gradients + (int64_t)i * dim;
-        if (e->accumulated > 0) anepy_vector(e)->add(gradient, gradient, row, dim);
+        if (anepy_adds(e)) anepy_vector(e)->add(gradient, gradient, row, dim);
         else memcpy(gradient, row, (size_t)dim * sizeof(float));
     }
 }

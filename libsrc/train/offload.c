@@ -102,7 +102,7 @@ static void gradient_piece(void *context, int32_t index, int32_t worker) {
 }
 
 static double join(anepy_engine *e, int gradient) {
-    join_task task = {e, anepy_softmax_groups(e->model), e->loss_scale / e->n};
+    join_task task = {e, anepy_softmax_groups(e->model), anepy_token_scale(e)};
     int32_t pieces = task.groups * (e->columns / COLS);
     double loss = 0.0;
     anepy_pool_run(e->pool, pieces, group_piece, &task);

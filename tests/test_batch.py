@@ -1,0 +1,263 @@
+"""Several sequences in one step: the mean over all their tokens, on every device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+from cases import GQA, SEPARATE, bits, make_engine, make_model, message, sequence
+from reference import llama64 as ref
+from tolerances import assert_tensors_close
+from typer.testing import CliRunner
+
+from anepy.cli import app
+from anepy.data import TokenData
+from anepy.engine import Engine
+from anepy.errors import ConfigError
+from anepy.model import PRESETS, Model, ModelConfig
+from anepy.reports import flops_per_step
+from anepy.train_config import TrainConfig
+from anepy.trainer import Trainer
+
+CONFIGS = {"gqa": GQA, "separate": SEPARATE}
+
+
+def sequences(config: ModelConfig, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    drawn = [sequence(config, length, seed) for seed in range(count)]
+    return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn])
+
+
+def mean_gradients(
+    config: ModelConfig, tokens: np.ndarray, targets: np.ndarray
+) -> tuple[float, dict[str, np.ndarray]]:
+    weights = make_model(config).weights
+    found = [
+        ref.loss_and_gradients(weights, config, *each) for each in zip(tokens, targets, strict=True)
+    ]
+    mean = {name: np.mean([gradients[name] for _, gradients in found], 0) for name in weights}
+    return float(np.mean([loss for loss, _ in found])), mean
+
+
+@pytest.mark.parametrize("variant", ["baseline", "opt", "ane", "max"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("count", "length"), [(2, 64), (3, 33), (5, 1)])
+def test_batch_is_the_mean_of_its_sequences(
+    name: str, variant: str, count: int, length: int
+) -> None:
+    config = CONFIGS[name]
+    tokens, targets = sequences(config, count, length)
+    loss, gradients = mean_gradients(config, tokens, targets)
+    with Engine(make_model(config), variant, "cpu", "fp32") as engine:
+        for total in (1, 2):
+            stats = engine.step(tokens, targets)
+            assert stats.loss == pytest.approx(loss, rel=1e-6)
+            expected = {tensor: total * gradient for tensor, gradient in gradients.items()}
+            assert_tensors_close(dict(engine.gradients), expected, tolerances.FP32_GRADIENT)
+            assert engine.accumulated == total
+        flops = flops_per_step(config, length)["total"]
+        assert stats.flops == flops_per_step(config, length, count)["total"] == count * flops
+
+
+def test_batch_on_the_simulator_is_the_mean_too() -> None:
+    tokens, targets = sequences(GQA, 3, 64)
+    loss, gradients = mean_gradients(GQA, tokens, targets)
+    with Engine(make_model(), device="sim", seq_len=64) as engine:
+        for total in (1, 2):
+            stats = engine.step(tokens, targets)
+            assert not stats.skipped and stats.loss == pytest.approx(loss, rel=2e-3)
+            found = {n: g / (total * stats.loss_scale) for n, g in engine.gradients.items()}
+            for name, gradient in gradients.items():
+                assert (
+                    tolerances.relative_error(found[name], gradient) < tolerances.FP16_GRADIENT
+                ), name
+
+
+def test_batch_of_one_is_the_same_bit_for_bit() -> None:
+    tokens, targets = sequence(GQA, 50)
+    with make_engine() as one, make_engine() as other:
+        for _ in range(2):
+            a, b = one.step(tokens, targets), other.step(tokens[None], targets[None])
+            assert (a.loss, a.flops) == (b.loss, b.flops)
+            assert bits(one.gradients) == bits(other.gradients)
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_batch_runs_are_bit_identical_whatever_the_threads(device: str) -> None:
+    results = []
+    for threads in (1, 2, 2):
+        with Engine(make_model(), device=device, threads=threads) as engine:
+            for seed in range(3):
+                loss = engine.step(*sequences(GQA, 2 + seed, 40)).loss
+                engine.update(lr=1e-2, grad_clip=1.0)
+            results.append((loss, bits(engine.model.weights)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_batch_counts_as_one_step_of_the_mean() -> None:
+    """A batch of one length and a single sequence weigh the same in the update's mean."""
+    tokens, targets = sequences(GQA, 4, 30)
+    with make_engine() as engine, make_engine() as other:
+        engine.step(tokens[:3], targets[:3])
+        engine.step(tokens[3], targets[3])
+        for row in (0, 1, 2, 3, 3, 3):
+            other.step(tokens[row], targets[row])
+        found = {name: gradient / 2 for name, gradient in engine.gradients.items()}
+        expected = {name: gradient / 6 for name, gradient in other.gradients.items()}
+        assert_tensors_close(found, expected, tolerances.FP32_GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "says"),
+    [
+        (np.ones((2, 3), int), np.ones((3, 2), int), "shape (2, 3) but targets have shape (3, 2)"),
+        (np.ones((2, 3), int), np.ones(6, int), "they go in pairs"),
+        (np.ones((1, 2, 3), int), np.ones((1, 2, 3), int), "shape (1, 2, 3)"),
+        (np.ones((0, 3), int), np.ones((0, 3), int), "shape (0, 3)"),
+        (np.ones((3, 0), int), np.ones((3, 0), int), "shape (3, 0)"),
+        (np.ones((2, 130), int), np.ones((2, 130), int), "a sequence of 130 tokens"),
+        ([[1, 2], [3, 523]], [[1, 2], [3, 4]], "tokens[3] is 523"),
+        ([[1, 2], [3, 4]], [[1, 2], [-1, 4]], "targets[2] is -1"),
+        ([[1, 2], [3]], [[1, 2], [3]], "nested unevenly"),
+    ],
+)
+def test_bad_batches_are_refused_and_change_nothing(tokens: Any, targets: Any, says: str) -> None:
+    with make_engine() as engine:
+        engine.step([1, 2, 3], [2, 3, 4])
+        before = bits(engine.gradients)
+        assert says in message(lambda: engine.step(tokens, targets))
+        assert engine.accumulated == 1 and bits(engine.gradients) == before
+        good = np.ones((2, 3), int)
+        message(lambda: engine.evaluate(good, good))
+        message(lambda: engine.logits(good))
+
+
+@pytest.mark.parametrize("accumulated", [0, 1])
+def test_batch_whose_second_sequence_overflows_is_still_the_mean(accumulated: int) -> None:
+    """Half precision: the scale falls for all that was added, and the sequence comes again."""
+    model = make_model()
+    tokens, targets = sequences(GQA, 2, 64)
+    quiet = np.full(64, 5)  # predicts itself: its gradients are small
+    mixed = np.stack([quiet, tokens[1]]), np.stack([quiet, targets[1]])
+    calm = np.stack([quiet, quiet]), np.stack([quiet, quiet])
+    _, wanted = mean_gradients(GQA, *mixed)
+    with Engine(model, device="sim", seq_len=64) as engine:
+        most = 2.0**40
+        while most > 1.0:  # the largest scale at which the quiet sequence alone passes
+            engine.restore(0, 0, loss_scale=most)
+            if not engine.step(quiet, quiet).skipped:
+                break
+            most /= 2
+        engine.restore(0, 0, loss_scale=most)
+        if not engine.step(tokens[1], targets[1]).skipped:
+            pytest.skip("no scale separates the two sequences")
+        most *= 2  # half of it for each of two sequences
+        engine.restore(0, 0, loss_scale=most)
+        if accumulated:
+            assert not engine.step(*calm).skipped
+            for name, gradient in mean_gradients(GQA, *calm)[1].items():
+                wanted[name] += gradient
+        stats = engine.step(*mixed)
+        assert not stats.skipped and stats.loss_scale < most
+        assert engine.accumulated == 1 + accumulated and engine.loss_scale == stats.loss_scale
+        for name, gradient in engine.gradients.items():
+            error = tolerances.relative_error(gradient / engine.loss_scale, wanted[name])
+            assert error < tolerances.FP16_GRADIENT, (name, error)
+
+
+def test_batch_with_a_sequence_that_is_no_number_adds_nothing() -> None:
+    tokens, targets = sequences(SEPARATE, 2, 30)
+    tokens[0], targets[0] = 7, 7
+    with Engine(make_model(SEPARATE), device="sim") as engine:
+        row = engine.model.weights["tok_embeddings.weight"][int(tokens[1][0])]
+        saved = row.copy()
+        row[...] = np.nan
+        assert engine.step(tokens, targets).skipped and engine.accumulated == 0
+        engine.step(tokens[0], targets[0])
+        assert engine.step(tokens, targets).skipped and engine.accumulated == 1
+        assert engine.update(lr=1e-2).skipped, "half a batch reached the weights"
+        row[...] = saved
+        assert not engine.step(tokens, targets).skipped
+        assert not engine.update(lr=1e-2).skipped
+
+
+# ---------------------------------------------------------------------------- trainer and command
+
+SMALL = ModelConfig(32, 64, 2, 4, 2, 50, 24)
+
+
+def walk(n: int = 2000) -> TokenData:
+    steps = np.random.default_rng(0).integers(-1, 2, n)
+    return TokenData.from_array((np.cumsum(steps) % SMALL.vocab_size).astype(np.uint16))
+
+
+def trained(
+    settings: TrainConfig, path: Path, stop: int | None = None, resume: Path | None = None
+) -> tuple[dict[str, bytes], list[float]]:
+    model = Model.init(SMALL, seed=3)
+    losses = []
+    with Trainer(model, walk(), settings, resume) as trainer:
+        for report in trainer:
+            losses.append(report.loss)
+            assert report.tokens_per_s * report.ms_per_step / 1e3 == pytest.approx(
+                settings.batch * 16
+            )
+            if report.step == stop:
+                break
+        trainer.save_checkpoint(path)
+        assert trainer.summary().tokens == len(losses) * settings.batch * 16
+    return bits(model.weights), losses
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_batch_resumed_in_and_between_accumulations_is_bit_identical(
+    tmp_path: Path, stop: int
+) -> None:
+    settings = TrainConfig(steps=7, batch=3, accum=3, lr=1e-2, seq=16, grad_clip=1.0)
+    whole, losses = trained(settings, tmp_path / "whole.npz")
+    _, first = trained(settings, tmp_path / "half.npz", stop)
+    resumed, second = trained(settings, tmp_path / "b.npz", resume=tmp_path / "half.npz")
+    assert resumed == whole and first + second == losses
+
+
+def test_batch_sees_the_sequences_that_as_many_single_steps_see(tmp_path: Path) -> None:
+    """The update of 2 steps of 3 sequences is that of 6 steps of 1, up to rounding."""
+    batched, losses = trained(
+        TrainConfig(steps=2, batch=3, accum=2, lr=1e-2, seq=16), tmp_path / "a.npz"
+    )
+    single, each = trained(TrainConfig(steps=6, accum=6, lr=1e-2, seq=16), tmp_path / "b.npz")
+    np.testing.assert_allclose(losses, np.reshape(each, (2, 3)).mean(1), rtol=1e-5)
+    for name, weights in batched.items():
+        np.testing.assert_allclose(
+            np.frombuffer(weights, np.float32), np.frombuffer(single[name], np.float32), atol=2e-4
+        )
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_batch_below_one_is_refused(batch: int) -> None:
+    with pytest.raises(ConfigError, match=f"batch is {batch}, it must be at least 1"):
+        TrainConfig(batch=batch).validate()
+
+
+def test_resume_with_another_batch_says_so(tmp_path: Path) -> None:
+    trained(TrainConfig(steps=4, batch=2, accum=2, seq=16), tmp_path / "a.npz", stop=2)
+    changed = TrainConfig(steps=4, batch=3, accum=2, seq=16)
+    with Trainer(Model.init(SMALL), walk(), changed, tmp_path / "a.npz") as trainer:
+        assert "batch is 3, the checkpoint had 2" in trainer.notes
+
+
+def test_train_command_takes_a_batch(tmp_path: Path) -> None:
+    Model.init(PRESETS["stories260K"], seed=0).save(tmp_path / "m.bin")
+    np.random.default_rng(0).integers(0, 512, 5000).astype("<u2").tofile(tmp_path / "d.bin")
+    common = ["train", str(tmp_path / "m.bin"), "--data", str(tmp_path / "d.bin"), "--seq", "32"]
+    common += ["--no-checkpoint", "--steps", "2", "--accum", "2"]
+    plain = CliRunner().invoke(app, [*common, "--batch", "4"])
+    assert plain.exit_code == 0 and "of 4 sequences" in plain.output, plain.output
+    found = CliRunner().invoke(app, [*common, "--batch", "4", "--json"])
+    result = json.loads(found.stdout)
+    assert result["settings"]["batch"] == 4 and result["summary"]["tokens"] == 2 * 4 * 32
+    bad = CliRunner().invoke(app, [*common, "--batch", "0"])
+    assert bad.exit_code != 0 and "batch is 0" in bad.output

@@ -160,7 +160,7 @@ def _register() -> None:
     app.command(
         "compare",
         epilog=examples(
-            "anepy compare baseline opt --json compare.json",
+            "anepy compare baseline opt --report compare.html",
             "anepy compare baseline max --ablate --model stories15M.bin --data stories.bin",
         ),
     )(compare)

@@ -72,6 +72,18 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page with charts.", show_default=False),
+    ] = None,
+    submit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Write a Mac's Neural Engine figures in the form of the public tables.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Measure what variants are worth, in turns, with intervals.
 
@@ -85,13 +97,13 @@ def compare(
         if name in CompareConfig.__dataclass_fields__ and value is not None and value is not False
     }
     inputs = {"model": model, "data": data, "preset": preset}
-    outputs = {"results": as_json}
+    outputs = {"results": as_json, "report": report, "submission": submit}
     if load:
         given = [*settings, *(name for name, value in inputs.items() if value is not None)]
-        given += ["json"] if as_json is not None else []
+        given += [name for name, path in (("json", as_json), ("submit", submit)) if path]
         if given:
             raise typer.BadParameter(f"--load measures nothing: leave out --{given[0]}")
-        _compare_files(words)
+        _compare_files(words, report)
         return
     if len(words) < 2 and not ablate:
         raise typer.BadParameter("name two variants or more, like baseline opt")
@@ -125,6 +137,7 @@ def _measure(
             config,
             preset=inputs["preset"] or DEFAULT_PRESET,
             progress=display.turn,
+            begin=_check_submission if "submission" in files else lambda _: None,
             stop=lambda: stop.signal is not None,
             command=["anepy", *sys.argv[1:]],
         )
@@ -143,6 +156,12 @@ def _measure(
         raise typer.Exit(EXIT_FAILURE)
 
 
+def _check_submission(comparison: Comparison) -> None:
+    from .community import check
+
+    check(comparison.engine, comparison.machine, comparison.model["shape"])
+
+
 def _finish(comparison: Comparison, quiet: bool, outputs: Mapping[str, Path]) -> None:
     from . import comparison_file
 
@@ -155,6 +174,16 @@ def _finish(comparison: Comparison, quiet: bool, outputs: Mapping[str, Path]) ->
     if "results" in outputs:
         comparison_file.save(comparison, outputs["results"])
         _say(quiet, f"results written: {outputs['results']}")
+    if "report" in outputs:
+        _write_report([("", comparison)], outputs["report"])
+        _say(quiet, f"report written: {outputs['report']}")
+    if "submission" in outputs:
+        from .community import submission
+        from .run_log import dumps
+
+        record = dumps(submission(comparison), indent=2) + "\n"
+        comparison_file.write(outputs["submission"], "submission", record)
+        _say(quiet, f"submission written: {outputs['submission']}")
 
 
 def _say(quiet: bool, text: str) -> None:
@@ -171,14 +200,27 @@ def _check_writable(what: str, path: Path) -> None:
         raise ConfigError(write_failure(path, what, error)) from None
 
 
-def _compare_files(words: Sequence[str]) -> None:
+def _compare_files(words: Sequence[str], report: Path | None) -> None:
     """Lay earlier results side by side."""
     from .comparison_file import load
 
     if not words:
         raise typer.BadParameter("--load needs files that --json wrote")
+    if report is not None:
+        distinct({"the report": report}, {f"result {word}": word for word in words})
+        _check_writable("report", report)
     named = list(zip(_names(words), (load(word) for word in words), strict=True))
     _show(named)
+    if report is not None:
+        _write_report(named, report)
+        print(f"report written: {report}")
+
+
+def _write_report(named: Sequence[tuple[str, Comparison]], path: Path) -> None:
+    from .comparison_file import write
+    from .comparison_report import page
+
+    write(path, "report", page(named))
 
 
 def _names(words: Sequence[str]) -> list[str]:

@@ -317,10 +317,12 @@ class Column:
     measured: Measured
 
     def ratio(self, reference: Column, what: str = "per_step") -> Ratio | None:
-        """Return a time relative to another column's, maybe of another comparison."""
+        """Return a time relative to another column's; None if that was of another load."""
         here, there = self.comparison, reference.comparison
         if here is there:
             return here.ratio(self.label, reference.label, what)
+        if not same_load(here, there):
+            return None
         sides = there._by_round(reference.label, what), here._by_round(self.label, what)
         return unpaired_ratio(*sides, here.settings["seed"])
 
@@ -332,12 +334,20 @@ class Column:
         return agreement(reference.measured.losses, self.measured.losses, tolerance)
 
 
+def same_load(a: Comparison, b: Comparison) -> bool:
+    """Say whether two comparisons ask the same of a machine: model shape, tokens, updates."""
+    return (
+        a.model["shape"] == b.model["shape"]
+        and a.engine["seq"] == b.engine["seq"]
+        and all(a.settings[key] == b.settings[key] for key in ("steps", "accum"))
+    )
+
+
 def same_work(a: Comparison, b: Comparison) -> bool:
     """Say whether two comparisons trained the same model on the same data in the same way."""
-    keys = ("steps", "warmup", "accum", "lr", "seed")
     return (
-        all(a.settings[key] == b.settings[key] for key in keys)
-        and a.engine["seq"] == b.engine["seq"]
+        same_load(a, b)
+        and all(a.settings[key] == b.settings[key] for key in ("warmup", "lr", "seed"))
         and a.model == b.model
         and a.data == b.data
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .comparison import HALVES, PARTS, Column, Comparison, Measured
+from .comparison import HALVES, PARTS, Column, Comparison, Measured, same_load
 from .console_text import engine_text, quantity
 from .estimates import Ratio, Spread
 
@@ -188,7 +188,8 @@ def sentences(columns: Sequence[Column]) -> list[str]:
     for column in columns[1:]:
         ratio = column.ratio(first)
         if ratio is None:
-            said.append(f"{column.title}: not measured")
+            other = not same_load(first.comparison, column.comparison)
+            said.append(f"{column.title}: {'another load' if other else 'not measured'}")
             continue
         text = f"{column.title}: {percent(ratio.value)} time per step against {first.title}"
         if ratio.low is not None and ratio.high is not None:
@@ -225,14 +226,14 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return rows
 
 
-def remarks(comparison: Comparison) -> list[str]:
-    """List what is worth knowing beside the numbers."""
+def remarks(comparison: Comparison, switches: bool = True) -> list[str]:
+    """List what is worth knowing beside the numbers; `switches`: and why some were not measured."""
     said = list(comparison.notes)
     said += [f"{variant} was left out: {why}" for variant, why in comparison.refused.items()]
     said += [
         f"{row.switch}: not on this device: {row.reason}"
         for row in comparison.ablation
-        if row.reason
+        if switches and row.reason
     ]
     tests = sum(bool(row.label) for row in comparison.ablation)
     if tests:
@@ -258,7 +259,7 @@ def differences(named: Sequence[tuple[str, Comparison]]) -> list[str]:
             "libraries": (first.library["build_id"], other.library["build_id"]),
             "models": (first.model["name"], other.model["name"]),
             "data": (first.data["name"], other.data["name"]),
-            "sequences": (first.engine["seq"], other.engine["seq"]),
+            "sequences": (_load(first), _load(other)),
         }
         for what, (a, b) in pairs.items():
             if a != b:
@@ -268,6 +269,14 @@ def differences(named: Sequence[tuple[str, Comparison]]) -> list[str]:
             "not alternate"
         )
     return said
+
+
+def _load(comparison: Comparison) -> str:
+    settings = comparison.settings
+    return (
+        f"{comparison.engine['seq']} tokens, turns of {settings['steps']}, updates every "
+        f"{settings['accum']}"
+    )
 
 
 def _place(comparison: Comparison) -> str:

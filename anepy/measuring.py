@@ -70,6 +70,7 @@ def compare(
     *,
     preset: str = DEFAULT_PRESET,
     progress: Callable[[Progress], None] = lambda _: None,
+    begin: Callable[[Comparison], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     command: Sequence[str] = (),
 ) -> Comparison:
@@ -84,6 +85,7 @@ def compare(
         config: settings.
         preset: shape of the model if there is none.
         progress: told before every turn.
+        begin: shown what will be measured, before the first turn; what it raises ends everything.
         stop: asked after every step; true ends the comparison with what has been measured.
         command: what was typed, for the record.
 
@@ -109,7 +111,7 @@ def compare(
     elif not isinstance(data, TokenData):
         data = TokenData(data)
     data.check(base.config.vocab_size)
-    return _Session(config, base, data, plan, progress, stop).run(list(command))
+    return _Session(config, base, data, plan, progress, stop).run(begin, list(command))
 
 
 def _load(model: Model | str | Path | None, preset: str, seed: int) -> Model:
@@ -245,7 +247,7 @@ class _Contestant:
             model, run.variant, config.device, config.precision, seq, config.threads
         )
         run.switches = list(self.engine.switches)
-        run.memory = 4 * model.arena.nbytes + getattr(self.engine, "memory", 0)
+        run.memory = 4 * model.arena.nbytes + self.engine.memory
 
     def turn(self, number: int, steps: int, stop: Callable[[], bool]) -> bool:
         """Make steps, the last of them followed by an update; False if stopped before.
@@ -329,7 +331,7 @@ class _Session:
         self._seq = sequence_length(config.seq, base.config.seq_len)
         self._done = self._total = 0
 
-    def run(self, command: list[str]) -> Comparison:
+    def run(self, begin: Callable[[Comparison], None], command: list[str]) -> Comparison:
         """Measure everything, or what there was time for."""
         arenas = 4 * self._base.arena.nbytes
         free = int(machine.available_memory() * _MEMORY_SHARE)
@@ -338,6 +340,7 @@ class _Session:
         first = self._contestant(_run(self._plan.sections[0][0]))
         try:
             result = self._describe(first.engine, command)
+            begin(result)
             chunks = self._chunks(_check_room(free, first.run.memory), result.notes)
             self._total = self._turns() * sum(1 + len(others) for _, others in chunks)
             for number, (reference, others) in enumerate(chunks, 1):

@@ -188,7 +188,7 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 def test_variant_of_another_device_is_left_out_with_its_reason() -> None:
     result = small(["baseline", "opt+metal_dw", "opt"])
     assert result.columns == ["baseline", "opt"]
-    assert "metal_dw means nothing on device cpu" in result.refused["opt+metal_dw"]
+    assert "switch metal_dw" in result.refused["opt+metal_dw"]
 
 
 # Memory
@@ -348,7 +348,7 @@ def test_ablation_has_a_row_for_every_switch() -> None:
     assert (row.reference, row.label) == ("opt", "opt-prealloc")
     assert result.ratio(row.label, row.reference) is not None
     row = rows["metal_dw", "add"]
-    assert (row.label, row.reason) == ("", "switch metal_dw means nothing on device cpu")
+    assert row.label == "" and row.reason.startswith("switch metal_dw")
     assert result.columns == ["baseline", "opt"]
 
 

@@ -122,6 +122,7 @@ def test_compare_without_model_and_data(run: Run) -> None:
         ["--load", "a.json", "--steps", "3"],
         ["--load", "a.json", "--model", "m.bin"],
         ["--load", "a.json", "--json", "b.json"],
+        ["--load", "a.json", "--submit", "b.json"],
     ],
 )
 def test_compare_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:
@@ -134,7 +135,7 @@ def test_compare_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:
     [
         (["baseline", "nonsense"], ["nonsense", "baseline, opt"]),
         (["baseline", "opt+nonsense"], ["nonsense"]),
-        (["opt", "opt+metal_dw"], ["metal_dw", "device cpu"]),
+        (["opt", "opt+background_compile"], ["background_compile", "device cpu"]),
         (["baseline", "opt", "--rounds", "0"], ["rounds is 0"]),
         (["baseline", "opt", "--seq", "999"], ["context is"]),
         (["baseline", "opt", "--precision", "fp7"], ["fp7"]),
@@ -144,6 +145,10 @@ def test_compare_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:
         (["baseline", "opt", "--json", "no/r.json"], ["no/r.json", "no folder"]),
         (["baseline", "opt", "--json", "/dev/null"], ["regular file"]),
         (["baseline", "opt", "--json", "m.bin"], ["same file"]),
+        (["baseline", "opt", "--report", "no/r.html"], ["no/r.html", "no folder"]),
+        (["baseline", "opt", "--report", "x", "--json", "x"], ["same file"]),
+        (["baseline", "opt", "--submit", "no/s.json"], ["no/s.json"]),
+        (["baseline", "opt", "--submit", "s.json"], ["Neural Engine", "device cpu", "--json"]),
     ],
 )
 def test_compare_bad_input_is_one_line_and_writes_nothing(
@@ -170,6 +175,33 @@ def test_compare_variant_that_fails_is_told_and_exits_with_1(
     assert "opt ended after 0 rounds: the device failed" in result.out
     assert load("r.json").runs("max")[0].rounds == 2
     assert_one_line_error(run("opt", "opt", *SHORT), "nothing could be measured", "device failed")
+
+
+def test_compare_writes_a_report(run: Run) -> None:
+    result = run("baseline", "opt", "max", "--ablate", *SHORT, "--report", "r.html")
+    assert result.code == 0 and "report written: r.html" in result.out
+    page = Path("r.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and "Where the time goes" in page
+    assert "anepy compare baseline opt max --ablate" in page, "the command"
+    assert page.count('class="estimate') >= 12 and "not on this device" in page
+
+
+def test_compare_failing_variant_still_writes_its_files(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Engine.update
+
+    def update(self: Engine, *args: Any, **more: Any) -> Any:
+        if self.variant == "baseline" and self.updates == 1:
+            raise NativeError(-40, "device", "the device failed")
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(Engine, "update", update)
+    result = run("baseline", "opt", *SHORT, "--report", "r.html", "--json", "r.json")
+    assert result.code == 1 and "the device failed" in Path("r.html").read_text()
+    loaded = run("--load", "r.json", "--report", "again.html")
+    assert loaded.code == 0 and "report written" in loaded.out
+    assert "the device failed" in Path("again.html").read_text()
 
 
 # Earlier results

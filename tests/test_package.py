@@ -154,7 +154,8 @@ def test_wheel_carries_package_and_sources_and_nothing_else(installed: Path) -> 
     names = {path.as_posix() for path in files}
     assert {"anepy/py.typed", "anepy/_release.json", "anepy/_src/libsrc/anepy.h"} <= names
     kinds = {path.suffix for path in files if path.parts[0] == "anepy"}
-    assert kinds == {".py", ".typed", ".json", ".c", ".h", ".sh"} | (kinds & {".m"})
+    assert "anepy/report.css" in names
+    assert kinds == {".py", ".css", ".typed", ".json", ".c", ".h", ".sh"} | (kinds & {".m"})
 
 
 def test_wheel_script_is_executable_in_the_archive(wheel: Path) -> None:

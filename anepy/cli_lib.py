@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ def info(as_json: JsonOption = False) -> None:
         ("system", f"{machine['system']} ({facts['platform']})"),
         ("processor", f"{machine['processor']}, {machine['cpus']} CPUs usable"),
         ("memory", f"{machine['memory'] / 1e9:.1f} GB"),
+        *_mac_rows(facts["mac"]),
     ]
     if "error" in library:
         rows.append(("library", library["error"]))
@@ -46,9 +48,30 @@ def info(as_json: JsonOption = False) -> None:
         (f"variant {name}", ", ".join(switches) or "no switches")
         for name, switches in facts["variants"].items()
     ]
+    if facts["probe"] is not None:
+        rows.append(("probe", _probe_text(facts["probe"])))
     rows.append(("cache", facts["cache"]))
     rows += [(name, value) for name, value in facts["environment"].items()]
     table("anepy info", rows)
+
+
+def _mac_rows(mac: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if mac is None:
+        return []
+    there = [name for name, opens in mac["frameworks"].items() if opens]
+    return [
+        ("macOS", f"{mac['macos']} ({mac['build']}) on {mac['model']}"),
+        ("cores", f"{mac['performance_cores']} performance, {mac['efficiency_cores']} efficiency"),
+        ("neural engine", f"family {mac['family'] or 'unknown'}"),
+        ("frameworks", ", ".join(there) or "none"),
+        *(("warning", text) for text in mac["warnings"]),
+    ]
+
+
+def _probe_text(probe: dict[str, Any]) -> str:
+    adapts = ", ".join(probe["adapts"]) or "the library's defaults fit"
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in probe["verdicts"].items() if n)
+    return f"{counts} on {probe['started'][:10]}; {adapts} ({probe['path']})"
 
 
 def _text(value: object) -> str:
@@ -58,8 +81,9 @@ def _text(value: object) -> str:
 def _facts() -> dict[str, Any]:
     import numpy
 
-    from . import __version__, _native, hub, machine
+    from . import __version__, _native, adapt, hub, mac, machine
 
+    this, record = mac.describe(), adapt.stored(adapt.DEVICE)
     facts: dict[str, Any] = {
         "anepy": __version__,
         "python": platform.python_version(),
@@ -71,6 +95,15 @@ def _facts() -> dict[str, Any]:
             "memory": machine.memory(),
         },
         "platform": "unknown",
+        "mac": None if this is None else asdict(this),
+        "probe": None
+        if record is None
+        else {
+            "path": str(adapt.path(adapt.DEVICE)),
+            "started": record["started"],
+            "verdicts": record["verdicts"],
+            "adapts": [item["detail"] for item in record["adapts"]],
+        },
         "library": {},
         "devices": [],
         "variants": {},

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from . import _abi, _native
+from . import _abi, _native, mac
 from .errors import AnepyError, CompileBudgetError, ConfigError
 
 AUTO = "auto"
@@ -43,7 +43,11 @@ def devices() -> list[DeviceInfo]:
             lib.anepy_device_get_info(index, ctypes.byref(info))
         except ConfigError:
             break
-        found.append(DeviceInfo(info.name.decode(), bool(info.usable), info.reason.decode()))
+        name, reason = info.name.decode(), info.reason.decode()
+        if name == "ane" and not info.usable:
+            # A library of another architecture knows less about the Mac.
+            reason = mac.obstacle() or reason
+        found.append(DeviceInfo(name, bool(info.usable), reason))
     return found
 
 
@@ -61,7 +65,13 @@ def open_device(device: str, make: Callable[[str], T]) -> tuple[T, str]:
         AnepyError: what `make` raises, for "auto" on the last device.
     """
     if device != AUTO:
-        return make(device), ""
+        try:
+            return make(device), ""
+        except ConfigError as error:
+            found = next((item for item in devices() if item.name == device), None)
+            if found is None or found.usable or found.reason in str(error):
+                raise
+            raise ConfigError(f"device {device}: {found.reason}") from error
     refused: list[str] = []
     failure: AnepyError | None = None
     for info in devices():

@@ -88,11 +88,13 @@ def sysctl(name: str) -> str:
 
 def macos() -> tuple[str, str]:
     """Return the version and the build of macOS, like ("26.2", "25C56"); empty elsewhere."""
-    return platform.mac_ver()[0], _output("sw_vers", "-buildVersion")
+    # platform.mac_ver() says 10.16 to a Python built for old systems.
+    return _output("sw_vers", "-productVersion"), _output("sw_vers", "-buildVersion")
 
 
 def _output(*command: str) -> str:
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.check_output(command, text=True, timeout=5).strip()
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            return done.stdout.strip()
     return ""

@@ -206,7 +206,8 @@ def run(request: Request) -> None:
         log = stack.enter_context(_log(request, plan))
         _introduce(request, plan, trainer, reporter, log)
         stop, saved = _loop(request, plan, trainer, reporter, log)
-        summary = trainer.summary()
+        engine = trainer.engine
+        summary = trainer.summary().with_peak(engine.device, engine.precision, engine.threads)
         log.summary(summary)
         reporter.summary(summary, saved)
         interrupted = trainer.step < trainer.config.steps

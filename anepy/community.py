@@ -14,8 +14,7 @@ from typing import Any
 from .comparison import Comparison, Measured
 from .errors import ConfigError
 from .model import PRESETS
-from .reports import flops_per_step
-from .run_log import ANE_PEAK_TFLOPS
+from .reports import ANE_PEAK_TFLOPS, flops_per_step
 
 SCHEMA_VERSION = 1
 _SHAPE, _SEQ = PRESETS["stories110M"], 256

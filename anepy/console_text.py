@@ -194,6 +194,9 @@ def summary_rows(summary: Summary, arrow: str) -> list[tuple[str, str]]:
             f"{summary.tokens_per_s:,.0f} tokens/s, {summary.tflops * 1e3:,.1f} GFLOP/s",
         )
     )
+    if summary.peak is not None:
+        peak = f"{summary.peak['gflops']:,.0f} GFLOP/s, {summary.peak['name']}"
+        rows.append(("utilization", f"{summary.utilization:.1%} of {peak}"))
     phases = {name: ms for name, ms in summary.phases.items() if ms >= 0.0005}
     if phases:
         shown = ", ".join(f"{name} {ms:.2f}" for name, ms in phases.items())

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from . import _native, machine
-from .bench import machine_peak
 from .compare_config import CompareConfig
 from .comparison import Ablation, Comparison, Group, Run
 from .data import Sampler, TokenData
@@ -29,7 +28,7 @@ from .engine import Engine, library_info, switch_names, variant_switches
 from .errors import AnepyError, ConfigError, DivergedError, UnsupportedError
 from .estimates import TRUSTED_ROUNDS
 from .model import PRESETS, Model, ModelConfig, parameters
-from .run_log import ANE_PEAK_TFLOPS
+from .reports import device_peak
 from .trainer import sequence_length
 
 DEFAULT_PRESET = "stories110M"
@@ -443,7 +442,7 @@ class _Session:
             },
             data={"name": self._data.name, "tokens": len(self._data)},
             settings=asdict(config) | {"seq": self._seq},
-            peak=peak(engine.device, engine.precision, engine.threads),
+            peak=device_peak(engine.device, engine.precision, engine.threads),
             columns=plan.columns,
             refused=plan.refused,
             ablation=plan.ablation,
@@ -498,16 +497,6 @@ def library_facts() -> dict[str, Any]:
     if (found := _native.loaded()) is not None and found.path is not None:
         facts["sha256"] = hashlib.sha256(found.path.read_bytes()).hexdigest()
     return facts
-
-
-def peak(device: str, precision: str, threads: int) -> dict[str, Any] | None:
-    """Return what utilization on a device refers to: GFLOP/s and a name; None for a simulator."""
-    if device == "ane":
-        return {"gflops": ANE_PEAK_TFLOPS * 1e3, "name": "Apple's figure for the Neural Engine"}
-    if device != "cpu":
-        return None
-    gflops = machine_peak(precision, threads)
-    return {"gflops": gflops, "name": "measured FMA peak"} if gflops > 0 else None
 
 
 def _shape_name(config: ModelConfig) -> str:

@@ -7,7 +7,7 @@ import sys
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Attributes of the engine's StepStats, in milliseconds, under the names reports use.
 PHASES = {
+    "forward": "forward_ms",
+    "backward": "backward_ms",
     "device": "device_ms",
     "io": "io_ms",
     "classifier": "classifier_ms",
@@ -27,6 +29,8 @@ PHASES = {
     "dw": "dw_ms",
     "dw_wait": "dw_wait_ms",
 }
+# What Apple quotes for one Neural Engine; utilization in these logs has always referred to it.
+ANE_PEAK_TFLOPS = 15.8
 LOSS_TAIL = 200
 # Step times that go to the next process of a run: enough for quartiles, little for a file.
 _TIMES_KEPT = 4096
@@ -110,6 +114,9 @@ class Summary:
         last_loss: mean training loss of the last steps.
         held_out_before: held-out loss before the first step; None without held-out data.
         held_out_after: held-out loss after the last evaluation.
+        peak: what `utilization` is a share of: `gflops` and `name`; None unless asked for
+            (`with_peak`).
+        utilization: share of the peak at the median step time, likewise.
     """
 
     step: int
@@ -136,6 +143,15 @@ class Summary:
     last_loss: float | None
     held_out_before: float | None
     held_out_after: float | None
+    peak: Mapping[str, Any] | None = None
+    utilization: float | None = None
+
+    def with_peak(self, device: str, precision: str, threads: int) -> Summary:
+        """Return the same with the peak of what the run was on; measures a CPU's for 0.2 s."""
+        peak = device_peak(device, precision, threads) if self.steps else None
+        if peak is None:
+            return self
+        return replace(self, peak=peak, utilization=self.tflops * 1e3 / peak["gflops"])
 
 
 class Measurements:
@@ -211,7 +227,8 @@ class Measurements:
         self._started, self._wall_s = state["started"], state["wall_s"]
         self._step_ms = array("d", state["step_ms"])
         self._update_ms = array("d", state["update_ms"])
-        self._compile_ms, self._phase_ms = state["compile_ms"], dict(state["phase_ms"])
+        self._compile_ms = state["compile_ms"]
+        self._phase_ms = dict.fromkeys(PHASES, 0.0) | dict(state["phase_ms"])
         self._skipped, self._allocations = state["skipped"], state["allocations"]
         self._first_losses = list(state["first_losses"])
         self._steps, self._train_ms = state["steps"], state["train_ms"]
@@ -328,6 +345,28 @@ def flops_per_step(config: ModelConfig, seq: int, batch: int = 1) -> dict[str, i
         "classifier": classifier,
         "total": 3 * layers + sdpa + classifier,
     }
+
+
+def device_peak(device: str, precision: str, threads: int) -> dict[str, Any] | None:
+    """Return what utilization on a device refers to; None for a simulator, which has no speed.
+
+    Args:
+        device: of the engine; `precision` and `threads` too.
+        precision: see `device`.
+        threads: see `device`.
+
+    Returns:
+        `gflops` and its `name`: Apple's figure for the Neural Engine, and for a CPU what its
+        multiply-adds in registers do at most, measured once per process.
+    """
+    if device == "ane":
+        return {"gflops": ANE_PEAK_TFLOPS * 1e3, "name": "Apple's figure for the Neural Engine"}
+    if device != "cpu":
+        return None
+    from .bench import machine_peak
+
+    gflops = machine_peak(precision, threads)
+    return {"gflops": gflops, "name": "measured FMA peak"} if gflops > 0 else None
 
 
 def peak_memory() -> int:

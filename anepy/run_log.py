@@ -15,10 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from .reports import StepReport, Summary
-
-# What Apple quotes for one Neural Engine; utilization in these logs has always referred to it.
-ANE_PEAK_TFLOPS = 15.8
+from .reports import ANE_PEAK_TFLOPS, StepReport, Summary
 
 
 class RunLog:
@@ -82,6 +79,8 @@ class RunLog:
                 "compiles": report.compiles,
                 "t_softmax": phases["softmax"],
                 "t_dw": phases["dw"],
+                "t_fwd": phases["forward"],
+                "t_bwd": phases["backward"],
                 "ms": report.ms_per_step,
                 "tokens_per_s": report.tokens_per_s,
                 "gflops": report.gflops,

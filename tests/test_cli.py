@@ -186,6 +186,9 @@ def test_train_json_is_alone_on_standard_output(run: Run, files: dict[str, Path]
     assert record["summary"]["steps"] == 3 and record["interrupted"] is False
     assert record["settings"]["seq"] == 16 and record["engine"]["device"] == "cpu"
     assert record["checkpoint"] == "m.ckpt.npz"
+    assert record["summary"]["peak"]["name"] == "measured FMA peak"
+    assert 0 < record["summary"]["utilization"]
+    assert record["summary"]["phases"]["forward"] > 0 < record["summary"]["phases"]["backward"]
 
 
 @pytest.mark.parametrize(

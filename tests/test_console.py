@@ -205,6 +205,21 @@ def test_plain_lines_match_what_dashboards_look_for(pattern: str) -> None:
     assert re.search(pattern, plain_run()), pattern
 
 
+def test_plain_summary_names_the_peak_of_its_utilization() -> None:
+    out = io.StringIO()
+    peak = {"gflops": 480.0, "name": "measured FMA peak"}
+    Plain(out).summary(summary(peak=peak, utilization=0.398), [])
+    assert "Utilization:     39.8% of 480 GFLOP/s, measured FMA peak\n" in out.getvalue()
+    assert "Utilization" not in plain_run(), "no peak, no share of it"
+
+
+def test_summary_shares_a_peak_only_where_there_is_one() -> None:
+    ane = summary().with_peak("ane", "fp16", 8)
+    assert ane.utilization == pytest.approx(0.191 / 15.8) and ane.peak is not None
+    assert summary().with_peak("sim", "fp16", 2) == summary(), "a simulator has no speed"
+    assert summary(steps=0).with_peak("ane", "fp16", 8).peak is None
+
+
 def test_plain_resumed_run_says_where() -> None:
     assert re.search(r"\[RESUMED step 5, loss=2\.0000\]", plain_run(start=5, losses=[3.0, 2.0]))
     assert "RESUMED" not in plain_run()

@@ -186,6 +186,10 @@ void anepy_recompile(anepy_engine *e, int at_once) {
     (void)anepy_compile(e);
 }
 
+uint64_t anepy_compile_nbytes(const anepy_engine *e) {
+    return e->compiler != NULL ? 2 * e->compiler->nbytes : 0;
+}
+
 void anepy_compile_close(anepy_engine *e) {
     anepy_compiler *c = e->compiler;
     if (c == NULL) return;

@@ -222,7 +222,7 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->compiles = e->device->compiles;
     out->compile_budget = e->device->compile_budget;
     out->stale = e->stale;
-    out->memory = e->host_nbytes + e->captures_nbytes + e->device->nbytes;
+    out->memory = e->host_nbytes + e->captures_nbytes + e->device->nbytes + anepy_compile_nbytes(e);
     return ANEPY_OK;
 }
 

@@ -160,6 +160,7 @@ void anepy_recompile(anepy_engine *e, int at_once);
 /* Before they change, or are evaluated: waits for what compiles in the background and takes it
  * over. If it failed, the weights it was to replace stay in use. */
 int32_t anepy_compile_settle(anepy_engine *e);
+uint64_t anepy_compile_nbytes(const anepy_engine *e); /* of copies of the weights */
 void anepy_compile_close(anepy_engine *e);
 
 /* embed.c */

@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +337,7 @@ class _Session:
         _check_room(free, arenas)
         # The first engine tells what all of them run on, and how much memory one takes.
         first = self._contestant(_run(self._plan.sections[0][0]))
+        self._config = replace(self._config, device=_same_device(self._config, first.engine))
         try:
             result = self._describe(first.engine, command)
             begin(result)
@@ -417,7 +418,7 @@ class _Session:
         from . import __version__
 
         config, base, plan = self._config, self._base, self._plan
-        notes = []
+        notes = [engine.device_note] if engine.device_note else []
         if config.rounds < TRUSTED_ROUNDS:
             notes.append(
                 f"{config.rounds} rounds: intervals are to be trusted from {TRUSTED_ROUNDS} on"
@@ -448,6 +449,11 @@ class _Session:
             ablation=plan.ablation,
             notes=notes,
         )
+
+
+def _same_device(config: CompareConfig, engine: Engine) -> str:
+    """Name the device for all other engines: a variant it cannot run must not go to another one."""
+    return engine.device if engine.device_note else config.device
 
 
 def _run(item: _Contender) -> Run:

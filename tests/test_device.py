@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from test_cli import Run, files, run  # noqa: F401
 
 from anepy import device
+from anepy import engine as engine_module
 from anepy.device import DeviceInfo, choice_note, open_device
 from anepy.engine import Engine
 from anepy.errors import CompileBudgetError, ConfigError, NativeError
@@ -145,3 +147,36 @@ def test_auto_and_named_train_the_same() -> None:
         with Engine(Model.init(SMALL, seed=1), device=name, precision="fp32") as engine:
             losses.append(engine.step(np.arange(64), np.arange(64)).loss)
     assert losses[0] == losses[1]
+
+
+def test_engine_that_cannot_be_made_on_the_better_device_is_made_on_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library says that the simulator's chip is usable until an engine is made on it."""
+    known(monkeypatch, DeviceInfo("sim:m9", True, ""), DeviceInfo("cpu", True, ""))
+    with Engine(Model.init(SMALL)) as engine:
+        assert engine.device == "cpu"
+        assert engine.device_note.startswith(
+            "device cpu, chosen automatically; not sim:m9: unknown device detail 'm9'"
+        )
+
+
+def test_compare_says_it_and_keeps_to_one_device(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["compare", "baseline", "opt", "--preset", "stories260K", "--rounds", 1, "--steps", 1]
+    words += ["--warmup", 0, "--seq", 16]
+    assert run(*words).out.count("chosen automatically") == 1
+    assert "chosen automatically" not in run(*words, "--device", "cpu").out
+    asked: list[str] = []
+    real = engine_module.open_device
+
+    def note(name: str, create: Callable[[str], object]) -> object:
+        asked.append(name)
+        return real(name, create)
+
+    monkeypatch.setattr(engine_module, "open_device", note)
+    record = json.loads(run(*words, "--json", "-").out)
+    assert asked[0] == "auto" and set(asked[1:]) == {record["engine"]["device"]}
+    assert "chosen automatically" in record["notes"][0]

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "kernels/blas.h"
 #include "runtime/clock.h"
 #include "runtime/fpmode.h"
 #include "runtime/machine.h"
@@ -51,7 +52,9 @@ void anepy_memory_free(void *memory, uint64_t nbytes) { anepy_unmap(memory, nbyt
 int32_t anepy_library_get_info(anepy_library_info *out) {
     uint32_t size = out->struct_size;
     const anepy_kernels *kernels = anepy_kernels_get(), *set;
+    const anepy_blas *blas;
     if (kernels == NULL) return ANEPY_E_NAME;
+    ANEPY_TRY(anepy_blas_get(&blas));
     memset(out, 0, sizeof *out);
     out->struct_size = size;
     strncpy(out->isa, kernels->isa, sizeof out->isa - 1);
@@ -65,7 +68,7 @@ int32_t anepy_library_get_info(anepy_library_info *out) {
 #else
     strncpy(out->compiler, "gcc " __VERSION__, sizeof out->compiler - 1);
 #endif
-    strncpy(out->gemm, kernels->gemm_name, sizeof out->gemm - 1);
+    strncpy(out->gemm, blas != NULL ? blas->name : kernels->gemm_name, sizeof out->gemm - 1);
     out->threads = anepy_machine_threads();
     out->cores = anepy_machine_cores();
     return ANEPY_OK;

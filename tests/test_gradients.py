@@ -147,6 +147,7 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
     code = "import test_gradients as t; t.run_all_on_this_isa()"
     environment = os.environ | {
         "ANEPY_CPU_MASK": isa,
+        "ANEPY_BLAS": "own",
         "ANEPY_LIB": _native.library()._name,
         "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))),
     }

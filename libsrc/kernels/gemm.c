@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "kernels/blas.h"
+
 #define COLS ANEPY_COLUMNS
 #define DEPTH 1024      /* units of the reduction per packed block: 256 KiB per panel, fits L2 */
 #define BLOCK_ROWS 48   /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
@@ -151,7 +153,13 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
                        s->accumulate, tile);
 }
 
+static int by_blas(const anepy_gemm *gemm) { return gemm->blas != NULL && gemm->bf16 == NULL; }
+
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
+    if (by_blas(gemm)) {
+        anepy_blas_run(gemm, product);
+        return;
+    }
     int32_t depth = gemm->bf16 != NULL ? 2 * DEPTH : DEPTH;
     for (int32_t p = 0; p < product->k; p += depth) {
         anepy_gemm_job job = {gemm, *product};
@@ -181,6 +189,10 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
     const anepy_gemm_job *job = context;
     const anepy_gemm *gemm = job->gemm;
     const anepy_product *s = &job->product;
+    if (by_blas(gemm)) {
+        anepy_blas_piece(s, gemm->blas, index);
+        return;
+    }
     int32_t pieces = row_pieces(s), n = units_of(gemm, s->k);
     int32_t first = index % pieces * PIECE_ROWS, column = index / pieces * COLS;
     int32_t columns = anepy_min_i32(COLS, s->n - column);

@@ -32,6 +32,7 @@ typedef struct {
 typedef struct {
     const anepy_kernels *kernels;
     const anepy_bf16_kernels *bf16; /* those of kernels; NULL: products are float32 */
+    const struct anepy_blas *blas;  /* for large float32 products (blas.h); NULL: own kernels */
     anepy_pool *pool;
     float *panels;  /* shared: anepy_gemm_panels_n floats, 64-byte aligned */
     float *scratch; /* per worker: scratch_n floats, 64-byte aligned */

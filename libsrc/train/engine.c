@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/blas.h"
 #include "runtime/memory.h"
 #include "train/update.h"
 
@@ -104,11 +105,13 @@ static const struct {
 } PRECISIONS[] = {{"bf16", ANEPY_BF16}, {"fp32", ANEPY_F32}, {"fp16", ANEPY_F16}};
 #define PRECISION_N ((int32_t)(sizeof PRECISIONS / sizeof PRECISIONS[0]))
 
-/* "auto": the first the device has on this machine. */
+/* "auto": the first the device has on this machine; fp32 beside a system library, whose matrix units
+ * are no faster in bf16 and out of reach of the own kernels (cpu-performance.md 1.7). */
 static int32_t choose_precision(anepy_engine *e, const char *name, const anepy_device_type *type) {
     int automatic = name == NULL || strcmp(name, "auto") == 0;
     for (int32_t i = 0; i < PRECISION_N; i++) {
         anepy_dtype dtype = PRECISIONS[i].dtype;
+        if (automatic && dtype == ANEPY_BF16 && e->gemm.blas != NULL) continue;
         int known = type->precisions >> dtype & 1;
         int32_t status =
             known && type->has_precision != NULL ? type->has_precision(dtype) : ANEPY_OK;
@@ -136,6 +139,7 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     if (type == NULL) return ANEPY_E_NAME;
     ANEPY_TRY(type->probe());
     ANEPY_TRY(anepy_switches_parse(o->variant, type, &e->switches));
+    ANEPY_TRY(anepy_blas_get(&e->gemm.blas));
     ANEPY_TRY(choose_precision(e, o->precision, type));
     e->loss_scale = !anepy_scaled(e) ? 1.0 : o->loss_scale > 0.0 ? o->loss_scale : DEFAULT_SCALE;
     e->gemm.kernels = anepy_kernels_get();

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "groups.h"
 #include "guard.h"
+#include "kernels/blas.h"
 
 #define COLS ANEPY_COLUMNS
 #define LARGEST (1 << 18) /* elements of the largest C here */
@@ -143,6 +144,7 @@ static int fits(int form, int b_transposed) {
 static anepy_gemm make_gemm(const anepy_kernels *set, anepy_pool *pool, shape d, int form,
                             int kind) {
     anepy_gemm gemm = {.kernels = set, .pool = pool, .bf16 = kind == FLOATS ? NULL : set->bf16};
+    if (kind == FLOATS) CHECK(anepy_blas_get(&gemm.blas) == ANEPY_OK, "ANEPY_BLAS");
     gemm.scratch_n = anepy_gemm_scratch_n(form == PIECES ? d.k : 1);
     gemm.panels = guard_take(anepy_gemm_panels_n(d.n), GUARD_END);
     gemm.scratch = guard_take(gemm.scratch_n * anepy_pool_threads(pool), GUARD_END);

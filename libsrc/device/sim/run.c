@@ -278,6 +278,7 @@ int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *input
     mil_run r = {
         .mil = mil, .function = &mil->functions[function], .gemm = *gemm, .scratch = mil->scratch};
     r.gemm.panels = mil->panels;
+    r.gemm.blas = NULL; /* its sums are the same on every machine */
     atomic_init(&r.saturated, 0);
     atomic_init(&r.flushed, 0);
     atomic_init(&r.cropped, 0);

@@ -24,6 +24,7 @@ static anepy_engine *make(fixture *f, const char *variant, const char *device, i
     anepy_engine *engine = NULL;
     options.variant = variant;
     options.device = device;
+    if (strcmp(device, "cpu") == 0) options.precision = "fp32";
     options.threads = 2;
     *status = anepy_engine_create(&engine, f->model, &options);
     return engine;

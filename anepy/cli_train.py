@@ -192,13 +192,15 @@ def run(request: Request) -> None:
     """
     from . import restart
 
-    began = restart.pending()
-    plan = _plan(request, began)
     with ExitStack() as stack:
+        began = restart.pending()
+        if began is not None:
+            stack.callback(began.discard)
+        plan = _plan(request, began)
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))
         if began is not None:
-            began.discard()
+            began.discard()  # now: the next restart leaves no time for it
         _check_outputs(request, plan, trainer)
         from .console import reporter as make_reporter
 

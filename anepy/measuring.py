@@ -8,12 +8,11 @@ memory does not allow all at once they are measured in groups, each with the ref
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
-import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,17 @@ import numpy as np
 from . import _native, machine
 from .compare_config import CompareConfig
 from .comparison import Ablation, Comparison, Group, Run
-from .data import Sampler, TokenData
+from .data import TokenData
 from .engine import Engine, library_info, switch_names, variant_switches
-from .errors import AnepyError, ConfigError, DivergedError, UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .estimates import TRUSTED_ROUNDS
 from .model import PRESETS, Model, ModelConfig, parameters
 from .reports import device_peak
 from .trainer import sequence_length
+from .turns import Contestant, Job, take_turns, take_turns_apart
 
 DEFAULT_PRESET = "stories110M"
 BASELINE = "baseline"
-# After its last task a thread pool spins for a few ms; the next engine must not pay for that.
-_SETTLE_S = 0.02
 # Part of the free memory that engines may take; a step without `prealloc` allocates some more.
 _MEMORY_SHARE = 0.9
 _SYNTHETIC_TOKENS = 1 << 18
@@ -231,84 +229,6 @@ def _reason(text: str, device: str) -> str:
     return ""
 
 
-class _Contestant:
-    """A variant at work: its engine, its weights, its place in the data."""
-
-    def __init__(
-        self, run: Run, base: Model, data: TokenData, config: CompareConfig, seq: int
-    ) -> None:
-        self.run = run
-        self._config = config
-        self._sampler = Sampler(data, seq, config.seed)
-        model = Model(base.config)
-        model.arena[...] = base.arena
-        self.engine = Engine(
-            model, run.variant, config.device, config.precision, seq, config.threads
-        )
-        run.switches = list(self.engine.switches)
-        run.memory = 4 * model.arena.nbytes + self.engine.memory
-
-    def turn(self, number: int, steps: int, stop: Callable[[], bool]) -> bool:
-        """Make steps, the last of them followed by an update; False if stopped before.
-
-        Raises:
-            DivergedError: a loss or gradient is not finite.
-        """
-        engine, run = self.engine, self.run
-        for index in range(steps):
-            tokens, targets = self._sampler.next()
-            began = time.perf_counter()
-            stats = engine.step(tokens, targets)
-            wall_ms = (time.perf_counter() - began) * 1e3
-            _append(run.steps, round=number, wall_ms=wall_ms, **_numbers(stats))
-            # Half precision skips a step and lowers its scale; without one nothing would improve.
-            hopeless = stats.skipped and stats.loss_scale == 1
-            self._check("loss", math.isfinite(stats.loss) and not hopeless)
-            last = index == steps - 1
-            if engine.accumulated and (last or engine.accumulated >= self._config.accum):
-                self._update(number)
-            if not last and stop():
-                return False
-        return True
-
-    def _update(self, number: int) -> None:
-        began = time.perf_counter()
-        stats = self.engine.update(lr=self._config.lr)
-        wall_ms = (time.perf_counter() - began) * 1e3
-        self._check("gradient", not stats.skipped)
-        _append(self.run.updates, round=number, wall_ms=wall_ms, **_numbers(stats))
-
-    def _check(self, what: str, finite: bool) -> None:
-        if not finite:
-            step = len(self.run.steps["loss"])
-            raise DivergedError(f"step {step}: the {what} is not finite: lower the learning rate")
-
-
-def _numbers(stats: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in asdict(stats).items()}
-
-
-def _append(table: dict[str, list[float]], **values: float) -> None:
-    for name, value in values.items():
-        table.setdefault(name, []).append(float(value))
-
-
-@contextlib.contextmanager
-def _kept(run: Run) -> Iterator[None]:
-    """Keep in a run why it failed; the others go on."""
-    try:
-        yield
-    except AnepyError as error:
-        run.error = str(error)
-    except MemoryError:
-        run.error = "there is not enough memory"
-
-
-def rotated(count: int, round_: int) -> list[int]:
-    """Return the order of turns in a round: each begins one further than in the round before."""
-    return [(round_ + index) % count for index in range(count)]
-
-
 class _Session:
     """One comparison from the first engine to the last sample."""
 
@@ -328,79 +248,69 @@ class _Session:
         self._progress = progress
         self._stop = stop
         self._seq = sequence_length(config.seq, base.config.seq_len)
+        self._job = Job(config, base, data, self._seq)
         self._done = self._total = 0
 
     def run(self, begin: Callable[[Comparison], None], command: list[str]) -> Comparison:
         """Measure everything, or what there was time for."""
-        arenas = 4 * self._base.arena.nbytes
         free = int(machine.available_memory() * _MEMORY_SHARE)
-        _check_room(free, arenas)
-        # The first engine tells what all of them run on, and how much memory one takes.
-        first = self._contestant(_run(self._plan.sections[0][0]))
+        _check_room(free, 4 * self._base.arena.nbytes)
+        # The first engine tells what all of them run on, and what one takes.
+        first = Contestant(_run(self._plan.sections[0][0]), self._job)
         self._config = replace(self._config, device=_same_device(self._config, first.engine))
+        self._job = replace(self._job, config=self._config)
         try:
             result = self._describe(first.engine, command)
             begin(result)
-            chunks = self._chunks(_check_room(free, first.run.memory), result.notes)
+            room = _check_room(free, first.run.memory)
+            budget = first.engine.compile_budget
+            if budget:
+                room = min(room, self._check_budget(budget, first.engine.compiles))
+                first.engine.close()
+            chunks = self._chunks(room, bool(budget), result.notes)
             self._total = self._turns() * sum(1 + len(others) for _, others in chunks)
             for number, (reference, others) in enumerate(chunks, 1):
                 group = Group([_run(item) for item in (reference, *others)])
-                if number == 1:
-                    group.runs[0] = first.run
                 result.groups.append(group)
-                began = {0: first} if number == 1 else {}
-                if not self._measure(group, began, (number, len(chunks))):
+                tell = functools.partial(self._tell, (number, len(chunks)))
+                if budget:
+                    complete = take_turns_apart(group, self._job, tell, self._stop)
+                else:
+                    alive = {0: first} if number == 1 else {}
+                    group.runs[0] = first.run if alive else group.runs[0]
+                    complete = take_turns(group, self._job, tell, self._stop, alive)
+                if not complete:
                     result.interrupted = True
                     break
         finally:
             first.engine.close()
         return result
 
+    def _tell(self, number: tuple[int, int], round_: int, label: str) -> None:
+        self._progress(Progress(self._done, self._total, *number, round_, label))
+        self._done += 1
+
     def _turns(self) -> int:
         return self._config.rounds + bool(self._config.warmup)
 
-    def _contestant(self, run: Run) -> _Contestant:
-        return _Contestant(run, self._base, self._data, self._config, self._seq)
+    def _check_budget(self, budget: int, compiles: int) -> int:
+        """Return how many engines a process may have that compiles no more than `budget`.
 
-    def _measure(
-        self, group: Group, alive: dict[int, _Contestant], number: tuple[int, int]
-    ) -> bool:
-        """Let the runs of a group take turns; False if stopped."""
+        Raises:
+            ConfigError: fewer than two.
+        """
         config = self._config
-        try:
-            for index, run in enumerate(group.runs):
-                with _kept(run):
-                    if index not in alive:
-                        alive[index] = self._contestant(run)
-            rounds = range(-1 if config.warmup else 0, config.rounds)
-            for round_ in rounds:
-                order = rotated(len(group.runs), max(0, round_))
-                if round_ >= 0:
-                    group.orders.append(order)
-                for index in order:
-                    if self._stop():
-                        return False
-                    run = group.runs[index]
-                    self._progress(
-                        Progress(self._done, self._total, *number, round_ + 1, run.label)
-                    )
-                    self._done += 1
-                    if index not in alive:
-                        continue
-                    time.sleep(_SETTLE_S)
-                    with _kept(run):
-                        steps = config.warmup if round_ < 0 else config.steps
-                        if not alive[index].turn(round_, steps, self._stop):
-                            return False
-                        run.rounds = round_ + 1
-                    if run.error:
-                        alive.pop(index).engine.close()
-            return True
-        finally:
-            for contestant in alive.values():
-                contestant.engine.close()
+        updates = -(-config.warmup // config.accum)
+        updates += config.rounds * -(-config.steps // config.accum)
+        need = compiles * (1 + updates)
+        if budget < 2 * need:
+            raise ConfigError(
+                f"a process may compile {budget} programs on this device, two variants need up to "
+                f"{2 * need} for {updates} updates: lower --rounds or --steps, or raise --accum"
+            )
+        return budget // need if need else budget
 
-    def _chunks(self, room: int, notes: list[str]) -> list[_Section]:
+    def _chunks(self, room: int, apart: bool, notes: list[str]) -> list[_Section]:
         """Cut sections so that no more than `room` engines are alive at once."""
         chunks: list[_Section] = []
         for reference, others in self._plan.sections:
@@ -408,9 +318,10 @@ class _Session:
             size = -(-len(others) // parts)
             chunks += [(reference, others[at : at + size]) for at in range(0, len(others), size)]
         if len(chunks) > len(self._plan.sections):
+            what = "a process may compile for" if apart else "memory for"
             notes.append(
-                f"memory for {room} engines at a time: measured in {len(chunks)} groups, each with "
-                "its reference"
+                f"{what} {room} engines at a time: measured in {len(chunks)} groups, each with its "
+                "reference"
             )
         return chunks
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import anepy
 from anepy import machine
 from anepy.compare_config import CompareConfig
 from anepy.comparison import Comparison
+from anepy.comparison_file import load
 from anepy.data import Sampler, TokenData
 from anepy.engine import Engine
 from anepy.errors import ConfigError, DataError, ModelError, NativeError
-from anepy.measuring import Progress, compare, rotated, synthetic
+from anepy.measuring import Progress, compare, synthetic
 from anepy.model import Model
+from anepy.turns import rotated
 
 SMALL = CompareConfig(rounds=3, steps=2, warmup=1, accum=2, seq=16, device="cpu", precision="fp32")
 DATA = TokenData.from_array(np.random.default_rng(5).integers(0, GQA.vocab_size, 500))
@@ -327,6 +332,75 @@ def test_stop_keeps_complete_rounds(after: int) -> None:
         assert len(run.by_round("per_step")) == run.rounds
     if after == 100:
         assert result.runs("opt")[0].rounds == 3
+
+
+# Processes of their own, where one may compile only so many programs. Compilations are counted by
+# process, so the parent is not this one either.
+
+
+def on_sim(budget: int, **changes: Any) -> Comparison:
+    device = f"sim:m4,budget={budget}" if budget else "sim:m4"
+    return small(
+        ["baseline", "opt", "dynamic", "opt-prealloc"], device=device, precision="auto", **changes
+    )
+
+
+def elsewhere(folder: Path, code: str) -> Comparison:
+    """Run code that binds `result` in a process of its own and return that."""
+    before = "import sys\nfrom anepy.comparison_file import save\nfrom test_compare import *\n"
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}{code}\nsave(result, 'r.json')"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return load(folder / "r.json")
+
+
+def test_compile_budget_makes_groups_in_fresh_processes(tmp_path: Path) -> None:
+    """Four updates and a start are five compilations: two engines in each process of ten."""
+    apart, together = elsewhere(tmp_path, "result = on_sim(10)"), on_sim(0)
+    assert [[run.label for run in group.runs] for group in apart.groups] == [
+        ["baseline", "opt"], ["baseline", "dynamic"], ["baseline", "opt-prealloc"],
+    ]  # fmt: skip
+    assert "a process may compile for 2 engines at a time" in apart.notes[-1]
+    assert list(apart.failures()) == [] and len(together.groups) == 1
+    for label in apart.columns:
+        for run in apart.runs(label):
+            assert run.rounds == 3 and run.memory > 0
+            assert run.steps["loss"] == together.runs(label)[0].steps["loss"]
+    assert apart.groups[1].orders == [[0, 1], [1, 0], [0, 1]]
+
+
+def test_compile_budget_that_is_too_small_says_what_to_lower(tmp_path: Path) -> None:
+    code = (
+        "result = small(['baseline', 'opt'])\n"
+        "try: on_sim(9)\n"
+        "except ConfigError as error: result.notes = [str(error)]"
+    )
+    (said,) = elsewhere(tmp_path, code).notes
+    assert "may compile 9 programs" in said and "up to 10" in said and "--rounds" in said
+
+
+def test_process_that_dies_leaves_its_reason(tmp_path: Path) -> None:
+    result = elsewhere(tmp_path, "sys.executable = '/bin/false'\nresult = on_sim(10)")
+    reasons = {run.error for run in result.failures()}
+    assert reasons == {"the process that measured this group ended with code 1"}
+    assert not result.interrupted and len(result.groups) == 3
+
+
+def test_stop_reaches_the_process(tmp_path: Path) -> None:
+    result = elsewhere(
+        tmp_path,
+        "seen = []\nresult = on_sim(10, progress=seen.append, stop=lambda: len(seen) >= 5)",
+    )
+    assert result.interrupted and len(result.groups) == 1
+    for run in result.groups[0].runs:
+        assert len(run.by_round("step")) == run.rounds
 
 
 # Switches by themselves

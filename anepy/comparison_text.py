@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .comparison import HALVES, PARTS, Column, Comparison, Measured, same_load
 from .console_text import engine_text, quantity
-from .estimates import Ratio, Spread
+from .estimates import Ratio, Spread, spread
 
 _GAP = "  "
 _VERDICTS = {"faster": "helps", "slower": "costs", "no difference shown": "none", "unknown": "?"}
@@ -235,6 +235,7 @@ def remarks(comparison: Comparison, switches: bool = True) -> list[str]:
         for row in comparison.ablation
         if switches and row.reason
     ]
+    said += _other_groups(comparison)
     tests = sum(bool(row.label) for row in comparison.ablation)
     if tests:
         said.append(
@@ -245,6 +246,22 @@ def remarks(comparison: Comparison, switches: bool = True) -> list[str]:
         said.append(f"{run.label} ended after {run.rounds} rounds: {run.error}")
     if comparison.interrupted:
         said.append("interrupted: these are the rounds that were complete")
+    return said
+
+
+def _other_groups(comparison: Comparison) -> list[str]:
+    """Say which variants did not run beside the first group's reference: times may have drifted."""
+    said = []
+    reference = comparison.columns[0]
+    for number, group in enumerate(comparison.groups[1:], 2):
+        labels = [run.label for run in group.runs if run.label in comparison.columns[1:]]
+        labels = [label for label in labels if comparison.runs(label)[0] in group.runs]
+        beside = spread(group.runs[0].by_round("per_step"))
+        if labels and beside is not None and group.runs[0].label == reference:
+            said.append(
+                f"{', '.join(labels)}: of group {number}, in which {reference} took "
+                f"{figure(beside.median)} ms per step: go by the change, not by the times"
+            )
     return said
 
 

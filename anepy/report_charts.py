@@ -137,7 +137,8 @@ def phases(columns: Sequence[Column]) -> str:
         said = f"{column.title}: {figure(total)} ms per step: {told}"
         value = f"<b>{figure(total)} ms</b>"
         rows.append(_row(breakable(column.title), _svg(30, said, "".join(drawing)), value))
-    used = [name for name in SEGMENTS if any(name in shares for _, shares in found)]
+    # What is too short to be drawn needs no key.
+    used = [name for name in SEGMENTS if any(s.get(name, 0.0) > 5e-4 * most for _, s in found)]
     keys = "".join(
         '<li><svg aria-hidden="true"><rect width="100%" height="100%" '
         f'style="fill:var(--p{SEGMENTS.index(name)})"/></svg>{name}</li>'

@@ -308,3 +308,15 @@ def test_figures_are_short() -> None:
 
 def test_comparison_is_plain_data() -> None:
     assert asdict(make_comparison())["columns"] == ["baseline", "opt"]
+
+
+def test_variant_of_another_group_says_so() -> None:
+    """Its reference may have been slower there: the times mislead, the change does not."""
+    comparison = make_comparison({"baseline": 500.0, "opt": 440.0})
+    slow = [make_run("baseline", 1000.0), make_run("max", 800.0)]
+    comparison.groups.append(Group(slow, comparison.groups[0].orders))
+    comparison.columns.append("max")
+    (said,) = text.remarks(comparison)
+    assert re.match(r"max: of group 2, in which baseline took 101\d.* by the change", said)
+    ratio = comparison.ratio("max", "baseline")
+    assert ratio is not None and ratio.value == pytest.approx(812.5 / 1012.5, rel=1e-3)

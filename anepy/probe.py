@@ -169,11 +169,14 @@ def measure(
     chip = chip_of(device)
     library = _native.library()
     chosen = [probe for probe in PROBES if not names or probe.name in names]
-    dialect, results = "1.3", []
+    dialect = "1.3"
+    results: list[Record] = []
     for done, probe in enumerate(chosen):
         tell(done, len(chosen), probe)
         asked = time.perf_counter()
-        answer = ask_apart(probe, device, dialect, chip, timeout)
+        # What was found so far holds for the engines of later probes.
+        known = [item["detail"] for item in adapt.adaptations(results)]
+        answer = ask_apart(probe, with_details(device, known), dialect, chip, timeout)
         if probe.name == "dialect" and not answer["values"].get("1.3", True):
             dialect = "1.0"
         results.append(
@@ -197,6 +200,13 @@ def measure(
         "adapts": adapt.adaptations(results),
         "verdicts": {v: sum(r["verdict"] == v for r in results) for v in VERDICTS},
     }
+
+
+def with_details(device: str, details: Sequence[str]) -> str:
+    """Return a device with further details behind its own."""
+    name, *own = device.split(":", 1)
+    words = [*own, *details]
+    return f"{name}:{','.join(words)}" if words else name
 
 
 def chip_of(device: str) -> str | None:

@@ -335,17 +335,18 @@ def _sums(runner: Runner) -> Values:
     compiled = runner.compile(
         program(function({"a_in": shape}, body, ["b_out", "c_out"])), {"weight.bin": data}
     )
-    nbytes = 2 * SURFACE
-    three = [float(y[0, 0, 0, 0]) for y in run(compiled, [np.full(shape, 3)], out, out,
-                                                nbytes=nbytes)]  # fmt: skip
-    large = [float(y[0, 0, 0, 0]) for y in run(compiled, [np.full(shape, 100)], out, out,
-                                                nbytes=nbytes)]  # fmt: skip
-    if abs(three[0] - 2304) > 768 or any(np.isfinite(value) and value < 3e4 for value in large):
-        raise WrongError(f"768 times 3 is {three}, 768 times 100 is {large}")
-    if three[1] != 2304:
-        raise WrongError(f"a conv with ones sums 768 times 3 to {three[1]:g}, not 2304")
-    return {"conv_exact": True, "reduce_exact": three[0] == 2304, "overflows": np.isinf(large).all()
-            .item()}  # fmt: skip
+
+    def both(value: float) -> list[float]:
+        outs = run(compiled, [np.full(shape, value)], out, out, nbytes=2 * SURFACE)
+        return [float(y[0, 0, 0, 0]) for y in outs]
+
+    few, many = both(3), both(100)
+    if abs(few[0] - 2304) > 768 or any(np.isfinite(value) and value < 3e4 for value in many):
+        raise WrongError(f"768 times 3 is {few}, 768 times 100 is {many}")
+    if few[1] != 2304:
+        raise WrongError(f"a conv with ones sums 768 times 3 to {few[1]:g}, not 2304")
+    infinite = [bool(np.isinf(value)) for value in many]
+    return {"conv_exact": True, "reduce_exact": few[0] == 2304, "overflows": all(infinite)}
 
 
 def _slice(runner: Runner) -> Values:

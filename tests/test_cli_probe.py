@@ -100,6 +100,24 @@ def test_whole_run_on_the_simulator(run: Run, cache: Path, tmp_path: Path) -> No
     assert "adapts:     nothing" in result.out and f"{len(NAMES)} ok in" in result.out
 
 
+def test_what_was_found_holds_for_later_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def answer(item: Any, device: str, dialect: str, *rest: Any) -> dict[str, Any]:
+        asked[item.name] = device, dialect
+        values = {"dialect": {"1.3": False, "1.0": True}, "budget": {"limit": 60}}
+        return probe._answer("ok", values.get(item.name, {}), {}, "")
+
+    monkeypatch.setattr(probe, "ask_apart", answer)
+    record = probe.measure("sim:m1")
+    assert asked["dialect"] == ("sim:m1", "1.3")
+    assert asked["budget"] == ("sim:m1,dialect=1.0", "1.0")
+    assert asked["layer"] == ("sim:m1,dialect=1.0,budget=60", "1.0")
+    assert [item["detail"] for item in record["adapts"]] == ["dialect=1.0", "budget=60"]
+    assert probe.with_details("ane", []) == "ane"
+    assert probe.with_details("ane", ["budget=3"]) == "ane:budget=3"
+
+
 def test_part_of_the_probes_is_not_kept(run: Run, cache: Path) -> None:  # noqa: F811
     result = run("probe", "slice", "add", "--device", "sim:m1", "--json")
     record = json.loads(result.out)

@@ -176,20 +176,21 @@ static int32_t distinct(const anepy_instance *instances, int32_t n, const float 
 }
 
 static int32_t compile_text(anepy_bank_device *d, const anepy_mil_item *items, int32_t n,
-                            anepy_bank **out) {
+                            anepy_dialect dialect, anepy_bank **out) {
     const anepy_device_options *o = &d->base.options;
-    anepy_dialect dialect = d->traits.dialect == 10 ? ANEPY_DIALECT_10 : ANEPY_DIALECT_13;
     anepy_mil_source source = {0};
+    int32_t compiled = 1;
     anepy_bank *bank = calloc(1, sizeof *bank);
     if (bank == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d programs", n);
     int32_t status = anepy_mil_generate(&source, items, n, o->model, o->width, o->seq_len, dialect);
-    if (status == ANEPY_OK) status = d->backend->compile(d, &source, n, &bank->compiled);
+    if (status == ANEPY_OK)
+        status = d->backend->compile(d, &source, items, n, &bank->compiled, &compiled);
     anepy_mil_source_free(&source);
     if (status != ANEPY_OK) {
         free(bank);
         return status;
     }
-    atomic_fetch_add(&d->base.compiles, 1);
+    atomic_fetch_add(&d->base.compiles, compiled);
     *out = bank;
     return ANEPY_OK;
 }
@@ -209,6 +210,21 @@ static int32_t check_budget(const anepy_bank_device *d, int32_t texts) {
                       d->base.type->name, texts, (long long)used, (long long)budget);
 }
 
+/* How programs are made into texts. */
+typedef struct {
+    anepy_dialect dialect;
+    int32_t single; /* one text for each program */
+} form;
+
+static const form FORMS[] = {
+    {ANEPY_DIALECT_13, 0}, {ANEPY_DIALECT_10, 0}, {ANEPY_DIALECT_13, 1}, {ANEPY_DIALECT_10, 1}};
+#define FORM_N ((int32_t)(sizeof FORMS / sizeof FORMS[0]))
+
+static int possible(const anepy_traits *t, const form *f) {
+    return (!t->single || f->single) && (t->dialect != 13 || f->dialect == ANEPY_DIALECT_13) &&
+           (t->dialect != 10 || f->dialect == ANEPY_DIALECT_10);
+}
+
 /* What a compilation needs while it runs. */
 typedef struct {
     anepy_mil_item *items; /* distinct texts */
@@ -216,17 +232,19 @@ typedef struct {
     anepy_bank **banks;
 } plan;
 
-static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
-                            int32_t n, const float *params, anepy_kernel **out) {
+static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
+                            int32_t n, const float *params, const form *f, anepy_kernel **out) {
     int32_t count = distinct(instances, n, params, p->items, p->functions), made = 0, status;
-    int32_t texts = d->traits.single ? count : 1, each = d->traits.single ? 1 : count;
+    int32_t texts = f->single ? count : 1, each = f->single ? 1 : count;
     ANEPY_TRY(check_budget(d, texts));
+    memset(p->banks, 0, (size_t)n * sizeof *p->banks);
     status = ANEPY_OK;
     for (int32_t t = 0; t < texts && status == ANEPY_OK; t++)
-        status = compile_text(d, p->items + t * each, each, &p->banks[t]);
+        status = compile_text(d, p->items + t * each, each, f->dialect, &p->banks[t]);
     while (made < n && status == ANEPY_OK) {
-        int32_t f = p->functions[made];
-        status = add_kernel(d, p->banks[f / each], &instances[made], f % each, params, &out[made]);
+        int32_t which = p->functions[made];
+        status = add_kernel(d, p->banks[which / each], &instances[made], which % each, params,
+                            &out[made]);
         made += status == ANEPY_OK;
     }
     if (status == ANEPY_OK) return ANEPY_OK;
@@ -237,6 +255,21 @@ static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_ins
     }
     while (made > 0) bank_release(out[--made]);
     return status;
+}
+
+/* The forms one after the other, until the hardware takes one; that is where the next compilation
+ * begins. What the first one failed with is the error. */
+static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
+                            int32_t n, const float *params, anepy_kernel **out) {
+    char first[512] = "";
+    for (int32_t i = d->form; i < FORM_N; i++) {
+        if (!possible(&d->traits, &FORMS[i])) continue;
+        int32_t status = compile_form(d, p, instances, n, params, &FORMS[i], out);
+        if (status == ANEPY_OK) d->form = i;
+        if (status != ANEPY_E_UNSUPPORTED) return status;
+        if (first[0] == '\0') anepy_last_error(first, sizeof first);
+    }
+    return anepy_fail(ANEPY_E_UNSUPPORTED, "%s", first);
 }
 
 static int32_t bank_compile(anepy_device *device, const anepy_instance *instances, int32_t n,

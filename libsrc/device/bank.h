@@ -2,6 +2,7 @@
  *
  * All programs of one compilation are functions of one text with one weight file: a bank, so that a
  * weight update costs one compile (ane-facts.md 1.5), unless the traits want a text for each.
+ * Hardware that refuses that gets the older dialect, then a text for each program.
  * Programs of the same text share a function.
  * Each has one packed input and one packed output surface; live weights have surfaces of their own,
  * which all programs that read the same weight share. A backend gives memory and executes. */
@@ -46,10 +47,11 @@ typedef struct {
     void (*memory_free)(anepy_bank_device *device, anepy_bank_surface *surface);
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
-    /* Compiles and loads a text of so many functions; *out is the backend's. May run on a thread
-     * beside evaluations. */
-    int32_t (*compile)(anepy_bank_device *device, const anepy_mil_source *source, int32_t functions,
-                       void **out);
+    /* Compiles and loads a text whose functions are these items, in order; *out is the backend's.
+     * *compiled becomes 0 if it only had to be loaded. ANEPY_E_UNSUPPORTED: the hardware refuses
+     * the text, another form of it may do. May run on a thread beside evaluations. */
+    int32_t (*compile)(anepy_bank_device *device, const anepy_mil_source *source,
+                       const anepy_mil_item *items, int32_t n, void **out, int32_t *compiled);
     void (*release)(anepy_bank_device *device, void *compiled);
     int32_t (*compiles)(void); /* of the process so far */
     int32_t (*run)(anepy_kernel *kernel, void *compiled);
@@ -61,6 +63,7 @@ struct anepy_bank_device {
     anepy_device base; /* ops: anepy_bank_ops */
     const anepy_bank_backend *backend;
     anepy_traits traits;
+    int32_t form; /* of texts: the one that was taken last */
     anepy_bank_surface *surfaces;
     anepy_kernel *kernels;
 };

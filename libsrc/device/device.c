@@ -4,16 +4,6 @@
 #include <stdio.h>
 #include <string.h>
 
-static int32_t no_ane(void) {
-    return anepy_fail(
-        ANEPY_E_UNAVAILABLE,
-        "device ane: this build has no Apple Neural Engine support (it needs macOS on "
-        "Apple silicon); use --device cpu");
-}
-
-static const anepy_device_type anepy_device_ane = {
-    .name = "ane", .about = "Apple Neural Engine", .precisions = 1u << ANEPY_F16, .probe = no_ane};
-
 /* In the order "auto" tries them. */
 static const anepy_device_type *const DEVICES[] = {&anepy_device_ane, &anepy_device_cpu,
                                                    &anepy_device_sim};

@@ -137,6 +137,7 @@ int32_t anepy_surface_write(anepy_surface *surface, int32_t channel, int32_t cou
 int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surface *src,
                            int32_t src_channel, int32_t count);
 
+extern const anepy_device_type anepy_device_ane;
 extern const anepy_device_type anepy_device_cpu;
 extern const anepy_device_type anepy_device_sim;
 

@@ -16,6 +16,7 @@ typedef struct {
     int32_t surface_nbytes; /* surface=N: surfaces are multiples of it; a multiple of 64 */
     int32_t single;         /* procedures=no: one program per text */
     int32_t fresh;          /* reuse=no: nothing that an earlier run compiled is loaded */
+    int32_t timeout_ms;     /* timeout=N: a call of the hardware that takes longer never returns */
 } anepy_traits;
 
 /* detail: NULL or words separated by commas. ANEPY_E_NAME with a sentence otherwise. */

@@ -34,8 +34,8 @@ static int32_t sim_lock(anepy_surface *surface, int32_t for_writing) {
 }
 
 static int32_t sim_compile(anepy_bank_device *device, const anepy_mil_source *source,
-                           int32_t functions, void **out) {
-    (void)functions; /* the text has them in order */
+                           const anepy_mil_item *items, int32_t n, void **out, int32_t *compiled) {
+    (void)items, (void)n, (void)compiled; /* the text has them in order */
     anepy_mil_file file = {ANEPY_MIL_WEIGHT_FILE, source->blob.data, source->blob.n};
     return anepy_mil_parse((anepy_mil **)out, source->text, source->n, &file, source->blob.n > 0,
                            &((simulator *)device)->options, NULL);

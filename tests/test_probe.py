@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anepy import adapt, engine, probe
+from anepy import adapt, engine, probe, probe_list
 from anepy.errors import NativeError
 from anepy.probe_list import CHIPS, PROBES, find
 from anepy.probe_mil import DeviceRunner, in_dialect, weight_file
@@ -239,6 +239,18 @@ class Cached(Faulty):
         return made
 
 
+class Restless(Faulty):
+    """A device whose every seventh compilation fails once."""
+
+    count = 0
+
+    def compile(self, text: str, weights: Any = None) -> Any:
+        self.count += 1
+        if self.count % 7 == 0:
+            raise NativeError(-40, "device", "ANECCompile() FAILED CompilationFailure")
+        return super().compile(text, weights)
+
+
 class Spent(Faulty):
     """A device whose programs are wrong, without a word, from the 13th on."""
 
@@ -278,6 +290,11 @@ FAULTS: dict[str, tuple[Callable[[], DeviceRunner], str, str, Any, str]] = {
     "reload-mixes": (lambda: Reloading(0.5), "reload", "failed", "replaced under a loaded", ""),
     "reuse-stale": (Cached, "reuse", "differs", {"loads_again": True, "right": False}, "reuse=no"),
     "budget-silent": (Spent, "budget", "ok", {"limit": 12}, "budget=12"),
+    "budget-none": (lambda: Compiler(refuses("add(")), "budget", "failed", "ANECCompile", ""),
+    "procedures-no-single": (lambda: Compiler(refuses("main")), "procedures", "failed",
+                             "ANECCompile", ""),
+    "procedures-wrong-single": (lambda: changed(nothing), "procedures", "failed",
+                                "one function", ""),
     "dynamic-zeros": (lambda: changed(nothing), "dynamic", "failed", "two inputs is wrong", ""),
     "subnormal-kept": (lambda: Faulty(subnormal="off"), "subnormal", "differs",
                        {"inputs_flushed": False, "results_flushed": False}, ""),
@@ -328,6 +345,13 @@ def test_faulty_device_is_noticed(fault: str) -> None:
     assert [item["detail"] for item in adapt.adaptations(results)] == ([detail] if detail else [])
     if verdict == "differs":
         assert "expected" in answer["reason"]
+
+
+def test_failure_that_passes_is_not_the_end_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_list.time, "sleep", lambda seconds: None)
+    answer = probe.ask(find("budget"), Restless(), "m4")
+    assert answer["verdict"] == "ok" and answer["values"]["limit"] is None
+    assert answer["values"]["transient"] > 10
 
 
 def test_product_with_an_odd_depth_that_is_zero_is_told_but_no_failure() -> None:

@@ -64,34 +64,42 @@ SIMD_TARGET static void SIMD_FN(from_bf16)(float *dst, const uint16_t *src, int6
     for (; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
 }
 
-V_INLINE void store_pairs_left(uint32_t *p, vp v, int64_t left) {
-    if (left >= VL) v_store_pairs(p, v);
-    else v_store_pairs_n(p, v, left);
+/* Two rows; the last may have no second. */
+V_INLINE void pack_pair(uint32_t *dst, const float *low, const float *high, int32_t n) {
+    int32_t j = 0;
+    for (; j + VL <= n; j += VL) {
+        vf second = high != NULL ? v_load(high + j) : v_set(0.0f);
+        v_store_pairs(dst + j, v_zip(v_round_to_bf16(v_load(low + j), second)));
+    }
+    if (j == n) return;
+    vf second = high != NULL ? v_load_n(high + j, n - j) : v_set(0.0f);
+    v_store_pairs_n(dst + j, v_zip(v_round_to_bf16(v_load_n(low + j, n - j), second)), n - j);
 }
 
 SIMD_TARGET static void SIMD_FN(pack_pairs)(uint32_t *dst, int64_t dst_ld, const float *src,
                                             int64_t ld, int32_t k, int32_t n) {
-    for (int32_t p = 0; p < k; p += 2, dst += dst_ld, src += 2 * ld) {
+    for (; k > 1; k -= 2, dst += dst_ld, src += 2 * ld) {
         for (int32_t line = 0; line < n; line += 16) { /* far enough for rows in no cache */
-            __builtin_prefetch(src + 8 * ld + line);
-            __builtin_prefetch(src + 9 * ld + line);
+            __builtin_prefetch(src + 16 * ld + line);
+            __builtin_prefetch(src + 17 * ld + line);
         }
-        for (int32_t j = 0; j < n; j += VL) {
-            vf low = load_left(src + j, n - j);
-            vf high = p + 1 < k ? load_left(src + ld + j, n - j) : v_set(0.0f);
-            store_pairs_left(dst + j, v_zip(v_round_to_bf16(low, high)), n - j);
-        }
+        pack_pair(dst, src, src + ld, n);
     }
+    if (k > 0) pack_pair(dst, src, NULL, n);
+}
+
+V_INLINE uint32_t pair_of(const uint16_t *low, const uint16_t *high) {
+    return *low | (high != NULL ? (uint32_t)*high << 16 : 0);
 }
 
 SIMD_TARGET static void SIMD_FN(zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src,
                                            int64_t ld, int32_t k, int32_t n) {
-    for (int32_t p = 0; p < k; p += 2, dst += dst_ld, src += 2 * ld) {
-        int32_t whole = p + 1 < k ? n / VL * VL : 0;
-        for (int32_t j = 0; j < whole; j += VL)
-            v_store_pairs(dst + j, v_zip(v_join(src + j, src + ld + j)));
-        for (int32_t j = whole; j < n; j++)
-            dst[j] = src[j] | (p + 1 < k ? (uint32_t)src[ld + j] << 16 : 0);
+    for (; k > 0; k -= 2, dst += dst_ld, src += 2 * ld) {
+        const uint16_t *high = k > 1 ? src + ld : NULL;
+        int32_t j = 0;
+        for (; j + VL <= n && high != NULL; j += VL)
+            v_store_pairs(dst + j, v_zip(v_join(src + j, high + j)));
+        for (; j < n; j++) dst[j] = pair_of(src + j, high != NULL ? high + j : NULL);
     }
 }
 

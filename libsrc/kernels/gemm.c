@@ -6,9 +6,9 @@
 #include "kernels/blas.h"
 
 #define COLS ANEPY_COLUMNS
-#define DEPTH 1024      /* units of the reduction per packed block: 256 KiB per panel, fits L2 */
-#define BLOCK_ROWS 48   /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
-#define PIECE_ROWS 1536 /* rows of C per background piece: amortises its transposition */
+#define DEPTH 1024     /* units of the reduction per packed block: 256 KiB per panel, fits L2 */
+#define BLOCK_ROWS 48  /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
+#define PIECE_ROWS 384 /* rows of C per background piece: its rows of A stay in L2 */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
 
 int64_t anepy_gemm_panels_n(int32_t columns) {
@@ -31,17 +31,47 @@ typedef struct {
     int64_t row, step;
 } units;
 
+/* The next tile of C, while one is computed: C is large, and nothing else fetches its columns. */
+static void prefetch_tile(const float *c, int64_t ldc, int32_t rows) {
+    for (int32_t r = 0; r < anepy_min_i32(ANEPY_TILE_ROWS, rows); r++)
+        for (int32_t line = 0; line < COLS; line += 16) __builtin_prefetch(c + r * ldc + line, 1);
+}
+
+/* What comes next, fetched into the cache a little with each tile: rows of `lines` cache lines. */
+typedef struct {
+    const float *at;
+    int64_t stride;
+    int32_t rows, lines, line;
+    int32_t quota;      /* lines per tile */
+    const float *right; /* C of the panel that follows, if it is added to */
+} upcoming;
+
+static void fetch(upcoming *u) {
+    for (int32_t i = 0; i < u->quota && u->rows > 0; i++) {
+        __builtin_prefetch(u->at + 16 * u->line, 0, 2);
+        if (++u->line < u->lines) continue;
+        u->line = 0;
+        u->at += u->stride;
+        u->rows--;
+    }
+}
+
 /* Rows [0, m) of up to 64 columns of C from one panel of B with n units. Where C has fewer columns,
  * whole tiles are computed beside it and what exists is copied. bf16 == NULL: float32. */
 static void multiply_panel(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
                            int64_t ldc, units a, const float *panel, int64_t ldb, int32_t n,
-                           int32_t m, int32_t columns, int32_t accumulate, float *tile) {
+                           int32_t m, int32_t columns, int32_t accumulate, upcoming *next,
+                           float *tile) {
     int whole = columns == COLS;
     for (int32_t i = 0; i < m; i += ANEPY_TILE_ROWS, c += ANEPY_TILE_ROWS * ldc) {
         int32_t rows = anepy_min_i32(ANEPY_TILE_ROWS, m - i);
         const float *block = a.data + i * a.row;
         float *out = whole ? c : tile;
         int64_t ld = whole ? ldc : COLS;
+        if (accumulate && m - i > ANEPY_TILE_ROWS)
+            prefetch_tile(c + ANEPY_TILE_ROWS * ldc, ldc, m - i - ANEPY_TILE_ROWS);
+        else if (next != NULL && next->right != NULL) prefetch_tile(next->right, ldc, m);
+        if (next != NULL) fetch(next);
         for (int32_t j = 0; j < COLS; j += kernels->gemm_cols) {
             if (bf16 != NULL)
                 bf16->dot_tile(out + j, ld, (const uint32_t *)(const void *)block, a.row, a.step,
@@ -139,6 +169,21 @@ static void pack_panel(void *context, int32_t index, int32_t worker) {
                  gemm->scratch + worker * gemm->scratch_n + TILE_N);
 }
 
+/* The block of A that this worker will probably pack next: it stands in memory, often in rows too
+ * far apart for the processor to see them coming. */
+static upcoming next_rows(const anepy_product *s, int32_t index) {
+    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
+    int32_t by_rows = s->a_step == 1;
+    if (rows <= 0 || s->a == NULL) return (upcoming){.rows = 0};
+    upcoming u = {.at = s->a + first * s->a_row,
+                  .stride = by_rows ? s->a_row : s->a_step,
+                  .rows = by_rows ? rows : s->k,
+                  .lines = ((by_rows ? s->k : rows) + 15) / 16};
+    int32_t tiles = BLOCK_ROWS / ANEPY_TILE_ROWS * ((s->n + COLS - 1) / COLS);
+    u.quota = (int32_t)(((int64_t)u.rows * u.lines + tiles - 1) / tiles);
+    return u;
+}
+
 static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_gemm_job *job = context;
     const anepy_gemm *gemm = job->gemm;
@@ -146,11 +191,27 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     float *tile = gemm->scratch + worker * gemm->scratch_n;
     int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
     int32_t n = units_of(gemm, s->k);
+    upcoming next = next_rows(s, index + anepy_pool_threads(gemm->pool));
     units a = pack_rows(gemm, s, tile + TILE_N, first, rows);
-    for (int32_t j = 0; j < s->n; j += COLS)
+    for (int32_t j = 0; j < s->n; j += COLS) {
+        int more = s->accumulate && j + 2 * COLS <= s->n;
+        next.right = more ? s->c + first * s->ldc + j + COLS : NULL;
         multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + j, s->ldc, a,
                        gemm->panels + (int64_t)j * n, COLS, n, rows, anepy_min_i32(COLS, s->n - j),
-                       s->accumulate, tile);
+                       s->accumulate, &next, tile);
+    }
+}
+
+int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return gemm->bf16 != NULL ? 2 * DEPTH : DEPTH; }
+
+void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product) {
+    anepy_gemm_job job = {gemm, *product};
+    anepy_pool_run(gemm->pool, (product->n + COLS - 1) / COLS, pack_panel, &job);
+}
+
+void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
+    anepy_gemm_job job = {gemm, *product};
+    anepy_pool_run(gemm->pool, (product->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_rows, &job);
 }
 
 static int by_blas(const anepy_gemm *gemm) { return gemm->blas != NULL && gemm->bf16 == NULL; }
@@ -160,19 +221,18 @@ void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
         anepy_blas_run(gemm, product);
         return;
     }
-    int32_t depth = gemm->bf16 != NULL ? 2 * DEPTH : DEPTH;
+    int32_t depth = anepy_gemm_depth(gemm);
     for (int32_t p = 0; p < product->k; p += depth) {
-        anepy_gemm_job job = {gemm, *product};
-        anepy_product *s = &job.product;
-        int64_t a = p * s->a_step, b = s->b_transposed ? p : p * s->ldb;
-        if (s->a16 != NULL) s->a16 += a;
-        else s->a += a;
-        if (s->b16 != NULL) s->b16 += b;
-        else s->b += b;
-        s->k = anepy_min_i32(depth, product->k - p);
-        s->accumulate = product->accumulate || p > 0;
-        anepy_pool_run(gemm->pool, (s->n + COLS - 1) / COLS, pack_panel, &job);
-        anepy_pool_run(gemm->pool, (s->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_rows, &job);
+        anepy_product s = *product;
+        int64_t a = p * s.a_step, b = s.b_transposed ? p : p * s.ldb;
+        if (s.a16 != NULL) s.a16 += a;
+        else s.a += a;
+        if (s.b16 != NULL) s.b16 += b;
+        else s.b += b;
+        s.k = anepy_min_i32(depth, product->k - p);
+        s.accumulate = product->accumulate || p > 0;
+        anepy_gemm_pack(gemm, &s);
+        anepy_gemm_multiply(gemm, &s);
     }
 }
 
@@ -193,20 +253,21 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
         anepy_blas_piece(s, gemm->blas, index);
         return;
     }
-    int32_t pieces = row_pieces(s), n = units_of(gemm, s->k);
-    int32_t first = index % pieces * PIECE_ROWS, column = index / pieces * COLS;
+    int32_t panels = (s->n + COLS - 1) / COLS, n = units_of(gemm, s->k);
+    int32_t first = index / panels * PIECE_ROWS, column = index % panels * COLS;
     int32_t columns = anepy_min_i32(COLS, s->n - column);
     int32_t end = anepy_min_i32(s->m, first + PIECE_ROWS);
     float *tile = gemm->scratch + worker * gemm->scratch_n, *panel = tile + TILE_N;
     float *block = panel + (int64_t)n * COLS;
     pack_columns(gemm, s, panel, column, block);
-    int32_t step = gemm->bf16 != NULL ? BLOCK_ROWS : PIECE_ROWS;
+    int in_place = gemm->bf16 == NULL || (s->a16 != NULL && s->a_step == 1);
+    int32_t step = in_place ? PIECE_ROWS : BLOCK_ROWS;
     for (; first < end; first += step) {
         int32_t rows = anepy_min_i32(step, end - first);
         units a = gemm->bf16 != NULL ? pack_rows(gemm, s, block, first, rows)
                                      : (units){s->a + first * s->a_row, s->a_row, s->a_step};
         multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + column, s->ldc, a, panel,
-                       COLS, n, rows, columns, s->accumulate, tile);
+                       COLS, n, rows, columns, s->accumulate, NULL, tile);
     }
 }
 
@@ -217,5 +278,5 @@ void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const
                       int32_t n, int32_t k, int32_t accumulate) {
     for (int32_t j = 0; j < n; j += COLS)
         multiply_panel(kernels, NULL, c + j, ldc, (units){a, a_row, a_step}, b + j, ldb, k, m, COLS,
-                       accumulate, NULL);
+                       accumulate, NULL, NULL);
 }

@@ -45,6 +45,12 @@ int64_t anepy_gemm_scratch_n(int32_t k);      /* for anepy_gemm_piece with reduc
 /* On all threads, now. */
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product);
 
+/* The same in two parts, for k up to the depth: B into gemm->panels, and the product with what is
+ * there. Panel i holds columns [64 i, 64 i + 64) of B as [units][64]. */
+int32_t anepy_gemm_depth(const anepy_gemm *gemm);
+void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product);
+void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product);
+
 /* A product with transposed B (a weight gradient) cut into pieces that need nothing from each
  * other, so that it can run in the background: submit anepy_gemm_piece with an anepy_gemm_job. */
 typedef struct {

@@ -426,9 +426,9 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
     {                                                                                              \
         .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
         .gemm_tile = SIMD_FN(gemm_tile), .transpose_panel = SIMD_FN(transpose_panel),              \
-        .gemv = SIMD_FN(gemv), .sum_rows = SIMD_FN(sum_rows), .add = SIMD_FN(add), .scale = SIMD_FN(scale), .exp = SIMD_FN(exp),  \
-        .sum_squares = SIMD_FN(sum_squares), .to_half = SIMD_FN(to_half),                          \
-        .from_half = SIMD_FN(from_half), .rmsnorm = SIMD_FN(rmsnorm),                              \
+        .gemv = SIMD_FN(gemv), .sum_rows = SIMD_FN(sum_rows), .add = SIMD_FN(add),                 \
+        .scale = SIMD_FN(scale), .exp = SIMD_FN(exp), .sum_squares = SIMD_FN(sum_squares),         \
+        .to_half = SIMD_FN(to_half), .from_half = SIMD_FN(from_half), .rmsnorm = SIMD_FN(rmsnorm), \
         .rmsnorm_stats = SIMD_FN(rmsnorm_stats), .rmsnorm_row = SIMD_FN(rmsnorm_row),              \
         .rope = SIMD_FN(rope), .swiglu = SIMD_FN(swiglu),                                          \
         .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_columns = SIMD_FN(softmax_columns),  \

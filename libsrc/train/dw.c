@@ -11,9 +11,16 @@ static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && e->metal == NULL;
 }
 
-int64_t anepy_capture_n(const anepy_engine *e, int32_t channels) {
-    int64_t n = (int64_t)channels * e->width;
-    if (anepy_on(e, ANEPY_FP16_CACHE) && e->dtype != ANEPY_F16) return 0;
+/* bf16 products: the factors are rounded once, by the product's task. */
+static int rounds(const anepy_engine *e) {
+    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && e->metal == NULL;
+}
+
+int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {
+    int64_t n = (int64_t)o->channels * e->width;
+    if (rounds(e)) return n / 2;
+    if (o->source->device == NULL) return 0;
+    if (anepy_on(e, ANEPY_FP16_CACHE) && o->source->dtype == ANEPY_F32) return 0;
     return caches_raw(e) ? n + n / 2 : n;
 }
 
@@ -32,23 +39,31 @@ static int32_t read_raw(anepy_engine *e, anepy_operand *o) {
     return ops->unlock(s, 0);
 }
 
+/* Where a factor is that the host can read without a copy. */
+static const float *in_place(const anepy_operand *o) {
+    return (const float *)o->source->data + (int64_t)o->channel * o->source->width;
+}
+
 /* float32 rows of an operand. A host buffer, and with fp16_cache a surface that holds float32 the
  * host can see, is used where it is. Others go to a capture buffer, which without prealloc is made
  * now and freed when the products are done: with fp16_cache as they are, to be converted by the
- * product's task, otherwise converted by the calling thread. */
-static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out) {
+ * product's task, otherwise converted by the calling thread. In bf16, fp16_cache rounds all factors
+ * in that task, and *rounded is where to. */
+static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
+                     const uint16_t **rounded) {
     anepy_surface *s = o->source;
-    int64_t n = anepy_capture_n(e, o->channels);
-    if (s->device == NULL || n == 0) {
-        *out = (const float *)s->data + (int64_t)o->channel * s->width;
-        return ANEPY_OK;
-    }
-    if (o->capture == NULL) {
+    int64_t n = anepy_capture_n(e, o);
+    if (n > 0 && o->capture == NULL) {
         uint64_t nbytes = (uint64_t)n * sizeof(float);
         o->capture = anepy_heap_alloc(nbytes);
         if (o->capture == NULL)
             return anepy_fail(ANEPY_E_MEMORY, "no memory for a capture buffer of %llu bytes",
                               (unsigned long long)nbytes);
+    }
+    if (rounds(e)) *rounded = (const uint16_t *)(const void *)o->capture;
+    if (rounds(e) || n == 0) {
+        *out = in_place(o);
+        return ANEPY_OK;
     }
     *out = o->capture;
     return caches_raw(e) ? read_raw(e, o)
@@ -56,12 +71,19 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out) {
 }
 
 static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
-    return anepy_capture_raw(e, o) != NULL ? (o->channels + CONVERT_ROWS - 1) / CONVERT_ROWS : 0;
+    int converts = rounds(e) || anepy_capture_raw(e, o) != NULL;
+    return converts ? (o->channels + CONVERT_ROWS - 1) / CONVERT_ROWS : 0;
 }
 
 static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece) {
     int64_t first = (int64_t)piece * CONVERT_ROWS * e->width;
     int32_t rows = anepy_min_i32(CONVERT_ROWS, o->channels - piece * CONVERT_ROWS);
+    if (rounds(e)) {
+        uint16_t *out = (uint16_t *)(void *)o->capture;
+        for (int64_t at = first; at < first + (int64_t)rows * e->width; at += e->width)
+            e->gemm.bf16->to_bf16(out + at, in_place(o) + at, e->columns);
+        return;
+    }
     anepy_vector(e)->from_half(o->capture + first, anepy_capture_raw(e, o) + first,
                                (int64_t)rows * e->width);
 }
@@ -100,8 +122,9 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
 int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->layers[layer].dw[which];
     const float *dy = NULL, *x = NULL;
-    ANEPY_TRY(fetch(e, &dw->dy, &dy));
-    ANEPY_TRY(fetch(e, &dw->x, &x));
+    const uint16_t *dy16 = NULL, *x16 = NULL;
+    ANEPY_TRY(fetch(e, &dw->dy, &dy, &dy16));
+    ANEPY_TRY(fetch(e, &dw->x, &x, &x16));
     dw->job = (anepy_gemm_job){&e->gemm,
                                {.c = e->grads + dw->gradient,
                                 .ldc = dw->x.channels,
@@ -109,6 +132,8 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
                                 .a_row = e->width,
                                 .a_step = 1,
                                 .b = x,
+                                .a16 = dy16,
+                                .b16 = x16,
                                 .ldb = e->width,
                                 .b_transposed = 1,
                                 .m = dw->dy.channels,

@@ -28,7 +28,7 @@ static anepy_surface carve_surface(carver *c, int32_t channels, int32_t width) {
 }
 
 static void carve_operand(const anepy_engine *e, carver *c, anepy_operand *o) {
-    int64_t n = o->source->device != NULL ? anepy_capture_n(e, o->channels) : 0;
+    int64_t n = anepy_capture_n(e, o);
     if (n > 0) o->capture = carve(c, n);
 }
 

@@ -209,8 +209,8 @@ int32_t anepy_dw_start_all(anepy_engine *e); /* those that waited for the verdic
 int32_t anepy_dw_wait(anepy_engine *e);      /* until done; frees what was allocated */
 /* Are capture buffers there from the start? A GPU reads only what it was given once. */
 int anepy_keeps_captures(const anepy_engine *e);
-/* float32 elements of the capture buffer of so many channels; 0: read where they are. */
-int64_t anepy_capture_n(const anepy_engine *e, int32_t channels);
+/* float32 elements of the capture buffer of a factor; 0: it is read where it is. */
+int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o);
 /* Raw half-precision values of a factor, [channels, width]; NULL: it was read back as float32. */
 const uint16_t *anepy_capture_raw(const anepy_engine *e, const anepy_operand *o);
 int32_t anepy_dw_open_gpu(anepy_engine *e); /* shares all that products read and write */

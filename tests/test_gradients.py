@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tolerances
-from cases import make_model, sequence, weights_of
+from cases import bits, make_model, mapped, sequence, weights_of
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 
@@ -238,6 +238,46 @@ def test_gradients_of_a_long_sequence_match_the_reference(precision: str) -> Non
         stats = engine.step(tokens, targets)
         assert relative_error(stats.loss, loss) < loss_bar(precision)
         assert_close(dict(engine.gradients), gradients, precision)
+
+
+# An engine for 1024 tokens or more computes attention scores twice instead of keeping them.
+LONG = {
+    "long-gqa": (ModelConfig(40, 70, 2, 10, 2, 97, 1100), (1100, 1024, 1037)),
+    "long-mqa": (ModelConfig(32, 44, 1, 4, 1, 97, 2048), (2048, 1985)),
+    "long-wide": (ModelConfig(132, 60, 1, 2, 2, 97, 1024), (1024, 1000)),
+}
+
+
+@pytest.mark.parametrize("variant", ["baseline", "opt"])
+@pytest.mark.parametrize("name", LONG)
+def test_gradients_of_recomputed_attention_match_the_reference(name: str, variant: str) -> None:
+    config, lengths = LONG[name]
+    with Engine(make_model(config), variant, "cpu", "fp32") as engine:
+        for length in (*lengths, 65, 1):
+            tokens, targets = sequence(config, length)
+            loss, gradients = ref.loss_and_gradients(weights_of(config), config, tokens, targets)
+            clear(engine)
+            assert engine.step(tokens, targets).loss == pytest.approx(loss, rel=1e-6)
+            assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
+
+
+def test_recomputed_attention_gives_the_same_bits_with_any_threads() -> None:
+    config, lengths = LONG["long-gqa"]
+    results = []
+    for threads in (1, 2, 3):
+        with Engine(make_model(config), "opt", "cpu", "fp32", threads=threads) as engine:
+            engine.step(*sequence(config, lengths[0]))
+            results.append(bits(engine.gradients))
+    assert results[0] == results[1] == results[2]
+
+
+def test_memory_of_long_sequences_grows_with_their_length_not_its_square() -> None:
+    sizes = []
+    for seq_len in (1024, 2048, 4096):
+        before = mapped()
+        with Engine(Model(ModelConfig(32, 44, 2, 8, 8, 97, seq_len)), device="cpu", threads=1):
+            sizes.append(mapped() - before)
+    assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
 
 
 @pytest.mark.parametrize("variant", ["baseline", "opt", "opt-fp16_cache", "opt-prealloc"])

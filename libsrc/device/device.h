@@ -18,6 +18,7 @@ typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
 #define ANEPY_OFFLOADS 4u     /* has the programs for norms, classifier and soft-max */
 #define ANEPY_DYNAMIC 8u      /* can take weights through surfaces */
 #define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
+#define ANEPY_RECOMPUTES 32u /* sdpa_bwd2 needs no scores bound: after sdpa_bwd1 of its layer */
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;

@@ -104,6 +104,13 @@ typedef struct anepy_kernels {
     void (*softmax_row_backward)(float *ds, const float *p, const float *dp, float scale,
                                  int32_t n);
 
+    /* Down columns: dot[64] = sum of p * dp over rows [rows][64], then dp = p * (dp - dot) * scale.
+     */
+    void (*softmax_columns_backward)(float *dp, float *dot, const float *p, float scale,
+                                     int32_t rows);
+    /* A row again from what is known of it: x = exp(x - lse), dp = x * (dp - dot) * scale. */
+    void (*softmax_row_again)(float *x, float *dp, float lse, float dot, float scale, int32_t n);
+
     /* Columnwise max and sum of exp(x - max) over x[rows][64], leading dimension ld. */
     void (*logsumexp_columns)(float *max, float *sum, const float *x, int64_t ld, int32_t rows);
     /* x = exp(x - lse[s]) * scale over x[rows][64], in place. */

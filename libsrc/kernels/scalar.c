@@ -163,6 +163,24 @@ static void softmax_row_backward__scalar(float *ds, const float *p, const float 
     for (int32_t i = 0; i < n; i++) ds[i] = p[i] * (dp[i] - dot) * scale;
 }
 
+static void softmax_columns_backward__scalar(float *dp, float *dot, const float *p, float scale,
+                                             int32_t rows) {
+    for (int32_t j = 0; j < COLS; j++) {
+        dot[j] = 0.0f;
+        for (int32_t t = 0; t < rows; t++) dot[j] += p[t * COLS + j] * dp[t * COLS + j];
+        for (int32_t t = 0; t < rows; t++)
+            dp[t * COLS + j] = p[t * COLS + j] * (dp[t * COLS + j] - dot[j]) * scale;
+    }
+}
+
+static void softmax_row_again__scalar(float *x, float *dp, float lse, float dot, float scale,
+                                      int32_t n) {
+    for (int32_t i = 0; i < n; i++) {
+        x[i] = expf(x[i] - lse);
+        dp[i] = x[i] * (dp[i] - dot) * scale;
+    }
+}
+
 static void logsumexp_columns__scalar(float *max, float *sum, const float *x, int64_t ld,
                                       int32_t rows) {
     for (int32_t s = 0; s < COLS; s++) {
@@ -226,6 +244,8 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .softmax_columns = softmax_columns__scalar,
     .softmax_row = softmax_row__scalar,
     .softmax_row_backward = softmax_row_backward__scalar,
+    .softmax_columns_backward = softmax_columns_backward__scalar,
+    .softmax_row_again = softmax_row_again__scalar,
     .logsumexp_columns = logsumexp_columns__scalar,
     .softmax_gradient = softmax_gradient__scalar,
     .adam = adam__scalar,

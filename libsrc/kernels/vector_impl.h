@@ -355,6 +355,38 @@ SIMD_TARGET static void SIMD_FN(softmax_row_backward)(float *ds, const float *p,
     }
 }
 
+SIMD_TARGET static void SIMD_FN(softmax_columns_backward)(float *dp, float *dot, const float *p,
+                                                          float scale, int32_t rows) {
+    vf sum[COL_VECTORS], sc = v_set(scale);
+    ANEPY_UNROLL
+    for (int j = 0; j < COL_VECTORS; j++) sum[j] = v_set(0.0f);
+    for (int32_t t = 0; t < rows; t++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS; j++)
+            sum[j] = v_fma(v_load(p + t * COLS + j * VL), v_load(dp + t * COLS + j * VL), sum[j]);
+    }
+    ANEPY_UNROLL
+    for (int j = 0; j < COL_VECTORS; j++) v_store(dot + j * VL, sum[j]);
+    for (int32_t t = 0; t < rows; t++) {
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS; j++) {
+            float *out = dp + t * COLS + j * VL;
+            vf d = v_mul(v_load(p + t * COLS + j * VL), v_sub(v_load(out), sum[j]));
+            v_store(out, v_mul(d, sc));
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(softmax_row_again)(float *x, float *dp, float lse, float dot,
+                                                   float scale, int32_t n) {
+    vf l = v_set(lse), d = v_set(dot), sc = v_set(scale);
+    for (int32_t i = 0; i < n; i += VL) {
+        vf p = v_exp(v_sub(load_left(x + i, n - i), l));
+        store_left(x + i, p, n - i);
+        store_left(dp + i, v_mul(v_mul(p, v_sub(load_left(dp + i, n - i), d)), sc), n - i);
+    }
+}
+
 SIMD_TARGET static void SIMD_FN(logsumexp_columns)(float *max, float *sum, const float *x,
                                                    int64_t ld, int32_t rows) {
     for (int j = 0; j < COLS; j += VL) {
@@ -434,6 +466,8 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_columns = SIMD_FN(softmax_columns),  \
         .softmax_row = SIMD_FN(softmax_row),                                                       \
         .softmax_row_backward = SIMD_FN(softmax_row_backward),                                     \
+        .softmax_columns_backward = SIMD_FN(softmax_columns_backward),                             \
+        .softmax_row_again = SIMD_FN(softmax_row_again),                                           \
         .logsumexp_columns = SIMD_FN(logsumexp_columns),                                           \
         .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam), .sum = SIMD_FN(sum), \
         .fma_chains = SIMD_FN(fma_chains), .chain_n = CHAINS * VL, .bf16 = (pairs),                \

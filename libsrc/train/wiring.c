@@ -79,9 +79,16 @@ static const struct {
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
+/* Probabilities and their gradients, [heads * width, width], from sdpa_bwd1 to sdpa_bwd2: in memory
+ * as long as that is faster than to compute them again, and it does not grow with the square. */
+#define LONG_WIDTH 1024
+static int keeps_scores(const anepy_engine *e) {
+    return e->width < LONG_WIDTH || !anepy_can(e, ANEPY_RECOMPUTES);
+}
+
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
- * wq, wk, wv are one product each; scores in one surface for all layers; what the host goes on with
- * in its own memory; the rest packed. */
+ * wq, wk, wv are one product each; scores in one surface for all layers, or none; what the host goes
+ * on with in its own memory; the rest packed. */
 static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
     anepy_program_id id = node->program.id;
@@ -126,7 +133,7 @@ static int32_t create_surfaces(anepy_engine *e) {
             ANEPY_TRY(e->device->ops->surface_create(e->device, node->program.output_channels,
                                                      &node->output));
     }
-    if (!binds(e)) return ANEPY_OK;
+    if (!binds(e) || !keeps_scores(e)) return ANEPY_OK;
     const anepy_program *bwd1 = &e->layers[0].nodes[ANEPY_SDPA_BWD1]->program;
     return e->device->ops->surface_create(e->device, 2 * bwd1->tensors[SDPA_BWD1_P].channels,
                                           &e->scores);
@@ -236,7 +243,7 @@ int32_t anepy_bind(anepy_engine *e, anepy_node *node) {
             surface = node->links[t].source;
             channel = node->links[t].channel;
         }
-        ANEPY_TRY(e->device->ops->bind(node->kernel, t, surface, channel));
+        if (surface != NULL) ANEPY_TRY(e->device->ops->bind(node->kernel, t, surface, channel));
     }
     return ANEPY_OK;
 }

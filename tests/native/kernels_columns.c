@@ -175,6 +175,47 @@ static void check_softmax_row_backward(const anepy_kernels *set, int32_t n, int 
     guard_reset();
 }
 
+static void check_softmax_columns_backward(const anepy_kernels *set, int32_t rows, int place) {
+    float *p = guard_matrix(rows, COLS, COLS, place, random_signed);
+    float *dp = guard_matrix(rows, COLS, COLS, place, random_signed), *dot = guard_take(COLS, place);
+    float *d = guard_copy(dp, (int64_t)rows * COLS, GUARD_START);
+    double scale = 0.125;
+    int right = 1;
+    set->softmax_columns_backward(dp, dot, p, (float)scale, rows);
+    for (int32_t j = 0; j < COLS; j++) {
+        double expected = 0.0, size = 0.0;
+        for (int32_t t = 0; t < rows; t++) {
+            expected += (double)p[t * COLS + j] * d[t * COLS + j];
+            size += fabs((double)p[t * COLS + j] * d[t * COLS + j]);
+        }
+        right &= is_close(dot[j], expected, rows + 2.0, size);
+        for (int32_t i = j; i < rows * COLS; i += COLS)
+            right &= is_close(dp[i], p[i] * (d[i] - expected) * scale, rows + 6.0,
+                              fabs(p[i]) * (fabs(d[i]) + size) * scale);
+    }
+    CHECK(right && guard_intact(), "softmax_columns_backward %s: %s, %d rows, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, place);
+    guard_reset();
+}
+
+static void check_softmax_row_again(const anepy_kernels *set, int32_t n, int place) {
+    float *x = guard_matrix(1, n, n, place, random_score);
+    float *dp = guard_matrix(1, n, n, place, random_signed), lse = 3.0f, dot = 0.375f;
+    float *s = guard_copy(x, n, GUARD_START), *d = guard_copy(dp, n, GUARD_START);
+    double scale = 0.125;
+    int right = 1;
+    for (int32_t i = 0; i < n; i++) lse = fmaxf(lse, s[i] + 0.5f); /* it is above every score */
+    set->softmax_row_again(x, dp, lse, dot, (float)scale, n);
+    for (int32_t i = 0; i < n; i++) {
+        double z = (double)(s[i] - lse), p = z < -87.3 ? 0.0 : exp(z);
+        right &= is_close(x[i], p, 6.0, p) &&
+                 is_close(dp[i], p * (d[i] - dot) * scale, 12.0, p * (fabs(d[i]) + dot) * scale);
+    }
+    CHECK(right && guard_intact(), "softmax_row_again %s: %s, n %d, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", n, place);
+    guard_reset();
+}
+
 /* -------------------------------------------------------------------------------- cross-entropy */
 
 static void check_logsumexp(const anepy_kernels *set, int32_t rows, int64_t ld, int place) {
@@ -252,12 +293,14 @@ void checks_columns(void) {
                 check_softmax_columns(set, rows[r], 0, 1.0f, place);
                 check_softmax_columns(set, rows[r], rows[r] / 2, 0.125f, place);
                 check_softmax_columns(set, rows[r], rows[r] + 5, 0.3f, place);
+                check_softmax_columns_backward(set, rows[r], place);
             }
             for (int32_t s = 0; s < SIZE_N; s++) {
                 for (int in_place = 0; in_place < 2; in_place++) {
                     check_rmsnorm_row(set, SIZES[s], place, in_place);
                     check_softmax_row_backward(set, SIZES[s], place, in_place);
                 }
+                check_softmax_row_again(set, SIZES[s], place);
                 if (SIZES[s] == 0) continue; /* a row has an element */
                 check_softmax_row(set, SIZES[s], SIZES[s], 1.0f, place);
                 check_softmax_row(set, SIZES[s], SIZES[s] + 1, 0.25f, place);

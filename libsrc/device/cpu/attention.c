@@ -4,7 +4,8 @@
  * Forward computes transposed scores [key, query], so that soft-max runs down columns without
  * horizontal sums and the next product needs no transposition. Backward keeps probabilities as
  * [query, key], the layout the program table promises; of its products only that of dq reduces over
- * keys and transposes. KV head k serves query heads k*g .. k*g+g-1. */
+ * keys and transposes. For long sequences it keeps none and computes them twice (Dao et al. 2022,
+ * arXiv 2205.14135). KV head k serves query heads k*g .. k*g+g-1. */
 #include <math.h>
 #include <string.h>
 
@@ -192,4 +193,88 @@ void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_
     attention a = begin(kernel, n, columns);
     run(&a, a.heads * a.blocks, queries_block);
     run(&a, a.kv_heads * a.blocks, keys_block);
+}
+
+/* ------------------------------------------------- backward without scores in memory: both halves */
+
+/* A block of 64 columns of a head, [head_dim][64], times a factor. */
+static float *copy_block(const attention *a, float *dst, const float *src, float factor) {
+    for (int32_t d = 0; d < a->head_dim; d++)
+        memcpy(dst + d * COLS, src + d * a->width, COLS * sizeof(float));
+    if (factor != 1.0f) a->kernels->scale(dst, factor, (int64_t)a->head_dim * COLS);
+    return dst;
+}
+
+static void paste_block(const attention *a, float *dst, const float *src) {
+    for (int32_t d = 0; d < a->head_dim; d++)
+        memcpy(dst + d * a->width, src + d * COLS, COLS * sizeof(float));
+}
+
+/* Probabilities of 64 queries as [key][query], the two numbers per query that give them back, and
+ * dq[d, q] = sum_t k[d, t] ds[t, q]. */
+static void queries_again(void *context, int32_t index, int32_t worker) {
+    const attention *a = context;
+    int32_t head = index / a->blocks, first = block_of(a, index) * COLS, keys = first + COLS;
+    float *const *t = a->kernel->tensors;
+    float *probs = a->cpu->scratch + worker * a->cpu->scratch_n;
+    float *ds = probs + keys * COLS, *q = ds + keys * COLS, sum[COLS];
+    float *lse = a->cpu->lse + head * a->width + first, *dot = a->cpu->dot + head * a->width + first;
+    const float *k = head_of(a, t[SDPA_BWD2_K], head / a->group);
+    const float *v = head_of(a, a->cpu->bwd1->tensors[SDPA_BWD1_V], head / a->group);
+    copy_block(a, q, head_of(a, t[SDPA_BWD2_Q], head) + first, a->scale);
+    anepy_gemm_small(a->kernels, probs, COLS, k, 1, a->width, q, COLS, keys, COLS, a->head_dim, 0);
+    for (int32_t i = 1; i < COLS; i++) /* key first + i is later than queries before it */
+        for (int32_t j = 0; j < i; j++) probs[(first + i) * COLS + j] = -INFINITY;
+    a->kernels->logsumexp_columns(lse, sum, probs, COLS, keys);
+    for (int32_t j = 0; j < COLS; j++) lse[j] += logf(sum[j]);
+    a->kernels->softmax_gradient(probs, lse, 1.0f, COLS, keys);
+    copy_block(a, q, head_of(a, a->cpu->dattn, head) + first, 1.0f);
+    anepy_gemm_small(a->kernels, ds, COLS, v, 1, a->width, q, COLS, keys, COLS, a->head_dim, 0);
+    a->kernels->softmax_columns_backward(ds, dot, probs, a->scale, keys);
+    anepy_gemm_small(a->kernels, head_of(a, t[SDPA_BWD2_DQ], head) + first, a->width, k, a->width,
+                     1, ds, COLS, a->head_dim, COLS, keys, 0);
+}
+
+/* One block of 64 keys of a KV head against all later queries, 64 at a time:
+ * dv[d, t] = sum_q dattn[d, q] p[q, t] and dk[d, t] = sum_q q[d, q] ds[q, t]. */
+static void keys_again(void *context, int32_t index, int32_t worker) {
+    const attention *a = context;
+    int32_t kv_head = index / a->blocks, first = index % a->blocks * COLS;
+    int32_t block = a->head_dim * COLS, head_dim = a->head_dim;
+    float *const *t = a->kernel->tensors, *const *t1 = a->cpu->bwd1->tensors;
+    float *probs = a->cpu->scratch + worker * a->cpu->scratch_n, *ds = probs + COLS * COLS;
+    float *k = ds + COLS * COLS, *v = k + block, *q = v + block, *dattn = q + block;
+    float *dk = dattn + block, *dv = dk + block;
+    copy_block(a, k, head_of(a, t[SDPA_BWD2_K], kv_head) + first, a->scale);
+    copy_block(a, v, head_of(a, t1[SDPA_BWD1_V], kv_head) + first, 1.0f);
+    memset(dk, 0, 2 * (size_t)block * sizeof(float));
+    for (int32_t head = kv_head * a->group; head < (kv_head + 1) * a->group; head++) {
+        for (int32_t at = first; at < a->blocks * COLS; at += COLS) {
+            const float *lse = a->cpu->lse + head * a->width + at;
+            const float *dot = a->cpu->dot + head * a->width + at;
+            copy_block(a, q, head_of(a, t[SDPA_BWD2_Q], head) + at, 1.0f);
+            copy_block(a, dattn, head_of(a, a->cpu->dattn, head) + at, 1.0f);
+            anepy_gemm_small(a->kernels, probs, COLS, q, 1, COLS, k, COLS, COLS, COLS, head_dim, 0);
+            anepy_gemm_small(a->kernels, ds, COLS, dattn, 1, COLS, v, COLS, COLS, COLS, head_dim,
+                             0);
+            for (int32_t i = 0; i < COLS; i++) {
+                float *p = probs + i * COLS, *d = ds + i * COLS;
+                int32_t valid = at == first ? i + 1 : COLS;
+                a->kernels->softmax_row_again(p, d, lse[i], dot[i], a->scale, COLS);
+                memset(p + valid, 0, (size_t)(COLS - valid) * sizeof(float));
+                memset(d + valid, 0, (size_t)(COLS - valid) * sizeof(float));
+            }
+            anepy_gemm_small(a->kernels, dv, COLS, dattn, COLS, 1, probs, COLS, head_dim, COLS,
+                             COLS, 1);
+            anepy_gemm_small(a->kernels, dk, COLS, q, COLS, 1, ds, COLS, head_dim, COLS, COLS, 1);
+        }
+    }
+    paste_block(a, head_of(a, t[SDPA_BWD2_DK], kv_head) + first, dk);
+    paste_block(a, head_of(a, t1[SDPA_BWD1_DV], kv_head) + first, dv);
+}
+
+void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t columns) {
+    attention a = begin(kernel, columns, columns);
+    run(&a, a.heads * a.blocks, queries_again);
+    run(&a, a.kv_heads * a.blocks, keys_again);
 }

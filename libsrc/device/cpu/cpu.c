@@ -89,6 +89,14 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
 
 static void cpu_release(anepy_kernel *kernel) { (void)kernel; /* close frees it */ }
 
+/* Only where scores are kept: they grow with the square of the sequence. */
+static int32_t own_dscores(anepy_cpu *cpu) {
+    int64_t width = cpu->base.options.width;
+    if (cpu->dscores == NULL)
+        cpu->dscores = own_floats(cpu, cpu->base.options.model->config.n_heads * width * width);
+    return cpu->dscores != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
+}
+
 static int32_t cpu_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surface,
                         int32_t channel) {
     const anepy_program *program = &kernel->program;
@@ -99,6 +107,7 @@ static int32_t cpu_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surf
         return anepy_fail(ANEPY_E_ARGUMENT, "%s.%s does not fit its surface", program->name,
                           program->tensors[index].name);
     kernel->tensors[index] = (float *)surface->data + (int64_t)channel * surface->width;
+    if (program->id == ANEPY_SDPA_BWD2 && index == SDPA_BWD2_P) return own_dscores(kernel->cpu);
     return ANEPY_OK;
 }
 
@@ -300,13 +309,15 @@ static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
         (projections){
             .w = {k->weights[0]}, .y = {k->tensors[SDPA_BWD1_DY]}, .rows = {dim}, .count = 1},
         dim, columns);
-    anepy_cpu_attention_backward1(k, n, columns);
+    k->cpu->bwd1 = k;
+    if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_attention_backward1(k, n, columns);
 }
 
 static void sdpa_bwd2(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_config *c = &cpu->base.options.model->config;
-    anepy_cpu_attention_backward2(k, n, columns);
+    if (k->tensors[SDPA_BWD2_P] != NULL) anepy_cpu_attention_backward2(k, n, columns);
+    else anepy_cpu_attention_backward(k, columns);
     anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DQ], c->n_heads, columns, -1.0f);
     anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DK], c->n_kv_heads, columns, -1.0f);
 }
@@ -363,12 +374,14 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     anepy_cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for device cpu");
     cpu->base = (anepy_device){.type = &anepy_device_cpu, .ops = &OPS, .options = *options};
-    /* Attention scratch: one panel of scores and one of their gradients, [width][64] each. */
-    cpu->scratch_n = 2 * width * COLS;
+    /* Attention scratch: one panel of scores and one of their gradients, [width][64] each, and six
+     * blocks of a head, [head_dim][64]. */
+    cpu->scratch_n = (2 * width + 6 * (int64_t)m->head_dim) * COLS;
     if ((cpu->cosine = own_floats(cpu, half * width)) == NULL ||
         (cpu->sine = own_floats(cpu, half * width)) == NULL ||
         (cpu->dattn = own_floats(cpu, m->config.dim * width)) == NULL ||
-        (cpu->dscores = own_floats(cpu, m->config.n_heads * width * width)) == NULL ||
+        (cpu->lse = own_floats(cpu, m->config.n_heads * width)) == NULL ||
+        (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
         (cpu->scratch =
              own_floats(cpu, cpu->scratch_n * anepy_pool_threads(options->gemm->pool))) == NULL) {
         cpu_close(&cpu->base);
@@ -401,7 +414,7 @@ const anepy_device_type anepy_device_cpu = {
     .name = "cpu",
     .about = "native kernels on this processor",
     .precisions = 1u << ANEPY_F32 | 1u << ANEPY_BF16,
-    .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS,
+    .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS | ANEPY_RECOMPUTES,
     .slow = ANEPY_OFFLOADS, /* they are the host's work done in more passes (anepy compare) */
     .probe = cpu_probe,
     .has_precision = cpu_has_precision,

@@ -8,7 +8,9 @@ typedef struct {
     anepy_device base;
     float *cosine, *sine; /* RoPE angles [head_dim / 2, width] */
     float *dattn;         /* [dim, width]: gradient of attn inside sdpa_bwd1 */
-    float *dscores;       /* [n_heads * width, width]: inside sdpa_bwd2 */
+    float *dscores;       /* [n_heads * width, width]: inside sdpa_bwd2 if it is given scores */
+    float *lse, *dot;     /* [n_heads, width]: inside sdpa_bwd2 if it is not */
+    const anepy_kernel *bwd1; /* the last sdpa_bwd1 */
     float *scratch;       /* per worker: scratch_n floats */
     int64_t scratch_n;
     void *owned; /* every surface, kernel and mapping, for close */
@@ -26,6 +28,8 @@ void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t colum
 void anepy_cpu_attention(const anepy_kernel *kernel, int32_t columns);
 void anepy_cpu_attention_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);
 void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns);
+/* Both at once without scores in memory, as sdpa_bwd2 of the layer whose sdpa_bwd1 was the last. */
+void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t columns);
 
 /* offload.c: programs of the table. */
 void anepy_cpu_rmsnorm_bwd(anepy_kernel *kernel, int32_t n, int32_t columns);

@@ -440,10 +440,12 @@ def test_page_in_print_is_light_and_shows_its_tables(
     for item in texts:
         assert luminance(item["ground"]) > 0.9 or item["tag"] == "text", item
         assert contrast(item["color"], item["ground"]) >= 4.5, item
-    heights = chromium.run(
-        "[...document.querySelectorAll('details table')].map(e => e.getBoundingClientRect().height)"
+    seen = chromium.run(
+        "[...document.querySelectorAll('details td')].map(e => e.checkVisibility())"
     )
-    assert len(heights) == 2 and min(heights) > 50
+    assert len(seen) > 50 and all(seen), "tables behind charts"
+    ground = chromium.run("getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(255, 255, 255)", "no ink for the ground"
     right = chromium.run(
         "Math.max(...[...document.querySelectorAll('table')]"
         ".map(e => e.getBoundingClientRect().right))"

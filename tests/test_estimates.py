@@ -112,7 +112,8 @@ def test_agreement_tells_worst_step_and_identity() -> None:
     close = agreement(a, [10.0, 8.004, 6.0], 1e-3)
     assert not close.identical and close.agrees and close.step == 2
     assert close.worst == pytest.approx(5e-4)
-    assert agreement(a, [10.0, 8.0, 6.1], 1e-3).agrees is False
+    assert agreement(a, [10.0, 8.0, 6.0055], 1e-3).agrees is True
+    assert agreement(a, [10.0, 8.0, 6.0065], 1e-3).agrees is False
     assert agreement(a, [10.0], 1e-3).steps == 1
     assert agreement([], a, 1e-3).agrees is None
 

@@ -28,6 +28,14 @@ def shared() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def ane_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the native library with the Apple devices on stand-in frameworks, for coverage."""
+    import apple
+
+    return apple.build(tmp_path_factory.mktemp("ane"), (), apple.COVERAGE)
+
+
 # What CI may lack: a second user, an instruction set, and packages that are optional even here.
 _MAY_BE_MISSING = (
     "root may write",

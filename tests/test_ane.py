@@ -103,11 +103,6 @@ REFUSED: list[tuple[dict[str, int], str]] = [
 Runner = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
-def ane_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return apple.build(tmp_path_factory.mktemp("ane"), (), apple.COVERAGE)
-
-
 def run_child(
     library: Path, folder: Path, *command: str, **env: str
 ) -> subprocess.CompletedProcess[str]:

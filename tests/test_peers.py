@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +111,103 @@ def test_gradients_equal_torch(name: str) -> None:
         found = torch_llama.gradients(peer)
         assert_tensors_close(dict(engine.gradients), found, 2 * tolerances.FP32_GRADIENT)
     assert math.isclose(float(loss.detach()), math.log(model.config.vocab_size), rel_tol=0.05)
+
+
+# ------------------------------------------------------------------------------------ the scripts
+
+PEERS = Path(__file__).resolve().parent / "peers"
+TINY = ("--preset", "stories260K", "--rounds", "2", "--threads", "1", "--json", "-")
+
+
+def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of tests/peers with this very anepy."""
+    path = os.pathsep.join(filter(None, [str(PEERS.parents[1]), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, str(PEERS / name), *words],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def record(name: str, *words: str) -> dict[str, Any]:
+    finished = script(name, *words)
+    assert finished.returncode == 0, finished.stderr
+    result: dict[str, Any] = json.loads(finished.stdout)
+    assert result["format"] == f"anepy-peers-{name.removesuffix('.py')}" and result["version"] == 1
+    assert name in result["command"] and result["machine"]["cpus"] >= 1
+    return result
+
+
+def test_step_script_times_only_what_is_right() -> None:
+    result = record("step.py", *TINY, "--seq", "32")
+    assert set(result["programs"]) == {"anepy fp32", "torch eager"}
+    assert result["check"]["anepy fp32"]["gradient_error"] < tolerances.FP32_GRADIENT
+    assert result["loss_difference"] < tolerances.PEER_LOSS
+    (found,) = result["ratios"]
+    ours, theirs = (result["rounds"][name]["step"] for name in ("anepy fp32", "torch eager"))
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    assert found["step"]["median"] == pytest.approx(np.median(pairs))
+    assert found["step"]["min"] == pytest.approx(min(pairs))
+    assert result["peaks"]["fp32"] > 0
+
+
+def test_step_script_stops_when_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is the one that counts: a model with another weight must not pass it."""
+    monkeypatch.syspath_prepend(str(PEERS))
+    import argparse
+
+    import sides  # type: ignore[import-not-found]
+
+    weights = Model.init(PRESETS["stories260K"], seed=1)
+    pair = sequence(weights.config, 20)
+    options = argparse.Namespace(variant="max", seq=20, threads=1, adam="fused")
+    exact = sides.float64_gradients(weights, *pair)
+    side = sides.AnepySide(weights, *pair, options, "fp32")
+    assert sides.check(side, exact)["gradient_error"] < tolerances.FP32_GRADIENT
+    weights.weights["layers.1.feed_forward.w2.weight"][0, 0] += 0.05
+    for wrong in (
+        sides.AnepySide(weights, *pair, options, "fp32"),
+        sides.TorchSide(weights, *pair, options, "fp32", "eager"),
+    ):
+        with pytest.raises(SystemExit, match=r"float64"):
+            sides.check(wrong, exact)
+
+
+def test_matrix_script_reports_a_point_that_fails() -> None:
+    words = ("--axis", "seq", "--values", "16,600", "--precision", "fp32", "--torch", "eager")
+    finished = script("matrix.py", *words, *TINY)
+    assert finished.returncode == 1
+    good, bad = json.loads(finished.stdout)["points"]
+    assert good["result"]["settings"]["seq"] == 16 and good["result"]["ratios"]
+    assert "600" in bad["result"]["error"]
+
+
+def test_breakdown_script_accounts_for_the_step() -> None:
+    finished = script("breakdown.py", *TINY, "--seq", "64")
+    result = json.loads(finished.stdout)
+    step = result["step"]
+    # A thread that loses its processor between two phases costs a step of microseconds its 3 %.
+    left = abs(step["unexplained_ms"]) > 0.03 * step["step_ms"]
+    assert finished.returncode == left and ("unexplained" in finished.stderr) == left
+    total = sum(step["phases"].values()) + step["unexplained_ms"]
+    assert total == pytest.approx(step["step_ms"])
+    assert {"device", "classifier", "dw_wait"} <= set(step["phases"])
+    products = [row for row in result["parts"] if "products" in row["part"]]
+    assert sum(row["operations"] for row in products) == pytest.approx(3 * result["flops"]["fwd"])
+
+
+def test_generate_script_counts_the_bytes_of_a_token() -> None:
+    result = record("generate.py", *TINY, "--tokens", "40")
+    config = PRESETS["stories260K"]
+    weights = Model(config).table.size
+    cache = config.n_layers * config.dim // config.n_heads * config.n_kv_heads * 40
+    assert result["bytes_per_token"] == 4 * (weights + cache)
+    assert set(result["ms_per_token"]) == {"anepy"} and "ratio" not in result
+
+
+def test_others_script_says_what_is_not_installed() -> None:
+    result = record("others.py", *TINY, "--seq", "16")
+    assert "not installed" in result["llm.c"]["reason"] and "--mlx" in result["mlx"]["reason"]

@@ -124,7 +124,12 @@ MUTATIONS = [
     ("numbers", "train/dw.c", "which == DW_QKV", "which == DW_W2"),
     ("numbers", "train/dw.c", "status = anepy_gpu.wait(e->metal, &e->stats.dw_ms);", ""),
     ("numbers", "train/dw.c", " || anepy_on(e, ANEPY_METAL_DW);", ";"),
-    ("faults", "api.c", "if ((e->dw_started > 0 || e->added > 0) && e->accumulated > 0) e->damaged = 1;", ""),
+    (
+        "faults",
+        "api.c",
+        "if ((e->dw_started > 0 || e->added > 0) && e->accumulated > 0) e->damaged = 1;",
+        "",
+    ),
 ]
 
 

@@ -105,8 +105,9 @@ typedef struct anepy_engine anepy_engine;
 /* Programs are compiled when first needed, not at once: for who goes on with restore. */
 #define ANEPY_ENGINE_DEFER 1u
 
-/* The arenas are float32[anepy_model_arena_n], 64-byte aligned (grads, with metal_dw: 16 KiB), owned
- * by the caller and alive until anepy_engine_free. params is read and, by update, written. */
+/* The arenas are float32[anepy_model_arena_n], 64-byte aligned, owned by the caller and alive until
+ * anepy_engine_free; with metal_dw, grads is from anepy_memory_alloc: a GPU takes whole mappings.
+ * params is read and, by update, written. */
 typedef struct anepy_engine_options {
     uint32_t struct_size;
     uint32_t flags; /* ANEPY_ENGINE_DEFER */

@@ -138,6 +138,15 @@ def test_checks_on_emulated_aarch64_pass(program: Callable[[Build], Program]) ->
     assert_passes(emulator, "-cpu", "max", path, "--emulated")
 
 
+def test_every_kernel_has_a_check() -> None:
+    """The checks run over all instruction sets, here and emulated; so each kernel is in them."""
+    header = (toolchain.ROOT / "libsrc" / "kernels" / "kernels.h").read_text()
+    kernels = re.findall(r"\(\*(\w+)\)\(", header)
+    assert len(kernels) > 25
+    checks = "".join(path.read_text() for path in toolchain.CHECKS)
+    assert [name for name in kernels if f"->{name}(" not in checks] == []
+
+
 # ------------------------------------------------------------------------------ choices at run time
 
 

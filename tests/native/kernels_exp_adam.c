@@ -194,8 +194,8 @@ static void check_adam_odd(const anepy_kernels *set, float odd, int t) {
         for (int32_t i = 0; i < N; i++)
             if (i != at) right &= adam_right(&s, &before, i, &a);
         float p = s.p[at], e = expected.p[at];
-        right &= isnan(odd) ? isnan(p) && isnan(s.m[at]) && isnan(s.v[at])
-                            : is_close(p, e, 8.0, fabs(e)) && isfinite(p);
+        right &= isfinite(odd) ? is_close(p, e, 8.0, fabs(e)) && isfinite(p) : isnan(p) && isnan(e);
+        right &= !isnan(odd) || (isnan(s.m[at]) && isnan(s.v[at]));
         right &= isnan(s.m[at]) == isnan(expected.m[at]) && isinf(s.v[at]) == isinf(expected.v[at]);
         CHECK(right && to_bits(s.g[at]) == 0 && guard_intact(),
               "adam %s: gradient %g at %d gives %g, scalar %g, t %d", set->isa, (double)odd, at,
@@ -205,7 +205,8 @@ static void check_adam_odd(const anepy_kernels *set, float odd, int t) {
 }
 
 static void check_set(const anepy_kernels *set) {
-    static const float odd[] = {NAN, 1e30f, -1e25f, 1e-25f, -1e-40f, 0x1p-149f, 0.0f, -0.0f};
+    static const float odd[] = {NAN,     INFINITY, -INFINITY, FLT_MAX,   -1e30f, 1e25f, -1e19f,
+                                FLT_MIN, 1e-25f,   -1e-40f,   0x1p-149f, 0.0f,   -0.0f};
     for (int32_t s = 0; s < SIZE_N; s++) {
         for (int place = 0; place < GUARD_PLACES; place++) {
             check_adam(set, SIZES[s], place, 1, 0), check_adam(set, SIZES[s], place, 1, 1);

@@ -8,12 +8,12 @@
 #define CONVERT_ROWS 64 /* per piece */
 
 static int caches_raw(const anepy_engine *e) {
-    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && e->metal == NULL;
+    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
 }
 
 /* bf16 products: the factors are rounded once, by the product's task. */
 static int rounds(const anepy_engine *e) {
-    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && e->metal == NULL;
+    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && !anepy_on(e, ANEPY_METAL_DW);
 }
 
 int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {

@@ -64,6 +64,6 @@ def compare_help(name: str) -> str:
     for item in fields(CompareConfig):
         if item.name == name:
             text = str(item.metadata["help"])
-            told = item.default in (None, False) or "Default:" in text
+            told = item.default is None or item.default is False or "Default:" in text
             return text if told else f"{text} Default: {item.default}."
     raise KeyError(name)

@@ -232,7 +232,7 @@ class Measured:
         allocations: most heap operations of a timed step.
         memory: bytes.
         losses: of every step, the warm-up first.
-        final_loss: mean of the last ten.
+        final_loss: mean of the last ten of complete rounds.
         skipped: steps whose gradients overflowed.
         rounds: completed.
     """
@@ -278,7 +278,7 @@ class Measured:
         utilization = tflops * 1e3 / peak["gflops"] if tflops and peak else None
         allocations = column("allocations")
         losses = list(run.steps.get("loss", ()))
-        last = losses[-_LOSS_WINDOW:]
+        last = column("loss")[-_LOSS_WINDOW:]
         per_step = spread(run.by_round("per_step"))
         return cls(
             per_step=per_step,

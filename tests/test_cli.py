@@ -11,12 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from commands import Result, Run, assert_one_line_error, runner
 
-from anepy import cli
 from anepy.model import Model, ModelConfig
 from anepy.tokenizer import Tokenizer
 
@@ -30,29 +29,11 @@ COMMANDS = [
 LIB_COMMANDS = ["path", "build", "fetch", "verify"]
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Return a function that runs a command in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["anepy", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else int(bool(code)), *capsys.readouterr())
-
-    return call
+    return runner(capsys, monkeypatch)
 
 
 @pytest.fixture
@@ -64,13 +45,6 @@ def files(tmp_path: Path) -> dict[str, Path]:
     ids = Tokenizer.bytes().encode(paths["t.txt"].read_text())
     np.array(ids, "<u2").tofile(paths["d.bin"])
     return paths
-
-
-def assert_one_line_error(result: Result, *parts: str) -> None:
-    assert result.code == 1, result
-    assert result.err.startswith("anepy: error: ") and result.err.count("\n") == 1, result.err
-    for part in parts:
-        assert part in result.err, result.err
 
 
 def start(folder: Path, *words: object, **environment: str) -> subprocess.Popen[str]:

@@ -7,16 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from cases import GQA, make_model
+from commands import Run, assert_one_line_error, runner
 from comparisons import make_comparison
 
-from anepy import cli
 from anepy.comparison_file import load, save
 from anepy.engine import Engine
 from anepy.errors import NativeError
@@ -26,15 +25,6 @@ SHORT = ["--model", "m.bin", "--data", "d.bin", "--rounds", 2, "--steps", 2, "--
          "--seq", 16, "--device", "cpu", "--precision", "fp32"]  # fmt: skip
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Return a function that runs `anepy compare` in a folder with a small model and tokens."""
@@ -42,23 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("COLUMNS", "80")
     make_model().save("m.bin")
     np.random.default_rng(0).integers(0, GQA.vocab_size, 400).astype("<u2").tofile("d.bin")
-
-    def call(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["anepy", "compare", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else int(bool(code)), *capsys.readouterr())
-
-    return call
-
-
-def assert_one_line_error(result: Result, *parts: str) -> None:
-    assert result.code == 1, result
-    assert result.err.startswith("anepy: error: ") and result.err.count("\n") == 1, result.err
-    for part in parts:
-        assert part in result.err, result.err
+    return runner(capsys, monkeypatch, "compare")
 
 
 def test_compare_prints_a_table_and_what_it_means(run: Run) -> None:
@@ -237,17 +211,6 @@ def test_compare_load_of_something_else_is_one_line(run: Run) -> None:
 
 
 # Ctrl-C
-
-
-def start(folder: Path, *words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "anepy", "compare", *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "80"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_compare_interrupt_shows_what_was_measured(run: Run, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 The only place that knows which finding changes what. A finding becomes a detail of the device
 (libsrc/device/traits.h reads it there), kept in the user cache for this machine and this build of
 the system, and added when an engine is made on device "ane" and its details are not given. Findings
-not in this table change nothing: programs declare their surfaces by name (binding), loss scaling
-takes any saturation for an overflow, norms sum by a conv with ones, and no program slices its last
-axis. No other device reads the cache.
+not in this table change nothing: programs declare their surfaces in ascending order, so that by
+name and as declared are the same; loss scaling takes any saturation for an overflow; norms sum by a
+conv with ones; no program slices its last axis. No other device reads the cache.
 """
 
 from __future__ import annotations

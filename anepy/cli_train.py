@@ -450,10 +450,10 @@ def _introduce(
         notes=notes,
         outputs=outputs,
     )
-    if plan.restarted is not None:
+    if plan.restarted is not None and not trainer.notes:
         reporter.resume(header)
         return
-    reporter.header(header)
+    reporter.header(header)  # also for a next process that differs from the last one
     facts = {
         "model": plan.name,
         "config": header.shape,

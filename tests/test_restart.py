@@ -272,6 +272,28 @@ def test_next_process_that_cannot_begin_says_why_and_leaves_nothing(folder: Path
     assert "Traceback" not in done.stderr and leftovers(folder) == []
 
 
+def test_next_process_on_another_device_says_so(folder: Path) -> None:
+    """A fallback is never silent, not even between two processes of a run."""
+    code = (
+        "import os\n"
+        "from anepy import cli, device\n"
+        "info = device.DeviceInfo\n"
+        "better = info('sim:m4,budget=3', not os.environ.get('ANEPY_RESTART'), 'it is wedged')\n"
+        "device.devices = lambda: [better, info('cpu', True, '')]\n"
+        "cli.main()\n"
+    )
+    words = ["--steps", STEPS, "--no-checkpoint", "--log", "l.jsonl", "--variant", "opt"]
+    done = broken(folder, code, *words)
+    assert done.returncode == 0 and done.stdout.count("exec()") == 1, done.stderr
+    notes = done.stderr.splitlines()
+    assert (
+        "anepy: note: device cpu, chosen automatically; not sim:m4,budget=3: it is wedged" in notes
+    )
+    assert any("device is cpu, the checkpoint had sim" in line for line in notes)
+    engines = [r["engine"]["device"] for r in records(folder / "l.jsonl") if r["type"] == "run"]
+    assert engines == ["sim", "cpu"]
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -66,6 +66,7 @@ def state() -> dict[str, Any]:
         "live": LIBRARY.standin_live(),
         "loaded": LIBRARY.standin_loaded(),
         "folders": folders(),
+        "gpu": [LIBRARY.gpu_take_broken(), LIBRARY.gpu_live()],
     }
 
 

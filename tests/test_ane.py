@@ -24,7 +24,7 @@ from native import gnustep, toolchain
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has the real one")
 
 CHILD = Path(__file__).with_name("ane_child.py")
-CLEAN = {"broken_rule": "", "live": 0, "loaded": 0, "folders": []}
+CLEAN = {"broken_rule": "", "live": 0, "loaded": 0, "folders": [], "gpu": [0, 0]}
 GQA = [64, 96, 2, 8, 4, 160, 128]
 WIDE = [768, 2048, 2, 12, 12, 512, 128]
 LARGER = [256, 512, 1, 4, 4, 61, 64]  # weights are larger than 64 KiB
@@ -177,6 +177,8 @@ def test_stories_model_trains_like_on_the_simulator(
         "baseline+offload_classifier",
         "baseline+offload_softmax",
         "opt+metal_dw",
+        "baseline+metal_dw",
+        "dynamic+metal_dw",
     ],
 )
 def test_variants_train_like_on_the_simulator(child: Runner, variant: str) -> None:

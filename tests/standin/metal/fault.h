@@ -19,10 +19,10 @@ gpu_outcome gpu_enter(const char *call);
 /* The program did what hardware would refuse, or silently get wrong. */
 void gpu_broken(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* How many since the last call; the first one's sentence goes to standard error at once. */
-int32_t gpu_take_broken(void);
+__attribute__((visibility("default"))) int32_t gpu_take_broken(void);
 
 /* Objects of the stand-ins: +1 when made, -1 when deallocated. */
 void gpu_count(int32_t change);
-int32_t gpu_live(void);
+__attribute__((visibility("default"))) int32_t gpu_live(void);
 
 #endif

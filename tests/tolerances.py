@@ -47,8 +47,8 @@ FP16_COSINE = 0.999  # a random 2 % error lowers it by 0.0002; the rest is room 
 
 PEER_LOSS = 1e-3  # absolute, in nats
 PEER_GRADIENT = 1e-3  # per-tensor relative error
-PEER_BF16_LOSS = 0.05  # 0.5 % of the loss of random weights: autocast rounds the logits too
-PEER_BF16_GRADIENT = 0.15  # PyTorch's autocast also rounds every output to bf16: up to 0.08 seen
+PEER_BF16_LOSS = 0.05  # 0.5 % of the loss of random weights; 0.004 seen at stories110M
+PEER_BF16_GRADIENT = 0.1  # PyTorch only has to compute the same thing: 0.024 seen there
 
 
 def relative_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:

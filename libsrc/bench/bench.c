@@ -15,7 +15,7 @@ _Static_assert(sizeof(anepy_bench_result) == 200, "bench result");
 #define PIECE ANEPY_BENCH_PIECE
 #define MAX_ROUNDS 1000
 #define MAX_REPETITIONS 100000.0
-#define BF16_TOLERANCE 0.03 /* of a program that rounds between its products */
+#define BF16_TOLERANCE 5e-3 /* of a program that rounds between its products */
 
 int32_t anepy_bench_add(anepy_bench *b, int64_t n, anepy_bench_role role, float low, float high) {
     b->buffers[b->buffer_n] = (anepy_bench_buffer){NULL, n, role, low, high};

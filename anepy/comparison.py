@@ -16,6 +16,7 @@ import numpy as np
 
 from .estimates import (
     LOSS_TOLERANCE,
+    LOSS_WINDOW,
     Agreement,
     Ratio,
     Spread,
@@ -38,7 +39,6 @@ PARTS = {
     "dw_wait_ms": "dW, waited for",
 }
 BESIDE = {"dw_ms": "dW, busy threads"}
-_LOSS_WINDOW = 10
 
 
 @dataclass
@@ -278,7 +278,7 @@ class Measured:
         utilization = tflops * 1e3 / peak["gflops"] if tflops and peak else None
         allocations = column("allocations")
         losses = list(run.steps.get("loss", ()))
-        last = column("loss")[-_LOSS_WINDOW:]
+        last = column("loss")[-LOSS_WINDOW:]
         per_step = spread(run.by_round("per_step"))
         return cls(
             per_step=per_step,

@@ -202,8 +202,8 @@ def _differences(shown: Sequence[Column], first: Column, steps: int) -> str:
     powers = range(bottom_power, top_power + 1, max(1, (top_power - bottom_power) // 4))
     levels = [(place(10.0**power), f"1e{power:+03d}") for power in powers]
     return (
-        f"<p>Difference from {escape(first.title)}, relative to its loss; the dashed line is the "
-        f"tolerance, {tolerance:g}.</p>"
+        f"<p>Difference from {escape(first.title)}, relative to its loss, of means over ten steps; "
+        f"the dashed line is the tolerance, {tolerance:g}.</p>"
         + _plot("apart", "relative difference of the loss by step", "".join(lines), levels, steps)
     )
 

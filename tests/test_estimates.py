@@ -109,13 +109,23 @@ def test_agreement_tells_worst_step_and_identity() -> None:
     a = [10.0, 8.0, 6.0]
     same = agreement(a, list(a), 1e-3)
     assert same.identical and same.agrees and same.worst == 0.0 and same.steps == 3
-    close = agreement(a, [10.0, 8.004, 6.0], 1e-3)
+    close = agreement(a, [10.0, 8.009, 6.0], 1e-3)
     assert not close.identical and close.agrees and close.step == 2
-    assert close.worst == pytest.approx(5e-4)
-    assert agreement(a, [10.0, 8.0, 6.0055], 1e-3).agrees is True
-    assert agreement(a, [10.0, 8.0, 6.0065], 1e-3).agrees is False
+    assert close.worst == pytest.approx(0.009 / 18), "of the mean of two"
+    assert agreement(a, [10.0, 8.017, 6.0], 1e-3).agrees is True
+    assert agreement(a, [10.0, 8.019, 6.0], 1e-3).agrees is False
     assert agreement(a, [10.0], 1e-3).steps == 1
     assert agreement([], a, 1e-3).agrees is None
+
+
+def test_agreement_is_of_means_over_ten_steps() -> None:
+    """One odd sequence late in a run is no other training; a lasting difference is."""
+    flat = [1.0] * 30
+    odd = agreement(flat, [*flat[:20], 1.05, *flat[21:]], 1e-2)
+    assert odd.agrees and odd.worst == pytest.approx(0.005) and odd.step == 21
+    lasting = agreement(flat, [*flat[:20], *[1.05] * 10], 1e-2)
+    assert lasting.agrees is False and lasting.worst == pytest.approx(0.05) and lasting.step == 30
+    assert agreement(flat, [1.05, *flat[1:]], 1e-2).agrees is False, "the first step stands alone"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -7,7 +7,7 @@
 
 #include "check.h"
 
-static const anepy_config CONFIGS[FIXTURE_N] = {
+static const anepy_config CONFIGS[FIXTURE_N + 1] = {
     {.dim = 24,
      .hidden_dim = 52,
      .n_layers = 3,
@@ -31,6 +31,14 @@ static const anepy_config CONFIGS[FIXTURE_N] = {
      .n_kv_heads = 1,
      .vocab_size = 2,
      .seq_len = 9,
+     .tied = 1},
+    {.dim = 24,
+     .hidden_dim = 20,
+     .n_layers = 2,
+     .n_heads = 6,
+     .n_kv_heads = 2,
+     .vocab_size = 30,
+     .seq_len = 1024,
      .tied = 1},
 };
 

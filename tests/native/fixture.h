@@ -15,8 +15,9 @@ typedef struct {
 } fixture;
 
 /* 0: grouped-query attention, tied; 1: one head per KV head, separate classifier, odd sizes; 2: one
- * head of two channels, one layer. */
+ * head of two channels, one layer. FIXTURE_LONG: sequences beyond what keeps attention scores. */
 #define FIXTURE_N 3
+#define FIXTURE_LONG FIXTURE_N
 fixture fixture_make(int which);
 void fixture_free(fixture *f);
 

@@ -120,12 +120,12 @@ def train(
     return {"digest": result, "compiles": compiles, **state()}
 
 
-def attempt(device: str = "ane:budget=1000000") -> tuple[str, str]:
+def attempt(variant: str, device: str = "ane:budget=1000000") -> tuple[str, str]:
     """Return ("same", digest) or ("error", sentence), and ask a broken device twice."""
     model = Model.init(TINY, seed=1)
     tokens, targets = sequence(TINY.vocab_size, 64)
     try:
-        engine = Engine(model, variant="baseline", device=device, seq_len=64)
+        engine = Engine(model, variant=variant, device=device, seq_len=64)
     except AnepyError as error:
         return "error", str(error)
     seen: list[np.ndarray] = []
@@ -148,11 +148,11 @@ def attempt(device: str = "ane:budget=1000000") -> tuple[str, str]:
     return "same", digest(*seen, model.arena)
 
 
-def faults(selected: dict[str, list[str]]) -> list[dict[str, Any]]:
+def faults(selected: dict[str, list[str]], variant: str = "baseline") -> list[dict[str, Any]]:
     """Break each of the calls in each of the ways, at its first, a middle and its last time."""
     for _ in range(2):  # the second time all caches are filled
         LIBRARY.standin_reset()
-        kind, expected = attempt()
+        kind, expected = attempt(variant)
         assert kind == "same", expected
     counts = {call: calls(call) for call in call_names()}
     objects = LIBRARY.standin_objects()
@@ -163,7 +163,7 @@ def faults(selected: dict[str, list[str]]) -> list[dict[str, Any]]:
             for nth in [0] if how == "missing" else sorted({0, 1, (n + 1) // 2, n}):
                 LIBRARY.standin_reset()
                 fault(call, nth, how)
-                outcome, text = attempt()
+                outcome, text = attempt(variant)
                 hits = LIBRARY.standin_fault_hits()
                 settle(objects)
                 if outcome == "same" and text != expected:

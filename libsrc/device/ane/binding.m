@@ -63,7 +63,7 @@ static int32_t port_n(const anepy_bound *bound, int32_t side) {
     return side == 0 ? bound->function.input_n : bound->function.output_n;
 }
 
-static const anepy_ane_port *port_at(const anepy_bound *bound, int32_t side, int32_t index) {
+static anepy_ane_port *port_at(anepy_bound *bound, int32_t side, int32_t index) {
     return &bound->function.ports[index + (side == 0 ? 0 : bound->function.input_n)];
 }
 
@@ -83,30 +83,28 @@ static int32_t match(anepy_bound *bound, int32_t side, NSArray *names, int32_t k
                       bound->function.name, SIDE[side], SIDE[side], k);
 }
 
-/* Sizes and rows, where the program states them. */
-static int32_t check_layout(const anepy_bound *bound, int32_t side, NSDictionary *status) {
+/* Takes over how many bytes the program wants, and checks its rows, where it says so. */
+static int32_t check_port(anepy_ane_port *port, NSDictionary *tensor) {
+    int64_t plane = number(tensor, @"PlaneStride"), batch = number(tensor, @"BatchStride");
+    int64_t batches = number(tensor, @"Batches");
+    if (plane > 0 && (uint64_t)plane != port->row_nbytes)
+        return anepy_fail(ANEPY_E_UNSUPPORTED,
+                          "the loaded program has %lld bytes between channels of %s, not %llu",
+                          (long long)plane, port->name, (unsigned long long)port->row_nbytes);
+    if (batches > 1) batch *= batches;
+    if (batch > 0 && (uint64_t)batch > port->nbytes) port->nbytes = (uint64_t)batch;
+    return ANEPY_OK;
+}
+
+static int32_t check_layout(anepy_bound *bound, int32_t side, NSDictionary *status) {
     NSArray *list = array(status, side == 0 ? @"LiveInputList" : @"LiveOutputList");
     for (NSUInteger k = 0; k < [list count]; k++) {
         NSDictionary *tensor = kind([list objectAtIndex:k], [NSDictionary class]);
         id symbol = [tensor objectForKey:@"Symbol"];
         if (symbol == nil) symbol = [tensor objectForKey:@"Name"];
-        for (int32_t i = 0; i < port_n(bound, side); i++) {
-            const anepy_ane_port *port = port_at(bound, side, i);
-            if (!named(symbol, port->name)) continue;
-            int64_t plane = number(tensor, @"PlaneStride"), batch = number(tensor, @"BatchStride");
-            int64_t batches = number(tensor, @"Batches");
-            if (plane > 0 && (uint64_t)plane != port->row_nbytes)
-                return anepy_fail(ANEPY_E_UNSUPPORTED,
-                                  "the loaded program has %lld bytes between channels of %s, not "
-                                  "%llu",
-                                  (long long)plane, port->name,
-                                  (unsigned long long)port->row_nbytes);
-            if (batch > 0 && (uint64_t)(batch * (batches > 0 ? batches : 1)) > port->nbytes)
-                return anepy_fail(ANEPY_E_UNSUPPORTED,
-                                  "the loaded program wants %lld bytes for %s, not %llu",
-                                  (long long)(batch * (batches > 0 ? batches : 1)), port->name,
-                                  (unsigned long long)port->nbytes);
-        }
+        for (int32_t i = 0; i < port_n(bound, side); i++)
+            if (named(symbol, port_at(bound, side, i)->name))
+                ANEPY_TRY(check_port(port_at(bound, side, i), tensor));
     }
     return ANEPY_OK;
 }
@@ -123,16 +121,18 @@ static int32_t bind_side(anepy_ane_program *program, anepy_bound *bound, int32_t
     return ANEPY_OK;
 }
 
-/* The number of the procedure that is this function. */
+/* The number of the procedure that is this function: its position, unless the program says. */
 static int32_t find_procedure(anepy_ane_program *program, anepy_bound *bound, NSDictionary *ids,
                               int32_t position) {
     int64_t procedure = position;
     if (program->function_n > 1 && ids != nil) {
-        procedure = number(ids, [NSString stringWithUTF8String:bound->function.name]);
-        if (procedure < 0)
-            return anepy_fail(ANEPY_E_UNSUPPORTED, "the loaded program has no function %s",
-                              bound->function.name);
+        procedure = -1;
+        for (id name in ids)
+            if (named(name, bound->function.name)) procedure = number(ids, name);
     }
+    if (procedure < 0)
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "the loaded program has no function %s",
+                          bound->function.name);
     bound->procedure = [[NSNumber numberWithUnsignedInt:(unsigned int)procedure] retain];
     return ANEPY_OK;
 }

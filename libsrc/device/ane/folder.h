@@ -15,7 +15,7 @@ int32_t anepy_folder_weights(const char *path, const anepy_trial_source *source)
 int32_t anepy_folder_weight_name(const char **name, const char *path);
 void anepy_folder_remove(const char *path); /* accepts "" and what is gone already */
 
-/* Removes the folders of processes that were killed. */
+/* Removes the folders of processes that were killed, or went on as another program. */
 void anepy_folder_sweep(void);
 
 #endif

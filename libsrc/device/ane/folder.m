@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,8 @@
 #include "device/ane/folder.h"
 
 #define PREFIX "anepy-" /* then the process, then six random characters */
+
+static _Atomic int32_t used; /* a folder was made by this program */
 
 /* NSTemporaryDirectory, which on macOS is the user's own. */
 static int32_t temporary(char *path, size_t cap) {
@@ -95,11 +98,18 @@ int32_t anepy_folder_create(char *path, size_t cap, const anepy_trial_source *so
         return anepy_fail(ANEPY_E_SYSTEM, "device ane: cannot create a folder in %.300s: %s", root,
                           strerror(errno));
     }
+    atomic_store(&used, 1);
     int32_t status = fill(path, source);
     if (status == ANEPY_OK) return ANEPY_OK;
     anepy_folder_remove(path);
     path[0] = '\0';
     return status;
+}
+
+/* Whoever made it is gone: killed, or replaced by exec, which keeps the number. */
+static int left_behind(long pid) {
+    if (pid == getpid()) return !atomic_load(&used);
+    return kill((pid_t)pid, 0) != 0 && errno == ESRCH;
 }
 
 void anepy_folder_sweep(void) {
@@ -112,7 +122,7 @@ void anepy_folder_sweep(void) {
         if (strncmp(entry->d_name, PREFIX, strlen(PREFIX)) != 0) continue;
         long pid = strtol(entry->d_name + strlen(PREFIX), &end, 10);
         if (pid <= 0 || *end != '-' || strlen(end) != 7) continue;
-        if (kill((pid_t)pid, 0) == 0 || errno != ESRCH) continue;
+        if (!left_behind(pid)) continue;
         snprintf(path, sizeof path, "%s/%s", root, entry->d_name);
         anepy_folder_remove(path);
     }

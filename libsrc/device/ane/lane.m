@@ -36,7 +36,7 @@ static int32_t thrown(id exception) {
 }
 
 /* call is run or drop of the job. */
-static int32_t guarded(int32_t (*call)(anepy_job *), anepy_job *job) {
+static int32_t catch_objects(int32_t (*call)(anepy_job *), anepy_job *job) {
     int32_t status = ANEPY_E_DEVICE;
     @autoreleasepool {
         @try {
@@ -44,6 +44,17 @@ static int32_t guarded(int32_t (*call)(anepy_job *), anepy_job *job) {
         } @catch (id exception) {
             status = thrown(exception);
         }
+    }
+    return status;
+}
+
+/* The framework is C++ inside. */
+static int32_t guarded(int32_t (*call)(anepy_job *), anepy_job *job) {
+    int32_t status = ANEPY_E_DEVICE;
+    @try {
+        status = catch_objects(call, job);
+    } @catch (...) {
+        status = anepy_fail(ANEPY_E_DEVICE, "the framework threw an exception of C++");
     }
     return status;
 }

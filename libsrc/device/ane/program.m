@@ -269,8 +269,8 @@ static int32_t check_surfaces(const anepy_ane_program *p, const anepy_ane_call_s
     for (int32_t i = 0; i < s->input_n + s->output_n; i++)
         if (f->input_n != s->input_n || f->output_n != s->output_n ||
             s->surfaces[i]->nbytes < f->ports[i].nbytes)
-            return anepy_fail(ANEPY_E_ARGUMENT, "device ane: surface %d does not fit %s", i,
-                              f->name);
+            return anepy_fail(ANEPY_E_DEVICE, "device ane: %s.%s does not fit its surface", f->name,
+                              f->ports[i].name);
     return ANEPY_OK;
 }
 

@@ -37,9 +37,10 @@ STANDIN_API void standin_free_hung(void);  /* lets hung calls return, waits unti
 /* Options by name: "family" (13 to 17), "engine" (0: none), "framework" (0: does not open),
  * "reverse" (1: symbols in descending order), "shuffle" (1: procedures in descending order),
  * "suffix" (1: output symbols end with @output), "procedures" (0: several functions are refused),
- * "dialect" (10: only 1.0 is taken), "rename" (1: symbols have other names, 2: functions), "stride"
- * (1: padded rows), "attributes" (0: none), "equal" (1: surfaces of one side must have one size),
- * "wide" (1: surfaces need twice the bytes), "loads" (programs that may be loaded). */
+ * "dialect" (10: only 1.0 is taken), "rename" (1: symbols have other names, 2: functions, 3:
+ * functions end with @default), "stride" (1: padded rows), "attributes" (0: none), "equal" (1:
+ * surfaces of one side must have one size), "wide" (1: surfaces need twice the bytes), "loads"
+ * (programs that may be loaded). */
 STANDIN_API void standin_set(const char *option, int64_t value);
 
 /* For the stand-ins. */

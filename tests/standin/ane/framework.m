@@ -273,8 +273,9 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
         for (int32_t side = 0; side < 2; side++)
             [self add:side of:f symbols:symbols[side] layouts:layouts[side]];
         [ids setObject:[NSNumber numberWithInt:p]
-                forKey:[NSString stringWithFormat:@"%s%s", standin_get("rename") > 1 ? "f" : "",
-                                                  anepy_mil_function_name(mil, f)]];
+                forKey:[NSString stringWithFormat:@"%s%s%s", standin_get("rename") == 2 ? "f" : "",
+                                                  anepy_mil_function_name(mil, f),
+                                                  standin_get("rename") == 3 ? "@default" : ""]];
         [statuses addObject:[NSDictionary dictionaryWithObjectsAndKeys:layouts[0], @"LiveInputList",
                                                                        layouts[1],
                                                                        @"LiveOutputList", nil]];

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .comparison import HALVES, PARTS, Column, Comparison, Measured, same_load
 from .console_text import engine_text, quantity
 from .estimates import Ratio, Spread, spread
+from .reports import gradients_lag
 
 _GAP = "  "
 _VERDICTS = {"faster": "helps", "slower": "costs", "no difference shown": "none", "unknown": "?"}
@@ -85,7 +86,10 @@ def losses_text(column: Column, reference: Column) -> str:
         return "-"
     if same.identical:
         return "bit-identical"
-    return f"agree to {same.worst:.0e}" if same.agrees else f"apart by {same.worst:.1%}"
+    if same.agrees:
+        return f"agree to {same.worst:.0e}"
+    late = any(gradients_lag(run.switches) for run in column.comparison.runs(column.label))
+    return f"apart by {same.worst:.1%}" + (", one update late" if late else "")
 
 
 def metrics(columns: Sequence[Column]) -> Table:

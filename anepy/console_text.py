@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .reports import Summary
+from .reports import Summary, gradients_lag
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*#@"
@@ -140,10 +140,8 @@ def engine_text(engine: Mapping[str, Any]) -> str:
 def variant_text(engine: Mapping[str, Any]) -> str:
     """Name a variant and its switches, and say so where steps use weights that are not the last."""
     switches = ", ".join(engine["switches"]) or "no switches"
-    stale = (
-        "background_compile" in engine["switches"] and "dynamic_weights" not in engine["switches"]
-    )
-    note = " (gradients belong to the weights one update earlier)" if stale else ""
+    lag = gradients_lag(engine["switches"])
+    note = " (gradients belong to the weights one update earlier)" if lag else ""
     return f"{engine['variant']}: {switches}{note}"
 
 

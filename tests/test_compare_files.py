@@ -271,7 +271,13 @@ def test_losses_that_part_are_told() -> None:
     run = make_run("opt", 440.0)
     losses = list(run.steps["loss"])
     base = make_run("baseline", 500.0)
-    for factor, said in ((1.02, "apart by 2.0%"), (1.0001, "agree to 1e-04")):
+    for factor, switches, said in (
+        (1.02, ["prealloc"], "apart by 2.0%"),
+        (1.02, ["background_compile"], "apart by 2.0%, one update late"),
+        (1.02, ["background_compile", "dynamic_weights"], "apart by 2.0%"),
+        (1.0001, ["background_compile"], "agree to 1e-04"),
+    ):
+        run.switches = switches
         run.steps["loss"] = [loss * factor for loss in losses]
         shown = columns([("", make_comparison(groups=[Group([base, run])]))])
         assert text.losses_text(shown[1], shown[0]) == said

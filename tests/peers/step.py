@@ -231,14 +231,14 @@ def print_table(result: dict[str, Any]) -> None:
         f"measured peak: fp32 {peaks['fp32']:.0f}{bf16} GFLOP/s; memory reads {peaks['read']:.1f}, "
         f"a += b {peaks['triad']:.1f} GB/s\n"
     )
-    print(f"{'':34}" + "".join(f"{c:>9}" for c in COLUMNS))
+    print(f"{'':42}" + "".join(f"{c:>9}" for c in COLUMNS))
     for what, label in (("step", "forward+backward"), ("update", "AdamW")):
         for name, row in result["programs"].items():
             values = "".join(f"{row[f'{what}_ms'][c]:9.1f}" for c in COLUMNS)
-            print(f"{label + ' ms, ' + name:34}{values}")
+            print(f"{label + ' ms, ' + name:42}{values}")
         for row in result["ratios"]:
             label2 = f"  {row['of']} / {row['to']}"
-            print(f"{label2:34}" + "".join(f"{row[what][c]:9.3f}" for c in COLUMNS))
+            print(f"{label2:42}" + "".join(f"{row[what][c]:9.3f}" for c in COLUMNS))
     flops = result["flops"]["total"]
     print(f"\n{flops / 1e9:.1f} GFLOP per step (forward attention not counted):")
     for name, row in result["programs"].items():

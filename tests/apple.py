@@ -43,7 +43,7 @@ def build(folder: Path, options: Sequence[str] = (), extra: Sequence[str] = ()) 
         for made in toolchain.compile_files(compiler, words, sources, folder)
     ]
     sanitizers = [word for word in flags if word.startswith("-fsanitize=")]
-    shared = ["-shared-libasan"] if sanitizers else []
+    shared = ["-shared-libsan"] if sanitizers else []
     wrapped = [f"-Wl,--wrap={name}" for name in WRAPPED]
     library = folder / "libanepy.so"
     toolchain.run(

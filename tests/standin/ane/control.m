@@ -94,7 +94,14 @@ void standin_fault(const char *call, int64_t at, int32_t kind) {
     pthread_mutex_unlock(&mutex);
 }
 
-int64_t standin_fault_hits(void) { return hits; }
+static int64_t get(const int64_t *counter) {
+    pthread_mutex_lock(&mutex);
+    int64_t value = *counter;
+    pthread_mutex_unlock(&mutex);
+    return value;
+}
+
+int64_t standin_fault_hits(void) { return get(&hits); }
 
 void standin_reset(void) {
     standin_forget_compiled();
@@ -107,9 +114,9 @@ void standin_reset(void) {
     pthread_mutex_unlock(&mutex);
 }
 
-int64_t standin_calls(const char *call) { return counts[find(call)]; }
+int64_t standin_calls(const char *call) { return get(&counts[find(call)]); }
 const char *standin_broken_rule(void) { return broken; }
-int64_t standin_live(void) { return live; }
+int64_t standin_live(void) { return get(&live); }
 
 int64_t standin_objects(void) {
     int64_t n = 0;
@@ -125,7 +132,7 @@ int standin_hung(void) {
     pthread_mutex_unlock(&mutex);
     return yes;
 }
-int64_t standin_loaded(void) { return loaded; }
+int64_t standin_loaded(void) { return get(&loaded); }
 
 static void add(int64_t *counter, int64_t change) {
     pthread_mutex_lock(&mutex);

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from anepy.cli import app
 from anepy.data import TokenData
-from anepy.engine import Engine
+from anepy.engine import Engine, library_info
 from anepy.errors import ConfigError
 from anepy.model import PRESETS, Model, ModelConfig
 from anepy.reports import flops_per_step
@@ -60,6 +60,28 @@ def test_batch_is_the_mean_of_its_sequences(
             assert engine.accumulated == total
         flops = flops_per_step(config, length)["total"]
         assert stats.flops == flops_per_step(config, length, count)["total"] == count * flops
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batch_in_bf16_is_the_mean_too(name: str) -> None:
+    """Gradients of the logits are made in another place there."""
+    if not library_info()["isa"].endswith("bf16"):
+        pytest.skip("needs bf16 products")
+    config = CONFIGS[name]
+    tokens, targets = sequences(config, 3, 33)
+    loss, gradients = mean_gradients(config, tokens, targets)
+    with Engine(make_model(config), "opt", "cpu", "bf16") as engine:
+        for total in (1, 2):
+            assert engine.step(tokens, targets).loss == pytest.approx(
+                loss, rel=tolerances.BF16_LOSS
+            )
+            expected = {tensor: total * gradient for tensor, gradient in gradients.items()}
+            assert_tensors_close(
+                dict(engine.gradients),
+                expected,
+                tolerances.BF16_GRADIENT,
+                min_cosine=tolerances.BF16_COSINE,
+            )
 
 
 def test_batch_on_the_simulator_is_the_mean_too() -> None:

@@ -49,6 +49,10 @@ static void lay_out(anepy_engine *e, carver *c) {
     e->xnorm = carve(c, (int64_t)dim * width);
     e->dxnorm = carve(c, (int64_t)dim * width);
     e->logits = carve(c, vocab * width);
+    if (e->gemm.bf16 != NULL) {
+        e->dlogits = (uint16_t *)(void *)carve(c, ANEPY_CHUNK_ROWS / 2 * width);
+        e->xnorm_panels = carve(c, anepy_round_up(dim, ANEPY_COLUMNS) * (width / 2));
+    }
     e->host_xnorm = (anepy_surface){NULL, ANEPY_F32, dim, width, e->xnorm};
     e->host_dxnorm = (anepy_surface){NULL, ANEPY_F32, dim, width, e->dxnorm};
     e->host_logits = (anepy_surface){NULL, ANEPY_F32, config->vocab_size, width, e->logits};
@@ -105,8 +109,8 @@ static const struct {
 } PRECISIONS[] = {{"bf16", ANEPY_BF16}, {"fp32", ANEPY_F32}, {"fp16", ANEPY_F16}};
 #define PRECISION_N ((int32_t)(sizeof PRECISIONS / sizeof PRECISIONS[0]))
 
-/* "auto": the first the device has on this machine; fp32 beside a system library, whose matrix units
- * are no faster in bf16 and out of reach of the own kernels (cpu-performance.md 1.7). */
+/* "auto": the first the device has on this machine; fp32 beside a system library, whose matrix
+ * units are no faster in bf16 and out of reach of the own kernels (cpu-performance.md 1.7). */
 static int32_t choose_precision(anepy_engine *e, const char *name, const anepy_device_type *type) {
     int automatic = name == NULL || strcmp(name, "auto") == 0;
     for (int32_t i = 0; i < PRECISION_N; i++) {

@@ -99,6 +99,8 @@ struct anepy_engine {
     anepy_surface host_xnorm, host_dxnorm, host_logits; /* these as programs see them */
     float *group_lse;                                   /* [groups, width]: offload_softmax */
     anepy_compiler *compiler;                           /* background_compile */
+    uint16_t *dlogits;     /* bf16: [ANEPY_CHUNK_ROWS, width], gradients of some logits */
+    float *xnorm_panels;   /* bf16: xnorm as dW of the classifier reads it */
     float *norm_gradients; /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
     float *rstd, *coef;    /* [width]: statistics of one RMSNorm backward */
     float *lse;            /* [width] */
@@ -136,6 +138,7 @@ static inline double anepy_token_scale(const anepy_engine *e) {
 static inline const anepy_kernels *anepy_vector(const anepy_engine *e) { return e->gemm.kernels; }
 
 int32_t anepy_chunks(const anepy_engine *e); /* pieces of the vocabulary in loss.c */
+#define ANEPY_CHUNK_ROWS 1024 /* of the vocabulary whose gradients exist at once in bf16 */
 
 /* Runs on [0, count) pieces on all threads with the engine as context. */
 void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);

@@ -52,6 +52,12 @@ void anepy_loss_targets(anepy_engine *e) {
         e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)anepy_token_scale(e);
 }
 
+/* Gradients of the logits in chunks, by anepy_classifier_backward? */
+static int in_chunks(const anepy_engine *e) {
+    return e->gemm.bf16 != NULL && e->tail[ANEPY_SOFTMAX] == NULL &&
+           e->tail[ANEPY_CLASSIFIER_BWD] == NULL;
+}
+
 double anepy_loss(anepy_engine *e, int gradient) {
     int32_t count = anepy_chunks(e), pieces = count * (e->columns / COLS);
     double loss = 0.0;
@@ -67,8 +73,8 @@ double anepy_loss(anepy_engine *e, int gradient) {
         e->lse[s] = (float)lse;
         loss += lse - e->logits[(int64_t)e->targets[s] * e->width + s];
     }
-    if (gradient) {
-        anepy_loss_padding(e);
+    if (gradient) anepy_loss_padding(e);
+    if (gradient && !in_chunks(e)) {
         anepy_engine_run(e, pieces, logits_gradient);
         anepy_loss_targets(e);
     }
@@ -118,8 +124,78 @@ void anepy_logits_copy(anepy_engine *e, float *out) {
     anepy_pool_run(e->pool, (e->model->config.vocab_size + COLS - 1) / COLS, copy_logits, &task);
 }
 
+/* In bf16 the gradients of the logits are made a chunk of the vocabulary at a time, rounded while
+ * they are in the cache, and used up there by both products: they are never written as float32. All
+ * threads work on one chunk, chunk after chunk, so every sum keeps its order. */
+typedef struct {
+    anepy_engine *e;
+    int32_t first, rows;
+} chunk;
+
+/* 64 rows of the chunk in one panel of tokens: as rows for dW, as pairs of rows for dX. */
+static void round_gradient(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const chunk *c = context;
+    anepy_engine *e = c->e;
+    int32_t panels = e->columns / COLS, row = index / panels * COLS, column = index % panels * COLS;
+    int32_t rows = anepy_min_i32(COLS, c->rows - row), first = c->first + row;
+    float block[COLS * COLS], scale = (float)anepy_token_scale(e);
+    for (int32_t r = 0; r < rows; r++)
+        memcpy(block + r * COLS, e->logits + (int64_t)(first + r) * e->width + column,
+               COLS * sizeof(float));
+    anepy_vector(e)->softmax_gradient(block, e->lse + column, scale, COLS, rows);
+    for (int32_t s = 0; s < anepy_min_i32(COLS, e->n - column); s++) {
+        int32_t target = e->targets[column + s] - first;
+        if (target >= 0 && target < rows) block[target * COLS + s] -= scale;
+    }
+    for (int32_t r = 0; r < rows; r++)
+        e->gemm.bf16->to_bf16(e->dlogits + (int64_t)(row + r) * e->width + column, block + r * COLS,
+                              COLS);
+    int64_t units = (c->rows + 1) / 2;
+    uint32_t *pairs = (uint32_t *)(void *)e->gemm.panels + column * units + row / 2 * COLS;
+    e->gemm.bf16->pack_pairs(pairs, COLS, block, COLS, rows, COLS);
+}
+
+static void backward_in_chunks(anepy_engine *e) {
+    int32_t dim = e->model->config.dim, vocab = e->model->config.vocab_size;
+    int64_t matrix = anepy_model_classifier(e->model);
+    anepy_gemm for_dw = e->gemm;
+    anepy_product dx = {
+        .c = e->dxnorm, .ldc = e->width, .a_row = 1, .a_step = dim, .m = dim, .n = e->columns};
+    anepy_product dw = {.ldc = dim,
+                        .a16 = e->dlogits,
+                        .a_row = e->width,
+                        .a_step = 1,
+                        .b = e->xnorm,
+                        .ldb = e->width,
+                        .b_transposed = 1,
+                        .n = dim,
+                        .k = e->n,
+                        .accumulate = anepy_adds(e)};
+    for_dw.panels = e->xnorm_panels;
+    e->dw_started++;
+    anepy_gemm_pack(&for_dw, &dw);
+    for (int32_t first = 0; first < vocab; first += ANEPY_CHUNK_ROWS) {
+        chunk c = {e, first, anepy_min_i32(ANEPY_CHUNK_ROWS, vocab - first)};
+        int64_t at = matrix + (int64_t)first * dim;
+        anepy_pool_run(e->pool, (c.rows + COLS - 1) / COLS * (e->columns / COLS), round_gradient,
+                       &c);
+        dx.a = e->weights + at;
+        dx.k = c.rows;
+        dx.accumulate = first > 0;
+        anepy_gemm_multiply(&e->gemm, &dx);
+        dw.c = e->grads + at;
+        dw.m = c.rows;
+        anepy_gemm_multiply(&for_dw, &dw);
+    }
+}
+
 void anepy_classifier_backward(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
+    if (in_chunks(e)) {
+        backward_in_chunks(e);
+        return;
+    }
     anepy_product product = {.c = e->dxnorm,
                              .ldc = e->width,
                              .a = e->weights + anepy_model_classifier(e->model),
@@ -135,6 +211,7 @@ void anepy_classifier_backward(anepy_engine *e) {
 
 void anepy_classifier_dw(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
+    if (in_chunks(e)) return; /* done with dX */
     anepy_product product = {.c = e->grads + anepy_model_classifier(e->model),
                              .ldc = dim,
                              .a = e->logits,

@@ -13,7 +13,9 @@ static _Atomic int64_t heap_operations;
 #define ANY_PAGE ((uint64_t)65536) /* a multiple of every page size in use, also of a GPU's */
 
 /* Both ends of such a mapping can be given back. */
-static uint64_t mapped_size(uint64_t nbytes) { return (nbytes + ANY_PAGE - 1) / ANY_PAGE * ANY_PAGE; }
+static uint64_t mapped_size(uint64_t nbytes) {
+    return (nbytes + ANY_PAGE - 1) / ANY_PAGE * ANY_PAGE;
+}
 
 void *anepy_map(uint64_t nbytes) {
     if (nbytes == 0 || nbytes > (uint64_t)1 << 46) return NULL;

@@ -87,8 +87,8 @@ static int keeps_scores(const anepy_engine *e) {
 }
 
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
- * wq, wk, wv are one product each; scores in one surface for all layers, or none; what the host goes
- * on with in its own memory; the rest packed. */
+ * wq, wk, wv are one product each; scores in one surface for all layers, or none; what the host
+ * goes on with in its own memory; the rest packed. */
 static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
     anepy_program_id id = node->program.id;

@@ -177,7 +177,8 @@ static void check_softmax_row_backward(const anepy_kernels *set, int32_t n, int 
 
 static void check_softmax_columns_backward(const anepy_kernels *set, int32_t rows, int place) {
     float *p = guard_matrix(rows, COLS, COLS, place, random_signed);
-    float *dp = guard_matrix(rows, COLS, COLS, place, random_signed), *dot = guard_take(COLS, place);
+    float *dp = guard_matrix(rows, COLS, COLS, place, random_signed),
+          *dot = guard_take(COLS, place);
     float *d = guard_copy(dp, (int64_t)rows * COLS, GUARD_START);
     double scale = 0.125;
     int right = 1;

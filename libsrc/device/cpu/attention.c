@@ -195,7 +195,8 @@ void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_
     run(&a, a.kv_heads * a.blocks, keys_block);
 }
 
-/* ------------------------------------------------- backward without scores in memory: both halves */
+/* ------------------------------------------------- backward without scores in memory: both halves
+ */
 
 /* A block of 64 columns of a head, [head_dim][64], times a factor. */
 static float *copy_block(const attention *a, float *dst, const float *src, float factor) {
@@ -218,7 +219,8 @@ static void queries_again(void *context, int32_t index, int32_t worker) {
     float *const *t = a->kernel->tensors;
     float *probs = a->cpu->scratch + worker * a->cpu->scratch_n;
     float *ds = probs + keys * COLS, *q = ds + keys * COLS, sum[COLS];
-    float *lse = a->cpu->lse + head * a->width + first, *dot = a->cpu->dot + head * a->width + first;
+    float *lse = a->cpu->lse + head * a->width + first,
+          *dot = a->cpu->dot + head * a->width + first;
     const float *k = head_of(a, t[SDPA_BWD2_K], head / a->group);
     const float *v = head_of(a, a->cpu->bwd1->tensors[SDPA_BWD1_V], head / a->group);
     copy_block(a, q, head_of(a, t[SDPA_BWD2_Q], head) + first, a->scale);

@@ -6,12 +6,12 @@
 
 typedef struct {
     anepy_device base;
-    float *cosine, *sine; /* RoPE angles [head_dim / 2, width] */
-    float *dattn;         /* [dim, width]: gradient of attn inside sdpa_bwd1 */
-    float *dscores;       /* [n_heads * width, width]: inside sdpa_bwd2 if it is given scores */
-    float *lse, *dot;     /* [n_heads, width]: inside sdpa_bwd2 if it is not */
+    float *cosine, *sine;     /* RoPE angles [head_dim / 2, width] */
+    float *dattn;             /* [dim, width]: gradient of attn inside sdpa_bwd1 */
+    float *dscores;           /* [n_heads * width, width]: inside sdpa_bwd2 if it is given scores */
+    float *lse, *dot;         /* [n_heads, width]: inside sdpa_bwd2 if it is not */
     const anepy_kernel *bwd1; /* the last sdpa_bwd1 */
-    float *scratch;       /* per worker: scratch_n floats */
+    float *scratch;           /* per worker: scratch_n floats */
     int64_t scratch_n;
     void *owned; /* every surface, kernel and mapping, for close */
 } anepy_cpu;

@@ -24,12 +24,12 @@ struct anepy_decoder {
     _Atomic int32_t busy; /* a call is running */
     float *memory;
     uint64_t nbytes;
-    float *x, *xnorm, *attn, *out;     /* [dim] */
-    float *qkv;                        /* [dim + 2 * kv_dim]: of this position */
-    float *hidden;                     /* [2 * hidden_dim]: h1, h3 */
-    float *scores;                     /* [n_heads, max_len] */
-    float *keys, *values;              /* [n_layers, n_kv_heads, max_len, head_dim] */
-    float *rotation;                   /* [head_dim]: cos, sin of this position, pair by pair */
+    float *x, *xnorm, *attn, *out; /* [dim] */
+    float *qkv;                    /* [dim + 2 * kv_dim]: of this position */
+    float *hidden;                 /* [2 * hidden_dim]: h1, h3 */
+    float *scores;                 /* [n_heads, max_len] */
+    float *keys, *values;          /* [n_layers, n_kv_heads, max_len, head_dim] */
+    float *rotation;               /* [head_dim]: cos, sin of this position, pair by pair */
 };
 
 /* ------------------------------------------------------------------------------------ products */
@@ -76,7 +76,8 @@ static void rotate(const anepy_decoder *d, float *x, int32_t heads) {
 
 /* ----------------------------------------------------------------------------------- attention */
 
-/* Puts the heads of this position, [kv_dim], into a cache: each head reads its own in one stream. */
+/* Puts the heads of this position, [kv_dim], into a cache: each head reads its own in one stream.
+ */
 static void remember(const anepy_decoder *d, float *cache, const float *x) {
     int32_t head_dim = d->model->head_dim;
     for (int32_t h = 0; h < d->model->config.n_kv_heads; h++)

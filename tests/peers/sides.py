@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from common import timed, tolerances
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-5  # small: where the loss falls steeply, rounding alone parts bf16 curves
 WEIGHT_DECAY = 0.1
 PRECISIONS = ("fp32", "bf16")
 TORCH_MODES = ("eager", "compile")

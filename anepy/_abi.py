@@ -20,7 +20,7 @@ from .errors import (
 )
 
 ABI_VERSION = 1
-LEAVE_GRADIENTS = 1  # flag of UpdateOptions
+LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
 
 
 class _Sized(ctypes.Structure):

@@ -135,13 +135,15 @@ class _Gradients(Mapping[str, Array]):
     """The accumulated gradients by name, zero after an update.
 
     The first step after an update replaces what it finds. So while nobody holds a view, the
-    update need not write the zeros: an eighth of its memory traffic.
+    update need not write the zeros: an eighth of its memory traffic. And while nobody could have
+    written to what the last step left, it need not read them for their norm.
     """
 
     def __init__(self, table: TensorTable, arena: Array, guard: threading.RLock) -> None:
         self._places, self._arena, self._guard = table.places, arena, guard
         self._root: Callable[[], Array | None] = lambda: None
         self.stale = False  # the arena holds what an update left
+        self.exposed = False  # a view was there at some time since the last step
 
     @property
     def seen(self) -> bool:
@@ -152,6 +154,7 @@ class _Gradients(Mapping[str, Array]):
         offset, shape = self._places[name]
         with self._guard:
             self.show()
+            self.exposed = True
             root = self._root()
             if root is None:
                 # Views of views refer to the array over the buffer, so it lives as long as they.
@@ -291,6 +294,7 @@ class Engine(_Owner):
                 handle, ctypes.byref(stats), _ids(tokens), _ids(targets), count, n
             )
             self._gradients.stale &= bool(stats.skipped)
+            self._gradients.exposed = self._gradients.seen
         return StepStats(
             loss=stats.loss,
             step_ms=stats.step_ms,
@@ -346,6 +350,8 @@ class Engine(_Owner):
         with self._call() as handle:
             leave = not self._gradients.seen
             options.flags = _abi.LEAVE_GRADIENTS if leave else 0
+            if not self._gradients.exposed:
+                options.flags |= _abi.GRADIENTS_AS_LEFT
             try:
                 self._lib.anepy_engine_update(handle, ctypes.byref(stats), ctypes.byref(options))
             finally:

@@ -163,11 +163,14 @@ typedef struct anepy_step_stats {
     double backward_ms;
 } anepy_step_stats;
 
-#define ANEPY_LEAVE_GRADIENTS 1u /* nobody reads them before the next step, which replaces them */
+#define ANEPY_LEAVE_GRADIENTS 1u   /* nobody reads them before the next step, which replaces them */
+#define ANEPY_GRADIENTS_AS_LEFT 2u /* nobody has written to them since the last step */
 
 typedef struct anepy_update_options {
     uint32_t struct_size;
-    uint32_t flags; /* ANEPY_LEAVE_GRADIENTS: do not spend the time to clear them */
+    uint32_t flags; /* ANEPY_LEAVE_GRADIENTS: do not spend the time to clear them;
+                     * ANEPY_GRADIENTS_AS_LEFT: nor, from the second such update on, to read them
+                     * for their norm */
     double lr;
     double beta1;
     double beta2;

@@ -274,6 +274,7 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
     e->accumulated = info->accumulated;
     e->updates = info->updates;
     e->damaged = 0;
+    e->knows_squares = 0;
     if (anepy_scaled(e)) {
         e->loss_scale = info->loss_scale;
         e->clean_steps = info->clean_steps;

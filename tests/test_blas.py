@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has 
 
 PROVIDER = toolchain.ROOT / "libsrc" / "kernels" / "blas_accelerate.c"
 SPLIT = PROVIDER.with_name("blas.c")
+PIECES = PROVIDER.with_name("gemm.c")
 STANDIN = toolchain.ROOT / "tests" / "standin" / "accelerate.c"
 NAMES = [f"-D{name}=accelerate_{name}" for name in ("dlopen", "dlsym", "dlerror")]
 GROUPS = ("gemm", "engine", "handles")
@@ -148,7 +149,8 @@ MUTATIONS = [
     (PROVIDER, "transpose_b ? TRANSPOSED : AS_IT_IS", "AS_IT_IS"),
     (SPLIT, "s->accumulate ? 1.0f : 0.0f", "0.0f"),
     (SPLIT, "s->a + first * s->a_row", "s->a + first"),
-    (SPLIT, "product->m + pieces - 1", "product->m"),
+    (PIECES, "s->m + pieces - 1", "s->m"),
+    (SPLIT, "anepy_gemm_row_squares(job->gemm, s, first, rows);", ""),
 ]
 
 

@@ -203,6 +203,13 @@ MUTATIONS = [
     ("exp", VECTORS, "0x1.fffffcp-2f", "0x1.ffffp-2f"),
     ("adam", VECTORS, "v_fma(v_sqrt(var), c2, eps)", "v_mul(v_sqrt(var), c2)"),
     ("gemm", "kernels/gemm.c", "product->accumulate || p > 0", "product->accumulate"),
+    ("gemm", "kernels/gemm.c", "if (p + s.k < product->k) s.squares = NULL;", "s.squares = NULL;"),
+    (
+        "gemm",
+        "kernels/gemm.c",
+        "sum_squares(c + r * s->ldc, p.columns)",
+        "sum_squares(c, p.columns)",
+    ),
     ("gemm", "kernels/gemm.c", "if (k % 2 != 0) row[k] = 0;", ""),
     ("gemm", "kernels/gemm.c", "pairs[(n - 1) * COLS + j] &= 0xffff;", "(void)pairs;"),
     ("bf16", "kernels/bf16_impl.h", "(uint32_t)*high << 16 : 0)", "(uint32_t)*high << 16 : 1)"),

@@ -5,9 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BLOCK_ROWS                                                                                 \
-    192          /* of C per call in the foreground: 4 to 170 calls per product of stories110M */
-#define ROUND 16 /* rows of a block are a multiple of this: one side of a matrix unit */
+/* Of C per call in the foreground: 4 to 170 calls per product of stories110M. */
+#define BLOCK_ROWS 192
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static const anepy_blas *chosen;
@@ -36,8 +35,7 @@ int32_t anepy_blas_get(const anepy_blas **out) {
     return status == ANEPY_OK ? ANEPY_OK : anepy_fail(status, "%s", sentence);
 }
 
-/* Rows [first, first + rows) of C. */
-static void multiply(const anepy_blas *blas, const anepy_product *s, int32_t first, int32_t rows) {
+void anepy_blas_rows(const anepy_blas *blas, const anepy_product *s, int32_t first, int32_t rows) {
     int by_columns = s->a_step != 1; /* A stands as its transpose */
     int64_t lda = by_columns ? s->a_step : s->a_row;
     /* A single row or column may have any stride; the library wants one that could be. */
@@ -50,20 +48,13 @@ static void multiply(const anepy_blas *blas, const anepy_product *s, int32_t fir
 static void multiply_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_gemm_job *job = context;
-    int32_t first = index * BLOCK_ROWS;
-    multiply(job->gemm->blas, &job->product, first,
-             anepy_min_i32(BLOCK_ROWS, job->product.m - first));
+    const anepy_product *s = &job->product;
+    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
+    anepy_blas_rows(job->gemm->blas, s, first, rows);
+    anepy_gemm_row_squares(job->gemm, s, first, rows);
 }
 
 void anepy_blas_run(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_gemm_job job = {gemm, *product};
     anepy_pool_run(gemm->pool, (product->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_block, &job);
-}
-
-/* As many pieces as the own kernels make, but of whole rows. */
-void anepy_blas_piece(const anepy_product *product, const anepy_blas *blas, int32_t index) {
-    int32_t pieces = anepy_gemm_pieces(product);
-    int32_t rows = (int32_t)anepy_round_up((product->m + pieces - 1) / pieces, ROUND);
-    int32_t first = index * rows;
-    if (first < product->m) multiply(blas, product, first, anepy_min_i32(rows, product->m - first));
 }

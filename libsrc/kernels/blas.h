@@ -26,6 +26,8 @@ const anepy_blas *anepy_blas_accelerate(void);
 
 /* What gemm.h promises, with gemm->blas. */
 void anepy_blas_run(const anepy_gemm *gemm, const anepy_product *product);
-void anepy_blas_piece(const anepy_product *product, const anepy_blas *blas, int32_t index);
+/* Rows [first, first + rows) of C, on the calling thread. */
+void anepy_blas_rows(const anepy_blas *blas, const anepy_product *product, int32_t first,
+                     int32_t rows);
 
 #endif

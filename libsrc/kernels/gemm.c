@@ -9,6 +9,7 @@
 #define DEPTH 1024     /* units of the reduction per packed block: 256 KiB per panel, fits L2 */
 #define BLOCK_ROWS 48  /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
 #define PIECE_ROWS 384 /* rows of C per background piece: its rows of A stay in L2 */
+#define BLAS_ROUND 16  /* and of one by the system's library: one side of a matrix unit */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
 
 int64_t anepy_gemm_panels_n(int32_t columns) {
@@ -159,6 +160,12 @@ static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *bl
     return (units){block, 1, BLOCK_ROWS};
 }
 
+void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *s, int32_t first,
+                            int32_t rows) {
+    for (int32_t r = first; r < first + rows && s->squares != NULL; r++)
+        s->squares[r] = gemm->kernels->sum_squares(s->c + r * s->ldc, s->n);
+}
+
 /* ------------------------------------------------------------------------ on all threads, now */
 
 static void pack_panel(void *context, int32_t index, int32_t worker) {
@@ -200,6 +207,7 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
                        gemm->panels + (int64_t)j * n, COLS, n, rows, anepy_min_i32(COLS, s->n - j),
                        s->accumulate, &next, tile);
     }
+    anepy_gemm_row_squares(gemm, s, first, rows);
 }
 
 int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return gemm->bf16 != NULL ? 2 * DEPTH : DEPTH; }
@@ -231,6 +239,7 @@ void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
         else s.b += b;
         s.k = anepy_min_i32(depth, product->k - p);
         s.accumulate = product->accumulate || p > 0;
+        if (p + s.k < product->k) s.squares = NULL;
         anepy_gemm_pack(gemm, &s);
         anepy_gemm_multiply(gemm, &s);
     }
@@ -244,31 +253,59 @@ int32_t anepy_gemm_pieces(const anepy_product *product) {
     return row_pieces(product) * ((product->n + COLS - 1) / COLS);
 }
 
-/* A is read where it is, or a block at a time. */
-void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
-    const anepy_gemm_job *job = context;
-    const anepy_gemm *gemm = job->gemm;
-    const anepy_product *s = &job->product;
+/* What a piece computes of C. The system's library gets as many, but of whole rows. */
+typedef struct {
+    int32_t row, rows, column, columns;
+} area;
+
+static area area_of(const anepy_gemm *gemm, const anepy_product *s, int32_t index) {
+    int32_t panels = (s->n + COLS - 1) / COLS, pieces = row_pieces(s) * panels;
+    int32_t row = index / panels * PIECE_ROWS, column = index % panels * COLS;
     if (by_blas(gemm)) {
-        anepy_blas_piece(s, gemm->blas, index);
-        return;
+        int32_t rows = (int32_t)anepy_round_up((s->m + pieces - 1) / pieces, BLAS_ROUND);
+        row = anepy_min_i32(s->m, index * rows);
+        return (area){row, anepy_min_i32(rows, s->m - row), 0, s->n};
     }
-    int32_t panels = (s->n + COLS - 1) / COLS, n = units_of(gemm, s->k);
-    int32_t first = index / panels * PIECE_ROWS, column = index % panels * COLS;
-    int32_t columns = anepy_min_i32(COLS, s->n - column);
-    int32_t end = anepy_min_i32(s->m, first + PIECE_ROWS);
-    float *tile = gemm->scratch + worker * gemm->scratch_n, *panel = tile + TILE_N;
-    float *block = panel + (int64_t)n * COLS;
-    pack_columns(gemm, s, panel, column, block);
+    return (area){row, anepy_min_i32(PIECE_ROWS, s->m - row), column,
+                  anepy_min_i32(COLS, s->n - column)};
+}
+
+void anepy_gemm_piece_squares(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const anepy_gemm_job *job = context;
+    const anepy_product *s = &job->product;
+    area p = area_of(job->gemm, s, index);
+    const float *c = s->c + p.row * s->ldc + p.column;
+    double sum = 0.0;
+    for (int32_t r = 0; r < p.rows; r++)
+        sum += job->gemm->kernels->sum_squares(c + r * s->ldc, p.columns);
+    s->squares[index] = sum;
+}
+
+/* A is read where it is, or a block at a time. */
+static void multiply_piece(const anepy_gemm *gemm, const anepy_product *s, area p, float *tile) {
+    int32_t n = units_of(gemm, s->k), end = p.row + p.rows;
+    float *panel = tile + TILE_N, *block = panel + (int64_t)n * COLS;
+    pack_columns(gemm, s, panel, p.column, block);
     int in_place = gemm->bf16 == NULL || (s->a16 != NULL && s->a_step == 1);
     int32_t step = in_place ? PIECE_ROWS : BLOCK_ROWS;
-    for (; first < end; first += step) {
+    for (int32_t first = p.row; first < end; first += step) {
         int32_t rows = anepy_min_i32(step, end - first);
         units a = gemm->bf16 != NULL ? pack_rows(gemm, s, block, first, rows)
                                      : (units){s->a + first * s->a_row, s->a_row, s->a_step};
-        multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + column, s->ldc, a, panel,
-                       COLS, n, rows, columns, s->accumulate, NULL, tile);
+        multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + p.column, s->ldc, a,
+                       panel, COLS, n, rows, p.columns, s->accumulate, NULL, tile);
     }
+}
+
+void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
+    const anepy_gemm_job *job = context;
+    const anepy_gemm *gemm = job->gemm;
+    area p = area_of(gemm, &job->product, index);
+    if (!by_blas(gemm))
+        multiply_piece(gemm, &job->product, p, gemm->scratch + worker * gemm->scratch_n);
+    else if (p.rows > 0) anepy_blas_rows(gemm->blas, &job->product, p.row, p.rows);
+    if (job->product.squares != NULL) anepy_gemm_piece_squares(context, index, worker);
 }
 
 /* ------------------------------------------------------------------------------ in the cache */

@@ -26,6 +26,9 @@ typedef struct {
     int32_t b_transposed;
     int32_t m, n, k;
     int32_t accumulate;
+    /* Sums of squares of C as it is left, taken while it is in the cache: one per row, or one per
+     * piece (anepy_gemm_piece). NULL: not wanted. */
+    double *squares;
 } anepy_product;
 
 /* What products need to run. */
@@ -60,6 +63,12 @@ typedef struct {
 
 int32_t anepy_gemm_pieces(const anepy_product *product);
 void anepy_gemm_piece(void *job, int32_t index, int32_t worker); /* an anepy_loop_fn */
+
+/* Only the piece's sum of squares, of C as it stands. */
+void anepy_gemm_piece_squares(void *job, int32_t index, int32_t worker);
+/* Of rows [first, first + rows) of C, if they are wanted. */
+void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *product, int32_t first,
+                            int32_t rows);
 
 /* On the calling thread alone, B not transposed and not packed: for operands in the cache. */
 void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const float *a,

@@ -139,7 +139,8 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
                                 .m = dw->dy.channels,
                                 .n = dw->x.channels,
                                 .k = e->n,
-                                .accumulate = anepy_adds(e)}};
+                                .accumulate = anepy_adds(e),
+                                .squares = e->notes_squares ? dw->squares : NULL}};
     return anepy_scaled(e) ? ANEPY_OK : start(e, layer, which);
 }
 

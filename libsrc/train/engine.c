@@ -66,6 +66,7 @@ static void lay_out(anepy_engine *e, carver *c) {
     e->partial = carve(c, 2 * (int64_t)anepy_chunks(e) * width);
     update_pieces = e->model->arena_n / ANEPY_UPDATE_PIECE + 1;
     e->sums = (double *)(void *)carve(c, 2 * update_pieces);
+    e->row_squares = (double *)(void *)carve(c, 2 * vocab);
     e->gemm.panels = carve(c, anepy_gemm_panels_n(anepy_max_i32(width, dim)));
     e->gemm.scratch_n = anepy_round_up(anepy_gemm_scratch_n(width), ALIGN);
     e->gemm.scratch = carve(c, e->gemm.scratch_n * anepy_pool_threads(e->pool));
@@ -84,18 +85,22 @@ static int32_t allocate_host(anepy_engine *e) {
     return ANEPY_OK;
 }
 
-/* prealloc: capture buffers once per layer, for the operands that will need one. */
+/* What products leave beside their gradients; with prealloc also the capture buffers, for the
+ * operands that will need one. */
 static int32_t allocate_captures(anepy_engine *e) {
-    if (!anepy_keeps_captures(e)) return ANEPY_OK;
     for (int pass = 0; pass < 2; pass++) {
         carver c = {e->captures, 0};
         for (int32_t l = 0; l < e->model->config.n_layers; l++) {
             for (int32_t i = 0; i < DW_N; i++) {
-                carve_operand(e, &c, &e->layers[l].dw[i].dy);
-                carve_operand(e, &c, &e->layers[l].dw[i].x);
+                anepy_dw *dw = &e->layers[l].dw[i];
+                anepy_product shape = {.m = dw->dy.channels, .n = dw->x.channels};
+                dw->squares = (double *)(void *)carve(&c, 2 * anepy_gemm_pieces(&shape));
+                if (!anepy_keeps_captures(e)) continue;
+                carve_operand(e, &c, &dw->dy);
+                carve_operand(e, &c, &dw->x);
             }
         }
-        if (pass > 0 || c.used == 0) break;
+        if (pass > 0) break;
         e->captures_nbytes = (uint64_t)c.used * sizeof(float);
         e->captures = anepy_map(e->captures_nbytes);
         if (e->captures == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for capture buffers");

@@ -40,6 +40,7 @@ typedef struct {
 typedef struct {
     anepy_operand dy, x;
     int64_t gradient; /* offset in the arena */
+    double *squares;  /* one per piece of the product: squares.c */
     anepy_engine *engine;
     anepy_gemm_job job;
     int32_t conversions;       /* pieces that convert raw factors come first */
@@ -107,6 +108,10 @@ struct anepy_engine {
     float *zeros;          /* [width] */
     float *partial;        /* soft-max: [2, chunks, width] */
     double *sums;          /* gradient norm: one per update piece */
+    double *row_squares;   /* [vocab]: of the rows of the classifier's gradient */
+    int32_t wants_squares; /* the last update could have used the sums of squares of a step */
+    int32_t notes_squares; /* the running sequence notes them */
+    int32_t knows_squares; /* those that were noted are of the gradients as they are */
     const int32_t *tokens; /* of the running sequence */
     const int32_t *targets;
     int32_t sequences;      /* of the running step */
@@ -116,7 +121,7 @@ struct anepy_engine {
     anepy_step_stats stats; /* of the running step */
     float *host;            /* one mapping: all of the host's memory above */
     uint64_t host_nbytes;
-    float *captures; /* another: capture buffers with prealloc */
+    float *captures; /* another: what belongs to the weight-gradient products */
     uint64_t captures_nbytes;
 };
 
@@ -217,6 +222,12 @@ int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o);
 /* Raw half-precision values of a factor, [channels, width]; NULL: it was read back as float32. */
 const uint16_t *anepy_capture_raw(const anepy_engine *e, const anepy_operand *o);
 int32_t anepy_dw_open_gpu(anepy_engine *e); /* shares all that products read and write */
+
+/* squares.c */
+void anepy_squares_begin(anepy_engine *e); /* the backward pass of a sequence does */
+void anepy_squares_end(anepy_engine *e);   /* and all it adds to gradients is there */
+/* Sum of squares of the gradients; as_left: nobody has written to them since the last step. */
+double anepy_squares_sum(anepy_engine *e, int as_left);
 
 /* scaling.c */
 int anepy_scaled(const anepy_engine *e);

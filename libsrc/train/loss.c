@@ -186,6 +186,7 @@ static void backward_in_chunks(anepy_engine *e) {
         anepy_gemm_multiply(&e->gemm, &dx);
         dw.c = e->grads + at;
         dw.m = c.rows;
+        dw.squares = e->notes_squares ? e->row_squares + first : NULL;
         anepy_gemm_multiply(&for_dw, &dw);
     }
 }
@@ -223,6 +224,7 @@ void anepy_classifier_dw(anepy_engine *e) {
                              .m = e->model->config.vocab_size,
                              .n = dim,
                              .k = e->n,
-                             .accumulate = anepy_adds(e)};
+                             .accumulate = anepy_adds(e),
+                             .squares = e->notes_squares ? e->row_squares : NULL};
     anepy_gemm_run(&e->gemm, &product);
 }

@@ -68,6 +68,7 @@ void anepy_scale_step(anepy_engine *e, int skipped) {
     }
     e->clean_steps = 0;
     e->loss_scale *= 0.5;
+    e->knows_squares = 0;
     if (anepy_adds(e))
         anepy_engine_run(e, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), halve_piece);
 }

@@ -115,6 +115,7 @@ int32_t anepy_backward(anepy_engine *e) {
     int32_t layers = e->model->config.n_layers;
     double mark = anepy_now_ms();
     float *top = e->layers[layers - 1].dy.data;
+    anepy_squares_begin(e);
     if (e->tail[ANEPY_CLASSIFIER_BWD] != NULL) {
         ANEPY_TRY(anepy_offload_classifier_backward(e, &mark));
     } else {
@@ -140,6 +141,7 @@ int32_t anepy_backward(anepy_engine *e) {
     anepy_count(&mark, &stats->dw_wait_ms);
     stats->dw_ms += anepy_pool_take_busy_ms(e->pool);
     anepy_embed_backward(e);
+    anepy_squares_end(e);
     anepy_count(&mark, &stats->elementwise_ms);
     return ANEPY_OK;
 }

@@ -14,13 +14,6 @@ typedef struct {
     anepy_adam matrices, vectors; /* differ in weight decay */
 } update_task;
 
-static void sum_piece(void *context, int32_t index, int32_t worker) {
-    (void)worker;
-    anepy_engine *e = context;
-    int64_t first = (int64_t)index * PIECE, left = e->model->arena_n - first;
-    e->sums[index] = anepy_vector(e)->sum_squares(e->grads + first, left < PIECE ? left : PIECE);
-}
-
 /* A piece may span several tensors; each run of elements gets its tensor's weight decay. */
 static void update_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
@@ -39,18 +32,6 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
     }
 }
 
-static int32_t pieces(const anepy_engine *e) {
-    return (int32_t)((e->model->arena_n + PIECE - 1) / PIECE);
-}
-
-/* Global norm of the mean gradient; the sum runs in a fixed order. */
-static double gradient_norm(anepy_engine *e, double scale) {
-    double sum = 0.0;
-    anepy_engine_run(e, pieces(e), sum_piece);
-    for (int32_t i = 0; i < pieces(e); i++) sum += e->sums[i];
-    return sqrt(sum) * scale;
-}
-
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
     stats->compile_ms = 0.0;
@@ -58,7 +39,9 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     anepy_count(&start, &stats->compile_ms);
     double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
     int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
-    stats->grad_norm = wanted ? gradient_norm(e, scale) : NAN;
+    int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0;
+    stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
+    e->wants_squares = wanted && as_left;
     stats->skipped = e->damaged || (wanted && !isfinite(stats->grad_norm));
     if (stats->skipped) { /* nothing that is not a number may reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
@@ -83,7 +66,8 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? anepy_vector(e) : anepy_kernels_scalar(),
                         adam, adam};
     task.matrices.decay = (float)(1.0 - o->lr * o->weight_decay);
-    anepy_pool_run(e->pool, pieces(e), update_piece, &task);
+    anepy_pool_run(e->pool, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), update_piece,
+                   &task);
     e->updates++;
     e->accumulated = 0;
     if (anepy_scaled(e)) anepy_scale_grow(e);

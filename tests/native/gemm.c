@@ -14,6 +14,7 @@
 
 #define COLS ANEPY_COLUMNS
 #define LARGEST (1 << 18) /* elements of the largest C here */
+#define LARGEST_M 4096    /* more than the rows of any */
 
 typedef struct {
     int32_t m, n, k;
@@ -179,6 +180,27 @@ static anepy_product in_halves(const problem *q) {
     return s;
 }
 
+static double squares[LARGEST_M];
+
+/* Those of a run, row by row; those of pieces together. All are there, and no more. */
+static void check_squares(const anepy_gemm *gemm, const problem *q, int form) {
+    const anepy_product *s = &q->product;
+    int32_t count = form == RUN ? s->m : anepy_gemm_pieces(s), wrong = squares[count] != -1.0;
+    double sum = 0.0, expected = 0.0;
+    for (int32_t i = 0; i < count; i++) {
+        sum += squares[i];
+        wrong += !(squares[i] >= 0.0);
+    }
+    for (int32_t i = 0; i < s->m; i++) {
+        double row = gemm->kernels->sum_squares(q->c + i * s->ldc, s->n);
+        expected += row;
+        wrong += form == RUN && row != squares[i];
+    }
+    CHECK(wrong == 0 && is_close(sum, expected, 0.0, 0.0),
+          "gemm_%s: squares of m %d, n %d, k %d: %d are wrong, the sum is %g, not %g", FORMS[form],
+          s->m, s->n, s->k, wrong, sum, expected);
+}
+
 static void check_kind(problem *q, shape d, int form, int kind, const anepy_kernels *set) {
     anepy_gemm gemm = make_gemm(set, pools[1], d, form, kind);
     anepy_product halves = kind == HALVES ? in_halves(q) : q->product;
@@ -186,7 +208,10 @@ static void check_kind(problem *q, shape d, int form, int kind, const anepy_kern
         prepare(q, accumulate);
         halves.c = q->c;
         halves.accumulate = accumulate;
+        halves.squares = q->product.squares = accumulate ? NULL : squares;
+        for (int32_t i = 0; i < LARGEST_M; i++) squares[i] = -1.0;
         compute(&gemm, form, kind == HALVES ? &halves : &q->product);
+        if (!accumulate && form != SMALL) check_squares(&gemm, q, form);
         CHECK(right(q, 1),
               "gemm_%s %s, %s: m %d, n %d, k %d, a_row %lld, transposed %d, "
               "accumulate %d, place %d",

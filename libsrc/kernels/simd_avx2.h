@@ -50,11 +50,18 @@ V_INLINE float v_largest(vf v) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-V_INLINE double v_sum_squares(vf v) {
+typedef struct {
+    __m256d low, high;
+} vsum;
+V_INLINE vsum v_sum_zero(void) { return (vsum){_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+V_INLINE vsum v_add_squares(vsum sum, vf v) {
     __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
     __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
-    __m256d sum = _mm256_fmadd_pd(low, low, _mm256_mul_pd(high, high));
-    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+    return (vsum){_mm256_fmadd_pd(low, low, sum.low), _mm256_fmadd_pd(high, high, sum.high)};
+}
+V_INLINE double v_sum_total(vsum sum) {
+    __m256d both = _mm256_add_pd(sum.low, sum.high);
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(both), _mm256_extractf128_pd(both, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 

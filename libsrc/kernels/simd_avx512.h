@@ -45,10 +45,17 @@ V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
 }
 V_INLINE float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
 V_INLINE float v_largest(vf v) { return _mm512_reduce_max_ps(v); }
-V_INLINE double v_sum_squares(vf v) {
+typedef struct {
+    __m512d low, high;
+} vsum;
+V_INLINE vsum v_sum_zero(void) { return (vsum){_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+V_INLINE vsum v_add_squares(vsum sum, vf v) {
     __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
     __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-    return _mm512_reduce_add_pd(_mm512_fmadd_pd(low, low, _mm512_mul_pd(high, high)));
+    return (vsum){_mm512_fmadd_pd(low, low, sum.low), _mm512_fmadd_pd(high, high, sum.high)};
+}
+V_INLINE double v_sum_total(vsum sum) {
+    return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high));
 }
 
 V_INLINE vf v_load_half(const uint16_t *p) {

@@ -47,10 +47,15 @@ V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
 }
 V_INLINE float v_sum(vf v) { return vaddvq_f32(v); }
 V_INLINE float v_largest(vf v) { return vmaxvq_f32(v); }
-V_INLINE double v_sum_squares(vf v) {
+typedef struct {
+    float64x2_t low, high;
+} vsum;
+V_INLINE vsum v_sum_zero(void) { return (vsum){vdupq_n_f64(0.0), vdupq_n_f64(0.0)}; }
+V_INLINE vsum v_add_squares(vsum sum, vf v) {
     float64x2_t low = vcvt_f64_f32(vget_low_f32(v)), high = vcvt_high_f64_f32(v);
-    return vaddvq_f64(vfmaq_f64(vmulq_f64(high, high), low, low));
+    return (vsum){vfmaq_f64(sum.low, low, low), vfmaq_f64(sum.high, high, high)};
 }
+V_INLINE double v_sum_total(vsum sum) { return vaddvq_f64(vaddq_f64(sum.low, sum.high)); }
 
 V_INLINE vf v_load_half(const uint16_t *p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));

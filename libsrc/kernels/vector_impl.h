@@ -168,9 +168,14 @@ SIMD_TARGET static void SIMD_FN(exp)(float *dst, const float *x, int64_t n) {
 }
 
 SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; i += VL) sum += v_sum_squares(load_left(x + i, n - i));
-    return sum;
+    vsum even = v_sum_zero(), odd = v_sum_zero(); /* four chains in double */
+    int64_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        even = v_add_squares(even, v_load(x + i));
+        odd = v_add_squares(odd, v_load(x + i + VL));
+    }
+    for (; i < n; i += VL) even = v_add_squares(even, load_left(x + i, n - i));
+    return v_sum_total(even) + v_sum_total(odd);
 }
 
 SIMD_TARGET static float SIMD_FN(sum)(const float *x, int64_t n) {

@@ -109,7 +109,8 @@ struct anepy_engine {
     float *partial;        /* soft-max: [2, chunks, width] */
     double *sums;          /* gradient norm: one per update piece */
     double *row_squares;   /* [vocab]: of the rows of the classifier's gradient */
-    int32_t wants_squares; /* the last update could have used the sums of squares of a step */
+    int64_t
+        squares_step; /* of an accumulation: the one to note them, if the next is as long; or 0 */
     int32_t notes_squares; /* the running sequence notes them */
     int32_t knows_squares; /* those that were noted are of the gradients as they are */
     const int32_t *tokens; /* of the running sequence */

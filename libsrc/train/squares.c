@@ -1,7 +1,8 @@
 /* train/squares.c - the sum of squares of the gradients, for their norm. So that an update need not
- * read them once more, the products of a step's last sequence note it for each piece of what they
- * write, while that is in the cache: if the last update could have used it. What is not known is
- * computed for the same pieces. All are added in one order, so the sum is the same bit for bit. */
+ * read them once more, the products of the last sequence of an accumulation note it for each piece
+ * of what they write, while that is in the cache: if the last update could have used it, of the
+ * step whose number that update came after. What is not known is computed for the same pieces. All
+ * are added in one order, so the sum is the same bit for bit. */
 #include "train/update.h"
 
 #define PIECE ANEPY_UPDATE_PIECE
@@ -9,7 +10,8 @@
 
 void anepy_squares_begin(anepy_engine *e) {
     e->knows_squares = 0;
-    e->notes_squares = e->wants_squares && e->metal == NULL && e->added + 1 == e->sequences;
+    e->notes_squares =
+        e->accumulated + 1 == e->squares_step && e->metal == NULL && e->added + 1 == e->sequences;
 }
 
 /* A tied classifier's rows: the embedding's part was added behind the product. */

@@ -41,7 +41,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
     int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0;
     stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
-    e->wants_squares = wanted && as_left;
+    e->squares_step = wanted && as_left ? e->accumulated : 0;
     stats->skipped = e->damaged || (wanted && !isfinite(stats->grad_norm));
     if (stats->skipped) { /* nothing that is not a number may reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));

@@ -121,6 +121,13 @@ def test_update_with_zero_betas_forgets_everything(variant: str) -> None:
             np.testing.assert_allclose(weight, expected, rtol=4 * tolerances.FP32_UPDATE)
 
 
+def test_update_tells_of_no_compiling_where_weights_are_read_in_place() -> None:
+    with make_engine(GQA) as engine:
+        engine.step([1, 2], [2, 3])
+        stats = engine.update(lr=1e-3)
+        assert stats.compile_ms == 0 and stats.update_ms > 0 and engine.compiles == 0
+
+
 def test_update_decays_matrices_only() -> None:
     with make_engine(SEPARATE) as engine:
         for gradient in engine.gradients.values():

@@ -34,9 +34,10 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
 
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
+    int baked = !anepy_can(e, ANEPY_LIVE_WEIGHTS); /* or passed to the device */
     stats->compile_ms = 0.0;
     ANEPY_TRY(anepy_compile_settle(e));
-    anepy_count(&start, &stats->compile_ms);
+    if (baked) anepy_count(&start, &stats->compile_ms);
     double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
     int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
     int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0;
@@ -74,6 +75,6 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     stats->update_ms = 0.0;
     anepy_count(&start, &stats->update_ms);
     anepy_recompile(e, 0);
-    anepy_count(&start, &stats->compile_ms);
+    if (baked) anepy_count(&start, &stats->compile_ms);
     return ANEPY_OK;
 }

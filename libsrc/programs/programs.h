@@ -5,8 +5,8 @@
  * surface and weights from here and nowhere else (ane-facts.md 6.1; RoPE and grouped-query
  * attention, which the research programs lack, included).
  *
- * Since issue 3: programs from ANEPY_RMSNORM_BWD on (offloads), anepy_program_weight, live weights
- * (set `live` of a described program), classifier programs in parts. */
+ * Programs from ANEPY_RMSNORM_BWD on are offloads: the step may do their work on the host instead.
+ * Set `live` of a described program to have its weights passed as inputs. */
 #ifndef ANEPY_PROGRAMS_H
 #define ANEPY_PROGRAMS_H
 

@@ -48,7 +48,7 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
         t->gradient[c] =
             anepy_vector(e)->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row, e->rstd,
                                          e->coef, e->weights[t->weight + c], e->columns);
-        if (t->through != NULL)
+        if (t->through != NULL) /* the device's dx in place of that one */
             anepy_vector(e)->add(t->dx + row, residual, t->through + row, e->columns);
     }
 }

@@ -142,4 +142,3 @@ const anepy_mil_value_info *anepy_mil_output(const anepy_mil *mil, int32_t funct
     return f->info + (sorted ? f->input_n + f->output_n : 0) + f->input_n + index;
 }
 
-uint64_t anepy_mil_weight_nbytes(const anepy_mil *mil) { return mil->weight_nbytes; }

@@ -95,7 +95,6 @@ anepy_chip anepy_mil_chip(int32_t number); /* 1 to 5 for M1 to M5; 0: M4 */
 
 const char *anepy_mil_rule_name(int32_t rule);    /* NULL beyond the last */
 const char *anepy_mil_rule_meaning(int32_t rule); /* NULL beyond the last */
-int32_t anepy_mil_op_n(void);                     /* operations the interpreter knows */
 const char *anepy_mil_op_name(int32_t index);     /* NULL beyond the last */
 const char *anepy_mil_type_name(int32_t type);    /* NULL beyond the last */
 
@@ -136,7 +135,6 @@ const anepy_mil_value_info *anepy_mil_input(const anepy_mil *mil, int32_t functi
                                             int32_t sorted);
 const anepy_mil_value_info *anepy_mil_output(const anepy_mil *mil, int32_t function, int32_t index,
                                              int32_t sorted);
-uint64_t anepy_mil_weight_nbytes(const anepy_mil *mil); /* blob bytes the program names */
 
 /* Runs one function. inputs and outputs are surfaces in ascending name order, raw elements of the
  * declared types from their start; nbytes are the surfaces' sizes. Only kernels, pool and scratch
@@ -152,6 +150,5 @@ int32_t anepy_mil_compiles(void); /* texts parsed by this process so far */
 /* How often a rule was broken in parsing and running so far; *first is the first sentence (NULL if
  * none; owned by mil). */
 uint64_t anepy_mil_report(const anepy_mil *mil, int32_t rule, const char **first);
-void anepy_mil_clear_reports(anepy_mil *mil);
 
 #endif

@@ -16,14 +16,6 @@ const mil_op_type *mil_op_find(mil_span name) {
     return NULL;
 }
 
-/* const is the parser's; all others are in the families. */
-int32_t anepy_mil_op_n(void) {
-    int32_t n = 1;
-    for (int32_t f = 0; f < FAMILY_N; f++)
-        for (const mil_op_type *type = FAMILIES[f]; type->name != NULL; type++) n++;
-    return n;
-}
-
 const char *anepy_mil_op_name(int32_t index) {
     if (index == 0) return "const";
     for (int32_t f = 0; f < FAMILY_N && index > 0; f++)

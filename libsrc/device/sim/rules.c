@@ -205,6 +205,3 @@ uint64_t anepy_mil_report(const anepy_mil *mil, int32_t rule, const char **first
     return count;
 }
 
-void anepy_mil_clear_reports(anepy_mil *mil) {
-    for (int32_t i = 0; i < ANEPY_RULE_N; i++) mil->reports[i].count = 0;
-}

@@ -160,7 +160,7 @@ static int32_t run(anepy_device *device, const anepy_program *p, const float *pa
         ANEPY_TRY(
             device->ops->bind(kernel, t, t < p->input_n ? input : output, p->tensors[t].channel));
     ANEPY_TRY(anepy_surface_write(input, 0, p->input_channels, in));
-    ANEPY_TRY(device->ops->evaluate(kernel, n));
+    ANEPY_TRY(device->ops->evaluate(kernel, n, 1));
     return anepy_surface_read(output, 0, p->output_channels, out);
 }
 

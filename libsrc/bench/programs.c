@@ -136,10 +136,12 @@ void anepy_bench_close_program(anepy_bench *b) {
 }
 
 void anepy_bench_run_program(anepy_bench *b) {
-    b->device->ops->evaluate(b->programs[0], b->seq); /* the CPU device never fails */
+    b->device->ops->evaluate(b->programs[0], b->seq, 1); /* the CPU device never fails */
 }
 
-void anepy_bench_run_attention(anepy_bench *b) { anepy_cpu_attention(b->programs[0], b->width); }
+void anepy_bench_run_attention(anepy_bench *b) {
+    anepy_cpu_attention(b->programs[0], b->seq, b->width);
+}
 
 void anepy_bench_run_attention_backward(anepy_bench *b) {
     anepy_cpu_attention_backward1(b->programs[0], b->seq, b->width);

@@ -301,8 +301,8 @@ static int32_t bank_bind(anepy_kernel *kernel, int32_t index, anepy_surface *sur
     return ANEPY_OK;
 }
 
-static int32_t bank_evaluate(anepy_kernel *kernel, int32_t n) {
-    (void)n; /* the engine computes whole surfaces */
+static int32_t bank_evaluate(anepy_kernel *kernel, int32_t n, int32_t count) {
+    (void)n, (void)count; /* the engine computes whole surfaces */
     return kernel->device->backend->run(kernel, kernel->bank->compiled);
 }
 

@@ -19,6 +19,7 @@ typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
 #define ANEPY_DYNAMIC 8u      /* can take weights through surfaces */
 #define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
 #define ANEPY_RECOMPUTES 32u /* sdpa_bwd2 needs no scores bound: after sdpa_bwd1 of its layer */
+#define ANEPY_BATCHES 64u    /* surfaces may hold several sequences beside each other */
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;
@@ -41,7 +42,9 @@ typedef struct {
 typedef struct {
     const anepy_model *model;
     const anepy_gemm *gemm; /* kernels, threads and scratch: host work, and the cpu device's own */
-    int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len */
+    int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len; programs are
+                             * described for one sequence, so that with ANEPY_BATCHES it may be more
+                             * than theirs */
     int32_t seq_len;
     anepy_dtype dtype;  /* of surfaces and products */
     const char *detail; /* what follows the colon of "sim:m1" (traits.h); NULL: nothing */
@@ -112,8 +115,10 @@ typedef struct {
     int32_t (*load_weights)(anepy_device *device, const float *params);
     /* Tensor `index` of the program lives at surface[channel ...] from now on. */
     int32_t (*bind)(anepy_kernel *kernel, int32_t index, anepy_surface *surface, int32_t channel);
-    /* Computes the first n columns; further columns of the outputs are unspecified but finite. */
-    int32_t (*evaluate)(anepy_kernel *kernel, int32_t n);
+    /* Computes `count` sequences of n tokens, each from the next multiple of 64 columns on: the
+     * first n columns, unless it has ANEPY_BATCHES. Further columns of the outputs are unspecified
+     * but finite. */
+    int32_t (*evaluate)(anepy_kernel *kernel, int32_t n, int32_t count);
 } anepy_device_ops;
 
 struct anepy_device {

@@ -141,7 +141,7 @@ int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, doubl
     const anepy_device_ops *ops = e->device->ops;
     ANEPY_TRY(transfer_logits(e, node));
     anepy_count(mark, &e->stats.io_ms);
-    ANEPY_TRY(ops->evaluate(node->kernel, e->n));
+    ANEPY_TRY(ops->evaluate(node->kernel, e->n, 1));
     anepy_count(mark, &e->stats.device_ms);
     ANEPY_TRY(ops->lock(node->output, 0));
     *loss = join(e, gradient);

@@ -91,9 +91,8 @@ static void cpu_release(anepy_kernel *kernel) { (void)kernel; /* close frees it 
 
 /* Only where scores are kept: they grow with the square of the sequence. */
 static int32_t own_dscores(anepy_cpu *cpu) {
-    int64_t width = cpu->base.options.width;
-    if (cpu->dscores == NULL)
-        cpu->dscores = own_floats(cpu, cpu->base.options.model->config.n_heads * width * width);
+    int64_t rows = (int64_t)cpu->base.options.model->config.n_heads * cpu->positions;
+    if (cpu->dscores == NULL) cpu->dscores = own_floats(cpu, rows * cpu->base.options.width);
     return cpu->dscores != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
 }
 
@@ -232,7 +231,6 @@ static void run_rows(elementwise *e, anepy_loop_fn fn) {
 /* ------------------------------------------------------------------------------------ programs */
 
 static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
-    (void)n;
     const anepy_cpu *cpu = k->cpu;
     const anepy_model *m = cpu->base.options.model;
     int32_t dim = m->config.dim, kv = m->kv_dim;
@@ -244,9 +242,9 @@ static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
                           .rows = {dim, kv, kv},
                           .count = 3},
             t[SDPA_FWD_XNORM], dim, columns);
-    anepy_cpu_rope(cpu, t[SDPA_FWD_Q], m->config.n_heads, columns, 1.0f);
-    anepy_cpu_rope(cpu, t[SDPA_FWD_K], m->config.n_kv_heads, columns, 1.0f);
-    anepy_cpu_attention(k, columns);
+    anepy_cpu_rope(cpu, t[SDPA_FWD_Q], m->config.n_heads, n, columns, 1.0f);
+    anepy_cpu_rope(cpu, t[SDPA_FWD_K], m->config.n_kv_heads, n, columns, 1.0f);
+    anepy_cpu_attention(k, n, columns);
     project(cpu,
             (projections){.w = {k->weights[4]}, .y = {t[SDPA_FWD_OUT]}, .rows = {dim}, .count = 1},
             t[SDPA_FWD_ATTN], dim, columns);
@@ -317,9 +315,9 @@ static void sdpa_bwd2(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_config *c = &cpu->base.options.model->config;
     if (k->tensors[SDPA_BWD2_P] != NULL) anepy_cpu_attention_backward2(k, n, columns);
-    else anepy_cpu_attention_backward(k, columns);
-    anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DQ], c->n_heads, columns, -1.0f);
-    anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DK], c->n_kv_heads, columns, -1.0f);
+    else anepy_cpu_attention_backward(k, n, columns);
+    anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DQ], c->n_heads, n, columns, -1.0f);
+    anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DK], c->n_kv_heads, n, columns, -1.0f);
 }
 
 static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
@@ -350,8 +348,8 @@ static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_kernel *, int32_t n, int32_
     [ANEPY_SOFTMAX] = anepy_cpu_softmax,
 };
 
-static int32_t cpu_evaluate(anepy_kernel *kernel, int32_t n) {
-    PROGRAMS[kernel->program.id](kernel, n, (int32_t)anepy_round_up(n, COLS));
+static int32_t cpu_evaluate(anepy_kernel *kernel, int32_t n, int32_t count) {
+    PROGRAMS[kernel->program.id](kernel, n, count * (int32_t)anepy_round_up(n, COLS));
     return ANEPY_OK;
 }
 
@@ -370,15 +368,17 @@ static const anepy_device_ops OPS = {
 
 static int32_t cpu_open(anepy_device **out, const anepy_device_options *options) {
     const anepy_model *m = options->model;
-    int64_t width = options->width, half = m->head_dim / 2;
+    int64_t width = options->width, positions = anepy_round_up(options->seq_len, COLS);
+    int64_t half = m->head_dim / 2;
     anepy_cpu *cpu = calloc(1, sizeof *cpu);
     if (cpu == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for device cpu");
     cpu->base = (anepy_device){.type = &anepy_device_cpu, .ops = &OPS, .options = *options};
-    /* Attention scratch: one panel of scores and one of their gradients, [width][64] each, and six
-     * blocks of a head, [head_dim][64]. */
-    cpu->scratch_n = (2 * width + 6 * (int64_t)m->head_dim) * COLS;
-    if ((cpu->cosine = own_floats(cpu, half * width)) == NULL ||
-        (cpu->sine = own_floats(cpu, half * width)) == NULL ||
+    cpu->positions = (int32_t)positions;
+    /* Attention scratch: one panel of scores and one of their gradients, [positions][64] each, and
+     * six blocks of a head, [head_dim][64]. */
+    cpu->scratch_n = (2 * positions + 6 * (int64_t)m->head_dim) * COLS;
+    if ((cpu->cosine = own_floats(cpu, half * positions)) == NULL ||
+        (cpu->sine = own_floats(cpu, half * positions)) == NULL ||
         (cpu->dattn = own_floats(cpu, m->config.dim * width)) == NULL ||
         (cpu->lse = own_floats(cpu, m->config.n_heads * width)) == NULL ||
         (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
@@ -389,9 +389,9 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     }
     for (int64_t i = 0; i < half; i++) {
         double frequency = pow(ANEPY_ROPE_THETA, -2.0 * (double)i / m->head_dim);
-        for (int64_t s = 0; s < width; s++) {
-            cpu->cosine[i * width + s] = (float)cos((double)s * frequency);
-            cpu->sine[i * width + s] = (float)sin((double)s * frequency);
+        for (int64_t s = 0; s < positions; s++) {
+            cpu->cosine[i * positions + s] = (float)cos((double)s * frequency);
+            cpu->sine[i * positions + s] = (float)sin((double)s * frequency);
         }
     }
     *out = &cpu->base;
@@ -414,7 +414,8 @@ const anepy_device_type anepy_device_cpu = {
     .name = "cpu",
     .about = "native kernels on this processor",
     .precisions = 1u << ANEPY_F32 | 1u << ANEPY_BF16,
-    .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS | ANEPY_RECOMPUTES,
+    .capabilities =
+        ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS | ANEPY_RECOMPUTES | ANEPY_BATCHES,
     .slow = ANEPY_OFFLOADS, /* they are the host's work done in more passes (anepy compare) */
     .probe = cpu_probe,
     .has_precision = cpu_has_precision,

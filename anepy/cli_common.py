@@ -69,7 +69,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             name = f"{error.filename}: " if error.filename else ""
             fail(f"{name}{error.strerror or error}")
         except MemoryError:
-            fail("not enough memory; use a smaller model or shorter sequences (--seq)")
+            fail("not enough memory; use a smaller model, a shorter --seq or a smaller --batch")
         raise AssertionError("unreachable")
 
     return wrapper

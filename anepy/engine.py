@@ -277,7 +277,8 @@ class Engine(_Owner):
         """Run forward and backward on one sequence, or several; gradients accumulate.
 
         Several sequences of one length are one step: the loss is the mean over all their tokens,
-        and what accumulates is its gradient.
+        and what accumulates is its gradient. On the CPU they run side by side, in groups of up to
+        1024 columns (a sequence takes a multiple of 64), and `memory` grows with the largest.
 
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
@@ -285,6 +286,7 @@ class Engine(_Owner):
 
         Raises:
             ConfigError: a wrong shape or an id beyond the vocabulary.
+            NativeError: no memory for as many at once; nothing has changed then.
         """
         tokens, targets = pair(tokens, targets, rows=True)
         count, n = np.atleast_2d(tokens).shape

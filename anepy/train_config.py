@@ -29,7 +29,7 @@ class TrainConfig:
     """
 
     steps: int = _setting(1000, "Total number of steps (one step is --batch sequences).")
-    batch: int = _setting(1, "Sequences per step.")
+    batch: int = _setting(1, "Sequences per step; on the CPU side by side, with memory for each.")
     accum: int = _setting(10, "Steps per update; a last, partial accumulation is applied too.")
     seq: int | None = _setting(
         None, "Tokens per sequence. Default: 256, or the model's context if shorter."

@@ -139,7 +139,8 @@ typedef struct anepy_engine_info {
     int64_t compile_budget; /* most that this process may do, all engines together; 0: no limit */
     int32_t stale;          /* 1: there are no programs for the weights as they are yet */
     int32_t reserved;
-    uint64_t memory; /* bytes of activations, surfaces and buffers; arenas not included */
+    uint64_t memory; /* bytes of activations, surfaces and buffers, for as many sequences as ran at
+                      * once so far; arenas not included */
 } anepy_engine_info;
 
 /* What one step did. Times are milliseconds of the calling thread; "busy" ones of all threads. */
@@ -199,7 +200,9 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
 
 /* The same for `count` sequences of n tokens, int32[count, n], as one step: the loss is the mean
  * over all tokens and what accumulates its gradient. One that fails, or is skipped, adds nothing
- * that an update would use. */
+ * that an update would use. A device that can computes them side by side, as many as fit into 1024
+ * columns (n rounded up to 64 for each): the first such step makes room for them, and where there
+ * is no memory for that it fails with ANEPY_E_MEMORY and nothing has changed. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
                                           const int32_t *tokens, const int32_t *targets,
                                           int32_t count, int32_t n);

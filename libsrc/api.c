@@ -12,6 +12,10 @@
 #include "runtime/memory.h"
 #include "train/update.h"
 
+/* Of sequences that run beside each other: more make no product faster (15M to 110M parameters,
+ * fp32 and bf16, measured up to 2048), but need the memory. */
+#define GROUP_COLUMNS 1024
+
 #ifndef ANEPY_BUILD_ID
 #define ANEPY_BUILD_ID "unknown"
 #endif
@@ -98,6 +102,16 @@ static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t 
     return ANEPY_OK;
 }
 
+/* How many of the sequences that are left run next, beside each other: as many as the device takes
+ * in groups of one size. */
+static void set_beside(anepy_engine *e) {
+    int32_t left = e->sequences - e->added;
+    int32_t most = anepy_can(e, ANEPY_BATCHES) ? anepy_max_i32(1, GROUP_COLUMNS / e->stride) : 1;
+    int32_t groups = (left - 1) / most + 1;
+    e->beside = (left - 1) / groups + 1;
+    e->columns = e->beside * e->stride;
+}
+
 /* `count` sequences of n tokens are what comes; targets may be NULL. */
 static int32_t set_sequences(anepy_engine *e, const int32_t *tokens, const int32_t *targets,
                              int32_t count, int32_t n) {
@@ -114,7 +128,9 @@ static int32_t set_sequences(anepy_engine *e, const int32_t *tokens, const int32
     e->sequences = count;
     e->added = 0;
     e->n = n;
-    e->columns = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
+    e->stride = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
+    set_beside(e);
+    ANEPY_TRY(anepy_engine_widen(e, e->columns));
     e->dw_started = 0;
     memset(&e->stats, 0, sizeof e->stats);
     return e->stale ? anepy_compile(e) : ANEPY_OK;
@@ -138,8 +154,8 @@ static int32_t abandon(anepy_engine *e, int32_t status) {
     return anepy_fail(status, "%s", sentence);
 }
 
-/* Forward and backward of the next sequence of the step. */
-static int32_t add_sequence(anepy_engine *e, double *mark) {
+/* Forward and backward of the next sequences of the step. */
+static int32_t add_group(anepy_engine *e, double *mark) {
     anepy_step_stats *stats = &e->stats;
     double loss;
     stats->skipped = 0;
@@ -160,12 +176,13 @@ static int32_t add_sequence(anepy_engine *e, double *mark) {
 static int32_t add_sequences(anepy_engine *e, double *mark) {
     anepy_step_stats *stats = &e->stats;
     while (e->added < e->sequences) {
-        ANEPY_TRY(add_sequence(e, mark));
+        set_beside(e);
+        ANEPY_TRY(add_group(e, mark));
         stats->loss_scale = e->loss_scale;
         if (!stats->skipped) {
-            e->added++;
-            e->tokens += e->n;
-            e->targets += e->n;
+            e->tokens += anepy_running_tokens(e);
+            e->targets += anepy_running_tokens(e);
+            e->added += e->beside;
         } else if (e->added == 0) {
             break;
         } else if (isfinite(stats->loss) && e->loss_scale > 1.0) {

@@ -1,8 +1,14 @@
-"""Several sequences in one step: the mean over all their tokens, on every device."""
+"""Several sequences in one step: the mean over all their tokens, on every device.
+
+On the CPU they lie beside each other, padded to 64 columns, in groups of up to 1024 columns.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ from reference import llama64 as ref
 from tolerances import assert_tensors_close
 from typer.testing import CliRunner
 
+from anepy import _native
 from anepy.cli import app
 from anepy.data import TokenData
 from anepy.engine import Engine, library_info
@@ -24,6 +31,8 @@ from anepy.train_config import TrainConfig
 from anepy.trainer import Trainer
 
 CONFIGS = {"gqa": GQA, "separate": SEPARATE}
+# Several panels with a rest, one token, exactly a panel; more columns than run at once.
+SIZES = [(2, 64), (3, 33), (5, 1), (4, 65), (17, 66)]
 
 
 def sequences(config: ModelConfig, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,9 +51,11 @@ def mean_gradients(
     return float(np.mean([loss for loss, _ in found])), mean
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt", "ane", "max"])
+@pytest.mark.parametrize(
+    "variant", ["baseline", "opt", "opt-prealloc", "opt-vector_embed", "ane", "max"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("count", "length"), [(2, 64), (3, 33), (5, 1)])
+@pytest.mark.parametrize(("count", "length"), SIZES)
 def test_batch_is_the_mean_of_its_sequences(
     name: str, variant: str, count: int, length: int
 ) -> None:
@@ -62,15 +73,21 @@ def test_batch_is_the_mean_of_its_sequences(
         assert stats.flops == flops_per_step(config, length, count)["total"] == count * flops
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_batch_in_bf16_is_the_mean_too(name: str) -> None:
-    """Gradients of the logits are made in another place there."""
+def needs_bf16() -> None:
     if not library_info()["isa"].endswith("bf16"):
         pytest.skip("needs bf16 products")
+
+
+@pytest.mark.parametrize("variant", ["baseline", "opt", "opt-prealloc", "ane"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("count", "length"), SIZES[1:])
+def test_batch_in_bf16_is_the_mean_too(name: str, variant: str, count: int, length: int) -> None:
+    """Gradients of the logits are made in another place there."""
+    needs_bf16()
     config = CONFIGS[name]
-    tokens, targets = sequences(config, 3, 33)
+    tokens, targets = sequences(config, count, length)
     loss, gradients = mean_gradients(config, tokens, targets)
-    with Engine(make_model(config), "opt", "cpu", "bf16") as engine:
+    with Engine(make_model(config), variant, "cpu", "bf16") as engine:
         for total in (1, 2):
             assert engine.step(tokens, targets).loss == pytest.approx(
                 loss, rel=tolerances.BF16_LOSS
@@ -98,6 +115,77 @@ def test_batch_on_the_simulator_is_the_mean_too() -> None:
                 ), name
 
 
+def test_batch_beyond_the_attention_scores_that_are_kept_is_the_mean_too() -> None:
+    config = ModelConfig(32, 44, 2, 4, 2, 97, 1024)
+    tokens, targets = sequences(config, 3, 300)
+    loss, gradients = mean_gradients(config, tokens, targets)
+    with make_engine(config) as engine:
+        assert engine.step(tokens, targets).loss == pytest.approx(loss, rel=1e-6)
+        assert_tensors_close(dict(engine.gradients), gradients, tolerances.FP32_GRADIENT)
+
+
+def test_batch_takes_memory_for_what_runs_at_once_and_no_other_allocation() -> None:
+    with make_engine() as engine:
+
+        def memory_after(count: int, length: int) -> int:
+            assert engine.step(*sequences(GQA, count, length)).allocations == 0
+            return engine.memory
+
+        small = engine.memory  # for 129 tokens: 192 columns
+        assert memory_after(3, 50) == memory_after(1, 129) == small
+        four = memory_after(4, 50)
+        most = memory_after(16, 64)
+        assert small < four < most < 6 * small, "memory grows with the columns of the group"
+        assert memory_after(40, 64) == memory_after(2, 3) == memory_after(9, 129) == most
+    with Engine(make_model(), device="sim", seq_len=64) as engine:
+        small = engine.memory
+        engine.step(*sequences(GQA, 4, 50))
+        assert engine.memory == small, "one sequence after another"
+
+
+def test_batch_that_finds_no_memory_says_so_and_loses_nothing() -> None:
+    code = """
+import resource
+import numpy as np
+from anepy.engine import Engine
+from anepy.errors import NativeError
+from anepy.model import Model, ModelConfig
+
+tokens = np.arange(16 * 64).reshape(16, 64)
+engine = Engine(Model.init(ModelConfig(64, 64, 1, 2, 2, 30000, 64)), "opt", "cpu", threads=1)
+
+def single():
+    engine.restore(0, 0)
+    loss = engine.step(tokens[0], tokens[1]).loss
+    return loss, engine.accumulated, engine.memory, hash(engine.gradients["norm.weight"].tobytes())
+
+before = single()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+old = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), old[1]))
+for _ in range(2):
+    try:
+        engine.step(tokens, tokens)
+    except NativeError as error:
+        print(error.name, str(error).startswith("16 sequences of 64 tokens at once: no memory"))
+print(engine.accumulated, single() == before)
+resource.setrlimit(resource.RLIMIT_AS, old)
+print(engine.step(tokens, tokens).loss > 1, engine.memory > 4 * before[2])
+"""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc to know the memory in use")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"ANEPY_LIB": _native.library()._name},
+        cwd=Path(_native.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    refused = "memory True\n"
+    assert (result.stdout, result.stderr) == (f"{refused * 2}1 True\nTrue True\n", "")
+
+
 def test_batch_of_one_is_the_same_bit_for_bit() -> None:
     tokens, targets = sequence(GQA, 50)
     with make_engine() as one, make_engine() as other:
@@ -107,16 +195,46 @@ def test_batch_of_one_is_the_same_bit_for_bit() -> None:
             assert bits(one.gradients) == bits(other.gradients)
 
 
-@pytest.mark.parametrize("device", ["cpu", "sim"])
-def test_batch_runs_are_bit_identical_whatever_the_threads(device: str) -> None:
+def test_single_sequences_after_a_batch_are_the_same_bit_for_bit() -> None:
+    """The engine has room for more columns then."""
+    tokens, targets = sequence(GQA, 70)
+    with make_engine() as fresh, make_engine() as used:
+        used.step(*sequences(GQA, 7, 129))
+        used.restore(0, 0)
+        assert fresh.step(tokens, targets).loss == used.step(tokens, targets).loss
+        assert bits(fresh.gradients) == bits(used.gradients)
+        assert fresh.evaluate(tokens, targets) == used.evaluate(tokens, targets)
+        assert fresh.logits(tokens).tobytes() == used.logits(tokens).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [("cpu", "fp32"), ("cpu", "bf16"), ("sim", "fp16")]
+)
+def test_batch_runs_are_bit_identical_whatever_the_threads(device: str, precision: str) -> None:
+    if precision == "bf16":
+        needs_bf16()
     results = []
-    for threads in (1, 2, 2):
-        with Engine(make_model(), device=device, threads=threads) as engine:
-            for seed in range(3):
-                loss = engine.step(*sequences(GQA, 2 + seed, 40)).loss
+    for threads in (1, 2, 2, 3):
+        with Engine(make_model(), "max", device, precision, threads=threads) as engine:
+            for count in (2, 3, 4, 18 if device == "cpu" else 2):
+                loss = engine.step(*sequences(GQA, count, 40)).loss
                 engine.update(lr=1e-2, grad_clip=1.0)
             results.append((loss, bits(engine.model.weights)))
-    assert results[0] == results[1] == results[2]
+    assert results[1:] == results[:1] * 3
+
+
+def test_norm_noted_by_a_batch_is_that_of_its_gradients() -> None:
+    """From the second update on it is added up while products write (squares.c)."""
+    _, one = mean_gradients(GQA, *sequences(GQA, 1, 50))
+    for count in (5, 18):
+        _, many = mean_gradients(GQA, *sequences(GQA, count, 50))
+        norm = np.sqrt(sum(np.sum(((one[name] + many[name]) / 2) ** 2) for name in one))
+        with make_engine() as engine:
+            for _ in range(3):
+                engine.step(*sequence(GQA, 50, 0))
+                engine.step(*sequences(GQA, count, 50))
+                stats = engine.update(lr=0.0, grad_clip=1e9)
+                assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
 
 
 def test_batch_counts_as_one_step_of_the_mean() -> None:

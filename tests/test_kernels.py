@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from native import toolchain
 
-THREADED = ("gemm", "pool", "runtime", "engine", "handles", "weights")
+THREADED = ("gemm", "pool", "runtime", "engine", "batch", "handles", "weights")
 X86 = ["avx512bf16", "avx512", "avx2", "scalar"]
 ARM = ["neonbf16", "neon", "scalar"]
 MASKS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(
@@ -158,7 +158,7 @@ def test_checks_with_a_mask_run_that_set_or_the_best_below(
     available = toolchain.run([path, "--list"]).stdout.split()
     assert available[-1] == "scalar"
     expected = next(name for name in MASKS[MASKS.index(mask) :] if name in available)
-    groups = ("table", "engine", "handles")
+    groups = ("table", "engine", "batch", "handles")
     assert_passes(path, "--isa", expected, *groups, env={"ANEPY_CPU_MASK": mask})
 
 
@@ -216,6 +216,9 @@ MUTATIONS = [
     ("bf16", "kernels/bf16_impl.h", "pack_pair(dst, src, NULL, n)", "pack_pair(dst, src, src, n)"),
     ("pool", "runtime/threads.c", "if (pool->serial) return NULL;", "if (0) return NULL;"),
     ("model", "model/model.c", "arena_n += t->rows * cols;", "arena_n += t->rows * cols + 1;"),
+    ("batch", "train/engine.h", "token / e->n * e->stride + token % e->n", "token"),
+    ("batch", "train/loss.c", "e->lse[start + s] = INFINITY;", "e->lse[s] = INFINITY;"),
+    ("batch", "train/squares.c", "t < anepy_running_tokens(e) && c->tied", "t < e->n && c->tied"),
     ("handles", "runtime/fpmode.h", "(uint32_t)saved);", "(uint32_t)saved | 0x8040);"),
 ]
 

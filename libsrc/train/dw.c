@@ -138,7 +138,7 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
                                 .b_transposed = 1,
                                 .m = dw->dy.channels,
                                 .n = dw->x.channels,
-                                .k = e->n,
+                                .k = anepy_reduction(e),
                                 .accumulate = anepy_adds(e),
                                 .squares = e->notes_squares ? dw->squares : NULL}};
     return anepy_scaled(e) ? ANEPY_OK : start(e, layer, which);

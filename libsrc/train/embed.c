@@ -10,9 +10,12 @@ static void gather_scalar(anepy_engine *e) {
     const float *table = e->weights + anepy_model_embedding(e->model);
     float *x = e->layers[0].x.data;
     int64_t dim = e->model->config.dim;
-    for (int64_t d = 0; d < dim; d++) {
-        for (int32_t s = 0; s < e->n; s++) x[d * e->width + s] = table[e->tokens[s] * dim + d];
-        for (int32_t s = e->n; s < e->columns; s++) x[d * e->width + s] = 0.0f;
+    for (int64_t d = 0; d < dim; d++, x += e->width) {
+        const int32_t *token = e->tokens;
+        for (int32_t start = 0; start < e->columns; start += e->stride) {
+            for (int32_t s = 0; s < e->n; s++) x[start + s] = table[*token++ * dim + d];
+            for (int32_t s = e->n; s < e->stride; s++) x[start + s] = 0.0f;
+        }
     }
 }
 
@@ -20,8 +23,11 @@ static void scatter_scalar(anepy_engine *e) {
     float *gradient = e->grads + anepy_model_embedding(e->model);
     const float *dx = e->dx.data;
     int64_t dim = e->model->config.dim;
-    for (int64_t d = 0; d < dim; d++)
-        for (int32_t s = 0; s < e->n; s++) gradient[e->tokens[s] * dim + d] += dx[d * e->width + s];
+    for (int64_t d = 0; d < dim; d++, dx += e->width) {
+        const int32_t *token = e->tokens;
+        for (int32_t start = 0; start < e->columns; start += e->stride)
+            for (int32_t s = 0; s < e->n; s++) gradient[*token++ * dim + d] += dx[start + s];
+    }
 }
 
 /* On: 64 rows x 64 channels are copied together and transposed as a block. */
@@ -31,13 +37,13 @@ static void gather_block(void *context, int32_t index, int32_t worker) {
     const float *table = e->weights + anepy_model_embedding(e->model);
     int32_t dim = e->model->config.dim, panels = e->columns / COLS;
     int32_t first = index % panels * COLS, d0 = index / panels * COLS;
-    int32_t rows = anepy_max_i32(0, anepy_min_i32(COLS, e->n - first)),
-            depth = anepy_min_i32(COLS, dim - d0);
+    int32_t depth = anepy_min_i32(COLS, dim - d0);
+    anepy_span tokens = anepy_span_at(e, first);
     float block[COLS * COLS], transposed[COLS * COLS];
-    for (int32_t j = 0; j < rows; j++)
-        memcpy(block + j * COLS, table + (int64_t)e->tokens[first + j] * dim + d0,
+    for (int32_t j = 0; j < tokens.count; j++)
+        memcpy(block + j * COLS, table + (int64_t)e->tokens[tokens.first + j] * dim + d0,
                (size_t)depth * sizeof(float));
-    anepy_vector(e)->transpose_panel(transposed, block, COLS, rows, depth);
+    anepy_vector(e)->transpose_panel(transposed, block, COLS, tokens.count, depth);
     float *x = (float *)e->layers[0].x.data + first;
     for (int32_t d = 0; d < depth; d++)
         memcpy(x + (int64_t)(d0 + d) * e->width, transposed + d * COLS, COLS * sizeof(float));
@@ -51,11 +57,11 @@ static void scatter_block(void *context, int32_t index, int32_t worker) {
     float *gradient = e->grads + anepy_model_embedding(e->model) + d0;
     const float *dx = (const float *)e->dx.data + (int64_t)d0 * e->width;
     float transposed[COLS * COLS];
-    for (int32_t s0 = 0; s0 < e->n; s0 += COLS) {
-        int32_t count = anepy_min_i32(COLS, e->n - s0);
-        anepy_vector(e)->transpose_panel(transposed, dx + s0, e->width, depth, count);
-        for (int32_t s = 0; s < count; s++) {
-            float *row = gradient + (int64_t)e->tokens[s0 + s] * dim;
+    for (int32_t s0 = 0; s0 < anepy_reduction(e); s0 += COLS) {
+        anepy_span tokens = anepy_span_at(e, s0);
+        anepy_vector(e)->transpose_panel(transposed, dx + s0, e->width, depth, tokens.count);
+        for (int32_t s = 0; s < tokens.count; s++) {
+            float *row = gradient + (int64_t)e->tokens[tokens.first + s] * dim;
             anepy_vector(e)->add(row, row, transposed + s * COLS, depth);
         }
     }

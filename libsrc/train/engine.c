@@ -1,6 +1,7 @@
 /* train/engine.c - making and freeing an engine: threads, host memory, device, wiring. */
 #include "train/engine.h"
 
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -142,6 +143,65 @@ static const char *precision_name(anepy_dtype dtype) {
     return "";
 }
 
+/* All that has the width of the surfaces. compile: now, not when first needed. */
+static int32_t make_room(anepy_engine *e, const anepy_device_type *type, const char *detail,
+                         int compile) {
+    e->layers = calloc((size_t)e->model->config.n_layers, sizeof *e->layers);
+    if (e->layers == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the layers");
+    ANEPY_TRY(allocate_host(e));
+    anepy_device_options options = {.model = e->model,
+                                    .gemm = &e->gemm,
+                                    .width = e->width,
+                                    .seq_len = e->seq_len,
+                                    .dtype = e->dtype,
+                                    .detail = detail};
+    ANEPY_TRY(type->open(&e->device, &options));
+    ANEPY_TRY(anepy_wire(e));
+    ANEPY_TRY(anepy_compile_open(e));
+    if (compile) ANEPY_TRY(anepy_compile(e));
+    ANEPY_TRY(allocate_captures(e));
+    return anepy_on(e, ANEPY_METAL_DW) ? anepy_dw_open_gpu(e) : ANEPY_OK;
+}
+
+static void free_room(anepy_engine *e) {
+    anepy_compile_close(e);
+    if (e->metal != NULL) anepy_gpu.close(e->metal);
+    if (e->device != NULL) e->device->ops->close(e->device);
+    anepy_unmap(e->host, e->host_nbytes);
+    anepy_unmap(e->captures, e->captures_nbytes);
+    free(e->nodes);
+    free(e->layers);
+}
+
+/* Nothing in there outlives a step, so it is made anew; what there was goes when that is done. */
+int32_t anepy_engine_widen(anepy_engine *e, int32_t columns) {
+    if (columns <= e->width) return ANEPY_OK;
+    const size_t own = offsetof(anepy_engine, model), n = sizeof *e - own;
+    anepy_engine was;
+    char sentence[512];
+    memcpy((char *)&was + own, (const char *)e + own, n); /* others may look at `busy` */
+    e->width = columns;
+    e->layers = NULL;
+    e->nodes = NULL;
+    memset(e->tail, 0, sizeof e->tail);
+    e->host = e->captures = NULL;
+    e->device = NULL;
+    e->metal = NULL;
+    e->scores = NULL;
+    e->compiler = NULL;
+    int32_t status = make_room(e, was.device->type, NULL, 1);
+    if (status == ANEPY_OK) {
+        free_room(&was);
+        e->knows_squares = 0;
+        return ANEPY_OK;
+    }
+    anepy_last_error(sentence, sizeof sentence);
+    free_room(e);
+    memcpy((char *)e + own, (const char *)&was + own, n);
+    return anepy_fail(status, "%d sequences of %d tokens at once: %s; use fewer per step",
+                      e->beside, e->n, sentence);
+}
+
 static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     const char *detail;
     const anepy_device_type *type = anepy_device_find(o->device, &detail);
@@ -156,21 +216,7 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     if (e->dtype == ANEPY_BF16) e->gemm.bf16 = e->gemm.kernels->bf16;
     ANEPY_TRY(anepy_pool_create(&e->pool, o->threads));
     e->gemm.pool = e->pool;
-    e->layers = calloc((size_t)e->model->config.n_layers, sizeof *e->layers);
-    if (e->layers == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the layers");
-    ANEPY_TRY(allocate_host(e));
-    anepy_device_options options = {.model = e->model,
-                                    .gemm = &e->gemm,
-                                    .width = e->width,
-                                    .seq_len = e->seq_len,
-                                    .dtype = e->dtype,
-                                    .detail = detail};
-    ANEPY_TRY(type->open(&e->device, &options));
-    ANEPY_TRY(anepy_wire(e));
-    ANEPY_TRY(anepy_compile_open(e));
-    if (!(o->flags & ANEPY_ENGINE_DEFER)) ANEPY_TRY(anepy_compile(e));
-    ANEPY_TRY(allocate_captures(e));
-    return anepy_on(e, ANEPY_METAL_DW) ? anepy_dw_open_gpu(e) : ANEPY_OK;
+    return make_room(e, type, detail, !(o->flags & ANEPY_ENGINE_DEFER));
 }
 
 int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
@@ -195,7 +241,7 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
     e->adam_m = o->adam_m;
     e->adam_v = o->adam_v;
     e->seq_len = seq_len;
-    e->width = (int32_t)anepy_round_up(seq_len, ANEPY_COLUMNS);
+    e->longest = e->width = (int32_t)anepy_round_up(seq_len, ANEPY_COLUMNS);
     int32_t status = build(e, o);
     if (status != ANEPY_OK) {
         anepy_engine_free(e);
@@ -208,13 +254,7 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
 void anepy_engine_free(anepy_engine *e) {
     if (e == NULL) return;
     anepy_pool_free(e->pool);
-    anepy_compile_close(e);
-    if (e->metal != NULL) anepy_gpu.close(e->metal);
-    if (e->device != NULL) e->device->ops->close(e->device);
-    anepy_unmap(e->host, e->host_nbytes);
-    anepy_unmap(e->captures, e->captures_nbytes);
-    free(e->nodes);
-    free(e->layers);
+    free_room(e);
     free(e);
 }
 

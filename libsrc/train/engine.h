@@ -68,20 +68,21 @@ typedef struct {
 } anepy_layer;
 
 struct anepy_engine {
+    _Atomic int32_t busy;   /* a call is running: all that follows is its own */
+    uint64_t caller_fpmode; /* given back when it returns */
     const anepy_model *model;
     float *params, *grads, *adam_m, *adam_v;
     const float *weights; /* what steps compute with: params, or the set that is compiled */
     uint32_t switches;
     anepy_dtype dtype;
-    int32_t seq_len, width; /* width: seq_len rounded up to a panel */
+    int32_t seq_len, longest; /* longest: seq_len rounded up to a panel */
+    int32_t width;            /* columns there is room for: of several such sequences */
     int64_t accumulated, updates;
-    double loss_scale;      /* what gradients are multiplied with on their way down */
-    int64_t clean_steps;    /* since the scale last changed */
-    int32_t damaged;        /* something not finite, or half a step, was accumulated: no update */
-    int32_t dw_started;     /* products of the running step that may have been added */
-    int32_t stale;          /* the programs are not those of the weights */
-    _Atomic int32_t busy;   /* a call is running */
-    uint64_t caller_fpmode; /* given back when it returns */
+    double loss_scale;   /* what gradients are multiplied with on their way down */
+    int64_t clean_steps; /* since the scale last changed */
+    int32_t damaged;     /* something not finite, or half a step, was accumulated: no update */
+    int32_t dw_started;  /* products of the running step that may have been added */
+    int32_t stale;       /* the programs are not those of the weights */
     anepy_pool *pool;
     anepy_gemm gemm;
     anepy_device *device;
@@ -111,14 +112,16 @@ struct anepy_engine {
     double *row_squares;   /* [vocab]: of the rows of the classifier's gradient */
     int64_t
         squares_step; /* of an accumulation: the one to note them, if the next is as long; or 0 */
-    int32_t notes_squares; /* the running sequence notes them */
+    int32_t notes_squares; /* the running sequences note them */
     int32_t knows_squares; /* those that were noted are of the gradients as they are */
-    const int32_t *tokens; /* of the running sequence */
+    const int32_t *tokens; /* of the running sequences, one behind the other */
     const int32_t *targets;
-    int32_t sequences;      /* of the running step */
-    int32_t added;          /* those of them that are in the gradients already */
-    int32_t n;              /* tokens of each */
-    int32_t columns;        /* computed: n rounded up to a panel; width where programs always are */
+    int32_t sequences; /* of the running step */
+    int32_t added;     /* those of them that are in the gradients already */
+    int32_t beside;    /* those that run now, beside each other */
+    int32_t n;         /* tokens of each */
+    int32_t stride;    /* its columns: n rounded up to a panel; all where programs always are */
+    int32_t columns;   /* of those that run */
     anepy_step_stats stats; /* of the running step */
     float *host;            /* one mapping: all of the host's memory above */
     uint64_t host_nbytes;
@@ -133,8 +136,30 @@ static inline int anepy_can(const anepy_engine *e, uint32_t capability) {
     return (e->device->type->capabilities & capability) != 0;
 }
 
-/* Does the running sequence add to gradients? The first after an update replaces them. */
+/* Do the running sequences add to gradients? The first after an update replace them. */
 static inline int anepy_adds(const anepy_engine *e) { return e->accumulated > 0 || e->added > 0; }
+
+/* The sequences that run now lie beside each other, and the columns between them count nothing:
+ * their values are finite, their gradients exactly zero. */
+static inline int32_t anepy_running_tokens(const anepy_engine *e) { return e->beside * e->n; }
+static inline int32_t anepy_column(const anepy_engine *e, int32_t token) {
+    return token / e->n * e->stride + token % e->n;
+}
+/* What weight gradients are summed over: all columns to the last token. */
+static inline int32_t anepy_reduction(const anepy_engine *e) {
+    return e->columns - e->stride + e->n;
+}
+
+/* The tokens in the 64 columns from this one on. */
+typedef struct {
+    int32_t first, count;
+} anepy_span;
+
+static inline anepy_span anepy_span_at(const anepy_engine *e, int32_t column) {
+    int32_t position = column % e->stride, left = e->n - position;
+    return (anepy_span){column / e->stride * e->n + position,
+                        anepy_max_i32(0, anepy_min_i32(ANEPY_COLUMNS, left))};
+}
 
 /* What the gradient of each token's loss is multiplied with. */
 static inline double anepy_token_scale(const anepy_engine *e) {
@@ -148,6 +173,10 @@ int32_t anepy_chunks(const anepy_engine *e); /* pieces of the vocabulary in loss
 
 /* Runs on [0, count) pieces on all threads with the engine as context. */
 void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn);
+
+/* engine.c: room for so many columns, if there is less; after a failure there is as much as before.
+ */
+int32_t anepy_engine_widen(anepy_engine *e, int32_t columns);
 
 /* wiring.c: nodes, surfaces and links. */
 int32_t anepy_wire(anepy_engine *e);

@@ -44,12 +44,14 @@ static void logits_gradient(void *context, int32_t index, int32_t worker) {
 }
 
 void anepy_loss_padding(anepy_engine *e) {
-    for (int32_t s = e->n; s < e->columns; s++) e->lse[s] = INFINITY;
+    for (int32_t start = 0; start < e->columns; start += e->stride)
+        for (int32_t s = e->n; s < e->stride; s++) e->lse[start + s] = INFINITY;
 }
 
 void anepy_loss_targets(anepy_engine *e) {
-    for (int32_t s = 0; s < e->n; s++)
-        e->logits[(int64_t)e->targets[s] * e->width + s] -= (float)anepy_token_scale(e);
+    for (int32_t t = 0; t < anepy_running_tokens(e); t++)
+        e->logits[(int64_t)e->targets[t] * e->width + anepy_column(e, t)] -=
+            (float)anepy_token_scale(e);
 }
 
 /* Gradients of the logits in chunks, by anepy_classifier_backward? */
@@ -62,7 +64,8 @@ double anepy_loss(anepy_engine *e, int gradient) {
     int32_t count = anepy_chunks(e), pieces = count * (e->columns / COLS);
     double loss = 0.0;
     anepy_engine_run(e, pieces, partial_sums);
-    for (int32_t s = 0; s < e->n; s++) {
+    for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
+        int32_t s = anepy_column(e, t);
         const float *max = e->partial + s, *sum = max + (int64_t)count * e->width;
         float top = -INFINITY;
         double total = 0.0;
@@ -71,7 +74,7 @@ double anepy_loss(anepy_engine *e, int gradient) {
             total += sum[(int64_t)c * e->width] * exp((double)max[(int64_t)c * e->width] - top);
         double lse = top + log(total);
         e->lse[s] = (float)lse;
-        loss += lse - e->logits[(int64_t)e->targets[s] * e->width + s];
+        loss += lse - e->logits[(int64_t)e->targets[t] * e->width + s];
     }
     if (gradient) anepy_loss_padding(e);
     if (gradient && !in_chunks(e)) {
@@ -144,8 +147,9 @@ static void round_gradient(void *context, int32_t index, int32_t worker) {
         memcpy(block + r * COLS, e->logits + (int64_t)(first + r) * e->width + column,
                COLS * sizeof(float));
     anepy_vector(e)->softmax_gradient(block, e->lse + column, scale, COLS, rows);
-    for (int32_t s = 0; s < anepy_min_i32(COLS, e->n - column); s++) {
-        int32_t target = e->targets[column + s] - first;
+    anepy_span tokens = anepy_span_at(e, column);
+    for (int32_t s = 0; s < tokens.count; s++) {
+        int32_t target = e->targets[tokens.first + s] - first;
         if (target >= 0 && target < rows) block[target * COLS + s] -= scale;
     }
     for (int32_t r = 0; r < rows; r++)
@@ -170,7 +174,7 @@ static void backward_in_chunks(anepy_engine *e) {
                         .ldb = e->width,
                         .b_transposed = 1,
                         .n = dim,
-                        .k = e->n,
+                        .k = anepy_reduction(e),
                         .accumulate = anepy_adds(e)};
     for_dw.panels = e->xnorm_panels;
     e->dw_started++;
@@ -223,7 +227,7 @@ void anepy_classifier_dw(anepy_engine *e) {
                              .b_transposed = 1,
                              .m = e->model->config.vocab_size,
                              .n = dim,
-                             .k = e->n,
+                             .k = anepy_reduction(e),
                              .accumulate = anepy_adds(e),
                              .squares = e->notes_squares ? e->row_squares : NULL};
     anepy_gemm_run(&e->gemm, &product);

@@ -106,7 +106,8 @@ static double join(anepy_engine *e, int gradient) {
     int32_t pieces = task.groups * (e->columns / COLS);
     double loss = 0.0;
     anepy_pool_run(e->pool, pieces, group_piece, &task);
-    for (int32_t s = 0; s < e->n; s++) {
+    for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
+        int32_t s = anepy_column(e, t);
         const float *lse = e->group_lse + s;
         float top = -INFINITY;
         double sum = 0.0;
@@ -115,7 +116,7 @@ static double join(anepy_engine *e, int gradient) {
             sum += exp((double)lse[(int64_t)g * e->width] - top);
         double whole = top + log(sum);
         e->lse[s] = (float)whole;
-        loss += whole - e->logits[(int64_t)e->targets[s] * e->width + s];
+        loss += whole - e->logits[(int64_t)e->targets[t] * e->width + s];
     }
     if (gradient) {
         anepy_loss_padding(e);
@@ -141,7 +142,7 @@ int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, doubl
     const anepy_device_ops *ops = e->device->ops;
     ANEPY_TRY(transfer_logits(e, node));
     anepy_count(mark, &e->stats.io_ms);
-    ANEPY_TRY(ops->evaluate(node->kernel, e->n, 1));
+    ANEPY_TRY(ops->evaluate(node->kernel, e->n, e->beside));
     anepy_count(mark, &e->stats.device_ms);
     ANEPY_TRY(ops->lock(node->output, 0));
     *loss = join(e, gradient);

@@ -1,5 +1,5 @@
 /* train/squares.c - the sum of squares of the gradients, for their norm. So that an update need not
- * read them once more, the products of the last sequence of an accumulation note it for each piece
+ * read them once more, the products of the last sequences of an accumulation note it for each piece
  * of what they write, while that is in the cache: if the last update could have used it, of the
  * step whose number that update came after. What is not known is computed for the same pieces. All
  * are added in one order, so the sum is the same bit for bit. */
@@ -10,8 +10,8 @@
 
 void anepy_squares_begin(anepy_engine *e) {
     e->knows_squares = 0;
-    e->notes_squares =
-        e->accumulated + 1 == e->squares_step && e->metal == NULL && e->added + 1 == e->sequences;
+    e->notes_squares = e->accumulated + 1 == e->squares_step && e->metal == NULL &&
+                       e->added + e->beside == e->sequences;
 }
 
 /* A tied classifier's rows: the embedding's part was added behind the product. */
@@ -19,9 +19,9 @@ void anepy_squares_end(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     const float *matrix = e->grads + anepy_model_embedding(e->model);
     if (!e->notes_squares) return;
-    for (int32_t s = 0; s < e->n && c->tied; s++)
-        e->row_squares[e->tokens[s]] =
-            anepy_vector(e)->sum_squares(matrix + (int64_t)e->tokens[s] * c->dim, c->dim);
+    for (int32_t t = 0; t < anepy_running_tokens(e) && c->tied; t++)
+        e->row_squares[e->tokens[t]] =
+            anepy_vector(e)->sum_squares(matrix + (int64_t)e->tokens[t] * c->dim, c->dim);
     e->knows_squares = 1;
 }
 

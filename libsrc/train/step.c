@@ -11,7 +11,7 @@ void anepy_count(double *mark, double *phase) {
 int32_t anepy_evaluate(anepy_engine *e, anepy_node *node, double *mark) {
     ANEPY_TRY(anepy_transfer_inputs(e, node));
     anepy_count(mark, &e->stats.io_ms);
-    ANEPY_TRY(e->device->ops->evaluate(node->kernel, e->n, 1));
+    ANEPY_TRY(e->device->ops->evaluate(node->kernel, e->n, e->beside));
     anepy_count(mark, &e->stats.device_ms);
     return ANEPY_OK;
 }

@@ -79,11 +79,12 @@ static const struct {
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
-/* Probabilities and their gradients, [heads * width, width], from sdpa_bwd1 to sdpa_bwd2: in memory
- * as long as that is faster than to compute them again, and it does not grow with the square. */
+/* Probabilities and their gradients, [heads * longest, width], from sdpa_bwd1 to sdpa_bwd2: in
+ * memory as long as that is faster than to compute them again, and it does not grow with the
+ * square. */
 #define LONG_WIDTH 1024
 static int keeps_scores(const anepy_engine *e) {
-    return e->width < LONG_WIDTH || !anepy_can(e, ANEPY_RECOMPUTES);
+    return e->longest < LONG_WIDTH || !anepy_can(e, ANEPY_RECOMPUTES);
 }
 
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
@@ -201,7 +202,7 @@ static void add_node(anepy_engine *e, anepy_program_id id, int32_t layer, int32_
     anepy_node *node = e->nodes != NULL ? &e->nodes[e->node_n] : NULL;
     e->node_n++;
     if (node == NULL) return;
-    anepy_program_describe_part(&node->program, id, e->model, e->width, part);
+    anepy_program_describe_part(&node->program, id, e->model, e->longest, part);
     node->program.live = node->program.weight_n > 0 && anepy_on(e, ANEPY_DYNAMIC_WEIGHTS);
     node->layer = layer;
     if (id < ANEPY_LAYER_PROGRAM_N) e->layers[layer].nodes[id] = node;
@@ -215,7 +216,7 @@ static void add_nodes(anepy_engine *e) {
         for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
             if (runs(e, id)) add_node(e, id, l, 0);
     for (anepy_program_id id = ANEPY_LAYER_PROGRAM_N; id < ANEPY_PROGRAM_N; id++) {
-        anepy_program_describe(&program, id, e->model, e->width);
+        anepy_program_describe(&program, id, e->model, e->longest);
         for (int32_t part = 0; runs(e, id) && part < program.parts; part++)
             add_node(e, id, 0, part);
     }

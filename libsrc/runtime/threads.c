@@ -249,6 +249,40 @@ void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *con
     pthread_mutex_unlock(&pool->mutex);
 }
 
+typedef struct {
+    _Alignas(64) _Atomic int32_t next; /* alone in its cache line */
+    int32_t end;
+} stretch;
+
+typedef struct {
+    anepy_loop_fn fn;
+    void *context;
+    int32_t n;
+    stretch at[MAX_WORKERS];
+} stretches;
+
+static void take_stretches(void *context, int32_t first, int32_t worker) {
+    stretches *all = context;
+    for (int32_t i = 0; i < all->n; i++) {
+        stretch *s = &all->at[(first + i) % all->n];
+        int32_t index;
+        while ((index = atomic_fetch_add_explicit(&s->next, 1, memory_order_relaxed)) < s->end)
+            all->fn(all->context, index, worker);
+    }
+}
+
+void anepy_pool_stream(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context) {
+    stretches all;
+    all.fn = fn;
+    all.context = context;
+    all.n = anepy_min_i32(count, pool->threads);
+    for (int32_t i = 0; i < all.n; i++) {
+        all.at[i].end = (int32_t)((int64_t)count * (i + 1) / all.n);
+        atomic_init(&all.at[i].next, i == 0 ? 0 : all.at[i - 1].end);
+    }
+    anepy_pool_run(pool, all.n, take_stretches, &all);
+}
+
 void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_loop_fn fn,
                        void *context, int32_t serial) {
     ensure_started(pool);

@@ -35,6 +35,11 @@ int32_t anepy_pool_threads(const anepy_pool *pool);
 /* Computes all indices, then returns. */
 void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context);
 
+/* The same for a loop that waits for memory: each worker goes through a stretch of neighbouring
+ * indices, so that what it reads is one stream, which the processor fetches ahead; one that is done
+ * helps the others. */
+void anepy_pool_stream(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context);
+
 /* Queues a background loop. With serial != 0 it starts only when all loops before it are done;
  * otherwise it starts as soon as a worker is free. */
 void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_loop_fn fn,

@@ -59,19 +59,21 @@ static anepy_pool *make(int32_t threads) {
     return pool;
 }
 
-static void check_foreground(int32_t threads) {
+typedef void (*run_fn)(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context);
+
+static void check_foreground(run_fn run, int32_t threads) {
     static const int32_t counts[] = {0, 1, 2, 3, 4, 5, 7, 8, 16, 63, 64, 65, 1000, LARGEST};
     static work w;
     anepy_pool *pool = make(threads);
     for (int round = 0; round < 20; round++) {
         for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
             start(&w, counts[c], threads, round % 2 * 100);
-            anepy_pool_run(pool, counts[c], hit, &w);
+            run(pool, counts[c], hit, &w);
             CHECK(complete(&w), "run of %d on %d threads", counts[c], threads);
         }
     }
     start(&w, 0, threads, 0);
-    anepy_pool_run(pool, -3, hit, &w);
+    run(pool, -3, hit, &w);
     CHECK(complete(&w), "a negative count runs something");
     anepy_pool_free(pool);
 }
@@ -198,6 +200,36 @@ static void check_together(int32_t threads) {
         anepy_pool_run(pool, threads, meet, &m);
         CHECK(atomic_load(&m.most) == threads, "%d of %d threads took part", atomic_load(&m.most),
               threads);
+    }
+    anepy_pool_free(pool);
+}
+
+#define STREAM 100
+
+typedef struct {
+    int32_t held;
+    _Atomic int32_t done;
+} holding;
+
+/* One index takes until all others are done. */
+static void hold(void *context, int32_t index, int32_t worker) {
+    holding *h = context;
+    (void)worker;
+    double end = anepy_now_ms() + PATIENCE_MS;
+    while (index == h->held && atomic_load(&h->done) < STREAM - 1 && anepy_now_ms() < end)
+        usleep(50);
+    atomic_fetch_add(&h->done, 1);
+}
+
+/* A worker of a stream that is held up keeps no index but the one it is in. */
+static void check_help(int32_t threads) {
+    anepy_pool *pool = make(threads);
+    for (int32_t held = 0; held < STREAM && threads > 1; held += 33) {
+        holding h = {.held = held};
+        double begin = anepy_now_ms();
+        anepy_pool_stream(pool, STREAM, hold, &h);
+        CHECK(atomic_load(&h.done) == STREAM && anepy_now_ms() - begin < PATIENCE_MS,
+              "%d threads wait for index %d of a stream", threads, held);
     }
     anepy_pool_free(pool);
 }
@@ -339,7 +371,9 @@ static void check_arguments(void) {
 void checks_pool(void) {
     check_arguments();
     for (int32_t threads = 1; threads <= 5; threads++) {
-        check_foreground(threads);
+        check_foreground(anepy_pool_run, threads);
+        check_foreground(anepy_pool_stream, threads);
+        check_help(threads);
         check_chain(threads);
         check_together(threads);
         check_busy(threads);

@@ -1,7 +1,8 @@
 /* device/cpu/decode.c - one token at a time with a key/value cache, for generation.
  *
- * Every product has one column, so the time is that of reading the weights once: rows are split
- * over threads, nothing is packed. Always fp32 on the CPU, whatever device trained the model. */
+ * Every product has one column, so the time is that of reading the weights once, as they lie in
+ * memory: each thread goes through neighbouring rows, nothing is packed. Always fp32 on the CPU,
+ * whatever device trained the model. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -51,9 +52,9 @@ static void product_rows(void *context, int32_t index, int32_t worker) {
 
 static void multiply(const anepy_decoder *d, float *y, int64_t weight, const float *x, int32_t rows,
                      int32_t cols) {
-    int32_t piece = anepy_max_i32(4, PIECE_BYTES / (int32_t)sizeof(float) / cols / 4 * 4);
+    int32_t piece = anepy_max_i32(1, PIECE_BYTES / (int32_t)sizeof(float) / cols);
     product p = {d, y, d->params + weight, x, rows, cols, piece};
-    anepy_pool_run(d->pool, (rows + piece - 1) / piece, product_rows, &p);
+    anepy_pool_stream(d->pool, (rows + piece - 1) / piece, product_rows, &p);
 }
 
 static void normalize(const anepy_decoder *d, int64_t weight) {

@@ -151,8 +151,9 @@ def test_only_selects_by_the_beginning_of_a_name() -> None:
 # Called in the place of the right ones, they spoil one number.
 WRONG = {
     "gemm_tile": """(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_step,
-        const float *b, int64_t ldb, int32_t k, int32_t rows, int32_t accumulate) {
-        SIMD_FN(gemm_tile)(c, ldc, a, a_row, a_step, b, ldb, k, rows, accumulate);
+        const float *b, int64_t ldb, int32_t k, int32_t rows, int32_t accumulate,
+        anepy_lines next) {
+        SIMD_FN(gemm_tile)(c, ldc, a, a_row, a_step, b, ldb, k, rows, accumulate, next);
         c[(rows - 1) * ldc + 3] *= 1.01f; }""",
     "adam": """(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a) {
         SIMD_FN(adam)(p, g, m, v, n, a);

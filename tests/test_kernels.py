@@ -202,8 +202,8 @@ MUTATIONS = [
     ),
     ("exp", VECTORS, "0x1.fffffcp-2f", "0x1.ffffp-2f"),
     ("adam", VECTORS, "v_fma(v_sqrt(var), c2, eps)", "v_mul(v_sqrt(var), c2)"),
-    ("gemm", "kernels/gemm.c", "product->accumulate || p > 0", "product->accumulate"),
-    ("gemm", "kernels/gemm.c", "if (p + s.k < product->k) s.squares = NULL;", "s.squares = NULL;"),
+    ("gemm", "kernels/gemm.c", "whole->accumulate || p > 0", "whole->accumulate"),
+    ("gemm", "kernels/gemm.c", "if (p + s.k < whole->k) s.squares = NULL;", "s.squares = NULL;"),
     (
         "gemm",
         "kernels/gemm.c",

@@ -1,50 +1,15 @@
 /* kernels/bf16_impl.h - the kernels of anepy_bf16_kernels, once, over vector_impl.h and the few
  * primitives on pairs that a simd_*bf16.h adds. Contracts stand in kernels.h. */
 
-/* As gemm_rows, two steps of the reduction at once. */
-V_INLINE void dot_rows(float *c, int64_t ldc, const uint32_t *a, int64_t a_row, int64_t a_step,
-                       const uint32_t *b, int32_t pairs, const int rows, int accumulate) {
-    vf acc[ANEPY_TILE_ROWS][TILE_VECTORS];
-    ANEPY_UNROLL
-    for (int i = 0; i < rows; i++) {
-        ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(0.0f);
-    }
-    for (int32_t q = 0; q < pairs; q++) {
-        vp col[TILE_VECTORS];
-        ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) col[j] = v_load_pairs(b + j * VL);
-        ANEPY_UNROLL
-        for (int i = 0; i < rows; i++) {
-            vp x = v_set_pair(a[i * a_row]);
-            ANEPY_UNROLL
-            for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_dot(x, col[j], acc[i][j]);
-        }
-        a += a_step;
-        b += COLS;
-    }
-    ANEPY_UNROLL
-    for (int i = 0; i < rows; i++) {
-        ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) {
-            float *out = c + i * ldc + j * VL;
-            v_store(out, accumulate ? v_add(v_load(out), acc[i][j]) : acc[i][j]);
-        }
-    }
-}
-
-SIMD_TARGET static void SIMD_FN(dot_tile)(float *c, int64_t ldc, const uint32_t *a, int64_t a_row,
-                                          int64_t a_step, const uint32_t *b, int32_t pairs,
-                                          int32_t rows, int32_t accumulate) {
-    switch (rows) {
-    case 6: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 6, accumulate); break;
-    case 5: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 5, accumulate); break;
-    case 4: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 4, accumulate); break;
-    case 3: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 3, accumulate); break;
-    case 2: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 2, accumulate); break;
-    default: dot_rows(c, ldc, a, a_row, a_step, b, pairs, 1, accumulate); break;
-    }
-}
+/* Two steps of the reduction at once. */
+#define TILE_ROWS dot_rows
+#define TILE_NAME SIMD_FN(dot_tile)
+#define TILE_UNIT uint32_t
+#define TILE_VECTOR vp
+#define TILE_LOAD v_load_pairs
+#define TILE_SPREAD v_set_pair
+#define TILE_MULTIPLY v_dot
+#include "kernels/tile_impl.h"
 
 SIMD_TARGET static void SIMD_FN(to_bf16)(uint16_t *dst, const float *src, int64_t n) {
     int64_t i = 0;

@@ -6,10 +6,12 @@
 #include "kernels/blas.h"
 
 #define COLS ANEPY_COLUMNS
-#define DEPTH 1024     /* units of the reduction per packed block: 256 KiB per panel, fits L2 */
+#define DEPTH 2048     /* units of the reduction that panels of B have room for */
+#define PART 1024      /* of which are multiplied at once */
 #define BLOCK_ROWS 48  /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
 #define PIECE_ROWS 384 /* rows of C per background piece: its rows of A stay in L2 */
 #define BLAS_ROUND 16  /* and of one by the system's library: one side of a matrix unit */
+#define LINE 64        /* bytes of a cache line */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
 
 int64_t anepy_gemm_panels_n(int32_t columns) {
@@ -38,23 +40,26 @@ static void prefetch_tile(const float *c, int64_t ldc, int32_t rows) {
         for (int32_t line = 0; line < COLS; line += 16) __builtin_prefetch(c + r * ldc + line, 1);
 }
 
-/* What comes next, fetched into the cache a little with each tile: rows of `lines` cache lines. */
+/* What a worker will pack or read next, in memory as yet: it is fetched line by line while tiles of
+ * n units are computed, one line per unit in every tile that takes part. */
 typedef struct {
-    const float *at;
-    int64_t stride;
-    int32_t rows, lines, line;
-    int32_t quota;      /* lines per tile */
-    const float *right; /* C of the panel that follows, if it is added to */
+    const char *at;
+    int64_t stride; /* bytes from line to line, then to the next of some columns of lines */
+    int32_t n, rows, row, columns, column;
+    int32_t tile, every; /* the tiles that take part */
+    const float *right;  /* C of the panel that follows, if it is added to */
 } upcoming;
 
-static void fetch(upcoming *u) {
-    for (int32_t i = 0; i < u->quota && u->rows > 0; i++) {
-        __builtin_prefetch(u->at + 16 * u->line, 0, 2);
-        if (++u->line < u->lines) continue;
-        u->line = 0;
-        u->at += u->stride;
-        u->rows--;
+static anepy_lines take_lines(upcoming *u, const void *elsewhere) {
+    if (u == NULL || u->column >= u->columns || u->tile++ % u->every != 0)
+        return (anepy_lines){elsewhere, 0};
+    anepy_lines taken = {u->at + u->row * u->stride + (int64_t)u->column * LINE, u->stride};
+    u->row += u->n;
+    if (u->row >= u->rows) {
+        u->row = 0;
+        u->column++;
     }
+    return taken;
 }
 
 /* Rows [0, m) of up to 64 columns of C from one panel of B with n units. Where C has fewer columns,
@@ -69,18 +74,19 @@ static void multiply_panel(const anepy_kernels *kernels, const anepy_bf16_kernel
         const float *block = a.data + i * a.row;
         float *out = whole ? c : tile;
         int64_t ld = whole ? ldc : COLS;
+        anepy_lines lines = take_lines(next, block);
         if (accumulate && m - i > ANEPY_TILE_ROWS)
             prefetch_tile(c + ANEPY_TILE_ROWS * ldc, ldc, m - i - ANEPY_TILE_ROWS);
         else if (next != NULL && next->right != NULL) prefetch_tile(next->right, ldc, m);
-        if (next != NULL) fetch(next);
         for (int32_t j = 0; j < COLS; j += kernels->gemm_cols) {
             if (bf16 != NULL)
                 bf16->dot_tile(out + j, ld, (const uint32_t *)(const void *)block, a.row, a.step,
-                               (const uint32_t *)(const void *)(panel + j), n, rows,
-                               whole && accumulate);
+                               (const uint32_t *)(const void *)(panel + j), ldb, n, rows,
+                               whole && accumulate, lines);
             else
                 kernels->gemm_tile(out + j, ld, block, a.row, a.step, panel + j, ldb, n, rows,
-                                   whole && accumulate);
+                                   whole && accumulate, lines);
+            lines = (anepy_lines){block, 0};
         }
         for (int32_t r = 0; r < rows && !whole; r++) {
             float *to = c + r * ldc;
@@ -128,8 +134,8 @@ static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *
     }
 }
 
-/* Rows [first, first + rows) of A: where they are if the kernel can read them there in order, else
- * copied to block. */
+/* Rows [first, first + rows) of A, of the product's whole reduction: where they are if the kernel
+ * can read them there in order, else copied to block. */
 static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *block, int32_t first,
                        int32_t rows) {
     const anepy_bf16_kernels *bf16 = gemm->bf16;
@@ -149,13 +155,9 @@ static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *bl
         bf16->pack_pairs((uint32_t *)(void *)block, BLOCK_ROWS, s->a + start, s->a_step, s->k,
                          rows);
     } else {
-        const int64_t ahead = 16;
-        for (int32_t p = 0; p < s->k; p++) {
-            const float *src = s->a + start + p * s->a_step;
-            for (int32_t line = 0; line < BLOCK_ROWS; line += 16)
-                __builtin_prefetch(src + ahead * s->a_step + line);
-            memcpy(block + (int64_t)p * BLOCK_ROWS, src, (size_t)rows * sizeof(float));
-        }
+        for (int32_t p = 0; p < s->k; p++)
+            memcpy(block + (int64_t)p * BLOCK_ROWS, s->a + start + p * s->a_step,
+                   (size_t)rows * sizeof(float));
     }
     return (units){block, 1, BLOCK_ROWS};
 }
@@ -176,38 +178,71 @@ static void pack_panel(void *context, int32_t index, int32_t worker) {
                  gemm->scratch + worker * gemm->scratch_n + TILE_N);
 }
 
-/* The block of A that this worker will probably pack next: it stands in memory, often in rows too
- * far apart for the processor to see them coming. */
-static upcoming next_rows(const anepy_product *s, int32_t index) {
+/* The product of steps [p, p + k) of the reduction. */
+static anepy_product part_of(const anepy_product *whole, int32_t p, int32_t k) {
+    anepy_product s = *whole;
+    int64_t a = p * s.a_step, b = s.b_transposed ? p : p * s.ldb;
+    if (s.a16 != NULL) s.a16 += a;
+    else s.a += a;
+    if (s.b16 != NULL) s.b16 += b;
+    else if (s.b != NULL) s.b += b; /* B may be packed already */
+    s.k = anepy_min_i32(k, whole->k - p);
+    s.accumulate = whole->accumulate || p > 0;
+    if (p + s.k < whole->k) s.squares = NULL;
+    return s;
+}
+
+/* A of piece `index`, to be fetched by the tiles of another block; or nothing. */
+static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32_t index) {
     int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
-    int32_t by_rows = s->a_step == 1;
-    if (rows <= 0 || s->a == NULL) return (upcoming){.rows = 0};
-    upcoming u = {.at = s->a + first * s->a_row,
-                  .stride = by_rows ? s->a_row : s->a_step,
-                  .rows = by_rows ? rows : s->k,
-                  .lines = ((by_rows ? s->k : rows) + 15) / 16};
+    int32_t by_rows = s->a_step == 1, halves = gemm->bf16 != NULL && s->a16 != NULL;
+    int64_t size = halves ? sizeof *s->a16 : sizeof *s->a, start = first * s->a_row;
     int32_t tiles = BLOCK_ROWS / ANEPY_TILE_ROWS * ((s->n + COLS - 1) / COLS);
-    u.quota = (int32_t)(((int64_t)u.rows * u.lines + tiles - 1) / tiles);
+    upcoming u = {.at = halves ? (const char *)(s->a16 + start) : (const char *)(s->a + start),
+                  .n = units_of(gemm, s->k),
+                  .every = 1};
+    if (rows <= 0) return u;
+    if (!by_rows) {
+        u.stride = s->a_step * size;
+        u.rows = s->k;
+        u.columns = (int32_t)((rows * size + LINE - 1) / LINE);
+        int32_t wanted = u.columns * ((u.rows + u.n - 1) / u.n);
+        u.every = anepy_max_i32(1, tiles / wanted);
+    } else if (s->a_row == s->k) { /* one run of memory: so slowly that all tiles take part */
+        int64_t steps = (int64_t)tiles * u.n;
+        u.stride = (rows * s->k * size + steps - 1) / steps;
+        u.rows = tiles * u.n;
+        u.columns = 1;
+    }
     return u;
 }
 
+/* A block of rows, part by part of the reduction, so that what is read again and again stays in the
+ * cache, and C with it. Meanwhile the lines of the block that follows are fetched: those of the
+ * next part, or of the piece this worker will probably take next. */
 static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_gemm_job *job = context;
     const anepy_gemm *gemm = job->gemm;
-    const anepy_product *s = &job->product;
+    const anepy_product *whole = &job->product;
     float *tile = gemm->scratch + worker * gemm->scratch_n;
-    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
-    int32_t n = units_of(gemm, s->k);
-    upcoming next = next_rows(s, index + anepy_pool_threads(gemm->pool));
-    units a = pack_rows(gemm, s, tile + TILE_N, first, rows);
-    for (int32_t j = 0; j < s->n; j += COLS) {
-        int more = s->accumulate && j + 2 * COLS <= s->n;
-        next.right = more ? s->c + first * s->ldc + j + COLS : NULL;
-        multiply_panel(gemm->kernels, gemm->bf16, s->c + first * s->ldc + j, s->ldc, a,
-                       gemm->panels + (int64_t)j * n, COLS, n, rows, anepy_min_i32(COLS, s->n - j),
-                       s->accumulate, &next, tile);
+    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, whole->m - first);
+    int32_t n = units_of(gemm, whole->k), most = anepy_gemm_depth(gemm) / (DEPTH / PART);
+    int32_t parts = (whole->k + most - 1) / most;
+    int32_t k = (int32_t)anepy_round_up((whole->k + parts - 1) / parts, 16);
+    for (int32_t p = 0; p < whole->k; p += k) {
+        int last = p + k >= whole->k, ahead = last ? anepy_pool_threads(gemm->pool) : 0;
+        anepy_product s = part_of(whole, p, k), after = part_of(whole, last ? 0 : p + k, k);
+        upcoming next = rows_ahead(gemm, &after, index + ahead);
+        units a = pack_rows(gemm, &s, tile + TILE_N, first, rows);
+        const float *panel = gemm->panels + (int64_t)units_of(gemm, p) * COLS;
+        for (int32_t j = 0; j < s.n; j += COLS, panel += (int64_t)n * COLS) {
+            float *c = s.c + first * s.ldc + j;
+            next.right = s.accumulate && j + 2 * COLS <= s.n ? c + COLS : NULL;
+            multiply_panel(gemm->kernels, gemm->bf16, c, s.ldc, a, panel, COLS, units_of(gemm, s.k),
+                           rows, anepy_min_i32(COLS, s.n - j), s.accumulate, &next, tile);
+        }
     }
-    anepy_gemm_row_squares(gemm, s, first, rows);
+    anepy_gemm_row_squares(gemm, whole, first, rows);
 }
 
 int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return gemm->bf16 != NULL ? 2 * DEPTH : DEPTH; }
@@ -231,15 +266,7 @@ void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
     }
     int32_t depth = anepy_gemm_depth(gemm);
     for (int32_t p = 0; p < product->k; p += depth) {
-        anepy_product s = *product;
-        int64_t a = p * s.a_step, b = s.b_transposed ? p : p * s.ldb;
-        if (s.a16 != NULL) s.a16 += a;
-        else s.a += a;
-        if (s.b16 != NULL) s.b16 += b;
-        else s.b += b;
-        s.k = anepy_min_i32(depth, product->k - p);
-        s.accumulate = product->accumulate || p > 0;
-        if (p + s.k < product->k) s.squares = NULL;
+        anepy_product s = part_of(product, p, depth);
         anepy_gemm_pack(gemm, &s);
         anepy_gemm_multiply(gemm, &s);
     }

@@ -25,15 +25,23 @@ typedef struct {
     int32_t clear;     /* write zeros to g */
 } anepy_adam;
 
+/* What is needed soon: with every step of its reduction a matrix kernel fetches the cache line at
+ * `at`, which moves on by `step` bytes; with step 0 any readable place costs nothing. Many lines at
+ * once would fill the queue of misses and stop it. */
+typedef struct {
+    const void *at;
+    int64_t step;
+} anepy_lines;
+
 /* Products of bfloat16 numbers with float32 sums, two steps of the reduction per instruction. A
  * unit is a pair of bf16 numbers, the first in the low half; a reduction of k has (k + 1) / 2
  * units, and where k is odd the second number of the last unit of B is zero. Subnormals may count
  * as zero. */
 typedef struct {
-    /* As gemm_tile on units: C[rows][gemm_cols] = or += A . B with A(i,q) = a[i*a_row + q*a_step],
-     * B(q,j) = b[q*64 + j], 0 <= q < pairs. */
+    /* As gemm_tile on units. */
     void (*dot_tile)(float *c, int64_t ldc, const uint32_t *a, int64_t a_row, int64_t a_step,
-                     const uint32_t *b, int32_t pairs, int32_t rows, int32_t accumulate);
+                     const uint32_t *b, int64_t ldb, int32_t units, int32_t rows,
+                     int32_t accumulate, anepy_lines next);
     /* Round to nearest even; NaN stays NaN. */
     void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
     void (*from_bf16)(float *dst, const uint16_t *src, int64_t n);
@@ -54,7 +62,8 @@ typedef struct anepy_kernels {
     /* C[rows][gemm_cols] = or += A . B. A(i,p) = a[i*a_row + p*a_step], B(p,j) = b[p*ldb + j],
      * C(i,j) = c[i*ldc + j]; 1 <= rows <= ANEPY_TILE_ROWS; 0 <= p < k. */
     void (*gemm_tile)(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_step,
-                      const float *b, int64_t ldb, int32_t k, int32_t rows, int32_t accumulate);
+                      const float *b, int64_t ldb, int32_t k, int32_t rows, int32_t accumulate,
+                      anepy_lines next);
 
     /* dst[p*64 + j] = src[j*ld + p] for j < rows, 0 for rows <= j < 64; 0 <= p < n. */
     void (*transpose_panel)(float *dst, const float *src, int64_t ld, int32_t rows, int32_t n);

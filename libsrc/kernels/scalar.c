@@ -14,7 +14,8 @@
 
 static void gemm_tile_6x16__scalar(float *c, int64_t ldc, const float *a, int64_t a_row,
                                    int64_t a_step, const float *b, int64_t ldb, int32_t k,
-                                   int32_t rows, int32_t accumulate) {
+                                   int32_t rows, int32_t accumulate, anepy_lines next) {
+    (void)next;
     for (int32_t i = 0; i < rows; i++) {
         float sum[16] = {0};
         for (int32_t p = 0; p < k; p++)

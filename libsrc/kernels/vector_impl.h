@@ -19,50 +19,14 @@ V_INLINE void store_left(float *p, vf v, int64_t left) {
 
 /* ---------------------------------------------------------------------------------- products */
 
-/* `rows` is a constant at every call, so that the accumulators live in registers. */
-V_INLINE void gemm_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_step,
-                        const float *b, int64_t ldb, int32_t k, const int rows, int accumulate) {
-    vf acc[ANEPY_TILE_ROWS][TILE_VECTORS];
-    ANEPY_UNROLL
-    for (int i = 0; i < rows; i++) {
-        ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(0.0f);
-    }
-    for (int32_t p = 0; p < k; p++) {
-        vf col[TILE_VECTORS];
-        ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) col[j] = v_load(b + j * VL);
-        ANEPY_UNROLL
-        for (int i = 0; i < rows; i++) {
-            vf x = v_set(a[i * a_row]);
-            ANEPY_UNROLL
-            for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_fma(x, col[j], acc[i][j]);
-        }
-        a += a_step;
-        b += ldb;
-    }
-    ANEPY_UNROLL
-    for (int i = 0; i < rows; i++) {
-        ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) {
-            float *out = c + i * ldc + j * VL;
-            v_store(out, accumulate ? v_add(v_load(out), acc[i][j]) : acc[i][j]);
-        }
-    }
-}
-
-SIMD_TARGET static void SIMD_FN(gemm_tile)(float *c, int64_t ldc, const float *a, int64_t a_row,
-                                           int64_t a_step, const float *b, int64_t ldb, int32_t k,
-                                           int32_t rows, int32_t accumulate) {
-    switch (rows) {
-    case 6: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 6, accumulate); break;
-    case 5: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 5, accumulate); break;
-    case 4: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 4, accumulate); break;
-    case 3: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 3, accumulate); break;
-    case 2: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 2, accumulate); break;
-    default: gemm_rows(c, ldc, a, a_row, a_step, b, ldb, k, 1, accumulate); break;
-    }
-}
+#define TILE_ROWS gemm_rows
+#define TILE_NAME SIMD_FN(gemm_tile)
+#define TILE_UNIT float
+#define TILE_VECTOR vf
+#define TILE_LOAD v_load
+#define TILE_SPREAD v_set
+#define TILE_MULTIPLY v_fma
+#include "kernels/tile_impl.h"
 
 SIMD_TARGET static void SIMD_FN(transpose_panel)(float *dst, const float *src, int64_t ld,
                                                  int32_t rows, int32_t n) {

@@ -158,7 +158,8 @@ static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, in
         }
     }
     set->bf16->dot_tile(c, ldc, (const uint32_t *)(const void *)a, a_row, a_step,
-                        (const uint32_t *)(const void *)b, pairs, rows, accumulate);
+                        (const uint32_t *)(const void *)b, COLS, pairs, rows, accumulate,
+                        (anepy_lines){b, place % 3 * 64});
     int right = 1;
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < cols; j++) right &= (double)c[i * ldc + j] == expected[i][j];
@@ -173,7 +174,7 @@ static float dot(const anepy_kernels *set, uint32_t a, uint32_t b, float start) 
     uint32_t panel[COLS] = {0};
     float c[COLS] = {start};
     panel[0] = b;
-    set->bf16->dot_tile(c, COLS, &a, 1, 1, panel, 1, 1, 1);
+    set->bf16->dot_tile(c, COLS, &a, 1, 1, panel, COLS, 1, 1, 1, (anepy_lines){panel, 0});
     return c[0];
 }
 

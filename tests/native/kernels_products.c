@@ -101,7 +101,8 @@ static void check_tile(const anepy_kernels *set, const tile_case *t) {
     if (!t->accumulate) /* what was there must not matter, NaN included */
         for (int32_t i = 0; i < rows; i++)
             for (int32_t j = 0; j < cols; j++) c[i * t->ldc + j] = NAN;
-    set->gemm_tile(c, t->ldc, a, a_row, a_step, b, t->ldb, k, rows, t->accumulate);
+    set->gemm_tile(c, t->ldc, a, a_row, a_step, b, t->ldb, k, rows, t->accumulate,
+                   (anepy_lines){b, rows % 3 * 64});
     int right = 1;
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < cols; j++) right &= c[i * t->ldc + j] == (float)expected[i][j];

@@ -278,7 +278,7 @@ class Engine(_Owner):
 
         Several sequences of one length are one step: the loss is the mean over all their tokens,
         and what accumulates is its gradient. On the CPU they run side by side, in groups of up to
-        1024 columns (a sequence takes a multiple of 64), and `memory` grows with the largest.
+        512 columns (a sequence takes a multiple of 64), and `memory` grows with the largest.
 
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
@@ -400,7 +400,10 @@ class Engine(_Owner):
 
     @property
     def memory(self) -> int:
-        """Bytes of activations, surfaces and buffers; weights, gradients and moments excluded."""
+        """Bytes of activations, surfaces and buffers, for as many sequences as ran at once so far.
+
+        Weights, gradients and moments are not in it.
+        """
         return int(self._info().memory)
 
     @property

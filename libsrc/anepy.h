@@ -200,7 +200,7 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
 
 /* The same for `count` sequences of n tokens, int32[count, n], as one step: the loss is the mean
  * over all tokens and what accumulates its gradient. One that fails, or is skipped, adds nothing
- * that an update would use. A device that can computes them side by side, as many as fit into 1024
+ * that an update would use. A device that can computes them side by side, as many as fit into 512
  * columns (n rounded up to 64 for each): the first such step makes room for them, and where there
  * is no memory for that it fails with ANEPY_E_MEMORY and nothing has changed. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,

@@ -61,8 +61,9 @@ struct anepy_bench {
     int32_t reduction; /* longest one of anepy_gemm_piece */
     anepy_model *one;  /* the model with a single layer */
     anepy_device *device;
-    anepy_kernel *programs[2];
-    anepy_surface *surfaces[4]; /* input and output of each program */
+    anepy_kernel *programs[3]; /* the program; or sdpa_fwd, sdpa_bwd1, sdpa_bwd2 of a layer */
+    anepy_surface
+        *surfaces[4]; /* input and output of the first; gradients of q, k, v; of the layer */
 };
 
 /* Adds a buffer of n numbers in [low, high). */
@@ -84,7 +85,6 @@ int32_t anepy_bench_fetch_program(anepy_bench *b);
 void anepy_bench_close_program(anepy_bench *b);
 void anepy_bench_run_program(anepy_bench *b);
 void anepy_bench_run_attention(anepy_bench *b);
-void anepy_bench_run_attention_backward(anepy_bench *b);
 
 /* bench/cases.c; NULL beyond the last. */
 const anepy_bench_case *anepy_bench_case_at(int32_t index);

@@ -6,15 +6,16 @@
 #include "bench/bench.h"
 #include "device/cpu/cpu.h"
 
-/* Buffers of a case: input and output of the program, the weights, then what attention_backward
- * needs beside them. */
-enum { OUTPUT, INPUT, WEIGHTS, SECOND_OUTPUT, SECOND_INPUT, GRADIENT };
-
-static int is_backward_attention(const anepy_bench *b) {
-    return b->what->run == anepy_bench_run_attention_backward;
-}
+/* Buffers of a case: output and input of the program, the weights. Of the backward pass of
+ * attention: those of sdpa_fwd, which comes before it, then gradients of q, k, v, of attn and of
+ * the layer. */
+enum { OUTPUT, INPUT, WEIGHTS, GRADIENTS, DATTN, DY };
 
 static int is_attention(const anepy_bench *b) { return b->what->run != anepy_bench_run_program; }
+
+static int is_backward(const anepy_bench *b) {
+    return b->what->option == ANEPY_SDPA_BWD1 || b->what->option == ANEPY_SDPA_BWD2;
+}
 
 /* Only what has to be computed: keys up to the query, once each. */
 static double operations(const anepy_bench *b) {
@@ -22,12 +23,11 @@ static double operations(const anepy_bench *b) {
     double s = b->seq, dim = c->dim, kv = b->model->kv_dim;
     double attention = dim * s * (s + 1.0); /* one product of queries with keys, all heads */
     double feed_forward = 6.0 * s * dim * c->hidden_dim, qkv = 2.0 * s * dim * (dim + 2.0 * kv);
-    if (is_backward_attention(b)) return 5.0 * attention;
-    if (is_attention(b)) return 2.0 * attention;
+    if (is_attention(b) && !is_backward(b)) return 2.0 * attention;
     switch (b->what->option) {
     case ANEPY_SDPA_FWD: return qkv + 2.0 * s * dim * dim + 2.0 * attention;
-    case ANEPY_SDPA_BWD1: return 2.0 * s * dim * dim + 3.0 * attention;
-    case ANEPY_SDPA_BWD2: return 2.0 * attention;
+    case ANEPY_SDPA_BWD1: return 2.0 * s * dim * dim;
+    case ANEPY_SDPA_BWD2: return 5.0 * attention; /* scores again, and their four gradients */
     case ANEPY_QKV_BWD: return qkv;
     default: return feed_forward;
     }
@@ -59,49 +59,76 @@ int32_t anepy_bench_prepare_program(anepy_bench *b) {
         anepy_program_weight(&m, &p, b->one, 0, w);
         weights += (double)m.rows * (double)m.cols;
     }
-    double moved = (double)(p.input_channels + p.output_channels) * b->seq;
+    double channels = p.input_channels + p.output_channels;
+    if (b->what->option == ANEPY_SDPA_BWD1) channels = 2.0 * config.dim;
+    if (b->what->option == ANEPY_SDPA_BWD2) /* q, k, v, attn and dattn; dq, dk, dv */
+        channels = 4.0 * config.dim + 4.0 * b->one->kv_dim;
+    double moved = channels * b->seq;
     anepy_bench_limit(b, anepy_bench_arithmetic(b), operations(b), 4.0 * (weights + moved),
                       b->model->config.n_layers);
     if (is_attention(b))
         ANEPY_BENCH_SHAPE(b, "%d x %d x %d", config.n_heads, b->model->head_dim, b->seq);
     else ANEPY_BENCH_SHAPE(b, "%d, %d x %d", config.dim, config.hidden_dim, b->seq);
+    if (is_backward(b)) describe(&p, b, ANEPY_SDPA_FWD);
     anepy_bench_add(b, surface_n(b, p.output_channels), INOUT, -1.0f, 1.0f);
     anepy_bench_add(b, surface_n(b, p.input_channels), IN, -1.0f, 1.0f);
     anepy_bench_add(b, b->one->arena_n, IN, -0.05f, 0.05f);
-    if (!is_backward_attention(b)) return ANEPY_OK;
-    describe(&p, b, ANEPY_SDPA_BWD2);
-    anepy_bench_add(b, surface_n(b, p.output_channels), OUT, 0.0f, 0.0f);
-    anepy_bench_add(b, surface_n(b, p.input_channels), IN, -1.0f, 1.0f);
+    if (!is_backward(b)) return ANEPY_OK;
+    anepy_bench_add(b, surface_n(b, config.dim + 2 * b->one->kv_dim), OUT, 0.0f, 0.0f);
+    anepy_bench_add(b, surface_n(b, config.dim), INOUT, -1.0f, 1.0f);
     anepy_bench_add(b, surface_n(b, config.dim), IN, -1.0f, 1.0f);
     return ANEPY_OK;
 }
 
-static int32_t open_one(anepy_bench *b, int32_t which, int32_t id) {
-    const anepy_device_ops *ops = b->device->ops;
-    anepy_surface **surface = &b->surfaces[2 * which];
-    anepy_program p;
-    describe(&p, b, id);
-    anepy_instance instance = {&p, 0};
-    ANEPY_TRY(ops->surface_create(b->device, p.input_channels, &surface[0]));
-    ANEPY_TRY(ops->surface_create(b->device, p.output_channels, &surface[1]));
-    ANEPY_TRY(ops->compile(b->device, &instance, 1, b->buffers[WEIGHTS].data, &b->programs[which]));
-    for (int32_t t = 0; t < p.input_n + p.output_n; t++)
-        ANEPY_TRY(ops->bind(b->programs[which], t, surface[t >= p.input_n], p.tensors[t].channel));
-    const float *in = b->buffers[which == 0 ? INPUT : SECOND_INPUT].data;
-    return anepy_surface_write(surface[0], 0, p.input_channels, in);
+static int32_t compile(anepy_bench *b, anepy_program *p, int32_t id, anepy_kernel **out) {
+    anepy_instance instance = {p, 0};
+    describe(p, b, id);
+    return b->device->ops->compile(b->device, &instance, 1, b->buffers[WEIGHTS].data, out);
 }
 
-/* Scores and their gradients pass from the first half of the backward pass to the second where they
- * lie. */
-static int32_t join_halves(anepy_bench *b) {
-    anepy_program first;
-    describe(&first, b, ANEPY_SDPA_BWD1);
-    const int32_t from[2] = {SDPA_BWD1_P, SDPA_BWD1_DP}, to[2] = {SDPA_BWD2_P, SDPA_BWD2_DP};
-    for (int32_t i = 0; i < 2; i++)
-        ANEPY_TRY(b->device->ops->bind(b->programs[1], to[i], b->surfaces[1],
-                                       first.tensors[from[i]].channel));
-    memcpy(b->programs[0]->cpu->dattn, b->buffers[GRADIENT].data,
-           (size_t)b->buffers[GRADIENT].n * sizeof(float));
+static int32_t open_one(anepy_bench *b, int32_t id) {
+    const anepy_device_ops *ops = b->device->ops;
+    anepy_program p;
+    ANEPY_TRY(compile(b, &p, id, &b->programs[0]));
+    ANEPY_TRY(ops->surface_create(b->device, p.input_channels, &b->surfaces[0]));
+    ANEPY_TRY(ops->surface_create(b->device, p.output_channels, &b->surfaces[1]));
+    for (int32_t t = 0; t < p.input_n + p.output_n; t++)
+        ANEPY_TRY(ops->bind(b->programs[0], t, b->surfaces[t >= p.input_n], p.tensors[t].channel));
+    ANEPY_TRY(anepy_surface_write(b->surfaces[0], 0, p.input_channels, b->buffers[INPUT].data));
+    /* attention reads q, k, v there */
+    return anepy_surface_write(b->surfaces[1], 0, p.output_channels, b->buffers[OUTPUT].data);
+}
+
+/* The backward pass reads what sdpa_fwd left, without scores in memory, as in a step. */
+static int32_t open_backward(anepy_bench *b) {
+    const anepy_device_ops *ops = b->device->ops;
+    int32_t dim = b->one->config.dim, kv = b->one->kv_dim;
+    anepy_program fwd, p;
+    describe(&fwd, b, ANEPY_SDPA_FWD);
+    int32_t q = fwd.tensors[SDPA_FWD_Q].channel, k = fwd.tensors[SDPA_FWD_K].channel;
+    const struct {
+        int32_t program, tensor, surface, channel;
+    } bound[] = {{0, SDPA_BWD1_V, 1, fwd.tensors[SDPA_FWD_V].channel},
+                 {0, SDPA_BWD1_DV, 2, dim + kv},
+                 {0, SDPA_BWD1_DY, 3, 0},
+                 {1, SDPA_BWD2_Q, 1, q},
+                 {1, SDPA_BWD2_K, 1, k},
+                 {1, SDPA_BWD2_DQ, 2, 0},
+                 {1, SDPA_BWD2_DK, 2, dim}};
+    ANEPY_TRY(open_one(b, ANEPY_SDPA_FWD));
+    ANEPY_TRY(compile(b, &p, ANEPY_SDPA_BWD1, &b->programs[1]));
+    ANEPY_TRY(compile(b, &p, ANEPY_SDPA_BWD2, &b->programs[2]));
+    ANEPY_TRY(ops->surface_create(b->device, dim + 2 * kv, &b->surfaces[2]));
+    ANEPY_TRY(ops->surface_create(b->device, dim, &b->surfaces[3]));
+    ANEPY_TRY(anepy_surface_write(b->surfaces[3], 0, dim, b->buffers[DY].data));
+    for (size_t i = 0; i < sizeof bound / sizeof bound[0]; i++)
+        ANEPY_TRY(ops->bind(b->programs[1 + bound[i].program], bound[i].tensor,
+                            b->surfaces[bound[i].surface], bound[i].channel));
+    anepy_cpu_attention(b->programs[0], b->seq, b->width);
+    ANEPY_TRY(ops->evaluate(b->programs[1], b->seq, 1));
+    if (b->what->option == ANEPY_SDPA_BWD2)
+        memcpy(b->programs[0]->cpu->dattn, b->buffers[DATTN].data,
+               (size_t)b->buffers[DATTN].n * sizeof(float));
     return ANEPY_OK;
 }
 
@@ -114,20 +141,17 @@ int32_t anepy_bench_open_program(anepy_bench *b) {
         for (int32_t c = 0; c < b->one->config.dim; c++)
             weights[anepy_model_layer(b->one, 0, norms[i]) + c] = 1.0f;
     ANEPY_TRY(anepy_device_cpu.open(&b->device, &options));
-    ANEPY_TRY(open_one(b, 0, b->what->option));
-    ANEPY_TRY(anepy_surface_write(b->surfaces[1], 0, b->surfaces[1]->channels,
-                                  b->buffers[OUTPUT].data)); /* attention reads q, k, v there */
-    if (!is_backward_attention(b)) return ANEPY_OK;
-    ANEPY_TRY(open_one(b, 1, ANEPY_SDPA_BWD2));
-    return join_halves(b);
+    return is_backward(b) ? open_backward(b) : open_one(b, b->what->option);
 }
 
 int32_t anepy_bench_fetch_program(anepy_bench *b) {
     ANEPY_TRY(
         anepy_surface_read(b->surfaces[1], 0, b->surfaces[1]->channels, b->buffers[OUTPUT].data));
-    if (!is_backward_attention(b)) return ANEPY_OK;
-    return anepy_surface_read(b->surfaces[3], 0, b->surfaces[3]->channels,
-                              b->buffers[SECOND_OUTPUT].data);
+    if (!is_backward(b)) return ANEPY_OK;
+    memcpy(b->buffers[DATTN].data, b->programs[0]->cpu->dattn,
+           (size_t)b->buffers[DATTN].n * sizeof(float));
+    return anepy_surface_read(b->surfaces[2], 0, b->surfaces[2]->channels,
+                              b->buffers[GRADIENTS].data);
 }
 
 void anepy_bench_close_program(anepy_bench *b) {
@@ -136,14 +160,13 @@ void anepy_bench_close_program(anepy_bench *b) {
 }
 
 void anepy_bench_run_program(anepy_bench *b) {
-    b->device->ops->evaluate(b->programs[0], b->seq, 1); /* the CPU device never fails */
+    int32_t which = b->what->option == ANEPY_SDPA_BWD1   ? 1
+                    : b->what->option == ANEPY_SDPA_BWD2 ? 2
+                                                         : 0;
+    b->device->ops->evaluate(b->programs[which], b->seq, 1); /* the CPU device never fails */
 }
 
 void anepy_bench_run_attention(anepy_bench *b) {
-    anepy_cpu_attention(b->programs[0], b->seq, b->width);
-}
-
-void anepy_bench_run_attention_backward(anepy_bench *b) {
-    anepy_cpu_attention_backward1(b->programs[0], b->seq, b->width);
-    anepy_cpu_attention_backward2(b->programs[1], b->seq, b->width);
+    if (is_backward(b)) anepy_cpu_attention_backward(b->programs[2], b->seq, b->width);
+    else anepy_cpu_attention(b->programs[0], b->seq, b->width);
 }

@@ -13,13 +13,14 @@
 typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
 
 /* Capabilities: what the engine may leave out, and which switches mean something. */
-#define ANEPY_BINDS 1u /* tensors may be bound to channels of any surface: nothing is packed */
+/* Tensors may be bound to channels of any surface, so nothing is packed; the scores of sdpa_bwd1
+ * and sdpa_bwd2 may be bound to none, if sdpa_bwd2 follows the other programs of its layer. */
+#define ANEPY_BINDS 1u
 #define ANEPY_LIVE_WEIGHTS 2u /* reads the parameters themselves: updates need no recompilation */
 #define ANEPY_OFFLOADS 4u     /* has the programs for norms, classifier and soft-max */
 #define ANEPY_DYNAMIC 8u      /* can take weights through surfaces */
 #define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
-#define ANEPY_RECOMPUTES 32u /* sdpa_bwd2 needs no scores bound: after sdpa_bwd1 of its layer */
-#define ANEPY_BATCHES 64u    /* surfaces may hold several sequences beside each other */
+#define ANEPY_BATCHES 32u         /* surfaces may hold several sequences beside each other */
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;

@@ -337,10 +337,10 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
 
 /* ------------------------------------------------------------------------------ in the cache */
 
-void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const float *a,
-                      int64_t a_row, int64_t a_step, const float *b, int64_t ldb, int32_t m,
-                      int32_t n, int32_t k, int32_t accumulate) {
+void anepy_gemm_small(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
+                      int64_t ldc, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                      int64_t ldb, int32_t m, int32_t n, int32_t k, int32_t accumulate) {
     for (int32_t j = 0; j < n; j += COLS)
-        multiply_panel(kernels, NULL, c + j, ldc, (units){a, a_row, a_step}, b + j, ldb, k, m, COLS,
+        multiply_panel(kernels, bf16, c + j, ldc, (units){a, a_row, a_step}, b + j, ldb, k, m, COLS,
                        accumulate, NULL, NULL);
 }

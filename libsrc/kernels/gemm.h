@@ -70,9 +70,10 @@ void anepy_gemm_piece_squares(void *job, int32_t index, int32_t worker);
 void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *product, int32_t first,
                             int32_t rows);
 
-/* On the calling thread alone, B not transposed and not packed: for operands in the cache. */
-void anepy_gemm_small(const anepy_kernels *kernels, float *c, int64_t ldc, const float *a,
-                      int64_t a_row, int64_t a_step, const float *b, int64_t ldb, int32_t m,
-                      int32_t n, int32_t k, int32_t accumulate);
+/* On the calling thread alone, for operands in the cache, as the tile kernels read them: B not
+ * transposed; with bf16 both are units, k of them, and ldb is 64. */
+void anepy_gemm_small(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
+                      int64_t ldc, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                      int64_t ldb, int32_t m, int32_t n, int32_t k, int32_t accumulate);
 
 #endif

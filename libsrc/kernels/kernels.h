@@ -104,21 +104,28 @@ typedef struct anepy_kernels {
     void (*swiglu_backward)(float *dh1, float *dh3, const float *ds, const float *h1,
                             const float *h3, int64_t n);
 
-    /* Soft-max down the columns of x[rows][64] in place, times scale inside the exponent, without
-     * the division; inverse[64] = 1 / sum. Column j of row t is masked if t > first + j. */
-    void (*softmax_columns)(float *x, float *inverse, int32_t rows, int32_t first, float scale);
+    /* Soft-max down columns in powers of two, a block of rows [rows][64] at a time, for 64 columns
+     * each: m = max(max, x * scale) with that of the rows before (first -inf), shrink = 2^(max -
+     * m), x = 2^(x * scale - m), sum = sum * shrink + their sum; max = m. causal: row t counts for
+     * columns from t on, and is zero before. */
+    void (*softmax_step)(float *x, float *max, float *sum, float *shrink, int32_t rows, float scale,
+                         int32_t causal);
+    /* Rows again from what is known of them, and the gradient through them, in place:
+     * x = 2^(x * scale - lse[r]), dp = x * factor * (dp - dot[r]); x, dp [rows][64]. What is raised
+     * to is at most 127 where it counts: causal: row r up to column r, both are zero behind. */
+    void (*softmax_again)(float *x, float *dp, const float *lse, const float *dot, int32_t rows,
+                          float scale, float factor, int32_t causal);
+    /* dst[r][j] = src[r][j] * factor[j], [rows][64]; dst may be src. */
+    void (*scale_columns)(float *dst, int64_t dst_ld, const float *src, const float *factor,
+                          int32_t rows);
+    /* y[j] = sum_r a[r][j] * b[r*ldb + j], a [rows][64]. */
+    void (*dot_columns)(float *y, const float *a, const float *b, int64_t ldb, int32_t rows);
+
     /* Soft-max of x[0..valid) times scale, in place; zeroes x[valid..padded). */
     void (*softmax_row)(float *x, int32_t valid, int32_t padded, float scale);
     /* ds = p * (dp - sum(p*dp)) * scale over n elements. ds may be dp. */
     void (*softmax_row_backward)(float *ds, const float *p, const float *dp, float scale,
                                  int32_t n);
-
-    /* Down columns: dot[64] = sum of p * dp over rows [rows][64], then dp = p * (dp - dot) * scale.
-     */
-    void (*softmax_columns_backward)(float *dp, float *dot, const float *p, float scale,
-                                     int32_t rows);
-    /* A row again from what is known of it: x = exp(x - lse), dp = x * (dp - dot) * scale. */
-    void (*softmax_row_again)(float *x, float *dp, float lse, float dot, float scale, int32_t n);
 
     /* Columnwise max and sum of exp(x - max) over x[rows][64], leading dimension ld. */
     void (*logsumexp_columns)(float *max, float *sum, const float *x, int64_t ld, int32_t rows);

@@ -135,17 +135,43 @@ static void swiglu_backward__scalar(float *dh1, float *dh3, const float *ds, con
     }
 }
 
-static void softmax_columns__scalar(float *x, float *inverse, int32_t rows, int32_t first,
-                                    float scale) {
+static void softmax_step__scalar(float *x, float *max, float *sum, float *shrink, int32_t rows,
+                                 float scale, int32_t causal) {
     for (int32_t j = 0; j < COLS; j++) {
-        float max = -INFINITY, sum = 0.0f;
-        for (int32_t t = 0; t < rows && t <= first + j; t++) max = fmaxf(max, x[t * COLS + j]);
+        float before = max[j];
+        for (int32_t t = j + 1; t < rows && causal; t++) x[t * COLS + j] = -INFINITY;
+        for (int32_t t = 0; t < rows; t++) max[j] = fmaxf(max[j], x[t * COLS + j] * scale);
+        shrink[j] = exp2f(before - max[j]);
+        sum[j] *= shrink[j];
         for (int32_t t = 0; t < rows; t++) {
-            float e = t <= first + j ? expf((x[t * COLS + j] - max) * scale) : 0.0f;
-            x[t * COLS + j] = e;
-            sum += e;
+            x[t * COLS + j] = exp2f(x[t * COLS + j] * scale - max[j]);
+            sum[j] += x[t * COLS + j];
         }
-        inverse[j] = 1.0f / sum;
+    }
+}
+
+static void softmax_again__scalar(float *x, float *dp, const float *lse, const float *dot,
+                                  int32_t rows, float scale, float factor, int32_t causal) {
+    for (int32_t r = 0; r < rows; r++) {
+        for (int32_t j = 0; j < COLS; j++) {
+            int32_t i = r * COLS + j, counts = !causal || j <= r;
+            x[i] = counts ? exp2f(x[i] * scale - lse[r]) : 0.0f;
+            dp[i] = counts ? x[i] * factor * (dp[i] - dot[r]) : 0.0f;
+        }
+    }
+}
+
+static void scale_columns__scalar(float *dst, int64_t dst_ld, const float *src, const float *factor,
+                                  int32_t rows) {
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t j = 0; j < COLS; j++) dst[r * dst_ld + j] = src[r * COLS + j] * factor[j];
+}
+
+static void dot_columns__scalar(float *y, const float *a, const float *b, int64_t ldb,
+                                int32_t rows) {
+    for (int32_t j = 0; j < COLS; j++) {
+        y[j] = 0.0f;
+        for (int32_t r = 0; r < rows; r++) y[j] += a[r * COLS + j] * b[r * ldb + j];
     }
 }
 
@@ -162,24 +188,6 @@ static void softmax_row_backward__scalar(float *ds, const float *p, const float 
     float dot = 0.0f;
     for (int32_t i = 0; i < n; i++) dot += p[i] * dp[i];
     for (int32_t i = 0; i < n; i++) ds[i] = p[i] * (dp[i] - dot) * scale;
-}
-
-static void softmax_columns_backward__scalar(float *dp, float *dot, const float *p, float scale,
-                                             int32_t rows) {
-    for (int32_t j = 0; j < COLS; j++) {
-        dot[j] = 0.0f;
-        for (int32_t t = 0; t < rows; t++) dot[j] += p[t * COLS + j] * dp[t * COLS + j];
-        for (int32_t t = 0; t < rows; t++)
-            dp[t * COLS + j] = p[t * COLS + j] * (dp[t * COLS + j] - dot[j]) * scale;
-    }
-}
-
-static void softmax_row_again__scalar(float *x, float *dp, float lse, float dot, float scale,
-                                      int32_t n) {
-    for (int32_t i = 0; i < n; i++) {
-        x[i] = expf(x[i] - lse);
-        dp[i] = x[i] * (dp[i] - dot) * scale;
-    }
 }
 
 static void logsumexp_columns__scalar(float *max, float *sum, const float *x, int64_t ld,
@@ -242,11 +250,12 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .rope = rope__scalar,
     .swiglu = swiglu__scalar,
     .swiglu_backward = swiglu_backward__scalar,
-    .softmax_columns = softmax_columns__scalar,
+    .softmax_step = softmax_step__scalar,
+    .softmax_again = softmax_again__scalar,
+    .scale_columns = scale_columns__scalar,
+    .dot_columns = dot_columns__scalar,
     .softmax_row = softmax_row__scalar,
     .softmax_row_backward = softmax_row_backward__scalar,
-    .softmax_columns_backward = softmax_columns_backward__scalar,
-    .softmax_row_again = softmax_row_again__scalar,
     .logsumexp_columns = logsumexp_columns__scalar,
     .softmax_gradient = softmax_gradient__scalar,
     .adam = adam__scalar,

@@ -36,6 +36,10 @@ V_INLINE vf v_pow2(vf n) {
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_castsi256_ps(e);
 }
+/* The low bits of t, moved to where a number has its sign and exponent. */
+V_INLINE vf v_exponent(vf t) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
+}
 /* v where x >= bound or x is NaN, else 0 */
 V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
     return _mm256_and_ps(v, _mm256_cmp_ps(x, bound, _CMP_NLT_UQ));

@@ -39,6 +39,10 @@ V_INLINE vf v_pow2(vf n) {
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
     return _mm512_castsi512_ps(e);
 }
+/* The low bits of t, moved to where a number has its sign and exponent. */
+V_INLINE vf v_exponent(vf t) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
+}
 /* v where x >= bound or x is NaN, else 0 */
 V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), v);

@@ -275,19 +275,115 @@ SIMD_TARGET static float SIMD_FN(rmsnorm_row)(float *dx, const float *residual, 
 
 /* ----------------------------------------------------------------------------------- soft-max */
 
-SIMD_TARGET static void SIMD_FN(softmax_columns)(float *x, float *inverse, int32_t rows,
-                                                 int32_t first, float scale) {
-    for (int32_t t = first + 1 > 0 ? first + 1 : 0; t < rows; t++)
-        for (int32_t j = 0; j < COLS && j < t - first; j++) x[t * COLS + j] = -INFINITY;
-    for (int j = 0; j < COLS; j += VL) {
-        vf max = v_set(-INFINITY), sum = v_set(0.0f), sc = v_set(scale);
-        for (int32_t t = 0; t < rows; t++) max = v_max(max, v_load(x + t * COLS + j));
+/* 2^x for x <= 127, 0 below -126.5: x rounded by adding 1.5 * 2^23, which leaves the exponent's
+ * bits in the sum, and 2^r = r * q(r) + 1, q of degree 5, the relative minimax fit for |r| <= 1/2
+ * (Lawson's iteration): 1.6e-8, a quarter of an ulp. */
+V_INLINE vf v_exp2(vf x) {
+    vf shift = v_set(0x1.8p23f + 127.0f), xc = v_max(v_set(-127.0f), x);
+    vf t = v_add(xc, shift);
+    vf r = v_sub(xc, v_sub(t, shift));
+    vf q = v_fma(v_set(0x1.41fb74p-13f), r, v_set(0x1.5f3ec2p-10f));
+    q = v_fma(q, r, v_set(0x1.3b2d4ep-7f));
+    q = v_fma(q, r, v_set(0x1.c6aee8p-5f));
+    q = v_fma(q, r, v_set(0x1.ebfbdcp-3f));
+    q = v_fma(q, r, v_set(0x1.62e430p-1f));
+    return v_mul(v_fma(q, r, v_set(1.0f)), v_exponent(t));
+}
+
+#define GROUP 4 /* vectors of columns whose state stays in registers */
+
+SIMD_TARGET static void SIMD_FN(softmax_step)(float *x, float *max, float *sum, float *shrink,
+                                              int32_t rows, float scale, int32_t causal) {
+    vf sc = v_set(scale);
+    for (int32_t t = 1; t < rows && causal; t++)
+        for (int32_t j = 0; j < COLS && j < t; j += VL)
+            store_left(x + t * COLS + j, v_set(-INFINITY), t - j);
+    for (int j0 = 0; j0 < COLS; j0 += GROUP * VL) {
+        vf m[GROUP], s[GROUP];
+        ANEPY_UNROLL
+        for (int j = 0; j < GROUP; j++) m[j] = v_set(-INFINITY);
         for (int32_t t = 0; t < rows; t++) {
-            vf e = v_exp(v_mul(v_sub(v_load(x + t * COLS + j), max), sc));
-            v_store(x + t * COLS + j, e);
-            sum = v_add(sum, e);
+            ANEPY_UNROLL
+            for (int j = 0; j < GROUP; j++) m[j] = v_max(m[j], v_load(x + t * COLS + j0 + j * VL));
         }
-        v_store(inverse + j, v_div(v_set(1.0f), sum));
+        ANEPY_UNROLL
+        for (int j = 0; j < GROUP; j++) {
+            vf before = v_load(max + j0 + j * VL);
+            m[j] = v_max(before, v_mul(m[j], sc));
+            vf factor = v_exp2(v_sub(before, m[j]));
+            v_store(max + j0 + j * VL, m[j]);
+            v_store(shrink + j0 + j * VL, factor);
+            s[j] = v_mul(v_load(sum + j0 + j * VL), factor);
+            m[j] = v_sub(v_set(0.0f), m[j]);
+        }
+        for (int32_t t = 0; t < rows; t++) {
+            ANEPY_UNROLL
+            for (int j = 0; j < GROUP; j++) {
+                float *at = x + t * COLS + j0 + j * VL;
+                vf p = v_exp2(v_fma(v_load(at), sc, m[j]));
+                v_store(at, p);
+                s[j] = v_add(s[j], p);
+            }
+        }
+        ANEPY_UNROLL
+        for (int j = 0; j < GROUP; j++) v_store(sum + j0 + j * VL, s[j]);
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(softmax_again)(float *x, float *dp, const float *lse,
+                                               const float *dot, int32_t rows, float scale,
+                                               float factor, int32_t causal) {
+    vf sc = v_set(scale), f = v_set(factor);
+    for (int32_t r = 0; r < rows; r++) {
+        vf low = v_set(-lse[r]), d = v_set(dot[r]);
+        ANEPY_UNROLL
+        for (int j = 0; j < COL_VECTORS; j++) {
+            float *at = x + r * COLS + j * VL, *out = dp + r * COLS + j * VL;
+            vf p = v_exp2(v_fma(v_load(at), sc, low));
+            v_store(at, p);
+            v_store(out, v_mul(v_mul(p, f), v_sub(v_load(out), d)));
+        }
+        for (int32_t j = r / VL * VL; j < COLS && causal; j += VL) {
+            float *at = x + r * COLS + j, *out = dp + r * COLS + j;
+            int32_t left = r + 1 - j;
+            if (left >= VL) continue;
+            v_store(at, left > 0 ? v_load_n(at, left) : v_set(0.0f));
+            v_store(out, left > 0 ? v_load_n(out, left) : v_set(0.0f));
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(scale_columns)(float *dst, int64_t dst_ld, const float *src,
+                                               const float *factor, int32_t rows) {
+    for (int j0 = 0; j0 < COLS; j0 += GROUP * VL) {
+        vf f[GROUP];
+        ANEPY_UNROLL
+        for (int j = 0; j < GROUP; j++) f[j] = v_load(factor + j0 + j * VL);
+        for (int32_t r = 0; r < rows; r++) {
+            ANEPY_UNROLL
+            for (int j = 0; j < GROUP; j++) {
+                int i = j0 + j * VL;
+                v_store(dst + r * dst_ld + i, v_mul(v_load(src + r * COLS + i), f[j]));
+            }
+        }
+    }
+}
+
+SIMD_TARGET static void SIMD_FN(dot_columns)(float *y, const float *a, const float *b, int64_t ldb,
+                                             int32_t rows) {
+    for (int j0 = 0; j0 < COLS; j0 += GROUP * VL) {
+        vf sum[GROUP];
+        ANEPY_UNROLL
+        for (int j = 0; j < GROUP; j++) sum[j] = v_set(0.0f);
+        for (int32_t r = 0; r < rows; r++) {
+            ANEPY_UNROLL
+            for (int j = 0; j < GROUP; j++) {
+                int i = j0 + j * VL;
+                sum[j] = v_fma(v_load(a + r * COLS + i), v_load(b + r * ldb + i), sum[j]);
+            }
+        }
+        ANEPY_UNROLL
+        for (int j = 0; j < GROUP; j++) v_store(y + j0 + j * VL, sum[j]);
     }
 }
 
@@ -318,38 +414,6 @@ SIMD_TARGET static void SIMD_FN(softmax_row_backward)(float *ds, const float *p,
     for (int32_t i = 0; i < n; i += VL) {
         vf d = v_sub(load_left(dp + i, n - i), dot);
         store_left(ds + i, v_mul(v_mul(load_left(p + i, n - i), d), sc), n - i);
-    }
-}
-
-SIMD_TARGET static void SIMD_FN(softmax_columns_backward)(float *dp, float *dot, const float *p,
-                                                          float scale, int32_t rows) {
-    vf sum[COL_VECTORS], sc = v_set(scale);
-    ANEPY_UNROLL
-    for (int j = 0; j < COL_VECTORS; j++) sum[j] = v_set(0.0f);
-    for (int32_t t = 0; t < rows; t++) {
-        ANEPY_UNROLL
-        for (int j = 0; j < COL_VECTORS; j++)
-            sum[j] = v_fma(v_load(p + t * COLS + j * VL), v_load(dp + t * COLS + j * VL), sum[j]);
-    }
-    ANEPY_UNROLL
-    for (int j = 0; j < COL_VECTORS; j++) v_store(dot + j * VL, sum[j]);
-    for (int32_t t = 0; t < rows; t++) {
-        ANEPY_UNROLL
-        for (int j = 0; j < COL_VECTORS; j++) {
-            float *out = dp + t * COLS + j * VL;
-            vf d = v_mul(v_load(p + t * COLS + j * VL), v_sub(v_load(out), sum[j]));
-            v_store(out, v_mul(d, sc));
-        }
-    }
-}
-
-SIMD_TARGET static void SIMD_FN(softmax_row_again)(float *x, float *dp, float lse, float dot,
-                                                   float scale, int32_t n) {
-    vf l = v_set(lse), d = v_set(dot), sc = v_set(scale);
-    for (int32_t i = 0; i < n; i += VL) {
-        vf p = v_exp(v_sub(load_left(x + i, n - i), l));
-        store_left(x + i, p, n - i);
-        store_left(dp + i, v_mul(v_mul(p, v_sub(load_left(dp + i, n - i), d)), sc), n - i);
     }
 }
 
@@ -429,11 +493,10 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .to_half = SIMD_FN(to_half), .from_half = SIMD_FN(from_half), .rmsnorm = SIMD_FN(rmsnorm), \
         .rmsnorm_stats = SIMD_FN(rmsnorm_stats), .rmsnorm_row = SIMD_FN(rmsnorm_row),              \
         .rope = SIMD_FN(rope), .swiglu = SIMD_FN(swiglu),                                          \
-        .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_columns = SIMD_FN(softmax_columns),  \
-        .softmax_row = SIMD_FN(softmax_row),                                                       \
+        .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_step = SIMD_FN(softmax_step),        \
+        .softmax_again = SIMD_FN(softmax_again), .scale_columns = SIMD_FN(scale_columns),          \
+        .dot_columns = SIMD_FN(dot_columns), .softmax_row = SIMD_FN(softmax_row),                  \
         .softmax_row_backward = SIMD_FN(softmax_row_backward),                                     \
-        .softmax_columns_backward = SIMD_FN(softmax_columns_backward),                             \
-        .softmax_row_again = SIMD_FN(softmax_row_again),                                           \
         .logsumexp_columns = SIMD_FN(logsumexp_columns),                                           \
         .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam), .sum = SIMD_FN(sum), \
         .fma_chains = SIMD_FN(fma_chains), .chain_n = CHAINS * VL, .bf16 = (pairs),                \

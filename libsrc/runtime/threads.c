@@ -3,6 +3,7 @@
 #include "runtime/threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -16,6 +17,8 @@
 
 #define MAX_WORKERS 256
 #define SPIN_MS 0.1 /* longer than the gaps between loops of a step, shorter than a time slice */
+
+#define SPINS 1000 /* before another thread is let in */
 
 typedef struct {
     anepy_pool *pool;
@@ -48,6 +51,13 @@ void anepy_cpu_pause(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+void anepy_pool_await(const _Atomic int32_t *at, int32_t value) {
+    for (int spins = 0; atomic_load_explicit(at, memory_order_acquire) != value; spins++) {
+        if (spins < SPINS) anepy_cpu_pause();
+        else sched_yield(); /* it may have no core */
+    }
 }
 
 static int exhausted(anepy_loop *loop) {

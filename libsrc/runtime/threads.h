@@ -1,7 +1,8 @@
 /* runtime/threads.h - a small thread pool: parallel loops, and a queue of background loops.
  *
  * The calling thread is worker 0 and computes too. A loop is `count` independent indices; who
- * computes which index depends on timing, so results must not (each index writes its own output).
+ * computes which index depends on timing, so results must not (each index writes its own output, or
+ * waits for a lower one: they are taken in ascending order).
  * While the caller has no loop running, the other workers take indices of background loops; a new
  * foreground loop calls them back after the index they are in. Threads start at the first loop and
  * are rebuilt after fork. One thread at a time may call into a pool. */
@@ -50,6 +51,9 @@ void anepy_pool_wait(anepy_pool *pool);
 
 /* For loops that wait for another thread. */
 void anepy_cpu_pause(void);
+
+/* Inside a loop: until a lower index has stored `value`, and with everything it wrote before. */
+void anepy_pool_await(const _Atomic int32_t *at, int32_t value);
 
 /* A thread that gets no signals: they stay with the interpreter's. */
 int32_t anepy_thread_start(pthread_t *out, void *(*main)(void *), void *context);

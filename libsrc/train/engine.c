@@ -187,7 +187,6 @@ int32_t anepy_engine_widen(anepy_engine *e, int32_t columns) {
     e->host = e->captures = NULL;
     e->device = NULL;
     e->metal = NULL;
-    e->scores = NULL;
     e->compiler = NULL;
     int32_t status = make_room(e, was.device->type, NULL, 1);
     if (status == ANEPY_OK) {

@@ -93,7 +93,6 @@ struct anepy_engine {
     anepy_layer *layers;
     anepy_surface x_final; /* host: residual stream after the last layer */
     anepy_surface dx;      /* host: gradient that reaches the embedding */
-    anepy_surface *scores; /* probabilities and their gradients, of the layer being computed */
     float *staging[2];     /* [max(dim, hidden), width]: read-back of program outputs */
     float *xnorm;          /* [dim, width] after the final norm */
     float *dxnorm;         /* [dim, width] */

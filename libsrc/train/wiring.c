@@ -79,16 +79,8 @@ static const struct {
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
-/* Probabilities and their gradients, [heads * longest, width], from sdpa_bwd1 to sdpa_bwd2: in
- * memory as long as that is faster than to compute them again, and it does not grow with the
- * square. */
-#define LONG_WIDTH 1024
-static int keeps_scores(const anepy_engine *e) {
-    return e->longest < LONG_WIDTH || !anepy_can(e, ANEPY_RECOMPUTES);
-}
-
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
- * wq, wk, wv are one product each; scores in one surface for all layers, or none; what the host
+ * wq, wk, wv are one product each; scores nowhere, as sdpa_bwd2 does without; what the host
  * goes on with in its own memory; the rest packed. */
 static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
@@ -104,8 +96,7 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
         *surface = layer->nodes[ANEPY_QKV_BWD]->input;
         *channel = layer->nodes[ANEPY_QKV_BWD]->program.tensors[input].channel;
     } else if (id == ANEPY_SDPA_BWD1) {
-        *surface = e->scores;
-        *channel = tensor == SDPA_BWD1_P ? 0 : node->program.tensors[SDPA_BWD1_P].channels;
+        *surface = NULL;
     } else if (id == ANEPY_FINAL_RMSNORM) {
         *surface = &e->host_xnorm;
     } else if (id == ANEPY_CLASSIFIER_FWD) {
@@ -134,10 +125,7 @@ static int32_t create_surfaces(anepy_engine *e) {
             ANEPY_TRY(e->device->ops->surface_create(e->device, node->program.output_channels,
                                                      &node->output));
     }
-    if (!binds(e) || !keeps_scores(e)) return ANEPY_OK;
-    const anepy_program *bwd1 = &e->layers[0].nodes[ANEPY_SDPA_BWD1]->program;
-    return e->device->ops->surface_create(e->device, 2 * bwd1->tensors[SDPA_BWD1_P].channels,
-                                          &e->scores);
+    return ANEPY_OK;
 }
 
 static anepy_surface *host_source(anepy_engine *e, anepy_layer *layer, origin from) {

@@ -15,7 +15,7 @@ typedef struct {
 } fixture;
 
 /* 0: grouped-query attention, tied; 1: one head per KV head, separate classifier, odd sizes; 2: one
- * head of two channels, one layer. FIXTURE_LONG: sequences beyond what keeps attention scores. */
+ * head of two channels, one layer. FIXTURE_LONG: sequences of many blocks. */
 #define FIXTURE_N 3
 #define FIXTURE_LONG FIXTURE_N
 fixture fixture_make(int which);

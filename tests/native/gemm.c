@@ -131,8 +131,8 @@ static void compute(anepy_gemm *gemm, int form, const anepy_product *s) {
     case RUN: anepy_gemm_run(gemm, s); break;
     case PIECES: anepy_pool_run(gemm->pool, anepy_gemm_pieces(s), anepy_gemm_piece, &job); break;
     default:
-        anepy_gemm_small(gemm->kernels, s->c, s->ldc, s->a, s->a_row, s->a_step, s->b, s->ldb, s->m,
-                         s->n, s->k, s->accumulate);
+        anepy_gemm_small(gemm->kernels, NULL, s->c, s->ldc, s->a, s->a_row, s->a_step, s->b, s->ldb,
+                         s->m, s->n, s->k, s->accumulate);
     }
 }
 

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "groups.h"
 #include "guard.h"
+#include "kernels/gemm.h"
 #include "runtime/fpmode.h"
 #include "runtime/half.h"
 
@@ -138,15 +139,17 @@ static double half_of(float unit, int high) {
     return value_of(high ? to_bits(unit) >> 16 : to_bits(unit) & 0xffff);
 }
 
+/* By the tile kernel; with form & 8 by anepy_gemm_small over tiles, on any number of rows. */
 static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, int form, int place) {
-    int32_t cols = set->gemm_cols, accumulate = form & 1, by_columns = form >> 1 & 1;
+    int32_t cols = form & 8 ? COLS : set->gemm_cols, accumulate = form & 1,
+            by_columns = form >> 1 & 1;
     int64_t ldc = form & 4 ? COLS + 3 : cols, lda = (by_columns ? rows : pairs) + (form & 4);
     float *a = by_columns ? guard_matrix(pairs, rows, lda, place, random_unit)
                           : guard_matrix(rows, pairs, lda, place, random_unit);
     int64_t a_row = by_columns ? 1 : lda, a_step = by_columns ? lda : 1;
     float *b = guard_matrix(pairs, cols, COLS, place, random_unit);
     float *c = guard_matrix(rows, cols, ldc, place, random_whole);
-    double expected[ANEPY_TILE_ROWS][COLS];
+    static double expected[COLS][COLS];
     for (int32_t i = 0; i < rows; i++) {
         for (int32_t j = 0; j < cols; j++) {
             expected[i][j] = accumulate ? (double)c[i * ldc + j] : 0.0;
@@ -157,9 +160,13 @@ static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, in
                         half_of(a[i * a_row + q * a_step], high) * half_of(b[q * COLS + j], high);
         }
     }
-    set->bf16->dot_tile(c, ldc, (const uint32_t *)(const void *)a, a_row, a_step,
-                        (const uint32_t *)(const void *)b, COLS, pairs, rows, accumulate,
-                        (anepy_lines){b, place % 3 * 64});
+    if (form & 8)
+        anepy_gemm_small(set, set->bf16, c, ldc, a, a_row, a_step, b, COLS, rows, COLS, pairs,
+                         accumulate);
+    else
+        set->bf16->dot_tile(c, ldc, (const uint32_t *)(const void *)a, a_row, a_step,
+                            (const uint32_t *)(const void *)b, COLS, pairs, rows, accumulate,
+                            (anepy_lines){b, place % 3 * 64});
     int right = 1;
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < cols; j++) right &= (double)c[i * ldc + j] == expected[i][j];
@@ -210,6 +217,10 @@ static void check_set(const anepy_kernels *set) {
         for (size_t d = 0; d < sizeof depths / sizeof depths[0]; d++)
             for (int form = 0; form < 8; form++)
                 check_tile(set, rows, depths[d], form, (rows + (int)d + form) % GUARD_PLACES);
+    for (int32_t rows = 1; rows <= COLS; rows += 9)
+        for (int32_t pairs = 1; pairs <= 33; pairs += 16)
+            for (int form = 8; form < 16; form++)
+                check_tile(set, rows, pairs, form, (rows + form) % GUARD_PLACES);
     check_special(set);
 }
 

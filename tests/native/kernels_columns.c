@@ -112,26 +112,121 @@ static int exp_close(float actual, double argument, double expected) {
     return is_close(actual, expected, 6.0 + 2.0 * fabs(argument), expected);
 }
 
-static void check_softmax_columns(const anepy_kernels *set, int32_t rows, int32_t first,
-                                  float scale, int place) {
+/* What is raised to 2 is rounded once more, with its own size and that of its parts. */
+static int exp2_close(float actual, double argument, double parts, double expected) {
+    if (argument < -126.0) return actual >= 0.0f && actual <= 0x1p-125f;
+    return is_close(actual, expected, 6.0 + 2.0 * (fabs(argument) + parts), expected);
+}
+
+/* Two blocks one after the other, the second one causal; then both against all rows at once. */
+static void check_softmax_step(const anepy_kernels *set, int32_t rows, float scale, int place) {
     int64_t n = (int64_t)rows * COLS;
-    float *x = guard_matrix(rows, COLS, COLS, place, random_score);
-    float *start = guard_copy(x, n, GUARD_START), *inverse = guard_take(COLS, place);
+    float *x = guard_matrix(2 * rows, COLS, COLS, place, random_score);
+    float *start = guard_copy(x, 2 * n, GUARD_START);
+    float *max = guard_take(COLS, place), *sum = guard_take(COLS, place);
+    float *shrink[2] = {guard_take(COLS, place), guard_take(COLS, place)}, first[COLS];
     int right = 1;
-    set->softmax_columns(x, inverse, rows, first, scale);
     for (int32_t j = 0; j < COLS; j++) {
-        int32_t seen = anepy_min_i32(rows, first + j + 1);
-        double max = -INFINITY, sum = 0.0;
-        for (int32_t t = 0; t < seen; t++) max = fmax(max, start[t * COLS + j]);
-        for (int32_t t = 0; t < rows; t++) {
-            double z = (start[t * COLS + j] - max) * scale, e = t < seen ? exp(z) : 0.0;
-            sum += e;
-            right &= t < seen ? exp_close(x[t * COLS + j], z, e) : x[t * COLS + j] == 0.0f;
-        }
-        right &= is_close(inverse[j], 1.0 / sum, rows + 64.0, 1.0 / sum);
+        max[j] = -INFINITY;
+        sum[j] = 0.0f;
     }
-    CHECK(right && guard_intact(), "softmax_columns %s: %s, %d rows, first %d, scale %g, place %d",
-          set->isa, right ? "wrote elsewhere" : "wrong", rows, first, (double)scale, place);
+    for (int32_t i = 0; i < rows * COLS; i++) /* what does not count may be anything */
+        x[n + i] = i % COLS < i / COLS ? (i % 2 ? NAN : INFINITY) : start[n + i];
+    set->softmax_step(x, max, sum, shrink[0], rows, scale, 0);
+    for (int32_t j = 0; j < COLS; j++) first[j] = max[j];
+    set->softmax_step(x + n, max, sum, shrink[1], rows, scale, 1);
+    for (int32_t j = 0; j < COLS; j++) {
+        double largest[2] = {-INFINITY, -INFINITY}, total = 0.0;
+        int32_t seen = rows + anepy_min_i32(rows, j + 1);
+        for (int32_t t = 0; t < seen; t++)
+            largest[t >= rows] = fmax(largest[t >= rows], (double)start[t * COLS + j] * scale);
+        largest[1] = fmax(largest[0], largest[1]);
+        double factor = exp2(largest[0] - largest[1]), size = fabs(largest[1]) + fabs(largest[0]);
+        for (int32_t t = 0; t < 2 * rows; t++) {
+            double z = (double)start[t * COLS + j] * scale - largest[t >= rows];
+            double e = t < seen ? exp2(z) : 0.0;
+            total += t < rows ? e * factor : e;
+            right &= t < seen ? exp2_close(x[t * COLS + j], z, size, e) : x[t * COLS + j] == 0.0f;
+        }
+        right &= shrink[0][j] == 0.0f && is_close(first[j], largest[0], 1.0, fabs(largest[0]));
+        right &= is_close(max[j], largest[1], 1.0, fabs(largest[1]));
+        right &= exp2_close(shrink[1][j], largest[0] - largest[1], size, factor);
+        right &= is_close(sum[j], total, 2.0 * rows + 64.0 + 4.0 * size, total);
+    }
+    CHECK(right && guard_intact(), "softmax_step %s: %s, %d rows, scale %g, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, (double)scale, place);
+    guard_reset();
+}
+
+static void check_softmax_again(const anepy_kernels *set, int32_t rows, int32_t causal, int place) {
+    float *x = guard_matrix(rows, COLS, COLS, place, random_score);
+    float *dp = guard_matrix(rows, COLS, COLS, place, random_signed);
+    float *lse = guard_take(rows, place), *dot = guard_matrix(1, rows, rows, place, random_signed);
+    int64_t n = (int64_t)rows * COLS;
+    float *s = guard_copy(x, n, GUARD_START), *d = guard_copy(dp, n, GUARD_START);
+    double scale = 0.25, factor = 0.125;
+    int right = 1;
+    for (int32_t r = 0; r < rows; r++) { /* it is above every score that counts */
+        lse[r] = 0.5f;
+        for (int32_t j = 0; j < COLS; j++) {
+            int32_t counts = !causal || j <= r;
+            if (counts) lse[r] = fmaxf(lse[r], s[r * COLS + j] * 0.25f + 0.5f);
+            else x[r * COLS + j] = dp[r * COLS + j] = j % 2 ? NAN : INFINITY;
+        }
+    }
+    set->softmax_again(x, dp, lse, dot, rows, (float)scale, (float)factor, causal);
+    for (int32_t r = 0; r < rows; r++) {
+        for (int32_t j = 0; j < COLS; j++) {
+            int32_t i = r * COLS + j;
+            double z = s[i] * scale - (double)lse[r], p = exp2(z);
+            if (causal && j > r) {
+                right &= to_bits(x[i]) == 0 && to_bits(dp[i]) == 0;
+                continue;
+            }
+            right &= exp2_close(x[i], z, fabs(lse[r]), p);
+            right &= is_close(dp[i], x[i] * factor * (d[i] - (double)dot[r]), 4.0,
+                              x[i] * factor * (fabs(d[i]) + fabs(dot[r])));
+        }
+    }
+    CHECK(right && guard_intact(), "softmax_again %s: %s, %d rows, causal %d, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, causal, place);
+    guard_reset();
+}
+
+static void check_scale_columns(const anepy_kernels *set, int32_t rows, int64_t ld, int place,
+                                int in_place) {
+    float *src = guard_matrix(rows, COLS, COLS, place, random_signed);
+    float *start = guard_copy(src, (int64_t)rows * COLS, GUARD_START);
+    float *factor = guard_matrix(1, COLS, COLS, place, random_signed);
+    float *dst = in_place ? src : guard_take(span(rows, COLS, ld), place);
+    int right = 1;
+    if (in_place) ld = COLS;
+    set->scale_columns(dst, ld, src, factor, rows);
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t j = 0; j < COLS; j++)
+            right &= dst[r * ld + j] == start[r * COLS + j] * factor[j];
+    CHECK(right && guard_intact() && gaps_intact(dst, rows, COLS, ld),
+          "scale_columns %s: %s, %d rows, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, (long long)ld, place);
+    guard_reset();
+}
+
+static void check_dot_columns(const anepy_kernels *set, int32_t rows, int64_t ld, int place) {
+    float *a = guard_matrix(rows, COLS, COLS, place, random_signed);
+    float *b = guard_matrix(rows, COLS, ld, place, random_signed), *y = guard_take(COLS, place);
+    int right = 1;
+    vary_columns(b, rows, ld);
+    set->dot_columns(y, a, b, ld, rows);
+    for (int32_t j = 0; j < COLS; j++) {
+        double expected = 0.0, size = 0.0;
+        for (int32_t r = 0; r < rows; r++) {
+            expected += (double)a[r * COLS + j] * b[r * ld + j];
+            size += fabs((double)a[r * COLS + j] * b[r * ld + j]);
+        }
+        right &= is_close(y[j], expected, rows + 2.0, size);
+    }
+    CHECK(right && guard_intact(), "dot_columns %s: %s, %d rows, ld %lld, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", rows, (long long)ld, place);
     guard_reset();
 }
 
@@ -172,48 +267,6 @@ static void check_softmax_row_backward(const anepy_kernels *set, int32_t n, int 
                           fabs(p[i]) * (fabs(d[i]) + size) * scale);
     CHECK(right && guard_intact(), "softmax_row_backward %s: %s, n %d, place %d, in place %d",
           set->isa, right ? "wrote elsewhere" : "wrong", n, place, in_place);
-    guard_reset();
-}
-
-static void check_softmax_columns_backward(const anepy_kernels *set, int32_t rows, int place) {
-    float *p = guard_matrix(rows, COLS, COLS, place, random_signed);
-    float *dp = guard_matrix(rows, COLS, COLS, place, random_signed),
-          *dot = guard_take(COLS, place);
-    float *d = guard_copy(dp, (int64_t)rows * COLS, GUARD_START);
-    double scale = 0.125;
-    int right = 1;
-    set->softmax_columns_backward(dp, dot, p, (float)scale, rows);
-    for (int32_t j = 0; j < COLS; j++) {
-        double expected = 0.0, size = 0.0;
-        for (int32_t t = 0; t < rows; t++) {
-            expected += (double)p[t * COLS + j] * d[t * COLS + j];
-            size += fabs((double)p[t * COLS + j] * d[t * COLS + j]);
-        }
-        right &= is_close(dot[j], expected, rows + 2.0, size);
-        for (int32_t i = j; i < rows * COLS; i += COLS)
-            right &= is_close(dp[i], p[i] * (d[i] - expected) * scale, rows + 6.0,
-                              fabs(p[i]) * (fabs(d[i]) + size) * scale);
-    }
-    CHECK(right && guard_intact(), "softmax_columns_backward %s: %s, %d rows, place %d", set->isa,
-          right ? "wrote elsewhere" : "wrong", rows, place);
-    guard_reset();
-}
-
-static void check_softmax_row_again(const anepy_kernels *set, int32_t n, int place) {
-    float *x = guard_matrix(1, n, n, place, random_score);
-    float *dp = guard_matrix(1, n, n, place, random_signed), lse = 3.0f, dot = 0.375f;
-    float *s = guard_copy(x, n, GUARD_START), *d = guard_copy(dp, n, GUARD_START);
-    double scale = 0.125;
-    int right = 1;
-    for (int32_t i = 0; i < n; i++) lse = fmaxf(lse, s[i] + 0.5f); /* it is above every score */
-    set->softmax_row_again(x, dp, lse, dot, (float)scale, n);
-    for (int32_t i = 0; i < n; i++) {
-        double z = (double)(s[i] - lse), p = z < -87.3 ? 0.0 : exp(z);
-        right &= is_close(x[i], p, 6.0, p) &&
-                 is_close(dp[i], p * (d[i] - dot) * scale, 12.0, p * (fabs(d[i]) + dot) * scale);
-    }
-    CHECK(right && guard_intact(), "softmax_row_again %s: %s, n %d, place %d", set->isa,
-          right ? "wrote elsewhere" : "wrong", n, place);
     guard_reset();
 }
 
@@ -271,9 +324,15 @@ static void check_nan(const anepy_kernels *set) {
         CHECK(!lost, "softmax_row %s: NaN at %d is lost", set->isa, at);
         CHECK(isnan(sum[5]) && !isnan(sum[4]) && !isnan(sum[6]),
               "logsumexp_columns %s: NaN in row %d is lost or spread", set->isa, at);
-        set->softmax_columns(column, sum, 67, 66, 1.0f);
-        CHECK(isnan(sum[5]) && !isnan(sum[4]),
-              "softmax_columns %s: NaN in row %d is lost or spread", set->isa, at);
+        float shrink[COLS];
+        for (int32_t i = 0; i < COLS; i++) max[i] = sum[i] = 0.0f;
+        set->softmax_step(column, max, sum, shrink, 67, 1.0f, 0);
+        CHECK(isnan(sum[5]) && !isnan(sum[4]) && !isnan(sum[6]),
+              "softmax_step %s: NaN in row %d is lost or spread", set->isa, at);
+        for (int32_t i = 0; i < COLS; i++) column[i] = 0.5f; /* which cannot mend it */
+        set->softmax_step(column, max, sum, shrink, 1, 1.0f, 0);
+        CHECK(isnan(sum[5]) && !isnan(sum[4]), "softmax_step %s: NaN in row %d is forgotten",
+              set->isa, at);
     }
 }
 
@@ -291,17 +350,19 @@ void checks_columns(void) {
                 }
             }
             for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
-                check_softmax_columns(set, rows[r], 0, 1.0f, place);
-                check_softmax_columns(set, rows[r], rows[r] / 2, 0.125f, place);
-                check_softmax_columns(set, rows[r], rows[r] + 5, 0.3f, place);
-                check_softmax_columns_backward(set, rows[r], place);
+                check_softmax_step(set, rows[r], 1.0f, place);
+                check_softmax_step(set, rows[r], 0.18f, place);
+                check_softmax_again(set, rows[r], 0, place);
+                check_softmax_again(set, rows[r], 1, place);
+                check_scale_columns(set, rows[r], COLS + 5, place, 0);
+                check_scale_columns(set, rows[r], COLS, place, 1);
+                check_dot_columns(set, rows[r], COLS + rows[r] % 3, place);
             }
             for (int32_t s = 0; s < SIZE_N; s++) {
                 for (int in_place = 0; in_place < 2; in_place++) {
                     check_rmsnorm_row(set, SIZES[s], place, in_place);
                     check_softmax_row_backward(set, SIZES[s], place, in_place);
                 }
-                check_softmax_row_again(set, SIZES[s], place);
                 if (SIZES[s] == 0) continue; /* a row has an element */
                 check_softmax_row(set, SIZES[s], SIZES[s], 1.0f, place);
                 check_softmax_row(set, SIZES[s], SIZES[s] + 1, 0.25f, place);

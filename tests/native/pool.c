@@ -94,6 +94,36 @@ static void check_chain(int32_t threads) {
     anepy_pool_free(pool);
 }
 
+/* Indices that wait for the one before write in its order, and see what it wrote. */
+typedef struct {
+    _Atomic int32_t turn;
+    int32_t written, inside; /* by one thread at a time */
+    int32_t wrong;
+} turns;
+
+static void write_in_turn(void *context, int32_t index, int32_t worker) {
+    turns *q = context;
+    (void)worker;
+    anepy_pool_await(&q->turn, index);
+    q->wrong += q->written != index || q->inside;
+    q->inside = 1;
+    q->written = index + 1;
+    q->inside = 0;
+    atomic_store_explicit(&q->turn, index + 1, memory_order_release);
+}
+
+static void check_await(int32_t threads) {
+    anepy_pool *pool = make(threads);
+    for (int round = 0; round < 50; round++) {
+        turns q = {0};
+        int32_t count = 1 + random_below(200);
+        anepy_pool_run(pool, count, write_in_turn, &q);
+        CHECK(q.wrong == 0 && q.written == count, "%d of %d in turn, %d threads", q.written, count,
+              threads);
+    }
+    anepy_pool_free(pool);
+}
+
 /* ----------------------------------------------------------------------------------- background */
 
 typedef struct {
@@ -375,6 +405,7 @@ void checks_pool(void) {
         check_foreground(anepy_pool_stream, threads);
         check_help(threads);
         check_chain(threads);
+        check_await(threads);
         check_together(threads);
         check_busy(threads);
         for (int serial = 0; serial < 2; serial++) {

@@ -1,36 +1,47 @@
-/* device/cpu/attention.c - causal attention per head and sequence, in blocks of 64 queries that
- * skip the empty half.
+/* device/cpu/attention.c - causal attention per head and sequence, in blocks of 64 tokens that skip
+ * the empty half.
  *
- * Forward computes transposed scores [key, query], so that soft-max runs down columns without
- * horizontal sums and the next product needs no transposition. Backward keeps probabilities as
- * [query, key], the layout the program table promises; of its products only that of dq reduces over
- * keys and transposes. For long sequences it keeps none and computes them twice (Dao et al. 2022,
- * arXiv 2205.14135). KV head k serves query heads k*g .. k*g+g-1. */
+ * A piece of work holds 64 queries (forward) or 64 keys (backward) and walks over the blocks of the
+ * others, so that no more than a few blocks are in use at once and no score is kept (Dao et al.
+ * 2022, arXiv 2205.14135). The forward pass keeps one number per query, the logarithm of its
+ * soft-max's sum, from which the backward pass computes every probability again, once.
+ *
+ * Factors of products are copied block by block into the layout the tile kernels read, and rounded
+ * there in bf16: `load` and `panel_of` are the only places where precisions differ. Scores and
+ * soft-max are float32. KV head k serves query heads k*g .. k*g+g-1. */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "device/cpu/cpu.h"
 
 #define COLS ANEPY_COLUMNS
+#define SQUARE (COLS * COLS)
 
 typedef struct {
     const anepy_kernel *kernel;
     const anepy_cpu *cpu;
     const anepy_kernels *kernels;
+    const anepy_bf16_kernels *bf16; /* NULL: products are float32 */
     int64_t width;
     int32_t head_dim, heads, kv_heads, group;
-    int32_t n;         /* tokens of a sequence */
-    int32_t blocks;    /* of 64 tokens, that a sequence has */
-    int32_t sequences; /* beside each other */
-    float scale;
+    int32_t n;                           /* tokens of a sequence */
+    int32_t blocks;                      /* of 64 tokens, that a sequence has */
+    int32_t sequences;                   /* beside each other */
+    int32_t channel_units, column_units; /* reductions over a head's channels, a block's columns */
+    float factor;                        /* 1 / sqrt(head_dim) */
+    float scale;                         /* the same in powers of two */
 } attention;
 
 static attention begin(const anepy_kernel *kernel, int32_t n, int32_t columns) {
     const anepy_device_options *o = &kernel->cpu->base.options;
     const anepy_config *c = &o->model->config;
+    int32_t pair = o->gemm->bf16 != NULL ? 2 : 1;
+    float factor = 1.0f / sqrtf((float)o->model->head_dim);
     return (attention){.kernel = kernel,
                        .cpu = kernel->cpu,
                        .kernels = o->gemm->kernels,
+                       .bf16 = o->gemm->bf16,
                        .width = o->width,
                        .head_dim = o->model->head_dim,
                        .heads = c->n_heads,
@@ -39,40 +50,31 @@ static attention begin(const anepy_kernel *kernel, int32_t n, int32_t columns) {
                        .n = n,
                        .blocks = (n + COLS - 1) / COLS,
                        .sequences = columns / (int32_t)anepy_round_up(n, COLS),
-                       .scale = 1.0f / sqrtf((float)o->model->head_dim)};
+                       .channel_units = (o->model->head_dim + pair - 1) / pair,
+                       .column_units = COLS / pair,
+                       .factor = factor,
+                       .scale = factor * 1.44269504f};
 }
 
-/* One block of 64 tokens of a sequence, for one head. */
+/* A block of 64 tokens of a sequence, for one head. */
 typedef struct {
-    int32_t head;
-    int32_t first; /* its first token in the sequence */
-    int64_t start; /* the sequence's first column */
-} place;
+    int32_t head, sequence, block;
+} piece;
 
-/* As keys: the first blocks are seen by most queries, so that the last pieces of a loop are short.
- */
-static place locate_keys(const attention *a, int32_t index) {
-    int32_t sequence = index / a->blocks % a->sequences;
-    return (place){.head = index / a->blocks / a->sequences,
-                   .first = index % a->blocks * COLS,
-                   .start = (int64_t)sequence * a->blocks * COLS};
+/* The blocks of a sequence one after the other, then the sequences, then the heads. */
+static piece piece_at(const attention *a, int32_t index) {
+    return (piece){index / a->blocks / a->sequences, index / a->blocks % a->sequences,
+                   index % a->blocks};
 }
 
-/* As queries: later ones see more keys. */
-static place locate_queries(const attention *a, int32_t index) {
-    place p = locate_keys(a, index);
-    p.first = (a->blocks - 1) * COLS - p.first;
-    return p;
+static int32_t index_of(const attention *a, piece p) {
+    return (p.head * a->sequences + p.sequence) * a->blocks + p.block;
 }
 
-/* The sequence's channels of a head. */
-static float *head_of(const attention *a, float *tensor, int32_t head, place p) {
-    return tensor + (int64_t)head * a->head_dim * a->width + p.start;
-}
-
-/* Where the scores of a block of queries begin, in [heads * program width, width]. */
-static int64_t scores_at(const attention *a, place p, int32_t head) {
-    return ((int64_t)head * a->kernel->program.width + p.first) * a->width + p.start;
+/* Of a tensor with `channels` per head: where the block's first one begins. */
+static float *block_of(const attention *a, float *tensor, piece p, int32_t channels) {
+    return tensor + (int64_t)p.head * channels * a->width +
+           ((int64_t)p.sequence * a->blocks + p.block) * COLS;
 }
 
 static void run(const attention *a, int32_t heads, anepy_loop_fn fn) {
@@ -111,202 +113,205 @@ void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, in
     anepy_pool_run(cpu->base.options.gemm->pool, heads, rotate_head, &r);
 }
 
+/* ------------------------------------------------------------------------------------ products */
+
+/* A block [head_dim][64] as factors: `steps` is [channel units][64], for reductions over channels,
+ * on either side; `rows` is [head_dim][column units], the left side of reductions over columns. In
+ * float32 both are the same numbers. */
+typedef struct {
+    float *steps, *rows;
+} factors;
+
+int64_t anepy_cpu_factors_n(int32_t head_dim) { return (head_dim + 1) * (int64_t)COLS; }
+
+static factors factors_in(const attention *a, float *memory) {
+    return (factors){memory, a->bf16 != NULL ? memory + a->channel_units * COLS : memory};
+}
+
+/* Copy number `slot` of the two kept for every block. */
+static factors shared(const attention *a, piece p, int32_t slot) {
+    int64_t at = 2 * (int64_t)index_of(a, p) + slot;
+    return factors_in(a, a->cpu->factors + at * anepy_cpu_factors_n(a->head_dim));
+}
+
+enum { STEPS = 1, ROWS = 2 };
+
+static void load(const attention *a, factors f, const float *src, int64_t ld, int32_t which) {
+    if (a->bf16 == NULL) {
+        for (int32_t d = 0; d < a->head_dim; d++)
+            memcpy(f.steps + d * COLS, src + d * ld, COLS * sizeof(float));
+        return;
+    }
+    if (which & STEPS)
+        a->bf16->pack_pairs((uint32_t *)(void *)f.steps, COLS, src, ld, a->head_dim, COLS);
+    for (int32_t d = 0; d < a->head_dim && which & ROWS; d++)
+        a->bf16->to_bf16((uint16_t *)(void *)(f.rows + d * a->column_units), src + d * ld, COLS);
+}
+
+/* A square [64][64] as right side of a reduction over its rows; copy: room for one. */
+static const float *panel_of(const attention *a, float *copy, const float *square) {
+    if (a->bf16 == NULL) return square;
+    a->bf16->pack_pairs((uint32_t *)(void *)copy, COLS, square, COLS, COLS, COLS);
+    return copy;
+}
+
+/* The same over its columns; copy: room for two. */
+static const float *transposed_of(const attention *a, float *copy, const float *square) {
+    const float *rows = square;
+    if (a->bf16 != NULL) {
+        a->bf16->to_bf16((uint16_t *)(void *)(copy + SQUARE), square, SQUARE);
+        rows = copy + SQUARE;
+    }
+    a->kernels->transpose_panel(copy, rows, a->column_units, COLS, a->column_units);
+    return copy;
+}
+
+/* c[i][j] = sum_d left[d][i] right[d][j]. */
+static void over_channels(const attention *a, float *c, factors left, factors right) {
+    anepy_gemm_small(a->kernels, a->bf16, c, COLS, left.steps, 1, COLS, right.steps, COLS, COLS,
+                     COLS, a->channel_units, 0);
+}
+
+/* c[d][j] = or += sum_i left[d][i] panel[i][j]. */
+static void over_columns(const attention *a, float *c, factors left, const float *panel,
+                         int32_t accumulate) {
+    anepy_gemm_small(a->kernels, a->bf16, c, COLS, left.rows, a->column_units, 1, panel, COLS,
+                     a->head_dim, COLS, a->column_units, accumulate);
+}
+
 /* ------------------------------------------------------------------------------------- forward */
 
+static void load_keys(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const attention *a = context;
+    piece p = piece_at(a, index);
+    float *const *t = a->kernel->tensors;
+    load(a, shared(a, p, 0), block_of(a, t[SDPA_FWD_K], p, a->head_dim), a->width, STEPS);
+    load(a, shared(a, p, 1), block_of(a, t[SDPA_FWD_V], p, a->head_dim), a->width, ROWS);
+}
+
+/* Scores [key][query], so that soft-max runs down columns. Earlier sums shrink when a larger score
+ * appears (Milakov & Gimelshein 2018, arXiv 1805.02867). */
 static void forward_block(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
-    place p = locate_queries(a, index);
-    int32_t keys = p.first + COLS;
+    piece p = piece_at(a, index);
+    p.block = a->blocks - 1 - p.block; /* those with more keys first: the last pieces are short */
     float *const *t = a->kernel->tensors;
-    const float *q = head_of(a, t[SDPA_FWD_Q], p.head, p) + p.first;
-    const float *k = head_of(a, t[SDPA_FWD_K], p.head / a->group, p);
-    const float *v = head_of(a, t[SDPA_FWD_V], p.head / a->group, p);
-    float *out = head_of(a, t[SDPA_FWD_ATTN], p.head, p) + p.first;
-    float *scores = a->cpu->scratch + worker * a->cpu->scratch_n; /* [keys][64] */
-    float inverse[COLS];
-    anepy_gemm_small(a->kernels, scores, COLS, k, 1, a->width, q, a->width, keys, COLS, a->head_dim,
-                     0);
-    a->kernels->softmax_columns(scores, inverse, keys, p.first, a->scale);
-    anepy_gemm_small(a->kernels, out, a->width, v, a->width, 1, scores, COLS, a->head_dim, COLS,
-                     keys, 0);
-    for (int32_t d = 0; d < a->head_dim; d++)
-        for (int32_t j = 0; j < COLS; j++) out[d * a->width + j] *= inverse[j];
+    float *scores = a->cpu->scratch + worker * a->cpu->scratch_n, *copy = scores + SQUARE;
+    float *out = copy + SQUARE, max[COLS], sum[COLS], factor[COLS];
+    factors q = factors_in(a, out + a->head_dim * COLS);
+    load(a, q, block_of(a, t[SDPA_FWD_Q], p, a->head_dim), a->width, STEPS);
+    for (int32_t j = 0; j < COLS; j++) {
+        max[j] = -INFINITY;
+        sum[j] = 0.0f;
+    }
+    for (piece k = {p.head / a->group, p.sequence, 0}; k.block <= p.block; k.block++) {
+        over_channels(a, scores, shared(a, k, 0), q);
+        a->kernels->softmax_step(scores, max, sum, factor, COLS, a->scale, k.block == p.block);
+        if (k.block > 0) a->kernels->scale_columns(out, COLS, out, factor, a->head_dim);
+        over_columns(a, out, shared(a, k, 1), panel_of(a, copy, scores), k.block > 0);
+    }
+    float *lse = block_of(a, a->kernel->lse, p, 1);
+    for (int32_t j = 0; j < COLS; j++) {
+        lse[j] = max[j] + log2f(sum[j]);
+        factor[j] = 1.0f / sum[j];
+    }
+    a->kernels->scale_columns(block_of(a, t[SDPA_FWD_ATTN], p, a->head_dim), a->width, out, factor,
+                              a->head_dim);
 }
 
 void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns) {
     attention a = begin(kernel, n, columns);
+    run(&a, a.kv_heads, load_keys);
     run(&a, a.heads, forward_block);
 }
 
-/* ------------------------------------------------------------- backward, to the probabilities */
+/* ------------------------------------------------------------------------------------ backward */
 
-/* Rows [first, first + 64) of one head: probabilities, and the gradients that reach them. Keys
- * beyond the block stay zero since the surface was made. */
-static void probabilities_block(void *context, int32_t index, int32_t worker) {
-    (void)worker;
+/* Queries and gradients of their outputs, which count for nothing beyond the last token, and
+ * dot[q] = sum_d dattn[d, q] attn[d, q], which is what sum_t p[q, t] dp[q, t] comes to. */
+static void load_queries(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
-    place p = locate_queries(a, index);
-    int32_t keys = p.first + COLS;
-    float *const *t = a->kernel->tensors;
-    int64_t at = scores_at(a, p, p.head);
-    float *probs = t[SDPA_BWD1_P] + at, *dprobs = t[SDPA_BWD1_DP] + at;
-    const float *q = head_of(a, t[SDPA_BWD1_Q], p.head, p) + p.first;
-    const float *k = head_of(a, t[SDPA_BWD1_K], p.head / a->group, p);
-    const float *v = head_of(a, t[SDPA_BWD1_V], p.head / a->group, p);
-    const float *dattn = head_of(a, a->cpu->dattn, p.head, p) + p.first;
-    anepy_gemm_small(a->kernels, probs, a->width, q, 1, a->width, k, a->width, COLS, keys,
-                     a->head_dim, 0);
-    for (int32_t i = 0; i < COLS; i++)
-        a->kernels->softmax_row(probs + i * a->width, p.first + i + 1, keys, a->scale);
-    anepy_gemm_small(a->kernels, dprobs, a->width, dattn, 1, a->width, v, a->width, COLS, keys,
-                     a->head_dim, 0);
-}
-
-/* One block of keys of one KV head: out[d, t] = sum over queries q >= t of left[d, q] right[q, t],
- * summed over the query heads it serves. left is [heads * head_dim, width], right holds scores. */
-static void sum_over_queries(const attention *a, int32_t index, float *out, float *left,
-                             const float *right) {
-    place p = locate_keys(a, index);
-    out = head_of(a, out, p.head, p) + p.first;
-    for (int32_t g = 0; g < a->group; g++) {
-        int32_t head = p.head * a->group + g;
-        anepy_gemm_small(a->kernels, out, a->width, head_of(a, left, head, p) + p.first, a->width,
-                         1, right + scores_at(a, p, head) + p.first, a->width, a->head_dim, COLS,
-                         a->n - p.first, g > 0);
+    piece p = piece_at(a, index);
+    float *dattn = a->cpu->scratch + worker * a->cpu->scratch_n;
+    int32_t valid = anepy_min_i32(COLS, a->n - p.block * COLS);
+    const float *from = block_of(a, a->cpu->dattn, p, a->head_dim);
+    for (int32_t d = 0; d < a->head_dim; d++) {
+        memcpy(dattn + d * COLS, from + d * a->width, (size_t)valid * sizeof(float));
+        memset(dattn + d * COLS + valid, 0, (size_t)(COLS - valid) * sizeof(float));
     }
+    load(a, shared(a, p, 0), block_of(a, a->kernel->tensors[SDPA_BWD2_Q], p, a->head_dim), a->width,
+         STEPS | ROWS);
+    load(a, shared(a, p, 1), dattn, COLS, STEPS | ROWS);
+    if (a->bf16 != NULL) /* the same numbers that dp is made of */
+        a->bf16->from_bf16(dattn, (const uint16_t *)(const void *)shared(a, p, 1).rows,
+                           a->head_dim * COLS);
+    a->kernels->dot_columns(block_of(a, a->cpu->dot, p, 1), dattn,
+                            block_of(a, a->cpu->forward->tensors[SDPA_FWD_ATTN], p, a->head_dim),
+                            a->width, a->head_dim);
+    atomic_store_explicit(&a->cpu->turns[index], 0, memory_order_relaxed);
 }
 
-static void values_block(void *context, int32_t index, int32_t worker) {
-    (void)worker;
-    const attention *a = context;
-    float *const *t = a->kernel->tensors;
-    sum_over_queries(a, index, t[SDPA_BWD1_DV], a->cpu->dattn, t[SDPA_BWD1_P]);
-}
-
-void anepy_cpu_attention_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    attention a = begin(kernel, n, columns);
-    run(&a, a.heads, probabilities_block);
-    run(&a, a.kv_heads, values_block);
-}
-
-/* ------------------------------------------------------------ backward, to queries and keys */
-
-/* ds = p * (dp - sum p dp) * scale for 64 queries, and dq[d, q] = sum_t k[d, t] ds[q, t]. */
-static void queries_block(void *context, int32_t index, int32_t worker) {
-    const attention *a = context;
-    place p = locate_queries(a, index);
-    int32_t keys = p.first + COLS;
-    float *const *t = a->kernel->tensors;
-    int64_t at = scores_at(a, p, p.head);
-    const float *probs = t[SDPA_BWD2_P] + at, *dprobs = t[SDPA_BWD2_DP] + at;
-    const float *k = head_of(a, t[SDPA_BWD2_K], p.head / a->group, p);
-    float *dscores = a->cpu->dscores + at;
-    float *transposed = a->cpu->scratch + worker * a->cpu->scratch_n; /* [keys][64] */
-    for (int32_t i = 0; i < COLS; i++)
-        a->kernels->softmax_row_backward(dscores + i * a->width, probs + i * a->width,
-                                         dprobs + i * a->width, a->scale, keys);
-    a->kernels->transpose_panel(transposed, dscores, a->width, COLS, keys);
-    anepy_gemm_small(a->kernels, head_of(a, t[SDPA_BWD2_DQ], p.head, p) + p.first, a->width, k,
-                     a->width, 1, transposed, COLS, a->head_dim, COLS, keys, 0);
-}
-
-static void keys_block(void *context, int32_t index, int32_t worker) {
-    (void)worker;
-    const attention *a = context;
-    float *const *t = a->kernel->tensors;
-    sum_over_queries(a, index, t[SDPA_BWD2_DK], t[SDPA_BWD2_Q], a->cpu->dscores);
-}
-
-void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    attention a = begin(kernel, n, columns);
-    run(&a, a.heads, queries_block);
-    run(&a, a.kv_heads, keys_block);
-}
-
-/* ------------------------------------------------- backward without scores in memory: both halves
- */
-
-/* A block of 64 columns of a head, [head_dim][64], times a factor. */
-static float *copy_block(const attention *a, float *dst, const float *src, float factor) {
-    for (int32_t d = 0; d < a->head_dim; d++)
-        memcpy(dst + d * COLS, src + d * a->width, COLS * sizeof(float));
-    if (factor != 1.0f) a->kernels->scale(dst, factor, (int64_t)a->head_dim * COLS);
-    return dst;
-}
-
-static void paste_block(const attention *a, float *dst, const float *src) {
+static void paste(const attention *a, float *dst, const float *src) {
     for (int32_t d = 0; d < a->head_dim; d++)
         memcpy(dst + d * a->width, src + d * COLS, COLS * sizeof(float));
 }
 
-/* Probabilities of 64 queries as [key][query], the two numbers per query that give them back, and
- * dq[d, q] = sum_t k[d, t] ds[t, q]. */
-static void queries_again(void *context, int32_t index, int32_t worker) {
-    const attention *a = context;
-    place p = locate_queries(a, index);
-    int32_t first = p.first, keys = first + COLS;
-    int64_t row = p.head * a->width + p.start + first;
-    float *const *t = a->kernel->tensors;
-    float *probs = a->cpu->scratch + worker * a->cpu->scratch_n;
-    float *ds = probs + keys * COLS, *q = ds + keys * COLS, sum[COLS];
-    float *lse = a->cpu->lse + row, *dot = a->cpu->dot + row;
-    const float *k = head_of(a, t[SDPA_BWD2_K], p.head / a->group, p);
-    const float *v = head_of(a, a->cpu->bwd1->tensors[SDPA_BWD1_V], p.head / a->group, p);
-    copy_block(a, q, head_of(a, t[SDPA_BWD2_Q], p.head, p) + first, a->scale);
-    anepy_gemm_small(a->kernels, probs, COLS, k, 1, a->width, q, COLS, keys, COLS, a->head_dim, 0);
-    for (int32_t i = 1; i < COLS; i++) /* key first + i is later than queries before it */
-        for (int32_t j = 0; j < i; j++) probs[(first + i) * COLS + j] = -INFINITY;
-    a->kernels->logsumexp_columns(lse, sum, probs, COLS, keys);
-    for (int32_t j = 0; j < COLS; j++) lse[j] += logf(sum[j]);
-    a->kernels->softmax_gradient(probs, lse, 1.0f, COLS, keys);
-    copy_block(a, q, head_of(a, a->cpu->dattn, p.head, p) + first, 1.0f);
-    anepy_gemm_small(a->kernels, ds, COLS, v, 1, a->width, q, COLS, keys, COLS, a->head_dim, 0);
-    a->kernels->softmax_columns_backward(ds, dot, probs, a->scale, keys);
-    anepy_gemm_small(a->kernels, head_of(a, t[SDPA_BWD2_DQ], p.head, p) + first, a->width, k,
-                     a->width, 1, ds, COLS, a->head_dim, COLS, keys, 0);
+/* What a block of keys of a KV head needs at hand. */
+typedef struct {
+    piece at;
+    factors k, v;
+    float *dk, *dv; /* [head_dim][64] */
+    float *squares; /* room for four */
+} keys_block;
+
+/* With the queries of one block: p and ds = p * (dp - dot) / sqrt(head_dim) as [query][key], then
+ * dv[d, t] += dattn[d, q] p[q, t], dk[d, t] += q[d, q] ds[q, t] and dq[d, q] += k[d, t] ds[q, t].
+ */
+static void backward_pair(const attention *a, const keys_block *b, piece p, int32_t accumulate) {
+    float *probs = b->squares, *ds = probs + SQUARE, *copy = ds + SQUARE;
+    factors q = shared(a, p, 0), dattn = shared(a, p, 1);
+    over_channels(a, probs, q, b->k);
+    over_channels(a, ds, dattn, b->v);
+    int32_t last = p.block == b->at.block; /* of the keys these queries see */
+    a->kernels->softmax_again(probs, ds, block_of(a, a->cpu->forward->lse, p, 1),
+                              block_of(a, a->cpu->dot, p, 1), COLS, a->scale, a->factor, last);
+    over_columns(a, b->dv, dattn, panel_of(a, copy, probs), accumulate);
+    over_columns(a, b->dk, q, panel_of(a, copy, ds), accumulate);
+    const float *transposed = transposed_of(a, copy, ds);
+    int32_t index = index_of(a, p);
+    float *dq = a->cpu->dq + (int64_t)index * a->head_dim * COLS;
+    anepy_pool_await(&a->cpu->turns[index], b->at.block); /* other threads add earlier keys */
+    over_columns(a, dq, b->k, transposed, b->at.block > 0);
+    if (last) paste(a, block_of(a, a->kernel->tensors[SDPA_BWD2_DQ], p, a->head_dim), dq);
+    atomic_store_explicit(&a->cpu->turns[index], b->at.block + 1, memory_order_release);
 }
 
-/* One block of 64 keys of a KV head against all later queries, 64 at a time:
- * dv[d, t] = sum_q dattn[d, q] p[q, t] and dk[d, t] = sum_q q[d, q] ds[q, t]. */
-static void keys_again(void *context, int32_t index, int32_t worker) {
+/* One block of keys with all queries that see it. First blocks come first, of all heads: they have
+ * most queries, and two blocks of one head seldom meet. */
+static void backward_block(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
-    place p = locate_keys(a, index);
-    int32_t kv_head = p.head, first = p.first;
-    int32_t block = a->head_dim * COLS, head_dim = a->head_dim;
+    int32_t others = a->kv_heads * a->sequences, size = a->head_dim * COLS;
     float *const *t = a->kernel->tensors, *const *t1 = a->cpu->bwd1->tensors;
-    float *probs = a->cpu->scratch + worker * a->cpu->scratch_n, *ds = probs + COLS * COLS;
-    float *k = ds + COLS * COLS, *v = k + block, *q = v + block, *dattn = q + block;
-    float *dk = dattn + block, *dv = dk + block;
-    copy_block(a, k, head_of(a, t[SDPA_BWD2_K], kv_head, p) + first, a->scale);
-    copy_block(a, v, head_of(a, t1[SDPA_BWD1_V], kv_head, p) + first, 1.0f);
-    memset(dk, 0, 2 * (size_t)block * sizeof(float));
-    for (int32_t head = kv_head * a->group; head < (kv_head + 1) * a->group; head++) {
-        for (int32_t at = first; at < a->blocks * COLS; at += COLS) {
-            const float *lse = a->cpu->lse + head * a->width + p.start + at;
-            const float *dot = a->cpu->dot + head * a->width + p.start + at;
-            copy_block(a, q, head_of(a, t[SDPA_BWD2_Q], head, p) + at, 1.0f);
-            copy_block(a, dattn, head_of(a, a->cpu->dattn, head, p) + at, 1.0f);
-            anepy_gemm_small(a->kernels, probs, COLS, q, 1, COLS, k, COLS, COLS, COLS, head_dim, 0);
-            anepy_gemm_small(a->kernels, ds, COLS, dattn, 1, COLS, v, COLS, COLS, COLS, head_dim,
-                             0);
-            for (int32_t i = 0; i < COLS; i++) {
-                float *x = probs + i * COLS, *d = ds + i * COLS;
-                int32_t valid = at == first ? i + 1 : COLS;
-                a->kernels->softmax_row_again(x, d, lse[i], dot[i], a->scale, COLS);
-                memset(x + valid, 0, (size_t)(COLS - valid) * sizeof(float));
-                memset(d + valid, 0, (size_t)(COLS - valid) * sizeof(float));
-            }
-            anepy_gemm_small(a->kernels, dv, COLS, dattn, COLS, 1, probs, COLS, head_dim, COLS,
-                             COLS, 1);
-            anepy_gemm_small(a->kernels, dk, COLS, q, COLS, 1, ds, COLS, head_dim, COLS, COLS, 1);
-        }
-    }
-    paste_block(a, head_of(a, t[SDPA_BWD2_DK], kv_head, p) + first, dk);
-    paste_block(a, head_of(a, t1[SDPA_BWD1_DV], kv_head, p) + first, dv);
+    keys_block b = {.at = {index % others / a->sequences, index % a->sequences, index / others},
+                    .squares = a->cpu->scratch + worker * a->cpu->scratch_n};
+    b.dk = b.squares + 4 * SQUARE;
+    b.dv = b.dk + size;
+    b.k = factors_in(a, b.dv + size);
+    b.v = factors_in(a, b.k.steps + anepy_cpu_factors_n(a->head_dim));
+    load(a, b.k, block_of(a, t[SDPA_BWD2_K], b.at, a->head_dim), a->width, STEPS | ROWS);
+    load(a, b.v, block_of(a, t1[SDPA_BWD1_V], b.at, a->head_dim), a->width, STEPS);
+    piece p = b.at;
+    int32_t first = b.at.head * a->group;
+    for (p.head = first; p.head < first + a->group; p.head++)
+        for (p.block = b.at.block; p.block < a->blocks; p.block++)
+            backward_pair(a, &b, p, p.head > first || p.block > b.at.block);
+    paste(a, block_of(a, t[SDPA_BWD2_DK], b.at, a->head_dim), b.dk);
+    paste(a, block_of(a, t1[SDPA_BWD1_DV], b.at, a->head_dim), b.dv);
 }
 
 void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t n, int32_t columns) {
     attention a = begin(kernel, n, columns);
-    run(&a, a.heads, queries_again);
-    run(&a, a.kv_heads, keys_again);
+    run(&a, a.heads, load_queries);
+    run(&a, a.kv_heads, backward_block);
 }

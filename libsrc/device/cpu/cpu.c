@@ -1,4 +1,4 @@
-/* device/cpu/cpu.c - the native device: every program of the table as fused fp32 kernels.
+/* device/cpu/cpu.c - the native device: every program of the table as fused kernels.
  *
  * Surfaces are plain memory that tensors are bound to directly, and weights are read in place, so
  * nothing is packed for transport and nothing is compiled. Attention lives in attention.c, norms,
@@ -67,6 +67,14 @@ static int32_t cpu_lock(anepy_surface *surface, int32_t for_writing) {
     return ANEPY_OK;
 }
 
+/* What the backward pass of the same layer computes probabilities from. */
+static int32_t own_lse(anepy_cpu *cpu, anepy_kernel *kernel) {
+    const anepy_device_options *o = &cpu->base.options;
+    kernel->lse = own_floats(cpu, (int64_t)o->model->config.n_heads * o->width);
+    cpu->forwards[kernel->layer] = kernel;
+    return kernel->lse != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
+}
+
 static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
                            const float *params, anepy_kernel **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
@@ -77,11 +85,13 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
             return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
         kernel->cpu = cpu;
         kernel->program = *program;
+        kernel->layer = instances[i].layer;
         for (int32_t w = 0; w < program->weight_n; w++) {
             anepy_program_matrix matrix;
             anepy_program_weight(&matrix, program, device->options.model, instances[i].layer, w);
             kernel->weights[w] = params + matrix.offset;
         }
+        if (program->id == ANEPY_SDPA_FWD) ANEPY_TRY(own_lse(cpu, kernel));
         out[i] = kernel;
     }
     return ANEPY_OK;
@@ -91,7 +101,7 @@ static void cpu_release(anepy_kernel *kernel) { (void)kernel; /* close frees it 
 
 /* Only where scores are kept: they grow with the square of the sequence. */
 static int32_t own_dscores(anepy_cpu *cpu) {
-    int64_t rows = (int64_t)cpu->base.options.model->config.n_heads * cpu->positions;
+    int64_t rows = cpu->positions;
     if (cpu->dscores == NULL) cpu->dscores = own_floats(cpu, rows * cpu->base.options.width);
     return cpu->dscores != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
 }
@@ -308,13 +318,14 @@ static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
             .w = {k->weights[0]}, .y = {k->tensors[SDPA_BWD1_DY]}, .rows = {dim}, .count = 1},
         dim, columns);
     k->cpu->bwd1 = k;
-    if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_attention_backward1(k, n, columns);
+    k->cpu->forward = cpu->forwards[k->layer];
+    if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
 }
 
 static void sdpa_bwd2(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_config *c = &cpu->base.options.model->config;
-    if (k->tensors[SDPA_BWD2_P] != NULL) anepy_cpu_attention_backward2(k, n, columns);
+    if (k->tensors[SDPA_BWD2_P] != NULL) anepy_cpu_scores_backward2(k, n, columns);
     else anepy_cpu_attention_backward(k, n, columns);
     anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DQ], c->n_heads, n, columns, -1.0f);
     anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DK], c->n_kv_heads, n, columns, -1.0f);
@@ -374,14 +385,18 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     if (cpu == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for device cpu");
     cpu->base = (anepy_device){.type = &anepy_device_cpu, .ops = &OPS, .options = *options};
     cpu->positions = (int32_t)positions;
-    /* Attention scratch: one panel of scores and one of their gradients, [positions][64] each, and
-     * six blocks of a head, [head_dim][64]. */
-    cpu->scratch_n = (2 * positions + 6 * (int64_t)m->head_dim) * COLS;
+    /* Attention scratch: four squares, two blocks of a head and the factors of two. */
+    int64_t factors_n = anepy_cpu_factors_n(m->head_dim), blocks = m->config.n_heads * width / COLS;
+    cpu->scratch_n = (4 * COLS + 2 * (int64_t)m->head_dim) * COLS + 2 * factors_n;
     if ((cpu->cosine = own_floats(cpu, half * positions)) == NULL ||
         (cpu->sine = own_floats(cpu, half * positions)) == NULL ||
         (cpu->dattn = own_floats(cpu, m->config.dim * width)) == NULL ||
-        (cpu->lse = own_floats(cpu, m->config.n_heads * width)) == NULL ||
+        (cpu->dq = own_floats(cpu, m->config.dim * width)) == NULL ||
+        (cpu->factors = own_floats(cpu, 2 * blocks * factors_n)) == NULL ||
         (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
+        (cpu->turns = own(cpu, (size_t)blocks * sizeof *cpu->turns, NULL, 0)) == NULL ||
+        (cpu->forwards = own(cpu, (size_t)m->config.n_layers * sizeof(anepy_kernel *), NULL, 0)) ==
+            NULL ||
         (cpu->scratch =
              own_floats(cpu, cpu->scratch_n * anepy_pool_threads(options->gemm->pool))) == NULL) {
         cpu_close(&cpu->base);
@@ -414,8 +429,7 @@ const anepy_device_type anepy_device_cpu = {
     .name = "cpu",
     .about = "native kernels on this processor",
     .precisions = 1u << ANEPY_F32 | 1u << ANEPY_BF16,
-    .capabilities =
-        ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS | ANEPY_RECOMPUTES | ANEPY_BATCHES,
+    .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS | ANEPY_BATCHES,
     .slow = ANEPY_OFFLOADS, /* they are the host's work done in more passes (anepy compare) */
     .probe = cpu_probe,
     .has_precision = cpu_has_precision,

@@ -6,13 +6,17 @@
 
 typedef struct {
     anepy_device base;
-    int32_t positions;        /* columns of the longest sequence */
-    float *cosine, *sine;     /* RoPE angles [head_dim / 2, positions] */
-    float *dattn;             /* [dim, width]: gradient of attn inside sdpa_bwd1 */
-    float *dscores;           /* as the scores: inside sdpa_bwd2 if it is given them */
-    float *lse, *dot;         /* [n_heads, width]: inside sdpa_bwd2 if it is not */
-    const anepy_kernel *bwd1; /* the last sdpa_bwd1 */
-    float *scratch;           /* per worker: scratch_n floats */
+    int32_t positions;             /* columns of the longest sequence */
+    float *cosine, *sine;          /* RoPE angles [head_dim / 2, positions] */
+    float *dattn;                  /* [dim, width]: gradient of attn inside sdpa_bwd1 */
+    float *dscores;                /* [positions, width]: inside sdpa_bwd2 if it is given scores */
+    float *factors;                /* two per block of a head: inside attention */
+    float *dot;                    /* [n_heads, width]: inside sdpa_bwd2 */
+    float *dq;                     /* [dim, width], block by block: inside sdpa_bwd2 */
+    _Atomic int32_t *turns;        /* [n_heads, width / 64]: inside sdpa_bwd2 */
+    const anepy_kernel **forwards; /* sdpa_fwd of each layer */
+    const anepy_kernel *forward, *bwd1; /* of the layer whose sdpa_bwd1 was the last */
+    float *scratch;                     /* per worker: scratch_n floats */
     int64_t scratch_n;
     void *owned; /* every surface, kernel and mapping, for close */
 } anepy_cpu;
@@ -22,17 +26,22 @@ struct anepy_kernel {
     anepy_program program;
     float *tensors[ANEPY_PROGRAM_TENSORS];       /* first element of each bound range */
     const float *weights[ANEPY_PROGRAM_WEIGHTS]; /* in the parameter arena, in program order */
+    int32_t layer;
+    float *lse; /* of sdpa_fwd: [n_heads, width] */
 };
 
 /* attention.c: sequences of n tokens beside each other, each in n rounded up to 64 of the columns.
- * Scores lie beside each other as well: [n_heads * columns of the longest sequence, width]. */
+ */
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,
                     float sign);
 void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_attention_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_attention_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns);
-/* Both at once without scores in memory, as sdpa_bwd2 of the layer whose sdpa_bwd1 was the last. */
+/* As sdpa_bwd2 of the layer whose sdpa_bwd1 was the last, after its sdpa_fwd: dv as well. */
 void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t n, int32_t columns);
+int64_t anepy_cpu_factors_n(int32_t head_dim); /* floats of a block's copy */
+
+/* scores.c: the backward pass with scores in memory. */
+void anepy_cpu_scores_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_scores_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns);
 
 /* offload.c: programs of the table. */
 void anepy_cpu_rmsnorm_bwd(anepy_kernel *kernel, int32_t n, int32_t columns);

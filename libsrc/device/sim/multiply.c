@@ -126,7 +126,7 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const float *panel = job->packed + batch * s.k * anepy_round_up(s.n, COLS);
     for (int64_t j = 0; j < s.n; j += COLS, panel += s.k * COLS) {
         int whole = s.n - j >= COLS;
-        anepy_gemm_small(job->run->mil->kernels, whole ? c + j : tile, whole ? s.ldc : COLS, a,
+        anepy_gemm_small(job->run->mil->kernels, NULL, whole ? c + j : tile, whole ? s.ldc : COLS, a,
                          s.a_row, s.a_step, panel, COLS, (int32_t)rows, COLS, (int32_t)s.k, 0);
         for (int64_t i = 0; !whole && i < rows; i++)
             memcpy(c + i * s.ldc + j, tile + i * COLS, (size_t)(s.n - j) * sizeof *c);

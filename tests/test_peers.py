@@ -18,7 +18,7 @@ import tolerances
 from cases import GQA, SEPARATE, sequence
 from tolerances import assert_tensors_close, relative_error
 
-from anepy.engine import Engine
+from anepy.engine import Engine, library_info
 from anepy.model import PRESETS, Model, ModelConfig
 from anepy.tokenizer import Tokenizer
 
@@ -211,3 +211,34 @@ def test_generate_script_counts_the_bytes_of_a_token() -> None:
 def test_others_script_says_what_is_not_installed() -> None:
     result = record("others.py", *TINY, "--seq", "16")
     assert "not installed" in result["llm.c"]["reason"] and "--mlx" in result["mlx"]["reason"]
+
+
+def test_precision_script_trains_in_pairs(tmp_path: Path) -> None:
+    if not library_info()["isa"].endswith("bf16"):
+        pytest.skip("needs bf16 products")
+    words = ("--seeds", "2", "--steps", "20", "--threads", "1", "--data", str(tmp_path))
+    result = record("precision.py", *words, "--json", "-")
+    found = result["runs"]["demo"]
+    fp32, bf16 = (found["held_out"][name] for name in ("fp32", "bf16"))
+    assert len(fp32) == len(bf16) == 2 and fp32[0] != fp32[1] and fp32 != bf16
+    assert found["change"] == pytest.approx([b / a - 1 for a, b in zip(fp32, bf16, strict=True)])
+    assert found["largest"] == max(map(abs, found["change"])) < tolerances.BF16_HELD_OUT
+    assert "has no stories260K.bin" in result["runs"]["fine-tuning"]["reason"]
+
+
+def test_precision_script_fails_when_a_pair_is_too_far_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(PEERS))
+    import precision  # type: ignore[import-not-found]
+
+    def train(*words: str) -> str:
+        seed, bf16 = int(words[words.index("--seed") + 1]), "bf16" in words
+        return json.dumps({"summary": {"held_out_after": 0.1 + 0.0006 * (bf16 and seed == 1)}})
+
+    monkeypatch.setattr(precision, "command", train)
+    monkeypatch.setattr(sys, "argv", ["precision.py", "--seeds", "3", "--only", "demo"])
+    with pytest.raises(SystemExit, match=r"demo: a pair is more than 0.5% apart"):
+        precision.main()
+    shown = capsys.readouterr().out
+    assert "largest difference of a pair: 0.60%" in shown and "95 % interval" in shown

@@ -37,6 +37,8 @@ BF16_GRADIENT = 0.06  # per-tensor relative error; the bar of docs/design.md
 BF16_COSINE = 0.998  # a random 6 % error lowers the cosine by 0.0018: no bias hides under it
 # Relative: of one token's large random logits; over a real text 1e-4 of it.
 BF16_LOSS = 2e-3
+# Relative: of the losses on held-out text at the end of two trainings that differ in precision.
+BF16_HELD_OUT = 5e-3
 
 # --- fp16 surfaces and products: 11 bits, 0.05 % per rounding, at every program boundary
 

@@ -206,6 +206,21 @@ def test_generate_script_counts_the_bytes_of_a_token() -> None:
     cache = config.n_layers * config.dim // config.n_heads * config.n_kv_heads * 40
     assert result["bytes_per_token"] == 4 * (weights + cache)
     assert set(result["ms_per_token"]) == {"anepy"} and "ratio" not in result
+    reads, times = result["rounds"]["read"], result["rounds"]["anepy"]
+    limits = [result["bytes_per_token"] / read / 1e6 for read in reads]
+    shares = [limit / ms for limit, ms in zip(limits, times, strict=True)]
+    assert result["share"]["anepy"]["median"] == pytest.approx(np.median(shares))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not tied to CPUs")
+def test_competitor_script_compares_with_and_without() -> None:
+    result = record("competitor.py", *TINY, "--seq", "16", "--steps", "2")
+    assert set(result["sides"]) == {"anepy fp32", "torch eager"} and result["missing"] is None
+    for name, side in result["sides"].items():
+        times = result["rounds"][name]
+        pairs = [b / a for a, b in zip(times["alone"], times["beside"], strict=True)]
+        assert side["slower"]["median"] == pytest.approx(np.median(pairs))
+        assert side["ideal"] >= 1.0
 
 
 def test_others_script_says_what_is_not_installed() -> None:

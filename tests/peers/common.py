@@ -159,6 +159,13 @@ def measured_peaks(threads: int) -> dict[str, float | None]:
     }
 
 
+def read_speed(threads: int) -> float:
+    """Measure how fast this machine reads memory just now, in GB/s."""
+    from anepy import bench
+
+    return bench._measure_peaks(None, threads).read_gbs
+
+
 def describe_machine(result: dict[str, Any]) -> str:
     """Put machine and library into a line."""
     m, library = result["machine"], result["library"]

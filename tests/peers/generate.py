@@ -5,7 +5,8 @@
 `--run-c` names the program or its source, which is then compiled with -O3 -march=native -fopenmp.
 Both read the same model file, take the likeliest token each time, one token after the other, and
 must write the same tokens. Every weight is read once per token, so the limit is the speed at which
-this machine reads memory, measured in the same run.
+this machine reads memory. Where neighbours share the memory, that speed changes within seconds: it
+is measured after every 64 tokens of anepy, and each round is held against its own.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import argparse
 import os
 import re
 import shutil
+import statistics
 import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +32,17 @@ from common import (
     check_common,
     describe_machine,
     header,
-    measured_peaks,
     parameter_count,
     progress,
     ratio,
+    read_speed,
     summary,
     write_json,
 )
 
 BOS = 1
 COMPILE = ("-O3", "-march=native", "-fopenmp")
+SLICE = 64  # tokens between two measurements of the memory's speed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -106,20 +110,26 @@ def run_c(
 # ---------------------------------------------------------------------------------------- anepy
 
 
-def generate(decoder: Any, count: int) -> tuple[float, list[int]]:
+def generate(
+    decoder: Any, count: int, pause: Callable[[], None] = lambda: None
+) -> tuple[float, list[int]]:
     """Generate once, the likeliest token each time; return ms per token and the tokens.
 
-    The clock starts after the first token, as that of run.c does.
+    The clock starts after the first token, as that of run.c does, and stands still in a pause.
     """
-    tokens, token, start = [], BOS, 0.0
+    tokens, token, passed, start = [], BOS, 0.0, 0.0
     for position in range(count):
-        token = int(np.argmax(decoder.forward(token, position)))
-        if position == 0:
+        if position % SLICE == 1:
+            passed += time.perf_counter() - start if position > 1 else 0.0
+            pause()
             start = time.perf_counter()
+        token = int(np.argmax(decoder.forward(token, position)))
         if token == BOS:
             break
         tokens.append(token)
-    return (time.perf_counter() - start) * 1e3 / max(1, len(tokens) - 1), tokens
+    passed += time.perf_counter() - start
+    pause()
+    return passed * 1e3 / max(1, len(tokens) - 1), tokens
 
 
 def bytes_per_token(model: Any, count: int) -> float:
@@ -136,13 +146,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from anepy.model import PRESETS, Model
 
     result: dict[str, Any] = header("generate")
-    measured_peaks(options.threads)
     model = Model.init(PRESETS[options.preset], seed=options.seed)
     if options.tokens > model.config.seq_len:
         raise SystemExit(f"{options.preset} knows {model.config.seq_len} positions")
     # Random weights of the usual size repeat one token for ever; larger ones wander.
     model.arena *= 3.0
     times: dict[str, list[float]] = {"anepy": []}
+    reads: list[float] = []
+    speeds: list[float] = []  # of one round
+
+    def measure_memory() -> None:
+        speeds.append(read_speed(options.threads))
+
     with tempfile.TemporaryDirectory() as name, Decoder(model, threads=options.threads) as decoder:
         folder = Path(name)
         if options.run_c is not None:
@@ -158,7 +173,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 progress(f"round {turn + 1} of {options.rounds}, {side}")
                 time.sleep(SETTLE_SECONDS)
                 if side == "anepy":
-                    ms, tokens = generate(decoder, options.tokens)
+                    speeds.clear()
+                    ms, tokens = generate(decoder, options.tokens, measure_memory)
+                    reads += [statistics.harmonic_mean(speeds)] if turn >= 0 else []
                 else:
                     files = folder / "model.bin", folder / "tokenizer.bin"
                     ms, tokens = run_c(program, *files, options)
@@ -171,24 +188,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 if turn >= 0:
                     times[side].append(ms)
     progress("")
-    result["peaks"] = measured_peaks(options.threads)
     result["settings"] = {
         k: getattr(options, k) for k in ("preset", "tokens", "rounds", "threads", "seed")
     }
-    result["bytes_per_token"] = bytes_per_token(model, options.tokens)
+    moved = bytes_per_token(model, options.tokens)
+    result["bytes_per_token"] = moved
+    result["read"] = summary(reads)
     result["distinct_tokens"] = len(set(expected))
     result["ms_per_token"] = {side: summary(values) for side, values in times.items()}
+    limits = [moved / read / 1e6 for read in reads]
+    result["share"] = {side: ratio(limits, values) for side, values in times.items()}
     if "run.c" in times:
         result["ratio"] = ratio(times["anepy"], times["run.c"])
-    result["rounds"] = times
+    result["rounds"] = {**times, "read": reads}
     return result
 
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the comparison."""
-    s, read = result["settings"], result["peaks"]["read"]
+    s, read = result["settings"], result["read"]
     moved = result["bytes_per_token"]
-    limit = moved / read / 1e6
     print(
         f"\n{s['preset']}: {s['tokens']} tokens, fp32, {s['threads']} threads, {s['rounds']} rounds"
     )
@@ -199,13 +218,12 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"{'ms per token, ' + side:24}" + "".join(f"{row[c]:9.2f}" for c in COLUMNS))
     if "ratio" in result:
         print(f"{'anepy / run.c':24}" + "".join(f"{result['ratio'][c]:9.3f}" for c in COLUMNS))
-    print(
-        f"\n{moved / 1e6:.1f} MB are read per token: {limit:.2f} ms at the {read:.1f} GB/s "
-        "at which this machine reads"
-    )
+    for side, row in result["share"].items():
+        print(f"{'share of limit, ' + side:24}" + "".join(f"{row[c]:9.3f}" for c in COLUMNS))
+    print(f"{'GB/s read':24}" + "".join(f"{read[c]:9.1f}" for c in COLUMNS))
+    print(f"\nlimit: {moved / 1e6:.1f} MB are read per token, at the speed of the same round")
     for side, row in result["ms_per_token"].items():
-        rate, share = 1e3 / row["median"], limit / row["median"]
-        print(f"  {side:6}{rate:8.1f} tokens/s, {share:.0%} of that limit")
+        print(f"  {side:6}{1e3 / row['median']:8.1f} tokens/s")
     if "ratio" in result:
         print(f"checked: both write the same tokens ({result['distinct_tokens']} different ones)")
     print(f"command: {result['command']}")

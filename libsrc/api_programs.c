@@ -153,8 +153,8 @@ static int32_t run(anepy_device *device, const anepy_program *p, const float *pa
     anepy_surface *input, *output;
     anepy_kernel *kernel;
     anepy_instance instance = {p, layer};
-    ANEPY_TRY(device->ops->surface_create(device, p->input_channels, &input));
-    ANEPY_TRY(device->ops->surface_create(device, p->output_channels, &output));
+    ANEPY_TRY(device->ops->surface_create(device, p->input_channels, 0, &input));
+    ANEPY_TRY(device->ops->surface_create(device, p->output_channels, 0, &output));
     ANEPY_TRY(device->ops->compile(device, &instance, 1, params, &kernel));
     for (int32_t t = 0; t < p->input_n + p->output_n; t++)
         ANEPY_TRY(

@@ -272,7 +272,7 @@ static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
     const anepy_bench *b = context;
     float rstd[COLS];
     int64_t j = (int64_t)index * COLS;
-    b->kernels->rmsnorm(at(b, 0) + j, rstd, at(b, 1) + j, at(b, 2), b->rows, b->width);
+    b->kernels->rmsnorm(at(b, 0) + j, b->width, rstd, at(b, 1) + j, at(b, 2), b->rows, b->width);
 }
 
 static void run_rmsnorm(anepy_bench *b) {

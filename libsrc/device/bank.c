@@ -40,7 +40,9 @@ static int32_t create(anepy_bank_device *d, int32_t channels, int32_t width,
     return ANEPY_OK;
 }
 
-static int32_t bank_surface_create(anepy_device *device, int32_t channels, anepy_surface **out) {
+static int32_t bank_surface_create(anepy_device *device, int32_t channels, int32_t factors,
+                                   anepy_surface **out) {
+    (void)factors; /* all are fp16 */
     anepy_bank_surface *surface = NULL;
     ANEPY_TRY(create((anepy_bank_device *)device, channels, device->options.width, &surface));
     *out = &surface->base;

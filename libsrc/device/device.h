@@ -47,7 +47,7 @@ typedef struct {
                              * described for one sequence, so that with ANEPY_BATCHES it may be more
                              * than theirs */
     int32_t seq_len;
-    anepy_dtype dtype;  /* of surfaces and products */
+    anepy_dtype dtype;  /* of products, and of surfaces: of all, or of those of factors */
     const char *detail; /* what follows the colon of "sim:m1" (traits.h); NULL: nothing */
 } anepy_device_options;
 
@@ -101,7 +101,9 @@ typedef struct {
 
 typedef struct {
     void (*close)(anepy_device *device); /* frees its surfaces and kernels as well */
-    int32_t (*surface_create)(anepy_device *device, int32_t channels, anepy_surface **out);
+    /* For tensors that are factors of products only, or for any. */
+    int32_t (*surface_create)(anepy_device *device, int32_t channels, int32_t factors,
+                              anepy_surface **out);
     /* Before and after the host touches surface->data. */
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);

@@ -252,6 +252,15 @@ void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_pool_run(gemm->pool, (product->n + COLS - 1) / COLS, pack_panel, &job);
 }
 
+void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, int64_t ld,
+                          int32_t row, int32_t rows, int32_t column, int32_t columns) {
+    int64_t n = units_of(gemm, k);
+    for (int32_t j = 0; j < columns; j += COLS) {
+        float *to = gemm->panels + (column + j) * n + row / 2 * COLS;
+        gemm->bf16->pack_pairs((uint32_t *)(void *)to, COLS, src + j, ld, rows, COLS);
+    }
+}
+
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_gemm_job job = {gemm, *product};
     anepy_pool_run(gemm->pool, (product->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_rows, &job);

@@ -53,6 +53,10 @@ void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product);
 int32_t anepy_gemm_depth(const anepy_gemm *gemm);
 void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product);
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product);
+/* Or, where products are bf16, by whoever computes B: rows [row, row + rows) of its k, row even, at
+ * columns [column, column + columns), both multiples of 64. */
+void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, int64_t ld,
+                          int32_t row, int32_t rows, int32_t column, int32_t columns);
 
 /* A product with transposed B (a weight gradient) cut into pieces that need nothing from each
  * other, so that it can run in the background: submit anepy_gemm_piece with an anepy_gemm_job. */

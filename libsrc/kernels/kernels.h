@@ -85,8 +85,8 @@ typedef struct anepy_kernels {
 
     /* RMSNorm over rows c < channels of 64 columns (Zhang & Sennrich 2019; eps 1e-5 as llama2.c):
      * rstd[s] = 1/sqrt(mean_c x^2 + eps); y[c][s] = w[c] * x[c][s] * rstd[s]. */
-    void (*rmsnorm)(float *y, float *rstd, const float *x, const float *w, int32_t channels,
-                    int64_t ld);
+    void (*rmsnorm)(float *y, int64_t ldy, float *rstd, const float *x, const float *w,
+                    int32_t channels, int64_t ld);
     /* First half of its backward for 64 columns: rstd as above and
      * coef[s] = rstd^3 / channels * sum_c w[c] dy[c][s] x[c][s]. */
     void (*rmsnorm_stats)(float *rstd, float *coef, const float *dy, const float *x, const float *w,

@@ -79,13 +79,13 @@ static void from_half__scalar(float *dst, const uint16_t *src, int64_t n) {
     for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_half(src[i]);
 }
 
-static void rmsnorm__scalar(float *y, float *rstd, const float *x, const float *w, int32_t channels,
-                            int64_t ld) {
+static void rmsnorm__scalar(float *y, int64_t ldy, float *rstd, const float *x, const float *w,
+                            int32_t channels, int64_t ld) {
     for (int32_t s = 0; s < COLS; s++) {
         float sum = 0.0f;
         for (int32_t c = 0; c < channels; c++) sum += x[c * ld + s] * x[c * ld + s];
         rstd[s] = 1.0f / sqrtf(sum / (float)channels + ANEPY_RMS_EPS);
-        for (int32_t c = 0; c < channels; c++) y[c * ld + s] = w[c] * (x[c * ld + s] * rstd[s]);
+        for (int32_t c = 0; c < channels; c++) y[c * ldy + s] = w[c] * (x[c * ld + s] * rstd[s]);
     }
 }
 

@@ -207,8 +207,8 @@ V_INLINE vf v_rstd(vf sum, int32_t channels) {
     return v_div(v_set(1.0f), v_sqrt(v_add(mean, v_set(ANEPY_RMS_EPS))));
 }
 
-SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, float *rstd, const float *x, const float *w,
-                                         int32_t channels, int64_t ld) {
+SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, int64_t ldy, float *rstd, const float *x,
+                                         const float *w, int32_t channels, int64_t ld) {
     vf r[COL_VECTORS];
     ANEPY_UNROLL
     for (int j = 0; j < COL_VECTORS; j++) r[j] = v_set(0.0f);
@@ -229,7 +229,7 @@ SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, float *rstd, const float *x, 
         ANEPY_UNROLL
         for (int j = 0; j < COL_VECTORS; j++) {
             vf v = v_load(x + c * ld + j * VL);
-            v_store(y + c * ld + j * VL, v_mul(wc, v_mul(v, r[j])));
+            v_store(y + c * ldy + j * VL, v_mul(wc, v_mul(v, r[j])));
         }
     }
 }

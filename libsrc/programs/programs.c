@@ -6,11 +6,13 @@
 
 typedef enum { DIM, KV, HIDDEN, SCORES, VOCAB } extent; /* what a channel count is made of */
 
+#define FACTOR 8 /* nothing but products reads this output, inside and outside */
+
 #define PART_ROWS 32768 /* tokens per part of a classifier program: half of what chips take */
 
 typedef struct {
     const char *name; /* NULL ends a list */
-    extent channels;
+    int32_t channels; /* an extent, and perhaps FACTOR */
 } range;
 
 /* Mathematics, per column unless attention says otherwise (float64 form: tests/reference):
@@ -38,18 +40,18 @@ static const struct {
     [ANEPY_SDPA_FWD] = {"sdpa_fwd",
                         {{"x", DIM}},
                         {{"out", DIM}, {"q", DIM}, {"k", KV}, {"v", KV}, {"attn", DIM},
-                         {"xnorm", DIM}},
+                         {"xnorm", DIM | FACTOR}},
                         5,
                         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO}},
     [ANEPY_FFN_FWD] = {"ffn_fwd",
                        {{"x", DIM}},
-                       {{"out", DIM}, {"h1", HIDDEN}, {"h3", HIDDEN}, {"gate", HIDDEN},
-                        {"xnorm", DIM}},
+                       {{"out", DIM}, {"h1", HIDDEN}, {"h3", HIDDEN}, {"gate", HIDDEN | FACTOR},
+                        {"xnorm", DIM | FACTOR}},
                        4,
                        {ANEPY_FFN_NORM, ANEPY_W1, ANEPY_W3, ANEPY_W2}},
     [ANEPY_FFN_BWD] = {"ffn_bwd",
                        {{"dy", DIM}, {"h1", HIDDEN}, {"h3", HIDDEN}},
-                       {{"dx", DIM}, {"dh1", HIDDEN}, {"dh3", HIDDEN}},
+                       {{"dx", DIM}, {"dh1", HIDDEN | FACTOR}, {"dh3", HIDDEN | FACTOR}},
                        3,
                        {ANEPY_W2, ANEPY_W1, ANEPY_W3}},
     [ANEPY_SDPA_BWD1] = {"sdpa_bwd1",
@@ -135,8 +137,9 @@ static int32_t fill(anepy_program *out, int32_t first, const range *list, const 
                     int32_t *total) {
     int32_t n = 0;
     for (*total = 0; list[n].name != NULL; n++) {
-        int32_t channels = channels_of(list[n].channels, out, model);
-        out->tensors[first + n] = (anepy_program_tensor){list[n].name, channels, *total};
+        int32_t channels = channels_of(list[n].channels & ~FACTOR, out, model);
+        out->tensors[first + n] = (anepy_program_tensor){list[n].name, channels, *total,
+                                                          (list[n].channels & FACTOR) != 0};
         *total += channels;
     }
     return n;

@@ -39,6 +39,7 @@ typedef struct {
     const char *name;
     int32_t channels;
     int32_t channel; /* first channel when all inputs (or all outputs) share one packed surface */
+    int32_t factor;  /* an output that nothing but products reads, inside and outside */
 } anepy_program_tensor;
 
 /* Inputs first, then outputs, each in packed order. */

@@ -21,5 +21,6 @@ ANEPY_INLINE int64_t anepy_round_up(int64_t n, int64_t multiple) {
 
 ANEPY_INLINE int32_t anepy_min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 ANEPY_INLINE int32_t anepy_max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
+ANEPY_INLINE int64_t anepy_max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #endif

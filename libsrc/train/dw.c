@@ -11,14 +11,22 @@ static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
 }
 
-/* bf16 products: the factors are rounded once, by the product's task. */
-static int rounds(const anepy_engine *e) {
-    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && !anepy_on(e, ANEPY_METAL_DW);
+/* bf16 products with fp16_cache: a factor is used as the device rounded it, */
+static int is_rounded(const anepy_engine *e, const anepy_operand *o) {
+    return anepy_on(e, ANEPY_FP16_CACHE) && o->source->dtype == ANEPY_BF16 &&
+           !anepy_on(e, ANEPY_METAL_DW);
+}
+
+/* or rounded once, by the product's task. */
+static int rounds(const anepy_engine *e, const anepy_operand *o) {
+    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && !is_rounded(e, o) &&
+           !anepy_on(e, ANEPY_METAL_DW);
 }
 
 int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {
     int64_t n = (int64_t)o->channels * e->width;
-    if (rounds(e)) return n / 2;
+    if (is_rounded(e, o)) return 0;
+    if (rounds(e, o)) return n / 2;
     if (o->source->device == NULL) return 0;
     if (anepy_on(e, ANEPY_FP16_CACHE) && o->source->dtype == ANEPY_F32) return 0;
     return caches_raw(e) ? n + n / 2 : n;
@@ -47,8 +55,8 @@ static const float *in_place(const anepy_operand *o) {
 /* float32 rows of an operand. A host buffer, and with fp16_cache a surface that holds float32 the
  * host can see, is used where it is. Others go to a capture buffer, which without prealloc is made
  * now and freed when the products are done: with fp16_cache as they are, to be converted by the
- * product's task, otherwise converted by the calling thread. In bf16, fp16_cache rounds all factors
- * in that task, and *rounded is where to. */
+ * product's task, otherwise converted by the calling thread. In bf16, fp16_cache rounds in that
+ * task what the device has not, and *rounded is where to. */
 static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
                      const uint16_t **rounded) {
     anepy_surface *s = o->source;
@@ -60,8 +68,12 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
             return anepy_fail(ANEPY_E_MEMORY, "no memory for a capture buffer of %llu bytes",
                               (unsigned long long)nbytes);
     }
-    if (rounds(e)) *rounded = (const uint16_t *)(const void *)o->capture;
-    if (rounds(e) || n == 0) {
+    if (is_rounded(e, o)) {
+        *rounded = (const uint16_t *)s->data + (int64_t)o->channel * s->width;
+        return ANEPY_OK;
+    }
+    if (rounds(e, o)) *rounded = (const uint16_t *)(const void *)o->capture;
+    if (rounds(e, o) || n == 0) {
         *out = in_place(o);
         return ANEPY_OK;
     }
@@ -71,14 +83,14 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
 }
 
 static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
-    int converts = rounds(e) || anepy_capture_raw(e, o) != NULL;
+    int converts = rounds(e, o) || anepy_capture_raw(e, o) != NULL;
     return converts ? (o->channels + CONVERT_ROWS - 1) / CONVERT_ROWS : 0;
 }
 
 static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece) {
     int64_t first = (int64_t)piece * CONVERT_ROWS * e->width;
     int32_t rows = anepy_min_i32(CONVERT_ROWS, o->channels - piece * CONVERT_ROWS);
-    if (rounds(e)) {
+    if (rounds(e, o)) {
         uint16_t *out = (uint16_t *)(void *)o->capture;
         for (int64_t at = first; at < first + (int64_t)rows * e->width; at += e->width)
             e->gemm.bf16->to_bf16(out + at, in_place(o) + at, e->columns);

@@ -55,8 +55,9 @@ typedef struct {
     anepy_program program;
     int32_t layer; /* 0 if it belongs to none */
     anepy_kernel *kernel;
-    anepy_surface *input;  /* packed; only where tensors cannot be bound */
-    anepy_surface *output; /* packed */
+    anepy_surface *input;   /* packed; only where tensors cannot be bound */
+    anepy_surface *output;  /* packed */
+    anepy_surface *factors; /* outputs that only products read, rounded; NULL: in output */
     anepy_link links[ANEPY_PROGRAM_TENSORS];
 } anepy_node;
 

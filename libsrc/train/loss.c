@@ -155,9 +155,7 @@ static void round_gradient(void *context, int32_t index, int32_t worker) {
     for (int32_t r = 0; r < rows; r++)
         e->gemm.bf16->to_bf16(e->dlogits + (int64_t)(row + r) * e->width + column, block + r * COLS,
                               COLS);
-    int64_t units = (c->rows + 1) / 2;
-    uint32_t *pairs = (uint32_t *)(void *)e->gemm.panels + column * units + row / 2 * COLS;
-    e->gemm.bf16->pack_pairs(pairs, COLS, block, COLS, rows, COLS);
+    anepy_gemm_pack_rows(&e->gemm, c->rows, block, COLS, row, rows, column, COLS);
 }
 
 static void backward_in_chunks(anepy_engine *e) {

@@ -19,7 +19,7 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     float rstd[COLS];
     int64_t j = (int64_t)index * COLS;
-    anepy_vector(e)->rmsnorm(e->xnorm + j, rstd, (const float *)e->x_final.data + j,
+    anepy_vector(e)->rmsnorm(e->xnorm + j, e->width, rstd, (const float *)e->x_final.data + j,
                              e->weights + anepy_model_final_norm(e->model), e->model->config.dim,
                              e->width);
 }

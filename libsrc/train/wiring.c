@@ -79,6 +79,11 @@ static const struct {
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
+/* Does this output lie apart from the packed ones, rounded to what products take? */
+static int is_rounded(const anepy_engine *e, const anepy_program_tensor *t) {
+    return binds(e) && e->dtype != ANEPY_F32 && t->factor;
+}
+
 /* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
  * wq, wk, wv are one product each; scores nowhere, as sdpa_bwd2 does without; what the host
  * goes on with in its own memory; the rest packed. */
@@ -86,8 +91,12 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
                          anepy_surface **surface, int32_t *channel) {
     anepy_program_id id = node->program.id;
     const anepy_layer *layer = &e->layers[node->layer];
-    *surface = node->output;
-    *channel = node->program.tensors[tensor].channel;
+    int rounded = is_rounded(e, &node->program.tensors[tensor]);
+    *surface = rounded ? node->factors : node->output;
+    *channel = 0;
+    for (int32_t t = node->program.input_n; t < tensor; t++)
+        if (is_rounded(e, &node->program.tensors[t]) == rounded)
+            *channel += node->program.tensors[t].channels;
     if (!binds(e)) return;
     if (id == ANEPY_SDPA_BWD2 || (id == ANEPY_SDPA_BWD1 && tensor == SDPA_BWD1_DV)) {
         int32_t input = id == ANEPY_SDPA_BWD1    ? QKV_BWD_DV
@@ -113,7 +122,19 @@ static int placed_elsewhere(const anepy_engine *e, anepy_program_id id) {
 
 static int32_t packed_input(anepy_engine *e, anepy_node *node) {
     if (node->input != NULL) return ANEPY_OK;
-    return e->device->ops->surface_create(e->device, node->program.input_channels, &node->input);
+    return e->device->ops->surface_create(e->device, node->program.input_channels, 0, &node->input);
+}
+
+/* One surface for all outputs, or one for factors of products and one for the others. */
+static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
+    const anepy_device_ops *ops = e->device->ops;
+    const anepy_program *p = &node->program;
+    int32_t rounded = 0;
+    for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++)
+        if (is_rounded(e, &p->tensors[t])) rounded += p->tensors[t].channels;
+    ANEPY_TRY(ops->surface_create(e->device, p->output_channels - rounded, 0, &node->output));
+    if (rounded == 0) return ANEPY_OK;
+    return ops->surface_create(e->device, rounded, 1, &node->factors);
 }
 
 static int32_t create_surfaces(anepy_engine *e) {
@@ -121,9 +142,7 @@ static int32_t create_surfaces(anepy_engine *e) {
         anepy_node *node = &e->nodes[i];
         anepy_program_id id = node->program.id;
         if (id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
-        if (!placed_elsewhere(e, id))
-            ANEPY_TRY(e->device->ops->surface_create(e->device, node->program.output_channels,
-                                                     &node->output));
+        if (!placed_elsewhere(e, id)) ANEPY_TRY(packed_outputs(e, node));
     }
     return ANEPY_OK;
 }
@@ -161,6 +180,13 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     return ANEPY_OK;
 }
 
+static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t tensor,
+                               int32_t channels) {
+    anepy_operand o = {.channels = channels};
+    place_output(e, node, tensor, &o.source, &o.channel);
+    return o;
+}
+
 /* The tensors whose product is a weight gradient. */
 static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
     const anepy_node *sdpa_fwd = layer->nodes[ANEPY_SDPA_FWD];
@@ -168,21 +194,19 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
     const anepy_model *m = e->model;
     int32_t dim = m->config.dim, hidden = m->config.hidden_dim;
     anepy_operand host_dy = {&layer->dy, 0, dim, NULL}, host_dx2 = {&layer->dx2, 0, dim, NULL};
-#define CHANNEL(node, tensor) (node)->output, (node)->program.tensors[tensor].channel
     layer->dw[DW_W2] = (anepy_dw){.dy = host_dy,
-                                  .x = {CHANNEL(ffn_fwd, FFN_FWD_GATE), hidden, NULL},
+                                  .x = output_of(e, ffn_fwd, FFN_FWD_GATE, hidden),
                                   .gradient = anepy_model_layer(m, l, ANEPY_W2)};
-    layer->dw[DW_W13] = (anepy_dw){.dy = {CHANNEL(ffn_bwd, FFN_BWD_DH1), 2 * hidden, NULL},
-                                   .x = {CHANNEL(ffn_fwd, FFN_FWD_XNORM), dim, NULL},
+    layer->dw[DW_W13] = (anepy_dw){.dy = output_of(e, ffn_bwd, FFN_BWD_DH1, 2 * hidden),
+                                   .x = output_of(e, ffn_fwd, FFN_FWD_XNORM, dim),
                                    .gradient = anepy_model_layer(m, l, ANEPY_W1)};
     layer->dw[DW_WO] = (anepy_dw){.dy = host_dx2,
-                                  .x = {CHANNEL(sdpa_fwd, SDPA_FWD_ATTN), dim, NULL},
+                                  .x = output_of(e, sdpa_fwd, SDPA_FWD_ATTN, dim),
                                   .gradient = anepy_model_layer(m, l, ANEPY_WO)};
     layer->dw[DW_QKV] =
         (anepy_dw){.dy = {layer->nodes[ANEPY_QKV_BWD]->input, 0, dim + 2 * m->kv_dim, NULL},
-                   .x = {CHANNEL(sdpa_fwd, SDPA_FWD_XNORM), dim, NULL},
+                   .x = output_of(e, sdpa_fwd, SDPA_FWD_XNORM, dim),
                    .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
-#undef CHANNEL
 }
 
 /* Adds a node, or counts it while there is no memory for them yet. */

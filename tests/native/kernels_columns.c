@@ -37,7 +37,7 @@ static void check_rmsnorm(const anepy_kernels *set, int32_t channels, int64_t ld
     float *y = guard_take(span(channels, COLS, ld), place), *rstd = guard_take(COLS, place);
     int right = 1;
     vary_columns(x, channels, ld);
-    set->rmsnorm(y, rstd, x, w, channels, ld);
+    set->rmsnorm(y, ld, rstd, x, w, channels, ld);
     for (int32_t s = 0; s < COLS; s++) {
         double r = reciprocal_rms(x, channels, ld, s);
         right &= is_close(rstd[s], r, channels + 4.0, r);

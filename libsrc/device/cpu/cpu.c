@@ -50,14 +50,17 @@ static void cpu_close(anepy_device *device) {
     free(cpu);
 }
 
-static int32_t cpu_surface_create(anepy_device *device, int32_t channels, anepy_surface **out) {
+static int32_t cpu_surface_create(anepy_device *device, int32_t channels, int32_t factors,
+                                  anepy_surface **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
     int32_t width = device->options.width;
-    float *data = own_floats(cpu, (int64_t)channels * width);
+    anepy_dtype dtype = factors ? device->options.dtype : ANEPY_F32;
+    int64_t n = (int64_t)channels * width / (dtype == ANEPY_F32 ? 1 : 2);
+    float *data = own_floats(cpu, n);
     anepy_surface *surface = data != NULL ? own(cpu, sizeof *surface, NULL, 0) : NULL;
     if (surface == NULL) return ANEPY_E_MEMORY;
-    *surface = (anepy_surface){device, ANEPY_F32, channels, width, data};
-    device->nbytes += (uint64_t)channels * (uint64_t)width * sizeof(float);
+    *surface = (anepy_surface){device, dtype, channels, width, data};
+    device->nbytes += (uint64_t)n * sizeof(float);
     *out = surface;
     return ANEPY_OK;
 }
@@ -115,56 +118,76 @@ static int32_t cpu_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surf
     if (channel < 0 || channel + program->tensors[index].channels > surface->channels)
         return anepy_fail(ANEPY_E_ARGUMENT, "%s.%s does not fit its surface", program->name,
                           program->tensors[index].name);
-    kernel->tensors[index] = (float *)surface->data + (int64_t)channel * surface->width;
+    int64_t at = (int64_t)channel * surface->width;
+    int rounds = surface->dtype == ANEPY_BF16;
+    kernel->tensors[index] = rounds ? NULL : (float *)surface->data + at;
+    kernel->rounded[index] = rounds ? (uint16_t *)surface->data + at : NULL;
     if (program->id == ANEPY_SDPA_BWD2 && index == SDPA_BWD2_P) return own_dscores(kernel->cpu);
     return ANEPY_OK;
 }
 
 /* ----------------------------------------------------------------------------- building blocks */
 
-/* A run of weights [rows[i], cols] whose outputs (or output gradients) are y[i]. */
+/* A run of weights [rows[i], cols] whose outputs (or output gradients) are y[i], or y16[i] if those
+ * are rounded. */
 typedef struct {
     const float *w[3];
     float *y[3];
+    const uint16_t *y16[3];
     int32_t rows[3];
     int32_t count;
+    int32_t packed; /* the other factor is in the panels already */
 } projections;
 
 /* Merges neighbours that follow each other in both memories, so that one product covers them. */
 static void merge(projections *p, int32_t cols, int32_t width) {
     int32_t n = 0;
     for (int32_t i = 1; i < p->count; i++) {
+        int64_t behind = (int64_t)p->rows[n] * width;
         if (p->w[i] == p->w[n] + (int64_t)p->rows[n] * cols &&
-            p->y[i] == p->y[n] + (int64_t)p->rows[n] * width) {
+            (p->y[n] != NULL ? p->y[i] == p->y[n] + behind : p->y16[i] == p->y16[n] + behind)) {
             p->rows[n] += p->rows[i];
         } else {
             n++;
             p->w[n] = p->w[i];
             p->y[n] = p->y[i];
+            p->y16[n] = p->y16[i];
             p->rows[n] = p->rows[i];
         }
     }
     p->count = n + 1;
 }
 
-/* y[i] = w[i] . x; x is [cols, width]. */
-static void project(const anepy_cpu *cpu, projections p, const float *x, int32_t cols,
-                    int32_t columns) {
+/* Does whoever computes and rounds a factor pack it for the product that sums over its k rows? */
+static int packs(const anepy_cpu *cpu, const uint16_t *rounded, int32_t k) {
+    return rounded != NULL && k <= anepy_gemm_depth(cpu->base.options.gemm);
+}
+
+static void multiply(const anepy_cpu *cpu, const anepy_product *product, int packed) {
+    const anepy_gemm *gemm = cpu->base.options.gemm;
+    if (packed) anepy_gemm_multiply(gemm, product);
+    else anepy_gemm_run(gemm, product);
+}
+
+/* y[i] = w[i] . x; x, or x16 if it is rounded, is [cols, width]. */
+static void project(const anepy_cpu *cpu, projections p, const float *x, const uint16_t *x16,
+                    int32_t cols, int32_t columns) {
     int32_t width = cpu->base.options.width;
     merge(&p, cols, width);
-    for (int32_t i = 0; i < p.count; i++) {
-        anepy_product product = {.c = p.y[i],
-                                 .ldc = width,
-                                 .a = p.w[i],
-                                 .a_row = cols,
-                                 .a_step = 1,
-                                 .b = x,
-                                 .ldb = width,
-                                 .m = p.rows[i],
-                                 .n = columns,
-                                 .k = cols};
-        anepy_gemm_run(cpu->base.options.gemm, &product);
-    }
+    for (int32_t i = 0; i < p.count; i++)
+        multiply(cpu,
+                 &(anepy_product){.c = p.y[i],
+                                  .ldc = width,
+                                  .a = p.w[i],
+                                  .a_row = cols,
+                                  .a_step = 1,
+                                  .b = x,
+                                  .b16 = x16,
+                                  .ldb = width,
+                                  .m = p.rows[i],
+                                  .n = columns,
+                                  .k = cols},
+                 p.packed);
 }
 
 /* dx = sum_i w[i]^T . y[i]; dx is [cols, width]. */
@@ -172,66 +195,111 @@ static void project_backward(const anepy_cpu *cpu, float *dx, projections p, int
                              int32_t columns) {
     int32_t width = cpu->base.options.width;
     merge(&p, cols, width);
-    for (int32_t i = 0; i < p.count; i++) {
-        anepy_product product = {.c = dx,
-                                 .ldc = width,
-                                 .a = p.w[i],
-                                 .a_row = 1,
-                                 .a_step = cols,
-                                 .b = p.y[i],
-                                 .ldb = width,
-                                 .m = cols,
-                                 .n = columns,
-                                 .k = p.rows[i],
-                                 .accumulate = i > 0};
-        anepy_gemm_run(cpu->base.options.gemm, &product);
-    }
+    for (int32_t i = 0; i < p.count; i++)
+        multiply(cpu,
+                 &(anepy_product){.c = dx,
+                                  .ldc = width,
+                                  .a = p.w[i],
+                                  .a_row = 1,
+                                  .a_step = cols,
+                                  .b = p.y[i],
+                                  .b16 = p.y16[i],
+                                  .ldb = width,
+                                  .m = cols,
+                                  .n = columns,
+                                  .k = p.rows[i],
+                                  .accumulate = i > 0},
+                 p.packed);
 }
 
-/* Operands of an element-wise loop over rows of [rows, width], n columns of each. */
+/* Operands of an element-wise loop over rows of [rows, width], n columns of each. An output is
+ * rounded instead, and packed for the product that reads it next, where rounded is given. */
 typedef struct {
     const anepy_cpu *cpu;
     float *out[2];
+    uint16_t *rounded[2];
     const float *in[3];
     int32_t rows, columns;
+    int32_t packed_k; /* the reduction of that product; 0: it is not packed */
 } elementwise;
 
 #define PIECE_ROWS 64
 
-static void norm_panel(void *context, int32_t index, int32_t worker) {
-    (void)worker;
-    const elementwise *e = context;
-    const anepy_device_options *o = &e->cpu->base.options;
-    float rstd[COLS];
-    int64_t j = (int64_t)index * COLS;
-    o->gemm->kernels->rmsnorm(e->out[0] + j, rstd, e->in[0] + j, e->in[1], o->model->config.dim,
-                              o->width);
+static float *scratch_of(const anepy_cpu *cpu, int32_t worker) {
+    return cpu->scratch + worker * cpu->scratch_n;
 }
 
-static void normalize(const anepy_cpu *cpu, float *xnorm, const float *x, const float *weight,
-                      int32_t columns) {
-    elementwise e = {.cpu = cpu, .out = {xnorm}, .in = {x, weight}};
+/* Rows of a factor as they were computed. k: packed_k; `row`: the first of them there. */
+static void put_rows(const anepy_cpu *cpu, uint16_t *dst, int32_t k, int32_t row, int32_t rows,
+                     int32_t column, int32_t columns, const float *src, int64_t ld) {
+    const anepy_device_options *o = &cpu->base.options;
+    for (int32_t r = 0; r < rows; r++)
+        o->gemm->bf16->to_bf16(dst + (int64_t)r * o->width + column, src + r * ld, columns);
+    if (k > 0) anepy_gemm_pack_rows(o->gemm, k, src, ld, row, rows, column, columns);
+}
+
+static void norm_panel(void *context, int32_t index, int32_t worker) {
+    const elementwise *e = context;
+    const anepy_device_options *o = &e->cpu->base.options;
+    float rstd[COLS], *panel = scratch_of(e->cpu, worker);
+    int32_t dim = o->model->config.dim, j = index * COLS;
+    int rounds = e->rounded[0] != NULL;
+    o->gemm->kernels->rmsnorm(rounds ? panel : e->out[0] + j, rounds ? COLS : o->width, rstd,
+                              e->in[0] + j, e->in[1], dim, o->width);
+    if (rounds) put_rows(e->cpu, e->rounded[0], e->packed_k, 0, dim, j, COLS, panel, COLS);
+}
+
+/* xnorm, or xnorm16 if it is rounded. */
+static void normalize(const anepy_cpu *cpu, float *xnorm, uint16_t *xnorm16, const float *x,
+                      const float *weight, int32_t columns) {
+    int32_t dim = cpu->base.options.model->config.dim;
+    elementwise e = {.cpu = cpu,
+                     .out = {xnorm},
+                     .rounded = {xnorm16},
+                     .in = {x, weight},
+                     .packed_k = packs(cpu, xnorm16, dim) ? dim : 0};
     anepy_pool_run(cpu->base.options.gemm->pool, columns / COLS, norm_panel, &e);
 }
 
 static void swiglu_rows(void *context, int32_t index, int32_t worker) {
-    (void)worker;
     const elementwise *e = context;
+    const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
     int64_t width = e->cpu->base.options.width;
     int32_t end = anepy_min_i32(e->rows, (index + 1) * PIECE_ROWS);
-    for (int64_t i = (int64_t)index * PIECE_ROWS * width; i < end * width; i += width)
-        e->cpu->base.options.gemm->kernels->swiglu(e->out[0] + i, e->in[0] + i, e->in[1] + i,
-                                                   e->columns);
+    float *pair = scratch_of(e->cpu, worker);
+    for (int32_t row = index * PIECE_ROWS; row < end; row += 2) {
+        int32_t count = anepy_min_i32(2, end - row);
+        for (int32_t r = 0; r < count; r++) {
+            int64_t i = (row + r) * width;
+            kernels->swiglu(e->out[0] != NULL ? e->out[0] + i : pair + r * width, e->in[0] + i,
+                            e->in[1] + i, e->columns);
+        }
+        if (e->rounded[0] != NULL)
+            put_rows(e->cpu, e->rounded[0] + row * width, e->packed_k, row, count, 0, e->columns,
+                     pair, width);
+    }
 }
 
 static void swiglu_backward_rows(void *context, int32_t index, int32_t worker) {
-    (void)worker;
     const elementwise *e = context;
+    const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
     int64_t width = e->cpu->base.options.width;
     int32_t end = anepy_min_i32(e->rows, (index + 1) * PIECE_ROWS);
-    for (int64_t i = (int64_t)index * PIECE_ROWS * width; i < end * width; i += width)
-        e->cpu->base.options.gemm->kernels->swiglu_backward(
-            e->out[0] + i, e->out[1] + i, e->in[0] + i, e->in[1] + i, e->in[2] + i, e->columns);
+    float *pair = scratch_of(e->cpu, worker), *other = pair + 2 * width;
+    for (int32_t row = index * PIECE_ROWS; row < end; row += 2) {
+        int32_t count = anepy_min_i32(2, end - row);
+        for (int32_t r = 0; r < count; r++) {
+            int64_t i = (row + r) * width;
+            kernels->swiglu_backward(e->out[0] != NULL ? e->out[0] + i : pair + r * width,
+                                     e->out[1] != NULL ? e->out[1] + i : other + r * width,
+                                     e->in[0] + i, e->in[1] + i, e->in[2] + i, e->columns);
+        }
+        if (e->rounded[0] == NULL) continue;
+        put_rows(e->cpu, e->rounded[0] + row * width, e->packed_k, row, count, 0, e->columns, pair,
+                 width);
+        put_rows(e->cpu, e->rounded[1] + row * width, e->packed_k, e->rows + row, count, 0,
+                 e->columns, other, width);
+    }
 }
 
 static void run_rows(elementwise *e, anepy_loop_fn fn) {
@@ -245,19 +313,21 @@ static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_model *m = cpu->base.options.model;
     int32_t dim = m->config.dim, kv = m->kv_dim;
     float **t = k->tensors;
-    normalize(cpu, t[SDPA_FWD_XNORM], t[SDPA_FWD_X], k->weights[0], columns);
+    normalize(cpu, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X], k->weights[0],
+              columns);
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2], k->weights[3]},
                           .y = {t[SDPA_FWD_Q], t[SDPA_FWD_K], t[SDPA_FWD_V]},
                           .rows = {dim, kv, kv},
-                          .count = 3},
-            t[SDPA_FWD_XNORM], dim, columns);
+                          .count = 3,
+                          .packed = packs(cpu, k->rounded[SDPA_FWD_XNORM], dim)},
+            t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], dim, columns);
     anepy_cpu_rope(cpu, t[SDPA_FWD_Q], m->config.n_heads, n, columns, 1.0f);
     anepy_cpu_rope(cpu, t[SDPA_FWD_K], m->config.n_kv_heads, n, columns, 1.0f);
     anepy_cpu_attention(k, n, columns);
     project(cpu,
             (projections){.w = {k->weights[4]}, .y = {t[SDPA_FWD_OUT]}, .rows = {dim}, .count = 1},
-            t[SDPA_FWD_ATTN], dim, columns);
+            t[SDPA_FWD_ATTN], k->rounded[SDPA_FWD_ATTN], dim, columns);
 }
 
 static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
@@ -266,22 +336,32 @@ static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_config *c = &cpu->base.options.model->config;
     int32_t dim = c->dim, hidden = c->hidden_dim;
     float **t = k->tensors;
-    normalize(cpu, t[FFN_FWD_XNORM], t[FFN_FWD_X], k->weights[0], columns);
+    uint16_t *gate16 = k->rounded[FFN_FWD_GATE];
+    int packed = packs(cpu, gate16, hidden);
+    normalize(cpu, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X], k->weights[0],
+              columns);
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2]},
                           .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
                           .rows = {hidden, hidden},
-                          .count = 2},
-            t[FFN_FWD_XNORM], dim, columns);
+                          .count = 2,
+                          .packed = packs(cpu, k->rounded[FFN_FWD_XNORM], dim)},
+            t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], dim, columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_FWD_GATE]},
+                     .rounded = {gate16},
+                     .packed_k = packed ? hidden : 0,
                      .in = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
                      .rows = hidden,
                      .columns = columns};
     run_rows(&e, swiglu_rows);
     project(cpu,
-            (projections){.w = {k->weights[3]}, .y = {t[FFN_FWD_OUT]}, .rows = {dim}, .count = 1},
-            t[FFN_FWD_GATE], hidden, columns);
+            (projections){.w = {k->weights[3]},
+                          .y = {t[FFN_FWD_OUT]},
+                          .rows = {dim},
+                          .count = 1,
+                          .packed = packed},
+            t[FFN_FWD_GATE], gate16, hidden, columns);
 }
 
 static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
@@ -290,22 +370,29 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_config *c = &cpu->base.options.model->config;
     int32_t dim = c->dim, hidden = c->hidden_dim;
     float **t = k->tensors;
-    /* The gradient of gate goes where that of h1 will be. */
+    uint16_t *dh1 = k->rounded[FFN_BWD_DH1], *dh3 = k->rounded[FFN_BWD_DH3];
+    int packed = hidden % 2 == 0 && packs(cpu, dh1, 2 * hidden); /* rows are packed in pairs */
+    /* The gradient of gate goes where that of h1 will be, unless that is rounded. */
+    float *dgate = dh1 != NULL ? cpu->dgate : t[FFN_BWD_DH1];
     project_backward(
-        cpu, t[FFN_BWD_DH1],
+        cpu, dgate,
         (projections){.w = {k->weights[0]}, .y = {t[FFN_BWD_DY]}, .rows = {dim}, .count = 1},
         hidden, columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
-                     .in = {t[FFN_BWD_DH1], t[FFN_BWD_H1], t[FFN_BWD_H3]},
+                     .rounded = {dh1, dh3},
+                     .packed_k = packed ? 2 * hidden : 0,
+                     .in = {dgate, t[FFN_BWD_H1], t[FFN_BWD_H3]},
                      .rows = hidden,
                      .columns = columns};
     run_rows(&e, swiglu_backward_rows);
     project_backward(cpu, t[FFN_BWD_DX],
                      (projections){.w = {k->weights[1], k->weights[2]},
                                    .y = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
+                                   .y16 = {dh1, dh3},
                                    .rows = {hidden, hidden},
-                                   .count = 2},
+                                   .count = 2,
+                                   .packed = packed},
                      dim, columns);
 }
 
@@ -387,8 +474,13 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     cpu->positions = (int32_t)positions;
     /* Attention scratch: four squares, two blocks of a head and the factors of two. */
     int64_t factors_n = anepy_cpu_factors_n(m->head_dim), blocks = m->config.n_heads * width / COLS;
-    cpu->scratch_n = (4 * COLS + 2 * (int64_t)m->head_dim) * COLS + 2 * factors_n;
-    if ((cpu->cosine = own_floats(cpu, half * positions)) == NULL ||
+    int64_t attention = (4 * COLS + 2 * (int64_t)m->head_dim) * COLS + 2 * factors_n;
+    /* Of factors that are rounded: a panel of a norm, or two rows of two outputs of the gate. */
+    int64_t others = anepy_max_i64((int64_t)m->config.dim * COLS, 4 * width);
+    cpu->scratch_n = anepy_max_i64(attention, others);
+    if (options->dtype == ANEPY_BF16) cpu->dgate = own_floats(cpu, m->config.hidden_dim * width);
+    if ((options->dtype == ANEPY_BF16 && cpu->dgate == NULL) ||
+        (cpu->cosine = own_floats(cpu, half * positions)) == NULL ||
         (cpu->sine = own_floats(cpu, half * positions)) == NULL ||
         (cpu->dattn = own_floats(cpu, m->config.dim * width)) == NULL ||
         (cpu->dq = own_floats(cpu, m->config.dim * width)) == NULL ||

@@ -12,6 +12,7 @@ typedef struct {
     float *dscores;                /* [positions, width]: inside sdpa_bwd2 if it is given scores */
     float *factors;                /* two per block of a head: inside attention */
     float *dot;                    /* [n_heads, width]: inside sdpa_bwd2 */
+    float *dgate;                  /* [hidden, width]: inside ffn_bwd if it rounds */
     float *dq;                     /* [dim, width], block by block: inside sdpa_bwd2 */
     _Atomic int32_t *turns;        /* [n_heads, width / 64]: inside sdpa_bwd2 */
     const anepy_kernel **forwards; /* sdpa_fwd of each layer */
@@ -25,6 +26,7 @@ struct anepy_kernel {
     anepy_cpu *cpu;
     anepy_program program;
     float *tensors[ANEPY_PROGRAM_TENSORS];       /* first element of each bound range */
+    uint16_t *rounded[ANEPY_PROGRAM_TENSORS];    /* in their place, where the surface is bf16 */
     const float *weights[ANEPY_PROGRAM_WEIGHTS]; /* in the parameter arena, in program order */
     int32_t layer;
     float *lse; /* of sdpa_fwd: [n_heads, width] */

@@ -43,7 +43,7 @@ static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
     const anepy_device_options *o = &k->cpu->base.options;
     int64_t j = (int64_t)index * COLS;
     float rstd[COLS];
-    kernels_of(k)->rmsnorm(k->tensors[FINAL_RMSNORM_XNORM] + j, rstd,
+    kernels_of(k)->rmsnorm(k->tensors[FINAL_RMSNORM_XNORM] + j, o->width, rstd,
                            k->tensors[FINAL_RMSNORM_X] + j, k->weights[0], o->model->config.dim,
                            o->width);
 }

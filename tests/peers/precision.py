@@ -4,8 +4,9 @@
 
 The demo is trained from random weights; stories260K is fine-tuned on tinyshakespeare where
 `--data` (or ANEPY_TEST_DATA) is the folder that has both and tok512.bin. Each run is the command of
-the README with `--precision` and `--seed`, in a process of its own. The script fails if a pair is
-more than 0.5 % apart.
+the README with `--precision` and `--seed`, in a process of its own. The script fails if the middle
+of the pairs is more than 0.5 % apart: single ones scatter as seeds of one precision do, since
+training is chaotic.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def print_table(name: str, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Train, print the tables, and fail if a pair is too far apart."""
+    """Train, print the tables, and fail if bf16 ends elsewhere."""
     options = parse_arguments()
     result: dict[str, Any] = header("precision")
     result["threads"], result["runs"] = options.threads, {}
@@ -152,9 +153,15 @@ def main() -> None:
             print_table(name, found)
         print(f"command: {result['command']}")
     write_json(result, options.json)
-    far = [name for name, run in result["runs"].items() if run.get("largest", 0) > BOUND]
+    far = [
+        name
+        for name, run in result["runs"].items()
+        if "ratio" in run and abs(run["ratio"]["value"] - 1) > BOUND
+    ]
     if far:
-        raise SystemExit(f"{' and '.join(far)}: a pair is more than {BOUND:.1%} apart")
+        raise SystemExit(
+            f"{' and '.join(far)}: the middle of the pairs is more than {BOUND:.1%} apart"
+        )
 
 
 if __name__ == "__main__":

@@ -371,7 +371,9 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     int32_t dim = c->dim, hidden = c->hidden_dim;
     float **t = k->tensors;
     uint16_t *dh1 = k->rounded[FFN_BWD_DH1], *dh3 = k->rounded[FFN_BWD_DH3];
-    int packed = hidden % 2 == 0 && packs(cpu, dh1, 2 * hidden); /* rows are packed in pairs */
+    /* Rows are packed in pairs, for one product of both gradients. */
+    int packed = packs(cpu, dh1, 2 * hidden) && hidden % 2 == 0 &&
+                 dh3 == dh1 + (int64_t)hidden * cpu->base.options.width;
     /* The gradient of gate goes where that of h1 will be, unless that is rounded. */
     float *dgate = dh1 != NULL ? cpu->dgate : t[FFN_BWD_DH1];
     project_backward(

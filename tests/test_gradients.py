@@ -89,7 +89,8 @@ def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
     if length == 1:  # one position attends only to itself, whatever q and k are
         for tensor in [n for n in wanted if n.endswith(("wq.weight", "wk.weight"))]:
             wanted.pop(tensor)
-            assert np.abs(found.pop(tensor)).max() < (1e-7 if engine.precision == "fp32" else 1e-2)
+            # What rounding leaves of two sums that are equal: it depends on who adds them up.
+            assert np.abs(found.pop(tensor)).max() < (1e-6 if engine.precision == "fp32" else 1e-2)
     else:
         weakest = min(float(np.linalg.norm(g)) for g in wanted.values())
         assert weakest > 1e-4, "too small to test anything"

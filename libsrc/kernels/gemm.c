@@ -18,14 +18,16 @@ int64_t anepy_gemm_panels_n(int32_t columns) {
     return (int64_t)DEPTH * anepy_round_up(columns, COLS);
 }
 
-/* A tile, then what a piece packs, or a block of A (run). In bf16 that is half a panel of B and the
- * rows it is transposed from; the block of A takes their place. */
+/* A tile, then what a piece packs (a panel of B, half as large in bf16, and behind it the rows it
+ * is transposed from, then a block of A), or for run 64 rows of B or a block of A. */
 int64_t anepy_gemm_scratch_n(int32_t k) {
     return TILE_N + (int64_t)COLS * anepy_max_i32(k + 1, DEPTH);
 }
 
+static int32_t steps_per_unit(const anepy_gemm *gemm) { return gemm->bf16 != NULL ? 2 : 1; }
+
 static int32_t units_of(const anepy_gemm *gemm, int32_t k) {
-    return gemm->bf16 != NULL ? (k + 1) / 2 : k;
+    return (k + steps_per_unit(gemm) - 1) / steps_per_unit(gemm);
 }
 
 /* Rows of a factor as the tile kernels read them, in units. */
@@ -226,7 +228,7 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_product *whole = &job->product;
     float *tile = gemm->scratch + worker * gemm->scratch_n;
     int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, whole->m - first);
-    int32_t n = units_of(gemm, whole->k), most = anepy_gemm_depth(gemm) / (DEPTH / PART);
+    int32_t n = units_of(gemm, whole->k), most = PART * steps_per_unit(gemm);
     int32_t parts = (whole->k + most - 1) / most;
     int32_t k = (int32_t)anepy_round_up((whole->k + parts - 1) / parts, 16);
     for (int32_t p = 0; p < whole->k; p += k) {
@@ -245,7 +247,7 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     anepy_gemm_row_squares(gemm, whole, first, rows);
 }
 
-int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return gemm->bf16 != NULL ? 2 * DEPTH : DEPTH; }
+int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return DEPTH * steps_per_unit(gemm); }
 
 void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_gemm_job job = {gemm, *product};

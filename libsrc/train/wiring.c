@@ -80,7 +80,7 @@ static const struct {
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
 /* Does this output lie apart from the packed ones, rounded to what products take? */
-static int is_rounded(const anepy_engine *e, const anepy_program_tensor *t) {
+static int lies_apart(const anepy_engine *e, const anepy_program_tensor *t) {
     return binds(e) && e->dtype != ANEPY_F32 && t->factor;
 }
 
@@ -91,11 +91,11 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
                          anepy_surface **surface, int32_t *channel) {
     anepy_program_id id = node->program.id;
     const anepy_layer *layer = &e->layers[node->layer];
-    int rounded = is_rounded(e, &node->program.tensors[tensor]);
+    int rounded = lies_apart(e, &node->program.tensors[tensor]);
     *surface = rounded ? node->factors : node->output;
     *channel = 0;
     for (int32_t t = node->program.input_n; t < tensor; t++)
-        if (is_rounded(e, &node->program.tensors[t]) == rounded)
+        if (lies_apart(e, &node->program.tensors[t]) == rounded)
             *channel += node->program.tensors[t].channels;
     if (!binds(e)) return;
     if (id == ANEPY_SDPA_BWD2 || (id == ANEPY_SDPA_BWD1 && tensor == SDPA_BWD1_DV)) {
@@ -131,7 +131,7 @@ static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
     const anepy_program *p = &node->program;
     int32_t rounded = 0;
     for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++)
-        if (is_rounded(e, &p->tensors[t])) rounded += p->tensors[t].channels;
+        if (lies_apart(e, &p->tensors[t])) rounded += p->tensors[t].channels;
     ANEPY_TRY(ops->surface_create(e->device, p->output_channels - rounded, 0, &node->output));
     if (rounded == 0) return ANEPY_OK;
     return ops->surface_create(e->device, rounded, 1, &node->factors);

@@ -197,7 +197,7 @@ static void forward_block(void *context, int32_t index, int32_t worker) {
     piece p = piece_at(a, index);
     p.block = a->blocks - 1 - p.block; /* those with more keys first: the last pieces are short */
     float *const *t = a->kernel->tensors;
-    float *scores = a->cpu->scratch + worker * a->cpu->scratch_n, *copy = scores + SQUARE;
+    float *scores = anepy_cpu_scratch(a->cpu, worker), *copy = scores + SQUARE;
     float *out = copy + SQUARE, max[COLS], sum[COLS], factor[COLS];
     factors q = factors_in(a, out + a->head_dim * COLS);
     load(a, q, block_of(a, t[SDPA_FWD_Q], p, a->head_dim), a->width, STEPS);
@@ -233,7 +233,7 @@ void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns)
 static void load_queries(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
     piece p = piece_at(a, index);
-    float *dattn = a->cpu->scratch + worker * a->cpu->scratch_n;
+    float *dattn = anepy_cpu_scratch(a->cpu, worker);
     int32_t valid = anepy_min_i32(COLS, a->n - p.block * COLS);
     const float *from = block_of(a, a->cpu->dattn, p, a->head_dim);
     for (int32_t d = 0; d < a->head_dim; d++) {
@@ -265,6 +265,11 @@ typedef struct {
     float *squares; /* room for four */
 } keys_block;
 
+/* All of that, which is more than the forward pass needs. */
+int64_t anepy_cpu_attention_scratch_n(int32_t head_dim) {
+    return 4 * SQUARE + 2 * (int64_t)head_dim * COLS + 2 * anepy_cpu_factors_n(head_dim);
+}
+
 /* With the queries of one block: p and ds = p * (dp - dot) / sqrt(head_dim) as [query][key], then
  * dv[d, t] += dattn[d, q] p[q, t], dk[d, t] += q[d, q] ds[q, t] and dq[d, q] += k[d, t] ds[q, t].
  */
@@ -294,7 +299,7 @@ static void backward_block(void *context, int32_t index, int32_t worker) {
     int32_t others = a->kv_heads * a->sequences, size = a->head_dim * COLS;
     float *const *t = a->kernel->tensors, *const *t1 = a->cpu->bwd1->tensors;
     keys_block b = {.at = {index % others / a->sequences, index % a->sequences, index / others},
-                    .squares = a->cpu->scratch + worker * a->cpu->scratch_n};
+                    .squares = anepy_cpu_scratch(a->cpu, worker)};
     b.dk = b.squares + 4 * SQUARE;
     b.dv = b.dk + size;
     b.k = factors_in(a, b.dv + size);

@@ -225,10 +225,6 @@ typedef struct {
 
 #define PIECE_ROWS 64
 
-static float *scratch_of(const anepy_cpu *cpu, int32_t worker) {
-    return cpu->scratch + worker * cpu->scratch_n;
-}
-
 /* Rows of a factor as they were computed. k: packed_k; `row`: the first of them there. */
 static void put_rows(const anepy_cpu *cpu, uint16_t *dst, int32_t k, int32_t row, int32_t rows,
                      int32_t column, int32_t columns, const float *src, int64_t ld) {
@@ -241,7 +237,7 @@ static void put_rows(const anepy_cpu *cpu, uint16_t *dst, int32_t k, int32_t row
 static void norm_panel(void *context, int32_t index, int32_t worker) {
     const elementwise *e = context;
     const anepy_device_options *o = &e->cpu->base.options;
-    float rstd[COLS], *panel = scratch_of(e->cpu, worker);
+    float rstd[COLS], *panel = anepy_cpu_scratch(e->cpu, worker);
     int32_t dim = o->model->config.dim, j = index * COLS;
     int rounds = e->rounded[0] != NULL;
     o->gemm->kernels->rmsnorm(rounds ? panel : e->out[0] + j, rounds ? COLS : o->width, rstd,
@@ -249,9 +245,9 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
     if (rounds) put_rows(e->cpu, e->rounded[0], e->packed_k, 0, dim, j, COLS, panel, COLS);
 }
 
-/* xnorm, or xnorm16 if it is rounded. */
-static void normalize(const anepy_cpu *cpu, float *xnorm, uint16_t *xnorm16, const float *x,
-                      const float *weight, int32_t columns) {
+/* xnorm, or xnorm16 if it is rounded; returns whether it is packed as well. */
+static int normalize(const anepy_cpu *cpu, float *xnorm, uint16_t *xnorm16, const float *x,
+                     const float *weight, int32_t columns) {
     int32_t dim = cpu->base.options.model->config.dim;
     elementwise e = {.cpu = cpu,
                      .out = {xnorm},
@@ -259,6 +255,7 @@ static void normalize(const anepy_cpu *cpu, float *xnorm, uint16_t *xnorm16, con
                      .in = {x, weight},
                      .packed_k = packs(cpu, xnorm16, dim) ? dim : 0};
     anepy_pool_run(cpu->base.options.gemm->pool, columns / COLS, norm_panel, &e);
+    return e.packed_k > 0;
 }
 
 static void swiglu_rows(void *context, int32_t index, int32_t worker) {
@@ -266,7 +263,7 @@ static void swiglu_rows(void *context, int32_t index, int32_t worker) {
     const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
     int64_t width = e->cpu->base.options.width;
     int32_t end = anepy_min_i32(e->rows, (index + 1) * PIECE_ROWS);
-    float *pair = scratch_of(e->cpu, worker);
+    float *pair = anepy_cpu_scratch(e->cpu, worker);
     for (int32_t row = index * PIECE_ROWS; row < end; row += 2) {
         int32_t count = anepy_min_i32(2, end - row);
         for (int32_t r = 0; r < count; r++) {
@@ -285,7 +282,7 @@ static void swiglu_backward_rows(void *context, int32_t index, int32_t worker) {
     const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
     int64_t width = e->cpu->base.options.width;
     int32_t end = anepy_min_i32(e->rows, (index + 1) * PIECE_ROWS);
-    float *pair = scratch_of(e->cpu, worker), *other = pair + 2 * width;
+    float *pair = anepy_cpu_scratch(e->cpu, worker), *other = pair + 2 * width;
     for (int32_t row = index * PIECE_ROWS; row < end; row += 2) {
         int32_t count = anepy_min_i32(2, end - row);
         for (int32_t r = 0; r < count; r++) {
@@ -313,21 +310,21 @@ static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_model *m = cpu->base.options.model;
     int32_t dim = m->config.dim, kv = m->kv_dim;
     float **t = k->tensors;
-    normalize(cpu, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X], k->weights[0],
-              columns);
+    int packed = normalize(cpu, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X],
+                           k->weights[0], columns);
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2], k->weights[3]},
                           .y = {t[SDPA_FWD_Q], t[SDPA_FWD_K], t[SDPA_FWD_V]},
                           .rows = {dim, kv, kv},
                           .count = 3,
-                          .packed = packs(cpu, k->rounded[SDPA_FWD_XNORM], dim)},
+                          .packed = packed},
             t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], dim, columns);
     anepy_cpu_rope(cpu, t[SDPA_FWD_Q], m->config.n_heads, n, columns, 1.0f);
     anepy_cpu_rope(cpu, t[SDPA_FWD_K], m->config.n_kv_heads, n, columns, 1.0f);
     anepy_cpu_attention(k, n, columns);
     project(cpu,
             (projections){.w = {k->weights[4]}, .y = {t[SDPA_FWD_OUT]}, .rows = {dim}, .count = 1},
-            t[SDPA_FWD_ATTN], k->rounded[SDPA_FWD_ATTN], dim, columns);
+            t[SDPA_FWD_ATTN], NULL, dim, columns);
 }
 
 static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
@@ -337,20 +334,20 @@ static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     int32_t dim = c->dim, hidden = c->hidden_dim;
     float **t = k->tensors;
     uint16_t *gate16 = k->rounded[FFN_FWD_GATE];
-    int packed = packs(cpu, gate16, hidden);
-    normalize(cpu, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X], k->weights[0],
-              columns);
+    int gate_packed = packs(cpu, gate16, hidden);
+    int packed = normalize(cpu, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X],
+                           k->weights[0], columns);
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2]},
                           .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
                           .rows = {hidden, hidden},
                           .count = 2,
-                          .packed = packs(cpu, k->rounded[FFN_FWD_XNORM], dim)},
+                          .packed = packed},
             t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], dim, columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_FWD_GATE]},
                      .rounded = {gate16},
-                     .packed_k = packed ? hidden : 0,
+                     .packed_k = gate_packed ? hidden : 0,
                      .in = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
                      .rows = hidden,
                      .columns = columns};
@@ -360,7 +357,7 @@ static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
                           .y = {t[FFN_FWD_OUT]},
                           .rows = {dim},
                           .count = 1,
-                          .packed = packed},
+                          .packed = gate_packed},
             t[FFN_FWD_GATE], gate16, hidden, columns);
 }
 
@@ -474,12 +471,10 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     if (cpu == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for device cpu");
     cpu->base = (anepy_device){.type = &anepy_device_cpu, .ops = &OPS, .options = *options};
     cpu->positions = (int32_t)positions;
-    /* Attention scratch: four squares, two blocks of a head and the factors of two. */
     int64_t factors_n = anepy_cpu_factors_n(m->head_dim), blocks = m->config.n_heads * width / COLS;
-    int64_t attention = (4 * COLS + 2 * (int64_t)m->head_dim) * COLS + 2 * factors_n;
     /* Of factors that are rounded: a panel of a norm, or two rows of two outputs of the gate. */
     int64_t others = anepy_max_i64((int64_t)m->config.dim * COLS, 4 * width);
-    cpu->scratch_n = anepy_max_i64(attention, others);
+    cpu->scratch_n = anepy_max_i64(anepy_cpu_attention_scratch_n(m->head_dim), others);
     if (options->dtype == ANEPY_BF16) cpu->dgate = own_floats(cpu, m->config.hidden_dim * width);
     if ((options->dtype == ANEPY_BF16 && cpu->dgate == NULL) ||
         (cpu->cosine = own_floats(cpu, half * positions)) == NULL ||

@@ -32,6 +32,10 @@ struct anepy_kernel {
     float *lse; /* of sdpa_fwd: [n_heads, width] */
 };
 
+static inline float *anepy_cpu_scratch(const anepy_cpu *cpu, int32_t worker) {
+    return cpu->scratch + worker * cpu->scratch_n;
+}
+
 /* attention.c: sequences of n tokens beside each other, each in n rounded up to 64 of the columns.
  */
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,
@@ -39,7 +43,8 @@ void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, in
 void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns);
 /* As sdpa_bwd2 of the layer whose sdpa_bwd1 was the last, after its sdpa_fwd: dv as well. */
 void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t n, int32_t columns);
-int64_t anepy_cpu_factors_n(int32_t head_dim); /* floats of a block's copy */
+int64_t anepy_cpu_factors_n(int32_t head_dim);           /* floats of a block's copy */
+int64_t anepy_cpu_attention_scratch_n(int32_t head_dim); /* floats per worker */
 
 /* scores.c: the backward pass with scores in memory. */
 void anepy_cpu_scores_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);

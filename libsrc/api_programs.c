@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "device/device.h"
-#include "programs/mil.h"
+#include "programs/mil_generate.h"
 #include "runtime/fpmode.h"
 #include "runtime/memory.h"
 

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "device/device.h"
-#include "device/sim/mil.h"
+#include "device/sim/interpreter.h"
 #include "device/traits.h"
 #include "runtime/memory.h"
 

@@ -83,10 +83,11 @@ def test_apple_conditionals_stay_where_they_belong() -> None:
 def test_c_includes_point_down() -> None:
     """A layer includes itself and those below it: train, device, programs, model, kernels, runtime.
 
-    kernels and model stand side by side: neither may know the other.
+    bench, train and decode stand side by side, as do model and kernels: none may know the other.
     """
     below = {
         "bench": {"bench", "device", "programs", "model", "kernels", "runtime"},
+        "decode": {"decode", "model", "kernels", "runtime"},
         "train": {"train", "device", "programs", "model", "kernels", "runtime"},
         "device": {"device", "programs", "model", "kernels", "runtime"},
         "programs": {"programs", "model", "kernels", "runtime"},
@@ -103,3 +104,13 @@ def test_c_includes_point_down() -> None:
             if include not in below[parts[1]]:
                 offenders.append(f"{path}: {include}")
     assert offenders == []
+
+
+def test_no_two_headers_of_the_library_share_a_name() -> None:
+    names: dict[str, list[str]] = {}
+    for path in sources():
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] == "libsrc" and path.suffix == ".h":
+            names.setdefault(path.name, []).append(str(relative))
+    assert len(names) > 30
+    assert [paths for paths in names.values() if len(paths) > 1] == []

@@ -11,7 +11,7 @@
 
 #include "device/device.h"
 #include "device/traits.h"
-#include "programs/mil.h"
+#include "programs/mil_generate.h"
 
 #define ANEPY_BANK_INPUTS (1 + ANEPY_PROGRAM_WEIGHTS)
 

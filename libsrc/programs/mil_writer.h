@@ -1,12 +1,12 @@
 /* programs/mil_writer.h - what the files of the MIL generator share; nobody else includes it.
  *
  * mil_text.c writes one operation per call, mil_baked.c puts constants into the weight file,
- * mil_blocks.c builds norms, projections and heads from operations, mil.c the programs from those.
- * The first failure is kept in `status`; all calls after it do nothing. */
+ * mil_blocks.c builds norms, projections and heads from operations, mil_generate.c the programs
+ * from those. The first failure is kept in `status`; all calls after it do nothing. */
 #ifndef ANEPY_PROGRAMS_MIL_WRITER_H
 #define ANEPY_PROGRAMS_MIL_WRITER_H
 
-#include "programs/mil.h"
+#include "programs/mil_generate.h"
 
 #define MIL_NAME 32
 #define MIL_CONSTANTS 128 /* small ones of a function; the largest program has about 50 */

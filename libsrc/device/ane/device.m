@@ -51,7 +51,7 @@ static void add_port(anepy_ane_function *f, int32_t index, const char *name, int
     snprintf(port->name, sizeof port->name, "%s", name);
 }
 
-/* What the text (programs/mil.c) calls function i of n, and its surfaces. */
+/* What the text (programs/mil_generate.c) calls function i of n, and its surfaces. */
 static void describe(anepy_ane_function *f, const anepy_mil_item *item, const anepy_model *model,
                      int32_t i, int32_t n) {
     const anepy_program *p = item->program;

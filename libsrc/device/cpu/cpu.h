@@ -36,6 +36,9 @@ static inline float *anepy_cpu_scratch(const anepy_cpu *cpu, int32_t worker) {
     return cpu->scratch + worker * cpu->scratch_n;
 }
 
+/* programs.c: any program of the table. columns: of all sequences of n tokens beside each other. */
+void anepy_cpu_run(anepy_kernel *kernel, int32_t n, int32_t columns);
+
 /* attention.c: sequences of n tokens beside each other, each in n rounded up to 64 of the columns.
  */
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,

@@ -1,5 +1,5 @@
 /* device/sim/consts.c - types, literals and constants: reading them and decoding their elements. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <float.h>
 #include <math.h>

@@ -1,5 +1,5 @@
 /* device/sim/lex.c - words, numbers, strings and marks of MIL text, with their positions. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <math.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* device/sim/memory.c - memory that lives as long as a program, bounded by its limit. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <string.h>
 

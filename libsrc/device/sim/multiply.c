@@ -1,5 +1,5 @@
 /* device/sim/multiply.c - matrix products of any size over the GEMM kernels. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <string.h>
 

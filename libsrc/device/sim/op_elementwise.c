@@ -1,7 +1,7 @@
 /* device/sim/op_elementwise.c - one element in, one element out: arithmetic, activations, choices.
  *
  * fp32 arithmetic on fp16 operands, rounded once, equals fp16 arithmetic for + - * / and sqrt. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <math.h>
 #include <string.h>

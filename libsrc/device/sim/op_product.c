@@ -1,6 +1,6 @@
 /* device/sim/op_product.c - conv, linear, matmul and attention: fp32 sums over the GEMM kernels,
  * rounded to fp16 once at the end, as the engine's wide accumulators do. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <math.h>
 #include <string.h>

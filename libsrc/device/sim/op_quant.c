@@ -1,6 +1,6 @@
 /* device/sim/op_quant.c - 8-bit numbers: compressed constants, decoded while parsing, and
  * quantize / dequantize at run time. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <math.h>
 #include <string.h>

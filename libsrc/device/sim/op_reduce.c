@@ -3,7 +3,7 @@
  * A sum is kept in fp16 after every addition, as the engine's elementwise units do (ane-facts.md
  * 5.1), in ascending order; what is one operation of the hardware (softmax, layer_norm,
  * reduce_l2_norm, reduce_log_sum_exp) is computed in fp32 and rounded once. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <math.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 /* device/sim/op_shape.c - operations that only move elements: views where memory order allows,
  * else copies through a list of strides. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <math.h>
 #include <string.h>

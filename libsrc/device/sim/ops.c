@@ -1,6 +1,6 @@
 /* device/sim/ops.c - the list of operations, their parameters, and checks that all of them share.
  */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -2,7 +2,7 @@
  *
  * One pass: a statement is bound, inferred and checked as soon as it is read, so that an error
  * points at what is being read. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <stdlib.h>
 #include <string.h>

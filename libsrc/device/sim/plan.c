@@ -1,6 +1,6 @@
 /* device/sim/plan.c - one stretch of memory for all intermediate values of a function: each gets a
  * place for as long as it is needed, then the place is given to others. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <string.h>
 

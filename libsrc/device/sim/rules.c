@@ -5,7 +5,7 @@
  * runs but may be wrong or slow, where one project alone says so ([R]), or where reports conflict
  * ([C]): refusing would reject programs that others run. Errors of the language itself (syntax,
  * unknown names, types, missing weights) are no rules: nothing could be run. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <stdarg.h>
 #include <stdio.h>

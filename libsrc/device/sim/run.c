@@ -1,5 +1,5 @@
 /* device/sim/run.c - executes a planned function: surfaces in, operations, surfaces out. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <string.h>
 

@@ -1,5 +1,5 @@
 /* device/sim/shape.c - element types and tensor types: names, sizes, equality, text. */
-#include "device/sim/interp.h"
+#include "device/sim/interpreter_internal.h"
 
 #include <stdio.h>
 #include <string.h>

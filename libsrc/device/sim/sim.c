@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "device/bank.h"
-#include "device/sim/mil.h"
+#include "device/sim/interpreter.h"
 #include "runtime/memory.h"
 
 typedef struct {

@@ -4,7 +4,7 @@
 
 #import <Foundation/Foundation.h>
 
-#include "device/sim/mil.h"
+#include "device/sim/interpreter.h"
 
 /* Parses what lies in the folder, which must be what the descriptor was given; NULL with *reason.
  */

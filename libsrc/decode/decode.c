@@ -1,4 +1,4 @@
-/* device/cpu/decode.c - one token at a time with a key/value cache, for generation.
+/* decode/decode.c - one token at a time with a key/value cache, for generation.
  *
  * Every product has one column, so the time is that of reading the weights once, as they lie in
  * memory: each thread goes through neighbouring rows, nothing is packed. Always fp32 on the CPU,

@@ -1,5 +1,5 @@
-/* device/sim/mil.c - makes, describes and frees a parsed program. */
-#include "device/sim/interp.h"
+/* device/sim/interpreter.c - makes, describes and frees a parsed program. */
+#include "device/sim/interpreter_internal.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -141,4 +141,3 @@ const anepy_mil_value_info *anepy_mil_output(const anepy_mil *mil, int32_t funct
     if (f == NULL || index < 0 || index >= f->output_n) return NULL;
     return f->info + (sorted ? f->input_n + f->output_n : 0) + f->input_n + index;
 }
-

@@ -1,6 +1,8 @@
-/* programs/mil.c - every program of the table as MIL. The mathematics of each stands above TABLE in
- * programs.c; the order of operations here is chosen for the range and rounding of fp16. */
-#include "programs/mil.h"
+/* programs/mil_generate.c - every program of the table as MIL.
+ *
+ * The mathematics of each stands above TABLE in programs.c; the order of operations here is chosen
+ * for the range and rounding of fp16. */
+#include "programs/mil_generate.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -1,11 +1,11 @@
-/* programs/mil.h - MIL text and weight file of programs, as the Apple Neural Engine compiles them.
+/* programs/mil_generate.h - MIL text and weight file of programs, as the ANE compiles them.
  *
  * A function has one packed input "a_in" [1, C, 1, W] and one packed output "z_out", both with the
  * channel ranges of the program table; where weights are live it has one more input per weight
  * ("w0_wq", see anepy_program_weight). Both dialects say the same; 1.0 is for old systems. What the
  * generator avoids, and why, stands in ane-facts.md 2.3 to 2.5 and 5.1. */
-#ifndef ANEPY_PROGRAMS_MIL_H
-#define ANEPY_PROGRAMS_MIL_H
+#ifndef ANEPY_PROGRAMS_MIL_GENERATE_H
+#define ANEPY_PROGRAMS_MIL_GENERATE_H
 
 #include "programs/blob.h"
 #include "programs/programs.h"

@@ -1,16 +1,16 @@
-/* device/sim/interp.h - what the files of the interpreter share; nobody else includes it.
+/* device/sim/interpreter_internal.h - what the files of the interpreter share.
  *
  * lex.c reads tokens, parse.c builds functions of operations, ops.c binds arguments to the
  * parameters of an operation type, op_*.c check and run them, plan.c gives buffers, run.c executes.
  *
  * At run time every tensor is a row-major float array whose elements are exact fp16 numbers: the
  * products want fp32 operands, and rounding after each operation is all that makes it fp16. */
-#ifndef ANEPY_DEVICE_SIM_INTERP_H
-#define ANEPY_DEVICE_SIM_INTERP_H
+#ifndef ANEPY_DEVICE_SIM_INTERPRETER_INTERNAL_H
+#define ANEPY_DEVICE_SIM_INTERPRETER_INTERNAL_H
 
 #include <stdatomic.h>
 
-#include "device/sim/mil.h"
+#include "device/sim/interpreter.h"
 
 #define MIL_RANK ANEPY_MIL_RANK
 #define MIL_PARAMS 10

@@ -7,20 +7,13 @@ import itertools
 import json
 import os
 import select
-import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Starting takes seconds on a busy machine; only a hang reaches this.
 _PATIENCE_S = 120.0
-
-
-def find() -> str | None:
-    """Return the path of a Chromium, or None."""
-    return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
 class Browser:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -63,6 +63,5 @@ def bits(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, bytes]:
 
 def mapped() -> int:
     """Return the bytes of address space in use."""
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs /proc to know the memory in use")
+    needs.proc()
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
 import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 
 from anepy import _abi, _native
@@ -84,9 +84,7 @@ def test_struct_sizes_are_those_of_the_library(lib: ctypes.CDLL) -> None:
 
 
 def test_field_offsets_are_those_of_the_compiler(tmp_path: Path) -> None:
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        pytest.skip("needs a C compiler: cc, gcc or clang")
+    compiler = needs.compiler()
     lines, expected = [], []
     for struct in _abi.STRUCTS:
         name = c_name(struct)
@@ -181,11 +179,7 @@ def test_version_is_that_of_header_and_library(lib: ctypes.CDLL) -> None:
 
 
 def test_header_is_complete_alone_in_c_and_cpp(tmp_path: Path) -> None:
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        pytest.skip("needs a C compiler: cc, gcc or clang")
-    languages = ["c"] + (["c++"] if shutil.which("c++") or shutil.which("g++") else [])
-    for language in languages:
+    for language, compiler in (("c", needs.compiler()), ("c++", needs.program("c++", "g++"))):
         command = [compiler, "-x", language, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
         subprocess.run([*command, HEADER], check=True, stderr=subprocess.PIPE)
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import apple
+import needs
 import numpy as np
 import pytest
 from native import gnustep, toolchain
 
 from anepy.model import Model, ModelConfig
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has the real one")
+pytestmark = needs.LINUX  # a Mac has the real one
 
 CHILD = Path(__file__).with_name("ane_child.py")
 CLEAN = {"broken_rule": "", "live": 0, "loaded": 0, "folders": [], "gpu": [0, 0]}
@@ -160,10 +161,8 @@ def test_dim_768_trains_like_on_the_simulator(child: Runner) -> None:
     check_same(child, model=WIDE, updates=1, seq=128)
 
 
-def test_stories_model_trains_like_on_the_simulator(
-    child: Runner, shared: Callable[[str], Path]
-) -> None:
-    check_same(child, model=str(shared("stories260K.bin")), updates=1, seq=256)
+def test_stories_model_trains_like_on_the_simulator(child: Runner) -> None:
+    check_same(child, model=str(needs.data("stories260K.bin")), updates=1, seq=256)
 
 
 @pytest.mark.parametrize(
@@ -432,9 +431,7 @@ def sanitizer(name: str) -> str:
     """Return the sanitizer as a library, for a Python that is not built with it."""
     file = f"libclang_rt.{name}-{platform.machine()}.so"
     runtime = toolchain.run([gnustep.compiler(), f"-print-file-name={file}"]).stdout.strip()
-    if not Path(runtime).is_file():
-        pytest.skip(f"needs {file} (Debian: libclang-rt-19-dev)")
-    return runtime
+    return str(needs.file(Path(runtime), file, "libclang-rt-19-dev"))
 
 
 def test_faults_touch_no_foreign_memory_and_leak_none(tmp_path: Path) -> None:
@@ -481,8 +478,8 @@ def test_sources_of_the_device_are_covered(
     suffix = gnustep.compiler().removeprefix("clang")
     merged = tmp_path / "merged"
     raw = sorted(folder.glob("*.profraw"))
-    toolchain.run([toolchain.tool(f"llvm-profdata{suffix}"), "merge", "-o", merged, *raw])
-    cover = toolchain.tool(f"llvm-cov{suffix}")
+    toolchain.run([needs.program(f"llvm-profdata{suffix}"), "merge", "-o", merged, *raw])
+    cover = needs.program(f"llvm-cov{suffix}")
     words = [ane_library, f"-instr-profile={merged}", *SOURCES]
     summary = json.loads(toolchain.run([cover, "export", "-summary-only", *words]).stdout)
     files = {Path(entry["filename"]) for entry in summary["data"][0]["files"]}

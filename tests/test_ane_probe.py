@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 from test_cli import SMALL
@@ -18,7 +18,7 @@ from test_cli import SMALL
 from anepy.model import Model
 from anepy.probe_list import PROBES
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has the real one")
+pytestmark = needs.LINUX  # a Mac has the real one
 
 TESTS = Path(__file__).resolve().parent
 NAMES = [item.name for item in PROBES]

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import tolerances
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from anepy import _native
 from anepy.cli import app
 from anepy.data import TokenData
-from anepy.engine import Engine, library_info
+from anepy.engine import Engine
 from anepy.errors import ConfigError
 from anepy.model import PRESETS, Model, ModelConfig
 from anepy.reports import flops_per_step
@@ -73,17 +74,12 @@ def test_batch_is_the_mean_of_its_sequences(
         assert stats.flops == flops_per_step(config, length, count)["total"] == count * flops
 
 
-def needs_bf16() -> None:
-    if not library_info()["isa"].endswith("bf16"):
-        pytest.skip("needs bf16 products")
-
-
 @pytest.mark.parametrize("variant", ["baseline", "opt", "opt-prealloc", "ane"])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("count", "length"), SIZES[1:])
 def test_batch_in_bf16_is_the_mean_too(name: str, variant: str, count: int, length: int) -> None:
     """Gradients of the logits are made in another place there."""
-    needs_bf16()
+    needs.precision("bf16")
     config = CONFIGS[name]
     tokens, targets = sequences(config, count, length)
     loss, gradients = mean_gradients(config, tokens, targets)
@@ -172,8 +168,7 @@ print(engine.accumulated, single() == before)
 resource.setrlimit(resource.RLIMIT_AS, old)
 print(engine.step(tokens, tokens).loss > 1, engine.memory > 4 * before[2])
 """
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs /proc to know the memory in use")
+    needs.proc()
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"ANEPY_LIB": _native.library()._name},
@@ -211,8 +206,7 @@ def test_single_sequences_after_a_batch_are_the_same_bit_for_bit() -> None:
     ("device", "precision"), [("cpu", "fp32"), ("cpu", "bf16"), ("sim", "fp16")]
 )
 def test_batch_runs_are_bit_identical_whatever_the_threads(device: str, precision: str) -> None:
-    if precision == "bf16":
-        needs_bf16()
+    needs.precision(precision)
     results = []
     for threads in (1, 2, 2, 3):
         with Engine(make_model(), "max", device, precision, threads=threads) as engine:
@@ -292,8 +286,7 @@ def test_batch_whose_second_sequence_overflows_is_still_the_mean(accumulated: in
                 break
             most /= 2
         engine.restore(0, 0, loss_scale=most)
-        if not engine.step(tokens[1], targets[1]).skipped:
-            pytest.skip("no scale separates the two sequences")
+        assert engine.step(tokens[1], targets[1]).skipped, "no scale separates the two"
         most *= 2  # half of it for each of two sequences
         engine.restore(0, 0, loss_scale=most)
         if accumulated:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 from cases import GQA, message
@@ -88,9 +89,8 @@ def test_every_case_of_every_set_is_right(config: ModelConfig, seq: int) -> None
 
 def test_error_is_measured_and_not_assumed() -> None:
     """Sums in another order differ a little; that no vector set shows any would be suspicious."""
+    needs.vector_sets()
     found = [r.error for r in measured(GQA, only=["w2_forward"]) if r.isa != "scalar"]
-    if not found:
-        pytest.skip("this processor has no vector set")
     assert all(1e-9 < error < 1e-5 for error in found)
 
 
@@ -170,7 +170,7 @@ WRONG = {
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the library with a mistake in some vector kernels; the scalar ones stay right."""
-    toolchain.tool("cc", "gcc", "clang")
+    needs.compiler()
     root = tmp_path_factory.mktemp("broken")
     shutil.copytree(toolchain.ROOT / "libsrc", root / "libsrc")
     shutil.copy(toolchain.SCRIPT, root)
@@ -203,9 +203,7 @@ def anepy(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("case", ["wo_forward", "wo_dx", "wo_dw", "adam", "to_fp16", "swiglu"])
 def test_wrong_kernel_stops_the_benchmark(broken: Path, case: str) -> None:
-    vector = [isa for isa in library_info()["isa_available"] if isa != "scalar"]
-    if not vector:
-        pytest.skip("this processor has no vector set")
+    vector = needs.vector_sets()
     command = ["bench", "--preset", "stories260K", "--rounds", "1", "--precision", "fp32"]
     command += ["--only", case, "--isa"]
     result = anepy(*command, vector[-1], ANEPY_LIB=str(broken))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import subprocess
 import sys
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import needs
 import pytest
 from native import toolchain
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF files")
-X86 = platform.machine() in ("x86_64", "AMD64")
-needs_x86 = pytest.mark.skipif(not X86, reason="x86-64 instructions")
+pytestmark = needs.LINUX  # reads ELF files
 
 HEADER = toolchain.ROOT / "libsrc" / "anepy.h"
 COMPILERS = ["gcc", "clang"]
@@ -80,7 +78,7 @@ class Library:
 
     @cached_property
     def functions(self) -> dict[str, list[Instruction]]:
-        listing = toolchain.run([toolchain.tool("objdump"), "-d", "--wide", self.path]).stdout
+        listing = toolchain.run([needs.program("objdump"), "-d", "--wide", self.path]).stdout
         functions: dict[str, list[Instruction]] = {}
         name = ""
         for line in listing.splitlines():
@@ -109,7 +107,7 @@ class Library:
 @pytest.fixture(scope="session", params=COMPILERS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
     """Build the library as released, once per compiler."""
-    compiler = toolchain.tool(request.param)
+    compiler = needs.program(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     toolchain.run([toolchain.SCRIPT, "--quiet", "--out", folder], env={"CC": compiler})
     return Library(folder / "libanepy.so")
@@ -117,7 +115,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def symbols(library: Library, *options: str) -> list[tuple[str, str]]:
     """Return the dynamic symbols as (name, version)."""
-    listing = toolchain.run([toolchain.tool("nm"), "-D", *options, library.path]).stdout
+    listing = toolchain.run([needs.program("nm"), "-D", *options, library.path]).stdout
     names = [line.split()[-1] for line in listing.splitlines()]
     return [(name.split("@")[0], name.partition("@")[2].lstrip("@")) for name in names]
 
@@ -138,7 +136,7 @@ def test_library_exports_what_the_header_declares_and_nothing_else(library: Libr
 
 
 def test_library_needs_the_platform_only(library: Library) -> None:
-    listing = toolchain.run([toolchain.tool("readelf"), "-dW", library.path]).stdout
+    listing = toolchain.run([needs.program("readelf"), "-dW", library.path]).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", listing)
     assert needed
     assert [name for name in needed if not ALLOWED_LIBRARIES.fullmatch(name)] == []
@@ -170,7 +168,7 @@ def test_forbidden_imports_are_recognized() -> None:
 
 
 def test_library_has_no_executable_stack(library: Library) -> None:
-    listing = toolchain.run([toolchain.tool("readelf"), "-lW", library.path]).stdout
+    listing = toolchain.run([needs.program("readelf"), "-lW", library.path]).stdout
     stack = [line.split() for line in listing.splitlines() if "GNU_STACK" in line]
     assert [words[-2] for words in stack] == ["RW"]
 
@@ -178,7 +176,7 @@ def test_library_has_no_executable_stack(library: Library) -> None:
 # ------------------------------------------------------------------------------------ instructions
 
 
-@needs_x86
+@needs.X86
 def test_wide_instructions_stand_in_functions_of_their_set_only(library: Library) -> None:
     """A processor without AVX must be able to run everything the table of kernels leaves it.
 
@@ -206,7 +204,7 @@ def test_wide_instructions_stand_in_functions_of_their_set_only(library: Library
     assert len([name for name in library.functions if "__avx2" in name]) > 15
 
 
-@needs_x86
+@needs.X86
 @pytest.mark.parametrize(
     ("kernel", "product", "vectors"),
     [
@@ -253,13 +251,13 @@ def test_loops_and_stores_are_recognized() -> None:
     assert [i.address for i in code if i.uses_stack] == [12]
 
 
-@needs_x86
+@needs.X86
 def test_compiler_without_bf16_instructions_leaves_their_set_out(tmp_path: Path) -> None:
     """As gcc before 10 and assemblers before 2.34: told apart by a file the script tries."""
     old = tmp_path / "old-cc"
     old.write_text(
         '#!/bin/sh\ncase "$*" in *-O2*/probe.c*) exit 1 ;; esac\n'
-        f'exec {toolchain.tool("gcc", "clang")} "$@"\n'
+        f'exec {needs.program("gcc", "clang")} "$@"\n'
     )
     old.chmod(0o755)
     toolchain.run(
@@ -340,7 +338,7 @@ say(lib.anepy_variant_parse(b"max", b"auto", ctypes.byref(bits)))
 def test_header_compiles_alone(
     language: str, standard: str, compilers: list[str], tmp_path: Path
 ) -> None:
-    compiler = toolchain.tool(*compilers)
+    compiler = needs.program(*compilers)
     warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wundef", "-Werror"]
     source = tmp_path / "alone"
     source.write_text(f'#include "{HEADER}"\n#include "{HEADER}"\n')
@@ -350,7 +348,7 @@ def test_header_compiles_alone(
 
 def test_header_names_are_all_prefixed() -> None:
     """Whatever the header adds to a program that includes it begins with anepy_ or ANEPY_."""
-    compiler = toolchain.tool("gcc", "clang", "cc")
+    compiler = needs.program("gcc", "clang", "cc")
 
     def macros(*included: str) -> set[str]:
         listing = subprocess.run(

@@ -7,18 +7,18 @@ threads of its own, or a thread that does not get its mode back.
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import needs
 import pytest
 from native import toolchain
 
 from anepy.engine import library_info
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has the real one")
+pytestmark = needs.LINUX  # a Mac has the real one
 
 PROVIDER = toolchain.ROOT / "libsrc" / "kernels" / "blas_accelerate.c"
 SPLIT = PROVIDER.with_name("blas.c")
@@ -42,7 +42,7 @@ class Build:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = tmp_path_factory.mktemp("blas")
-    compiler = toolchain.tool("clang", "gcc", "cc")
+    compiler = needs.program("clang", "gcc", "cc")
     flags = toolchain.script_flags(folder, "--werror")
     sources = [path for path in toolchain.library_sources() if path != PROVIDER]
     made = toolchain.compile_files(compiler, flags, sources, folder / "library")

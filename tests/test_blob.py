@@ -7,20 +7,16 @@ reader are those of the public `coremltools` package (test extra; Linux and macO
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
-import os
 import random
-import shlex
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
-from conftest import CHECKOUT
+from needs import CHECKOUT
 
 F16, F32, U8, I8 = 1, 2, 3, 4
 NAMES = {"f2": "fp16", "f4": "float", "u1": "uint8", "i1": "int8"}
@@ -41,14 +37,12 @@ class Blob(ctypes.Structure):
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Compile the blob writer and reader alone."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"needs a C compiler, {compiler[0]} was not found; set CC")
+    compiler = needs.compiler()
     target = tmp_path_factory.mktemp("blob") / "libblob.so"
     sources = [CHECKOUT / "libsrc" / name for name in ("programs/blob.c", "runtime/status.c")]
     subprocess.run(
         [
-            *compiler,
+            compiler,
             *("-std=c11", "-O1", "-g", "-fPIC", "-shared"),
             f"-I{CHECKOUT / 'libsrc'}",
             *("-o", str(target)),
@@ -197,16 +191,7 @@ def test_blob_record_without_a_header_is_refused(lib: ctypes.CDLL) -> None:
 @pytest.fixture(scope="module")
 def official() -> Any:
     """Load the blob storage of coremltools, without the rest of that package (it loads torch)."""
-    package = importlib.util.find_spec("coremltools")
-    if package is None or package.origin is None:
-        pytest.skip("needs coremltools: pip install coremltools")
-    finder = importlib.machinery.PathFinder()
-    spec = finder.find_spec("libmilstoragepython", [str(Path(package.origin).parent)])
-    if spec is None or spec.loader is None:
-        pytest.skip("this coremltools wheel has no libmilstoragepython")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return needs.peer_part("coremltools", "libmilstoragepython")
 
 
 CASES: dict[str, list[Array]] = {

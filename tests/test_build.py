@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import needs
 import pytest
 from standin import (
     CHECKOUT,
@@ -162,9 +163,7 @@ def test_find_sources_prefers_the_wheel_then_the_checkout(tmp_path: Path) -> Non
 def test_build_library_works_and_carries_its_id(
     root: Path, compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"needs {compiler}")
-    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("CC", needs.program(compiler))
     layout = layout_of(root)
     path = _native.build(layout=layout)
     assert path == root / "anepy" / "_lib" / TAG / layout.file_name
@@ -228,9 +227,8 @@ def test_build_script_error_names_the_first_message_and_keeps_the_old_library(ro
     assert path.read_bytes() == old and list(path.parent.iterdir()) == [path]
 
 
+@needs.LINUX  # the linkers of macOS refuse undefined symbols by themselves
 def test_build_script_undefined_symbol_fails_at_link(root: Path) -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("macOS linkers refuse undefined symbols by themselves")
     (root / "libsrc" / "model" / "api.c").unlink()
     with pytest.raises(LibraryBuildError, match="anepy_hidden"):
         _native.build(layout=layout_of(root))
@@ -276,9 +274,9 @@ def test_build_script_wrong_usage_exits_2(root: Path, arguments: list[str], word
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
 
 
+@needs.X86
 def test_build_script_other_machine_is_cross_compiled(root: Path) -> None:
-    if shutil.which("aarch64-linux-gnu-gcc") is None or TAG == "linux-aarch64-glibc":
-        pytest.skip("needs aarch64-linux-gnu-gcc and another machine")
+    needs.program("aarch64-linux-gnu-gcc", package="gcc-aarch64-linux-gnu")
     run_script(root, "--target", "linux-aarch64")
     path = root / "anepy" / "_lib" / "linux-aarch64-glibc" / "libanepy.so"
     assert path.read_bytes()[18:20] == b"\xb7\x00"  # ELF e_machine: AArch64
@@ -289,8 +287,7 @@ def test_build_script_no_compiler_is_one_line(root: Path, tmp_path: Path) -> Non
     tools.mkdir()
     needed = "bash env dirname uname getconf find sort tr xargs sha256sum cut sed"
     for name in needed.split():
-        found = shutil.which(name)
-        if found is not None:
+        if found := shutil.which(name):
             (tools / name).symlink_to(found)
     result = run_script(root, check=False, PATH=str(tools))
     assert result.returncode == 1 and result.stderr.count("\n") == 1
@@ -305,7 +302,7 @@ def test_build_script_compiler_without_headers_names_the_package(
     root: Path, tmp_path: Path
 ) -> None:
     """Debian's gcc alone, without libc6-dev, stops at the first #include."""
-    real = shutil.which("cc")
+    real = needs.compiler()
     wrapper = place(tmp_path / "my bin" / "bare cc", f'#!/bin/sh\nexec {real} -nostdinc "$@"\n')
     wrapper.chmod(0o755)
     result = run_script(root, check=False, CC=str(wrapper))

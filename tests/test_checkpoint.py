@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 
@@ -132,10 +133,7 @@ def test_save_on_full_disk_keeps_old_file(tmp_path: Path, limit: int) -> None:
 
 
 def test_save_on_small_tmpfs_keeps_old_file(tmp_path: Path) -> None:
-    """A real full disk; needs the right to mount one."""
-    if os.system(f"mount -t tmpfs -o size=64k tmpfs {tmp_path} 2>/dev/null") != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
+    with needs.small_disk(tmp_path, 64):
         path = tmp_path / "c.npz"
         save(path, arenas(0))
         before = path.read_bytes()
@@ -145,8 +143,6 @@ def test_save_on_small_tmpfs_keeps_old_file(tmp_path: Path) -> None:
             checkpoint.save(path, big, meta())
         assert path.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c.npz", "filler"]
-    finally:
-        os.system(f"umount {tmp_path}")
 
 
 @pytest.mark.parametrize("check", [checkpoint.check_writable, lambda path: save(path, arenas(0))])
@@ -165,8 +161,8 @@ def test_bad_target_is_refused_in_one_line(tmp_path: Path, check: Any) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_check_writable_in_readonly_folder_names_the_remedy(tmp_path: Path) -> None:
+    needs.held_by_permissions()
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="choose a folder you may write to"):
         checkpoint.check_writable(tmp_path / "c.npz")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 from commands import Result, Run, assert_one_line_error, runner
@@ -247,7 +248,7 @@ def test_train_bad_input_is_one_line_and_writes_nothing(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="the ANE and Metal may be usable here")
+@needs.NO_MAC
 def test_train_apple_hardware_elsewhere_says_why(run: Run, files: dict[str, Path]) -> None:
     words = ["train", "m.bin", "--data", "d.bin", "--seq", 16, "--steps", 2]
     assert_one_line_error(run(*words, "--device", "ane"), "ane", "macOS")
@@ -379,8 +380,8 @@ def test_generate_prints_text_and_json(run: Run, files: dict[str, Path]) -> None
     assert json.loads(record.out)["text"] == plain.out[:-1]
 
 
-def test_generate_greedy_story(run: Run, shared: Callable[[str], Path]) -> None:
-    result = run("generate", shared("stories260K.bin"), "-t", 0, "-z", shared("tok512.bin"))
+def test_generate_greedy_story(run: Run) -> None:
+    result = run("generate", needs.data("stories260K.bin"), "-t", 0, "-z", needs.data("tok512.bin"))
     assert result.out.startswith("Once upon a time, there was a little girl named Lily. She loved")
 
 
@@ -396,11 +397,11 @@ def test_eval_random_model_is_near_uniform(run: Run, files: dict[str, Path]) -> 
     assert shown.code == 0 and "perplexity:" in shown.out
 
 
-def test_eval_documents_reproduce_pytorch(run: Run, shared: Callable[[str], Path]) -> None:
+def test_eval_documents_reproduce_pytorch(run: Run) -> None:
     """The losses are those of llama2.c's model.py in PyTorch on the same five stories."""
     result = run(
-        "eval", shared("stories260K.bin"), "--text", shared("tinystories_sample.txt"),
-        "--tokenizer", shared("tok512.bin"), "--documents", "--precision", "fp32", "--json",
+        "eval", needs.data("stories260K.bin"), "--text", needs.data("tinystories_sample.txt"),
+        "--tokenizer", needs.data("tok512.bin"), "--documents", "--precision", "fp32", "--json",
     )  # fmt: skip
     assert result.code == 0, result.err
     record = json.loads(result.out)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 from test_cli import Run, run  # noqa: F401
@@ -136,7 +137,7 @@ def test_failure_and_adaptation_are_told(run: Run) -> None:  # noqa: F811
     assert result.code == 1 and "failed: rule compile_budget" in result.out, result
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="the ANE may be usable here")
+@needs.NO_MAC
 def test_auto_takes_the_simulator_and_says_so(run: Run) -> None:  # noqa: F811
     result = run("probe", "add")
     assert result.err.startswith("anepy: note: device sim, the simulator of chip M4; not ane: ")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 from cases import GQA, SEPARATE, make_model, message
@@ -464,16 +464,16 @@ def test_model_and_data_may_be_files(tmp_path: Path) -> None:
     assert result.summary("opt").losses == small(["baseline", "opt"]).summary("opt").losses
 
 
-def test_real_model_learns_the_same_in_every_variant(shared: Callable[[str], Path]) -> None:
+def test_real_model_learns_the_same_in_every_variant() -> None:
     """Fifty steps of stories260K: those that only move memory to the bit, the others closely."""
-    tokenizer = anepy.Tokenizer.load(shared("tok512.bin"))
-    ids = tokenizer.encode(shared("tinystories_sample.txt").read_text())
+    tokenizer = anepy.Tokenizer.load(needs.data("tok512.bin"))
+    ids = tokenizer.encode(needs.data("tinystories_sample.txt").read_text())
     config = CompareConfig(
         rounds=5, steps=10, warmup=0, accum=1, seq=128, lr=1e-3, device="cpu", precision="fp32"
     )
     result = compare(
         ["baseline", "opt", "opt-simd_adam"],
-        shared("stories260K.bin"),
+        needs.data("stories260K.bin"),
         TokenData.from_array(np.array(ids)),
         config,
     )

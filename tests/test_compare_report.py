@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import browser
+import needs
 import numpy as np
 import pytest
 from comparisons import make_comparison, make_run
@@ -175,9 +176,7 @@ def test_ticks_are_round_and_apart() -> None:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    executable = browser.find()
-    if executable is None:
-        pytest.skip("needs chromium")
+    executable = needs.program("chromium", "chromium-browser", "google-chrome", "chrome")
     session = browser.Browser(executable, tmp_path_factory.mktemp("profile"))
     yield session
     session.close()

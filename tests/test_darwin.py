@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
+import needs
 import pytest
 from native import toolchain
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has the real one")
+pytestmark = needs.LINUX  # a Mac has the real one
 
 FOLDER = toolchain.ROOT / "tests" / "standin" / "darwin"
 PERFORMANCE, ALL = "hw.perflevel0.physicalcpu", "hw.physicalcpu"
@@ -17,7 +17,7 @@ PERFORMANCE, ALL = "hw.perflevel0.physicalcpu", "hw.physicalcpu"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("darwin")
-    compiler = toolchain.tool("clang", "gcc", "cc")
+    compiler = needs.program("clang", "gcc", "cc")
     flags = [*toolchain.script_flags(folder, "--werror"), "-D__APPLE__", f"-I{FOLDER}"]
     sources = [*sorted((toolchain.ROOT / "libsrc" / "runtime").glob("*.c")), FOLDER / "check.c"]
     objects = toolchain.compile_files(compiler, flags, sources, folder)

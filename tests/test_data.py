@@ -5,9 +5,11 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 
@@ -16,7 +18,6 @@ from anepy.data import Sampler, TokenData, prepare, windows
 from anepy.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from anepy.tokenizer import Tokenizer
 
-Shared = Callable[[str], Path]
 # 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
 CHI2_9_DOF = 27.9
 
@@ -39,7 +40,6 @@ def write_sidecar(path: Path, **changes: object) -> None:
 @pytest.fixture
 def file_size_limit() -> Iterator[Callable[[int], None]]:
     """Return a function that makes writing beyond a size fail, as a full disk does."""
-    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -403,8 +403,8 @@ def test_prepare_vocabulary_size_decides_the_type(tmp_path: Path, size: int, dty
     assert data.tokens.dtype == dtype
 
 
-def test_prepare_sample_stories_with_their_tokenizer(shared: Shared, tmp_path: Path) -> None:
-    text, tokenizer = shared("tinystories_sample.txt"), shared("tok512.bin")
+def test_prepare_sample_stories_with_their_tokenizer(tmp_path: Path) -> None:
+    text, tokenizer = needs.data("tinystories_sample.txt"), needs.data("tok512.bin")
     result = prepare(text, tokenizer, tmp_path / "d.bin")
     assert (result.tokens, result.documents) == (374 + 330 + 223 + 425 + 457, 5)
     data = TokenData(tmp_path / "d.bin")
@@ -483,8 +483,7 @@ def test_prepare_output_that_cannot_be_written_raises(tmp_path: Path) -> None:
 
 
 def test_prepare_read_only_folder_raises(tmp_path: Path) -> None:
-    if os.name != "posix" or os.geteuid() == 0:
-        pytest.skip("needs a user whom folder permissions stop")
+    needs.held_by_permissions()
     text = tmp_path / "a.txt"
     text.write_text("text")
     folder = tmp_path / "folder"
@@ -531,10 +530,7 @@ def test_prepare_onto_one_of_its_texts_raises(tmp_path: Path, name: str) -> None
 def test_prepare_through_a_link_replaces_its_target(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "a.txt").write_text("text")
-    try:
-        (tmp_path / "d.bin").symlink_to(tmp_path / "real" / "d.bin")
-    except OSError:
-        pytest.skip("needs permission to make symbolic links")
+    (tmp_path / "d.bin").symlink_to(tmp_path / "real" / "d.bin")
     prepare(tmp_path / "a.txt", Tokenizer.bytes(), tmp_path / "d.bin")
     assert (tmp_path / "d.bin").is_symlink()
     assert len(TokenData(tmp_path / "d.bin")) == len(encoded("text"))

@@ -6,6 +6,7 @@ import doctest
 import hashlib
 import re
 
+import needs
 import numpy as np
 import pytest
 import tolerances
@@ -14,7 +15,6 @@ import anepy.demo
 from anepy import demo
 from anepy.cli_train import DEMO_SETTINGS
 from anepy.data import SEPARATOR, Sampler
-from anepy.engine import library_info
 from anepy.model import Model
 from anepy.tokenizer import Tokenizer
 from anepy.train_config import TrainConfig, config_from
@@ -107,8 +107,7 @@ def test_model_is_twice_the_usual_in_its_layers() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_bf16_reaches_the_held_out_loss_of_fp32(seed: int) -> None:
     """The first 60 updates; a learning rate that differs by a tenth changes the loss by 1 %."""
-    if not library_info()["isa"].endswith("bf16"):
-        pytest.skip("needs bf16 products")
+    needs.precision("bf16")
     data = demo.data(n_stories=400)
     after = {}
     for precision, lr in (("fp32", 1e-3), ("bf16", 1e-3), ("other", 1.1e-3)):

@@ -11,10 +11,9 @@ import math
 import os
 import pickle
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import tolerances
@@ -69,11 +68,11 @@ def test_evaluate_of_zero_weights_is_the_log_of_the_vocabulary() -> None:
         assert engine.evaluate([1, 2, 3], [2, 3, 4]) == pytest.approx(math.log(523), rel=1e-6)
 
 
-def test_real_model_has_the_published_losses(shared: Callable[[str], Path]) -> None:
+def test_real_model_has_the_published_losses() -> None:
     """Measured with llama2.c's own model.py in PyTorch."""
-    model = Model.load(shared("stories260K.bin"))
-    tokenizer = Tokenizer.load(shared("tok512.bin"), model.config.vocab_size)
-    text = shared("tinystories_sample.txt").read_text("utf-8")
+    model = Model.load(needs.data("stories260K.bin"))
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"), model.config.vocab_size)
+    text = needs.data("tinystories_sample.txt").read_text("utf-8")
     stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
     published = (1.3160, 1.2386, 0.9522, 1.4934, 1.1879)
     for variant in ("baseline", "max"):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import numpy as np
-import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -85,15 +84,9 @@ def write_corpus(folder: Path) -> list[str]:
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
-def find_compiler(folder: Path) -> str | None:
+def find_compiler(folder: Path) -> str:
     """Return a compiler that has the sanitizers' libraries."""
-    probe = folder / "probe.c"
-    probe.write_text("int main(void) { return 0; }\n")
-    for name in ("clang-19", "clang", "gcc", "cc"):
-        command = [name, *FLAGS, str(probe), "-o", str(folder / "probe")]
-        if shutil.which(name) and subprocess.run(command, capture_output=True).returncode == 0:
-            return name
-    return None
+    return needs.compiler_with(FLAGS, ("clang-19", "clang", "gcc", "cc"), folder)
 
 
 def build(folder: Path, compiler: str) -> Path:
@@ -126,12 +119,9 @@ def run(harness: Path, seeds: list[str], seed: int, first: int, count: int) -> d
     return figures
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' flags are those of Linux")
+@needs.LINUX
 def test_broken_programs_give_errors_and_nothing_worse(tmp_path: Path) -> None:
-    compiler = find_compiler(tmp_path)
-    if compiler is None:
-        pytest.skip("needs clang or gcc with AddressSanitizer")
-    harness = build(tmp_path, compiler)
+    harness = build(tmp_path, find_compiler(tmp_path))
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     figures = run(harness, write_corpus(corpus), 1, 0, 10_000)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 
@@ -186,15 +187,15 @@ def test_generate_missing_model_is_one_line(tmp_path: Path) -> None:
 # A real model
 
 
-def test_generate_greedy_prints_what_run_c_prints(shared: Callable[[str], Path]) -> None:
-    model, words = shared("stories260K.bin"), shared("tok512.bin")
+def test_generate_greedy_prints_what_run_c_prints() -> None:
+    model, words = needs.data("stories260K.bin"), needs.data("tok512.bin")
     assert generate(model, "", words, temperature=0.0, max_tokens=200).startswith(GREEDY)
     prompted = generate(model, "Once upon a time", words, temperature=0.0, max_tokens=200)
     assert prompted.startswith(GREEDY)
 
 
-def test_generate_sampled_text_depends_on_the_seed_alone(shared: Callable[[str], Path]) -> None:
-    model, words = Model.load(shared("stories260K.bin")), shared("tok512.bin")
+def test_generate_sampled_text_depends_on_the_seed_alone() -> None:
+    model, words = Model.load(needs.data("stories260K.bin")), needs.data("tok512.bin")
     texts = [
         generate(model, "One day", words, max_tokens=40, seed=seed, threads=1) for seed in (5, 5, 6)
     ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -59,12 +59,6 @@ def clear(engine: Engine) -> None:
     engine.restore(accumulated=0, updates=engine.updates)
 
 
-def needs(precision: str) -> None:
-    """Skip where the instruction set in use has no bf16 products."""
-    if precision == "bf16" and not library_info()["isa"].endswith("bf16"):
-        pytest.skip(f"{library_info()['isa']} has no bf16 products")
-
-
 def assert_close(found: Mapping[str, Any], wanted: Mapping[str, Any], precision: str) -> None:
     """Compare gradients with the reference within the bars of this precision."""
     if precision == "fp32":
@@ -104,7 +98,7 @@ def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
 def test_gradients_every_tensor_matches_the_reference(
     name: str, variant: str, threads: int, precision: str
 ) -> None:
-    needs(precision)
+    needs.precision(precision)
     with Engine(make_model(ALL[name]), variant, "cpu", precision, threads=threads) as engine:
         for length in LENGTHS:
             assert_step_is_exact(engine, name, length)
@@ -114,7 +108,7 @@ def test_gradients_every_tensor_matches_the_reference(
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", BLOCKED)
 def test_gradients_of_sums_longer_than_a_block(name: str, variant: str, precision: str) -> None:
-    needs(precision)
+    needs.precision(precision)
     with Engine(make_model(ALL[name]), variant, "cpu", precision, threads=2) as engine:
         for length in (65, 33):
             assert_step_is_exact(engine, name, length)
@@ -132,19 +126,10 @@ def run_all_on_this_isa() -> None:
     print(isa, library_info()["gemm"])
 
 
-ISAS = {
-    "x86_64": ["scalar", "avx2", "avx512", "avx512bf16"],
-    "aarch64": ["scalar", "neon", "neonbf16"],
-}
-
-
-@pytest.mark.parametrize(
-    "isa", ISAS.get(platform.machine().replace("arm64", "aarch64"), ["scalar"])
-)
+@pytest.mark.parametrize("isa", needs.KERNEL_SETS)
 def test_gradients_on_every_instruction_set(isa: str) -> None:
     """The mask is read once per process, hence a process for each."""
-    if isa not in library_info()["isa_available"]:
-        pytest.skip(f"this processor has no {isa}, or ANEPY_CPU_MASK hides it")
+    needs.kernel_set(isa)
     code = "import test_gradients as t; t.run_all_on_this_isa()"
     environment = os.environ | {
         "ANEPY_CPU_MASK": isa,
@@ -167,7 +152,7 @@ def test_short_sequence_after_a_long_one_sees_nothing_of_it(
     name: str, variant: str, precision: str
 ) -> None:
     """Buffers keep the columns of the longest sequence so far; none may leak."""
-    needs(precision)
+    needs.precision(precision)
     results = []
     for before in ((), (129, 65)):
         with Engine(make_model(ALL[name]), variant, "cpu", precision) as engine:
@@ -188,7 +173,7 @@ def test_gradients_after_a_step_of_nan_see_nothing_of_it(
     name: str, variant: str, precision: str
 ) -> None:
     """Zero times what is left in a buffer is zero only if that is a number."""
-    needs(precision)
+    needs.precision(precision)
     with Engine(make_model(ALL[name]), variant, "cpu", precision) as engine:
         embedding = engine.model.weights["tok_embeddings.weight"]
         saved = embedding.copy()
@@ -203,7 +188,7 @@ def test_gradients_after_a_step_of_nan_see_nothing_of_it(
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
 @pytest.mark.parametrize("name", ["mha", "mqa-separate"])
 def test_gradients_of_several_steps_add_up(name: str, variant: str, precision: str) -> None:
-    needs(precision)
+    needs.precision(precision)
     lengths = (33, 129, 1, 64)
     total: Arrays = {}
     for length in lengths:
@@ -219,7 +204,7 @@ def test_gradients_of_several_steps_add_up(name: str, variant: str, precision: s
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_do_not_depend_on_how_long_sequences_may_be(precision: str) -> None:
     """The same sequence in tight and in roomy engines: same sums in the same order."""
-    needs(precision)
+    needs.precision(precision)
     results = []
     for seq_len in (33, 64, 129):
         with Engine(make_model(ALL["gqa"]), "opt", "cpu", precision, seq_len=seq_len) as engine:
@@ -231,7 +216,7 @@ def test_gradients_do_not_depend_on_how_long_sequences_may_be(precision: str) ->
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_of_a_long_sequence_match_the_reference(precision: str) -> None:
     """Many blocks of 64 positions, the last not full; more than 1024 terms per weight gradient."""
-    needs(precision)
+    needs.precision(precision)
     config = ModelConfig(24, 40, 2, 2, 1, 61, 1100)
     tokens, targets = sequence(config, 1092)
     loss, gradients = ref.loss_and_gradients(weights_of(config), config, tokens, targets)
@@ -255,7 +240,7 @@ LONG = {
 def test_gradients_of_long_attention_match_the_reference(
     name: str, variant: str, precision: str
 ) -> None:
-    needs(precision)
+    needs.precision(precision)
     config, lengths = LONG[name]
     with Engine(make_model(config), variant, "cpu", precision) as engine:
         for length in (*lengths, 65):
@@ -270,7 +255,7 @@ def test_gradients_of_long_attention_match_the_reference(
 @pytest.mark.parametrize("name", LONG)
 def test_long_attention_gives_the_same_bits_with_any_threads(name: str, precision: str) -> None:
     """With more threads than heads, several work on one and add up in turn."""
-    needs(precision)
+    needs.precision(precision)
     config, lengths = LONG[name]
     results = []
     for threads in (1, 2, 3, 7):
@@ -292,7 +277,7 @@ def test_memory_of_long_sequences_grows_with_their_length_not_its_square() -> No
 @pytest.mark.parametrize("variant", ["baseline", "opt", "opt-fp16_cache", "opt-prealloc"])
 def test_gradients_in_bf16_are_the_same_bits_in_every_run(variant: str) -> None:
     """With the same threads, and with others: each element is summed by one thread in one order."""
-    needs("bf16")
+    needs.precision("bf16")
     results = []
     for threads in (2, 2, 1, 3):
         with Engine(make_model(ALL["wide"]), variant, "cpu", "bf16", threads=threads) as engine:
@@ -317,13 +302,11 @@ def test_gradients_with_extreme_logits_stay_finite_and_right() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane"])
-def test_gradients_of_a_real_model_on_real_text(
-    shared: Callable[[str], Path], variant: str, precision: str
-) -> None:
-    needs(precision)
-    model = Model.load(shared("stories260K.bin"))
-    tokenizer = Tokenizer.load(shared("tok512.bin"), model.config.vocab_size)
-    text = shared("tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")[1]
+def test_gradients_of_a_real_model_on_real_text(variant: str, precision: str) -> None:
+    needs.precision(precision)
+    model = Model.load(needs.data("stories260K.bin"))
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"), model.config.vocab_size)
+    text = needs.data("tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")[1]
     ids = np.array(tokenizer.encode(text.strip())[:257])
     assert len(ids) == 257
     loss, gradients = ref.loss_and_gradients(model.weights, model.config, ids[:-1], ids[1:])

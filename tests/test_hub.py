@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pty
-import shutil
 import signal
 import socket
 import ssl
@@ -15,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 from http_server import Answer, FileServer, wait_for
 
@@ -241,9 +241,7 @@ def test_download_server_without_tls_is_a_tls_message(
 def test_download_untrusted_certificate_names_the_bundle_variable(
     server: FileServer, tmp_path: Path
 ) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl program to make a certificate")
+    openssl = needs.program("openssl")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
@@ -326,12 +324,11 @@ def test_download_too_large_for_the_disk_is_refused_before_asking(
     assert server.requests == [] and list(tmp_path.iterdir()) == []
 
 
+@needs.LINUX  # which has /dev/full
 def test_download_disk_filling_up_says_full(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/dev/full gives the real ENOSPC; it is opened in place of the temporary file."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full (Linux)")
     monkeypatch.setattr(files, "open", lambda *_: open("/dev/full", "wb"), raising=False)
     assert "is full" in str(refused(server, tmp_path / "f.bin", Answer(BODY)))
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import needs
 import pytest
 from native import toolchain
 
 THREADED = ("gemm", "pool", "runtime", "engine", "batch", "handles", "weights")
-X86 = ["avx512bf16", "avx512", "avx2", "scalar"]
 ARM = ["neonbf16", "neon", "scalar"]
-MASKS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(
-    platform.machine(), ["scalar"]
-)
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,6 @@ class Program:
     objects: dict[Path, Path]  # source -> object
 
 
-def compiler_for(build: Build, folder: Path) -> str:
-    """Return the first compiler that makes programs this way, or skip the test."""
-    for name in build.compilers:
-        if shutil.which(name) and toolchain.links(name, build.link, folder):
-            return name
-    pytest.skip(f"needs {' or '.join(build.compilers)} with {' '.join(build.link) or 'libc'}")
-
-
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Build], Program]:
     """Return a function that builds each kind of program once."""
@@ -73,7 +61,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Build], Progr
     def make(build: Build) -> Program:
         if build not in made:
             folder = tmp_path_factory.mktemp(build.name)
-            compiler = compiler_for(build, folder)
+            compiler = needs.compiler_with(build.link, build.compilers, folder)
             flags = toolchain.script_flags(folder, *build.options)
             sources = toolchain.library_sources()
             objects = toolchain.compile_files(compiler, flags, sources, folder / "library")
@@ -123,13 +111,13 @@ def test_checks_under_thread_sanitizer_pass(program: Callable[[Build], Program])
     # Before gcc 14, ThreadSanitizer cannot place its memory where addresses are very random.
     probe = toolchain.run([path, "table"], env=env, check=False)
     unplaced = "unexpected memory mapping" in probe.stderr
-    prefix = [toolchain.tool("setarch"), "-R"] if unplaced else []
+    prefix = [needs.program("setarch"), "-R"] if unplaced else []
     assert_passes(*prefix, path, *THREADED, env=env)
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="qemu runs Linux programs")
+@needs.LINUX  # qemu runs its programs
 def test_checks_on_emulated_aarch64_pass(program: Callable[[Build], Program]) -> None:
-    emulator = toolchain.tool("qemu-aarch64", "qemu-aarch64-static")
+    emulator = needs.program("qemu-aarch64", "qemu-aarch64-static")
     path = program(AARCH64).path
     for processor, sets in (("max", ARM), ("cortex-a72", ARM[1:])):
         listed = toolchain.run([emulator, "-cpu", processor, path, "--list"]).stdout
@@ -150,14 +138,15 @@ def test_every_kernel_has_a_check() -> None:
 # ------------------------------------------------------------------------------ choices at run time
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", needs.KERNEL_SETS)
 def test_checks_with_a_mask_run_that_set_or_the_best_below(
     program: Callable[[Build], Program], mask: str
 ) -> None:
     path = program(PLAIN).path
     available = toolchain.run([path, "--list"]).stdout.split()
     assert available[-1] == "scalar"
-    expected = next(name for name in MASKS[MASKS.index(mask) :] if name in available)
+    allowed = needs.KERNEL_SETS[needs.KERNEL_SETS.index(mask) :]
+    expected = next(name for name in allowed if name in available)
     groups = ("table", "engine", "batch", "handles")
     assert_passes(path, "--isa", expected, *groups, env={"ANEPY_CPU_MASK": mask})
 
@@ -176,7 +165,7 @@ def test_default_threads_are_those_of_the_environment(
     assert_passes(program(PLAIN).path, "--threads", threads, "runtime", env=env)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+@needs.LINUX
 def test_default_threads_respect_affinity(program: Callable[[Build], Program]) -> None:
     allowed = os.sched_getaffinity(0)
     path = program(PLAIN).path
@@ -223,7 +212,7 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="mutates x86-64 code")
+@needs.X86
 @pytest.mark.parametrize(("group", "name", "old", "new"), MUTATIONS)
 def test_checks_of_a_broken_library_fail(
     program: Callable[[Build], Program], tmp_path: Path, group: str, name: str, old: str, new: str
@@ -255,14 +244,14 @@ def test_checks_of_a_broken_library_fail(
 
 @pytest.mark.parametrize("build", [GCC, CLANG, AARCH64], ids=lambda build: build.name)
 def test_library_compiles_without_a_warning(build: Build, tmp_path: Path) -> None:
-    compiler = toolchain.tool(*build.compilers)
+    compiler = needs.program(*build.compilers)
     command = [toolchain.SCRIPT, "--quiet", "--werror", "--out", tmp_path, *build.options]
     toolchain.run(command, env={"CC": compiler})
 
 
 @pytest.mark.parametrize("build", [GCC, CLANG], ids=lambda build: build.name)
 def test_checks_compile_without_a_warning(build: Build, tmp_path: Path) -> None:
-    compiler = toolchain.tool(*build.compilers)
+    compiler = needs.program(*build.compilers)
     flags = toolchain.script_flags(tmp_path, "--werror")
     assert "-Werror" in flags
     toolchain.compile_checks(compiler, flags, tmp_path / "objects")

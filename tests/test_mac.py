@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import needs
 import pytest
 from test_cli import Run, run  # noqa: F401
 
-from anepy import adapt, device, mac, machine
+from anepy import adapt, mac, machine
 from anepy.engine import Engine
 from anepy.errors import ConfigError
 from anepy.model import PRESETS, Model
@@ -155,14 +156,13 @@ def test_info_shows_the_mac(
     assert record["mac"]["frameworks"]["AppleNeuralEngine"] is True
 
 
+@needs.NO_MAC
 def test_info_elsewhere_has_no_mac_and_no_probe(
     run: Run,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: object,
 ) -> None:
     monkeypatch.setenv("ANEPY_CACHE", str(tmp_path))
-    if mac.THIS.name == "darwin":
-        pytest.skip("this is a Mac")
     record = json.loads(run("info", "--json").out)
     assert record["mac"] is None and record["probe"] is None
     assert "neural engine" not in run("info").out
@@ -185,8 +185,7 @@ def test_info_shows_what_was_probed(
 
 
 def test_unusable_neural_engine_says_what_the_mac_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    if any(info.name == "ane" and info.usable for info in device.devices()):
-        pytest.skip("the Neural Engine is usable here")
+    needs.no_neural_engine()
     model = Model.init(PRESETS["stories260K"])
     with pytest.raises(ConfigError, match="device ane: ") as plain:
         Engine(model, device="ane")

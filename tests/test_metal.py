@@ -7,18 +7,18 @@ aligned, or was described wrongly. `check.c` there holds the checks.
 from __future__ import annotations
 
 import json
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import needs
 import pytest
 from native import gnustep, toolchain
 
 from anepy import Engine, Model, ModelConfig
 from anepy.errors import AnepyError
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="a Mac has the real one")
+pytestmark = needs.LINUX  # a Mac has the real one
 
 LIBSRC = toolchain.ROOT / "libsrc"
 METAL = LIBSRC / "device" / "metal" / "metal.m"
@@ -93,8 +93,8 @@ def test_checks_leak_nothing_and_execute_every_line(tmp_path: Path) -> None:
     profile, merged = tmp_path / "raw", tmp_path / "merged"
     assert_passes(made.path, env={"LLVM_PROFILE_FILE": str(profile)})
     suffix = made.compiler.removeprefix("clang")
-    toolchain.run([toolchain.tool(f"llvm-profdata{suffix}"), "merge", "-o", merged, profile])
-    cover = toolchain.tool(f"llvm-cov{suffix}")
+    toolchain.run([needs.program(f"llvm-profdata{suffix}"), "merge", "-o", merged, profile])
+    cover = needs.program(f"llvm-cov{suffix}")
     words = [made.path, f"-instr-profile={merged}", METAL]
     summary = json.loads(toolchain.run([cover, "export", "-summary-only", *words]).stdout)
     assert summary["data"][0]["totals"]["lines"]["percent"] >= 95.0

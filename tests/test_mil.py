@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
+import needs
 import numpy as np
 import pytest
 from cases import message
@@ -113,10 +113,8 @@ def test_program_run_natively_equals_the_reference(shape: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_program_of_a_trained_model_is_right_in_the_last_layer(
-    shared: Callable[[str], Path], name: str
-) -> None:
-    model = Model.load(shared("stories260K.bin"))
+def test_program_of_a_trained_model_is_right_in_the_last_layer(name: str) -> None:
+    model = Model.load(needs.data("stories260K.bin"))
     case = make_case(model, name, 128, width=128, layer=model.config.n_layers - 1)
     out = simulate(case, *mil.generate(model, [case.program]))
     assert max(case.errors(out).values()) < FP16_PROGRAM

@@ -13,10 +13,11 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 from reference import llama2c
@@ -123,8 +124,8 @@ def test_save_and_load_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
-def test_real_model_is_saved_byte_for_byte(shared: Callable[[str], Path], tmp_path: Path) -> None:
-    path = shared("stories260K.bin")
+def test_real_model_is_saved_byte_for_byte(tmp_path: Path) -> None:
+    path = needs.data("stories260K.bin")
     model = Model.load(path)
     assert model.config == PRESETS["stories260K"] and model.n_parameters == 260032
     model.save(tmp_path / "copy.bin")
@@ -180,9 +181,7 @@ def test_save_onto_folder_or_device_is_refused(tmp_path: Path) -> None:
 
 
 def test_save_on_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
-    if os.system(f"mount -t tmpfs -o size=128k tmpfs {tmp_path} 2>/dev/null") != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
+    with needs.small_disk(tmp_path, 128):
         path = tmp_path / "m.bin"
         small = Model.init(SMALL)
         small.save(path)
@@ -191,8 +190,6 @@ def test_save_on_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
         assert "No space left" in text and "free some space" in text
         unchanged(path, old)
         small.save(path)
-    finally:
-        os.system(f"umount {tmp_path}")
 
 
 @contextmanager
@@ -344,8 +341,7 @@ def test_load_bad_files_take_little_memory(tmp_path: Path) -> None:
         "    try: Model.load(path)\n"
         "    except ModelError: print('refused')\n"
     )
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs /proc to know the memory in use")
+    needs.proc()
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)],
         env=os.environ | {"ANEPY_LIB": _native.library()._name},
@@ -397,8 +393,7 @@ def test_load_pipe_does_not_wait_for_a_writer(tmp_path: Path) -> None:
 def test_load_unreadable_file(tmp_path: Path) -> None:
     path = written(tmp_path / "m.bin")
     path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("needs a user whom permissions hold: this one is root")
+    needs.held_by_permissions()
     assert "Permission denied" in refused(path)
 
 
@@ -448,8 +443,7 @@ def test_views_outlive_the_model() -> None:
 
 
 def test_memory_goes_with_the_last_view() -> None:
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs /proc to know the memory in use")
+    needs.proc()
 
     def mapped() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 from http_server import Answer, FileServer, wait_for
 from standin import (
@@ -261,7 +261,7 @@ def test_load_bad_override_is_final_and_named(
 def test_load_foreign_library_is_refused(root: Path, tmp_path: Path) -> None:
     source = place(tmp_path / "x.c", "int other_thing(void) { return 1; }\n")
     path = tmp_path / "x.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, source], check=True)
+    subprocess.run([needs.compiler(), "-shared", "-fPIC", "-o", path, source], check=True)
     with pytest.raises(AbiMismatchError, match=r"x\.so is not a library of anepy"):
         _native.load(layout_of(root, override=str(path)))
 
@@ -360,7 +360,7 @@ def test_load_processes_at_once_all_get_a_whole_library(root: Path) -> None:
 
 
 def test_load_ctrl_c_ends_the_compilers_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
-    real = shutil.which("cc")
+    real = needs.compiler()
     slow = place(
         tmp_path / "slow-cc",
         f'#!/bin/sh\ncase "$*" in *api.c*) echo $$ >>"{tmp_path}/pids"; exec sleep 60 ;; esac\n'

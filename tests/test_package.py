@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email
 import email.message
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import needs
 import pytest
 
 import anepy.hub
@@ -106,8 +106,7 @@ def test_release_record_is_complete_and_of_this_version() -> None:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a wheel from a copy of this checkout in which a compiled library lies around."""
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("needs hatchling; install the extra: pip install 'anepy[test]'")
+    needs.module("hatchling")
     root = tmp_path_factory.mktemp("checkout")
     for name in ("anepy", "libsrc", "tests"):
         shutil.copytree(CHECKOUT / name, root / name)

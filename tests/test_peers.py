@@ -7,10 +7,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -18,11 +18,11 @@ import tolerances
 from cases import GQA, SEPARATE, sequence
 from tolerances import assert_tensors_close, relative_error
 
-from anepy.engine import Engine, library_info
+from anepy.engine import Engine
 from anepy.model import PRESETS, Model, ModelConfig
 from anepy.tokenizer import Tokenizer
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `peers`)")
+torch = needs.peer("torch")
 
 Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -83,10 +83,11 @@ def test_losses_of_twenty_updates_equal_torch(
     assert np.mean(ours[-5:]) < np.mean(ours[:5]) - 0.1, "nothing was learned"
 
 
-def test_losses_of_fine_tuning_a_real_model_equal_torch(shared: Callable[[str], Path]) -> None:
-    model = Model.load(shared("stories260K.bin"))
-    tokenizer = Tokenizer.load(shared("tok512.bin"), model.config.vocab_size)
-    tokens = np.array(tokenizer.encode(shared("tinyshakespeare.txt").read_text("utf-8")[:20000]))
+def test_losses_of_fine_tuning_a_real_model_equal_torch() -> None:
+    model = Model.load(needs.data("stories260K.bin"))
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"), model.config.vocab_size)
+    text = needs.data("tinyshakespeare.txt").read_text("utf-8")[:20000]
+    tokens = np.array(tokenizer.encode(text))
     data = [(tokens[i : i + 128], tokens[i + 1 : i + 129]) for i in range(0, 20 * 128, 128)]
     with Engine(model, device="cpu") as engine:
         before = [engine.evaluate(*pair) for pair in data]
@@ -212,7 +213,7 @@ def test_generate_script_counts_the_bytes_of_a_token() -> None:
     assert result["share"]["anepy"]["median"] == pytest.approx(np.median(shares))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not tied to CPUs")
+@needs.LINUX
 def test_competitor_script_compares_with_and_without() -> None:
     result = record("competitor.py", *TINY, "--seq", "16", "--steps", "2")
     assert set(result["sides"]) == {"anepy fp32", "torch eager"} and result["missing"] is None
@@ -229,8 +230,7 @@ def test_others_script_says_what_is_not_installed() -> None:
 
 
 def test_precision_script_trains_in_pairs(tmp_path: Path) -> None:
-    if not library_info()["isa"].endswith("bf16"):
-        pytest.skip("needs bf16 products")
+    needs.precision("bf16")
     words = ("--seeds", "2", "--steps", "20", "--threads", "1", "--data", str(tmp_path))
     result = record("precision.py", *words, "--json", "-")
     found = result["runs"]["demo"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
-import platform
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 from cases import BUSY, GQA, bits, make_engine, make_model, sequence
@@ -183,10 +183,6 @@ def test_close_during_a_step_waits_for_it() -> None:
 # ------------------------------------------------------------------------------------- processes
 
 
-FORK = hasattr(os, "fork")
-
-
-@pytest.mark.skipif(not FORK, reason="this system has no fork")
 @pytest.mark.parametrize("variant", ["baseline", "opt"])
 def test_fork_parent_and_child_both_go_on(variant: str) -> None:
     """The pool's threads do not exist in a child, which must start its own."""
@@ -219,7 +215,6 @@ def test_fork_parent_and_child_both_go_on(variant: str) -> None:
     assert run(code, **alone) == ""
 
 
-@pytest.mark.skipif(not FORK, reason="this system has no fork")
 def test_fork_while_another_thread_steps_leaves_the_child_usable() -> None:
     code = (
         "other = Engine(Model.init(BUSY), device='cpu', threads=2)\n"
@@ -249,8 +244,6 @@ def test_fork_while_another_thread_steps_leaves_the_child_usable() -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing_workers_get_the_same_numbers(method: str) -> None:
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system cannot {method}")
     code = (
         "import multiprocessing\n"
         "import test_process\n"
@@ -433,24 +426,23 @@ def test_anepy_num_threads_that_is_no_number_is_ignored(value: str) -> None:
     assert default_threads(ANEPY_NUM_THREADS=value) == default_threads()
 
 
+@needs.LINUX
 def test_default_threads_respect_the_affinity() -> None:
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("this system has no CPU affinity")
     one = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     assert default_threads(one) == 1
     assert default_threads() <= len(os.sched_getaffinity(0))
 
 
-MASKS = {
-    "x86_64": ["scalar", "avx2", "avx512", "avx512bf16"],
-    "aarch64": ["scalar", "neon", "neonbf16"],
-}.get(platform.machine().replace("arm64", "aarch64"), ["scalar"])
+@cache
+def processor_sets() -> list[str]:
+    """Return the kernel sets of this processor, best first, whatever ANEPY_CPU_MASK is here."""
+    return run("print(*library_info()['isa_available'])", ANEPY_CPU_MASK="").split()
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", needs.KERNEL_SETS)
 def test_anepy_cpu_mask_chooses_this_instruction_set_or_a_lower_one(mask: str) -> None:
-    best_first = [isa for isa in reversed(MASKS) if isa in library_info()["isa_available"]]
-    expected = mask if mask in best_first else best_first[0]
+    allowed = needs.KERNEL_SETS[needs.KERNEL_SETS.index(mask) :]
+    expected = next(isa for isa in allowed if isa in processor_sets())
     code = (
         "info = library_info()\n"
         "assert info['gemm'].endswith(info['isa'])\n"
@@ -459,29 +451,28 @@ def test_anepy_cpu_mask_chooses_this_instruction_set_or_a_lower_one(mask: str) -
     assert run(code, ANEPY_CPU_MASK=mask) == f"{expected} {expected}\n"
 
 
-def test_precision_bf16_without_its_instructions_is_refused_never_emulated() -> None:
+@pytest.mark.parametrize("mask", ["", *needs.KERNEL_SETS])
+def test_precision_bf16_without_its_instructions_is_refused_never_emulated(mask: str) -> None:
     """And "auto" is fp32 then, bf16 where they are."""
-    masks = [mask for mask in MASKS if not mask.endswith("bf16")]
     code = (
+        "print(library_info()['isa'])\n"
         "with Engine(make_model(), device='cpu') as engine: print(engine.precision)\n"
         "try: Engine(make_model(), device='cpu', precision='bf16')\n"
         "except AnepyError as error: print(error)\n"
     )
-    for mask in masks:
-        automatic, refusal = run(code, ANEPY_CPU_MASK=mask).splitlines()
-        isa = mask if mask in library_info()["isa_available"] else library_info()["isa"]
-        assert automatic == "fp32"
-        assert "precision bf16 needs bf16 dot products" in refusal
-        assert f"kernel set {isa}" in refusal
-        assert refusal.endswith("use --precision fp32")
-    has = library_info()["isa_available"][0].endswith("bf16")
-    lines = run(code, ANEPY_CPU_MASK="").splitlines()
-    assert lines[0] == ("bf16" if has else "fp32") and len(lines) == (1 if has else 2)
+    isa, automatic, *refusal = run(code, ANEPY_CPU_MASK=mask).splitlines()
+    if isa.endswith("bf16"):
+        assert (automatic, refusal) == ("bf16", [])
+    else:
+        assert automatic == "fp32" and len(refusal) == 1
+        assert "precision bf16 needs bf16 dot products" in refusal[0]
+        assert f"kernel set {isa}" in refusal[0]
+        assert refusal[0].endswith("use --precision fp32")
 
 
 def test_anepy_cpu_mask_empty_is_none() -> None:
     isa = run("print(library_info()['isa'])", ANEPY_CPU_MASK="").strip()
-    assert isa == library_info()["isa_available"][0]
+    assert isa == processor_sets()[0]
 
 
 @pytest.mark.parametrize("mask", ["mmx", "AVX2", "avx2 ", "x" * 200])
@@ -526,8 +517,7 @@ def test_close_in_another_thread_is_learned_of() -> None:
 )
 def test_threads_respect_the_cgroup_quota(files: dict[str, str], threads: int | None) -> None:
     """In a mount namespace of our own with a cgroup folder we wrote; None: as without a quota."""
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs a user who may make a mount namespace")
+    needs.mount_namespace()
     write = "".join(
         f"mkdir -p $(dirname /sys/fs/cgroup/{name}); echo '{text}' > /sys/fs/cgroup/{name}; "
         for name, text in files.items()

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import needs
 import numpy as np
 import pytest
 import tolerances
@@ -91,7 +92,7 @@ def test_gradients_every_tensor_match_finite_differences(name, length):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_model_against_torch_autograd_is_equal(name, length):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `peers`)")
+    torch = needs.peer("torch")
     from peers import torch_llama
 
     config, weights, tokens, targets = make_case(name, length)
@@ -113,12 +114,12 @@ def test_model_against_torch_autograd_is_equal(name, length):
     assert_tensors_close(gradients, autograd, tolerances.FLOAT64_GRADIENT)
 
 
-def test_loss_of_real_model_is_the_published_one(shared):
+def test_loss_of_real_model_is_the_published_one():
     from anepy.tokenizer import Tokenizer
 
-    config, weights = llama2c.read(shared("stories260K.bin"))
-    tokenizer = Tokenizer.load(shared("tok512.bin"), config.vocab_size)
-    text = shared("tinystories_sample.txt").read_text(encoding="utf-8")
+    config, weights = llama2c.read(needs.data("stories260K.bin"))
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"), config.vocab_size)
+    text = needs.data("tinystories_sample.txt").read_text(encoding="utf-8")
     stories = [s.strip() for s in text.split("<|endoftext|>") if s.strip()]
     # Measured with llama2.c's own model.py in PyTorch.
     published = [(374, 1.3160), (330, 1.2386), (223, 0.9522), (425, 1.4934), (457, 1.1879)]
@@ -261,7 +262,7 @@ def test_adamw_first_update_is_learning_rate_times_sign():
 
 
 def test_adamw_ten_updates_equal_torch():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `peers`)")
+    torch = needs.peer("torch")
     from peers import torch_llama
 
     config, weights, tokens, targets = make_case("gqa", 7)
@@ -316,8 +317,8 @@ def test_llama2c_file_of_wrong_size_is_refused(tmp_path):
         llama2c.read(path)
 
 
-def test_llama2c_real_file_is_reproduced_byte_for_byte(shared, tmp_path):
-    source = shared("stories260K.bin")
+def test_llama2c_real_file_is_reproduced_byte_for_byte(tmp_path):
+    source = needs.data("stories260K.bin")
     config, weights = llama2c.read(source)
     assert config == Config(64, 172, 5, 8, 4, 512, 512)
     copy = tmp_path / "copy.bin"

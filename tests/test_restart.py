@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 from test_cli import CHECKOUT, SMALL, start
@@ -251,8 +252,7 @@ def test_next_process_has_no_open_files_of_the_last(folder: Path) -> None:
         "    leak = os.dup(1); os.set_inheritable(leak, True)\n"
         "cli.main()\n"
     )
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("needs /proc to list open files")
+    needs.proc()
     done = broken(folder, code, "--steps", 8, "--device", "sim:m4,budget=3", "--no-checkpoint")
     opened = [line for line in done.stdout.splitlines() if line.startswith("open")]
     assert opened == ["open [0, 1, 2, 3]"] * len(opened) and opened  # 3 is the listing itself

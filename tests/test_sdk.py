@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import needs
 import pytest
 import sdk_check
 from standin import make_sources, place, run_script
@@ -33,14 +31,7 @@ PUBLIC = {"anepy_abi_version", "anepy_build_id", "anepy_root"}
 @pytest.fixture(scope="module")
 def compiler() -> str:
     """Return a clang that finds a linker for Mach-O."""
-    for name in ("clang", *(f"clang-{version}" for version in range(30, 13, -1))):
-        if shutil.which(name) is None:
-            continue
-        command = [name, "-print-prog-name=ld64.lld"]
-        linker = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if shutil.which(linker):
-            return name
-    pytest.skip("needs clang with ld64.lld (Debian: clang-19 lld-19)")
+    return needs.macos_linking_clang()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +138,7 @@ def test_cross_build_private_symbol_fails_at_link(compiler: str, sources: Path, 
     assert list((sources / "out").iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has its own SDK")
+@needs.NO_MAC
 def test_cross_build_without_an_sdk_says_what_is_missing(sources: Path, tmp_path: Path) -> None:
     result = run_script(sources, "--target", "macos-arm64", check=False)
     assert result.returncode == 2 and "needs --sdk DIR" in result.stderr
@@ -165,8 +156,5 @@ def test_build_script_sdk_for_another_target_is_refused(sources: Path, sdk: Path
 def test_library_against_a_real_sdk_is_as_expected(
     compiler: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = os.environ.get("ANEPY_MACOS_SDK")
-    if not folder:
-        pytest.skip("set ANEPY_MACOS_SDK to the folder of a macOS SDK")
-    assert sdk_check.main([folder]) == 0, capfd.readouterr().err
+    assert sdk_check.main([needs.macos_sdk()]) == 0, capfd.readouterr().err
     assert "links nothing private" in capfd.readouterr().out

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 from reference import llama64
@@ -93,10 +93,10 @@ def test_vocabulary_in_two_parts_matches_float64(variant: str) -> None:
     check_gradients(model, weights, tokens, targets, variant)
 
 
-def test_step_of_a_trained_model_matches_float64(shared: Callable[[str], Path]) -> None:
-    model = Model.load(shared("stories260K.bin"))
-    tokenizer = Tokenizer.load(shared("tok512.bin"))
-    ids = np.array(tokenizer.encode(shared("tinystories_sample.txt").read_text())[:257])
+def test_step_of_a_trained_model_matches_float64() -> None:
+    model = Model.load(needs.data("stories260K.bin"))
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"))
+    ids = np.array(tokenizer.encode(needs.data("tinystories_sample.txt").read_text())[:257])
     weights = {name: value.astype(np.float64) for name, value in model.weights.items()}
     check_gradients(model, weights, ids[:-1], ids[1:])
 
@@ -115,13 +115,13 @@ def curve(model: Model, data: TokenData, steps: int, **options: object) -> tuple
     return np.array(losses), skipped
 
 
-def test_fine_tuning_follows_the_fp32_curve(shared: Callable[[str], Path], tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(shared("tok512.bin"))
-    text = shared("tinyshakespeare.txt").read_text()[:40000]
+def test_fine_tuning_follows_the_fp32_curve(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"))
+    text = needs.data("tinyshakespeare.txt").read_text()[:40000]
     data = TokenData.from_array(np.array(tokenizer.encode(text), dtype=np.uint16))
 
     def model() -> Model:
-        return Model.load(shared("stories260K.bin"))
+        return Model.load(needs.data("stories260K.bin"))
 
     exact, _ = curve(model(), data, 100, device="cpu")
     losses, skipped = curve(model(), data, 100, device="sim")

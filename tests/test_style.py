@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,28 +24,30 @@ def run(*command: str) -> None:
     ids=["ruff-check", "ruff-format", "mypy"],
 )
 def test_python_sources_are_clean(arguments: tuple[str, ...]) -> None:
-    if importlib.util.find_spec(arguments[0]) is None:
-        pytest.skip(f"needs {arguments[0]}: pip install 'anepy[test]'")
+    needs.module(arguments[0])
     run(sys.executable, "-m", *arguments)
 
 
 def test_shell_scripts_are_clean() -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("needs shellcheck")
-    run("shellcheck", "build_lib.sh", ".ci/run")
+    run(needs.program("shellcheck"), "build_lib.sh", ".ci/run")
 
 
 def sources() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "anepy", "libsrc", "tests", "build_lib.sh", ".ci"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode != 0:
-        pytest.skip("needs a git checkout")
-    return [ROOT / name for name in listed.stdout.split() if (ROOT / name).is_file()]
+    ours = ("anepy", "libsrc", "tests", "build_lib.sh", ".ci")
+    return [path for path in needs.git_checkout() if path.relative_to(ROOT).parts[0] in ours]
+
+
+def test_only_needs_py_skips_tests() -> None:
+    """What a test needs is asked for in one place, which knows what CI must have."""
+    word = re.compile(r"pytest\.(skip|importorskip|mark\.skip|mark\.xfail)")
+    faults = [
+        f"{path}:{number}"
+        for path in sources()
+        if path.suffix == ".py" and path.name not in ("needs.py", "test_style.py")
+        for number, line in enumerate(path.read_text().split("\n"), 1)
+        if word.search(line)
+    ]
+    assert not faults, faults
 
 
 def test_source_files_are_short_and_plain() -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import doctest
 import random
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import pytest
 
 import anepy.tokenizer
 from anepy.errors import TokenizerError
 from anepy.tokenizer import Tokenizer
 
-Shared = Callable[[str], Path]
 REAL = ["tok512.bin", "tokenizer.bin"]
 SPECIALS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
 
@@ -107,8 +106,8 @@ def random_text(rng: random.Random, entries: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_encode_random_texts_equals_rescanning(shared: Shared, name: str) -> None:
-    path = shared(name)
+def test_encode_random_texts_equals_rescanning(name: str) -> None:
+    path = needs.data(name)
     entries, scores = read(path)
     tokenizer = Tokenizer.load(path)
     # `list.index` over 32000 entries is slow: give the rescanning form a short vocabulary lookup.
@@ -170,17 +169,17 @@ def test_encode_stray_continuation_bytes_group_by_four_as_run_c() -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_encode_long_text_equals_merging_it_in_one_piece(shared: Shared, name: str) -> None:
-    tokenizer = Tokenizer.load(shared(name))
-    text = shared("tinyshakespeare.txt").read_bytes()[:200_000]
+def test_encode_long_text_equals_merging_it_in_one_piece(name: str) -> None:
+    tokenizer = Tokenizer.load(needs.data(name))
+    text = needs.data("tinyshakespeare.txt").read_bytes()[:200_000]
     whole = tokenizer._merge(tokenizer._symbols(b" " + text))
     assert tokenizer.encode(text, bos=False) == whole
 
 
 @pytest.mark.parametrize(("name", "count"), [("tok512.bin", 693364), ("tokenizer.bin", 368634)])
-def test_encode_whole_shakespeare_decodes_to_itself(shared: Shared, name: str, count: int) -> None:
-    tokenizer = Tokenizer.load(shared(name))
-    text = shared("tinyshakespeare.txt").read_bytes().decode()
+def test_encode_whole_shakespeare_decodes_to_itself(name: str, count: int) -> None:
+    tokenizer = Tokenizer.load(needs.data(name))
+    text = needs.data("tinyshakespeare.txt").read_bytes().decode()
     ids = tokenizer.encode(text)
     assert len(ids) == count
     assert tokenizer.decode(ids) == text
@@ -192,16 +191,16 @@ def test_encode_text_without_any_cut_finishes() -> None:
     assert tokenizer.encode("a" * 100_000) == [1, 260] + [262] * 25_000
 
 
-def test_encode_sample_stories_gives_the_published_counts(shared: Shared) -> None:
-    tokenizer = Tokenizer.load(shared("tok512.bin"), vocab_size=512)
-    stories = shared("tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")
+def test_encode_sample_stories_gives_the_published_counts() -> None:
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"), vocab_size=512)
+    stories = needs.data("tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")
     counts = [len(tokenizer.encode(story.strip())) for story in stories if story.strip()]
     assert counts == [374, 330, 223, 425, 457]
 
 
-def test_encode_known_sentence_gives_run_c_ids(shared: Shared) -> None:
+def test_encode_known_sentence_gives_run_c_ids() -> None:
     """Ids as printed by llama2.c's own test program for this sentence."""
-    tokenizer = Tokenizer.load(shared("tokenizer.bin"))
+    tokenizer = Tokenizer.load(needs.data("tokenizer.bin"))
     ids = [1, 306, 4658, 278, 6593, 310, 2834, 338]
     assert tokenizer.encode("I believe the meaning of life is") == ids
     assert tokenizer.encode("") == [1]
@@ -293,8 +292,8 @@ def test_piece_id_outside_vocabulary_raises(token: int) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_save_then_file_is_identical(shared: Shared, tmp_path: Path, name: str) -> None:
-    path = shared(name)
+def test_save_then_file_is_identical(tmp_path: Path, name: str) -> None:
+    path = needs.data(name)
     Tokenizer.load(path).save(tmp_path / "copy.bin")
     assert (tmp_path / "copy.bin").read_bytes() == path.read_bytes()
 

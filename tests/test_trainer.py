@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 
@@ -351,12 +351,12 @@ def test_trainer_from_paths_remembers_them(tmp_path: Path) -> None:
         )
 
 
-def test_trainer_lowers_the_loss_of_a_real_model(shared: Callable[[str], Path]) -> None:
+def test_trainer_lowers_the_loss_of_a_real_model() -> None:
     from anepy.tokenizer import Tokenizer
 
-    model = Model.load(shared("stories260K.bin"))
-    ids = Tokenizer.load(shared("tok512.bin")).encode(
-        shared("tinyshakespeare.txt").read_text()[:60000]
+    model = Model.load(needs.data("stories260K.bin"))
+    ids = Tokenizer.load(needs.data("tok512.bin")).encode(
+        needs.data("tinyshakespeare.txt").read_text()[:60000]
     )
     data = TokenData.from_array(np.array(ids, dtype=np.uint16))
     config = TrainConfig(steps=30, accum=2, lr=1e-3, seq=128, held_out=0.1, eval_windows=8)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 from cases import GQA, SEPARATE, bits, make_engine, message, sequence
@@ -97,9 +96,7 @@ def test_variants_lists_what_works_here() -> None:
 
 
 def test_device_ane_says_why_not() -> None:
-    usable = {device.name: device.usable for device in devices()}
-    if usable["ane"]:
-        pytest.skip("this machine has an Apple Neural Engine")
+    needs.no_neural_engine()
     said = message(lambda: Engine(Model(GQA), device="ane"))
     assert "device ane" in said and "--device cpu" in said
     assert said == {device.name: device.reason for device in devices()}["ane"]
@@ -186,16 +183,14 @@ def places() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("device", "precision"), places())
-def test_fifty_steps_of_every_variant_agree_with_the_baseline(
-    shared: Callable[[str], Path], device: str, precision: str
-) -> None:
-    tokenizer = Tokenizer.load(shared("tok512.bin"))
-    text = shared("tinyshakespeare.txt").read_text()[:50000]
+def test_fifty_steps_of_every_variant_agree_with_the_baseline(device: str, precision: str) -> None:
+    tokenizer = Tokenizer.load(needs.data("tok512.bin"))
+    text = needs.data("tinyshakespeare.txt").read_text()[:50000]
     data = TokenData.from_array(np.array(tokenizer.encode(text), dtype=np.uint16))
 
     def curve(variant: str) -> list[float]:
         sampler, losses = Sampler(data, 128, 0), []
-        model = Model.load(shared("stories260K.bin"))
+        model = Model.load(needs.data("stories260K.bin"))
         with Engine(model, variant, device, precision, seq_len=128) as engine:
             for step in range(1, 51):
                 losses.append(engine.step(*sampler.next()).loss)

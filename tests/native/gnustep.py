@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
-import pytest
+import needs
 
 from . import toolchain
 
@@ -16,17 +15,15 @@ LIBRARIES = ["-lgnustep-base", "-lobjc", "-lm"]
 
 def compiler() -> str:
     """Return a clang, or skip: gcc's Objective-C has no autorelease pools."""
-    if shutil.which("gnustep-config") is None:
-        pytest.skip("needs GNUstep (Debian: gnustep-devel)")
+    needs.program("gnustep-config", package="gnustep-devel")
     names = [*(f"clang-{version}" for version in range(30, 13, -1)), "clang"]
-    return toolchain.tool(*names)
+    return needs.program(*names)
 
 
 def objc_flags(folder: Path) -> list[str]:
     """Return what Objective-C files need beside the flags of the C files."""
     headers = next(iter(sorted(Path("/usr/lib/gcc").glob("*/*/include/objc"), reverse=True)), None)
-    if headers is None:
-        pytest.skip("needs the runtime's headers (Debian: gobjc)")
+    headers = needs.file(headers, "the headers of gcc's Objective-C", "gobjc")
     # Only these: the folder holds gcc's own stddef.h and the like as well.
     link = folder / "objc-runtime" / "objc"
     link.parent.mkdir(parents=True, exist_ok=True)

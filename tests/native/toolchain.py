@@ -1,10 +1,9 @@
-"""Compile C sources with the very flags of `build_lib.sh`, and find out what tools there are."""
+"""Compile C sources with the very flags of `build_lib.sh`."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +25,6 @@ for word; do
     printf '%s\\n' "$word" >>"$ANEPY_TEST_RECORD"
 done
 """
-
-
-def tool(*names: str) -> str:
-    """Return the first of these programs that is installed, or skip the test."""
-    for name in names:
-        if shutil.which(name):
-            return name
-    pytest.skip(f"needs {' or '.join(names)}")
 
 
 def run(
@@ -107,10 +98,3 @@ def link(compiler: str, flags: Sequence[str], objects: Iterable[Path], program: 
     """Link a program."""
     run([compiler, *flags, "-pthread", *objects, "-o", program, "-lm"])
     return program
-
-
-def links(compiler: str, flags: Sequence[str], folder: Path) -> bool:
-    """Say whether these flags make a program: sanitizers need libraries of their own."""
-    source = folder / "probe.c"
-    source.write_text("int main(void) { return 0; }\n")
-    return run([compiler, *flags, source, "-o", folder / "probe"], check=False).returncode == 0

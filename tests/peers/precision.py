@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    TESTS,
     describe_machine,
     header,
     progress,
@@ -42,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = os.environ.get("ANEPY_TEST_DATA") or TESTS.parents[1] / "shared" / "data"
+    folder = Path(os.environ.get("ANEPY_TEST_DATA") or os.curdir)
     parser.add_argument("--seeds", type=int, default=8, help="runs of each kind (%(default)s)")
     parser.add_argument("--steps", type=int, help="of each run; the default is the README's")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="default: %(default)s")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 _HOMES = {
     "AnepyError": "errors",
@@ -21,7 +21,7 @@ _HOMES = {
     "ModelConfig": "model",
     "PRESETS": "model",
     "Program": "program",
-    "StepReport": "trainer",
+    "StepReport": "reports",
     "StepStats": "engine",
     "TokenData": "data",
     "Tokenizer": "tokenizer",
@@ -49,9 +49,10 @@ if TYPE_CHECKING:
     from .measuring import compare
     from .model import PRESETS, Model, ModelConfig
     from .program import Program
+    from .reports import StepReport
     from .tokenizer import Tokenizer
     from .train_config import TrainConfig
-    from .trainer import StepReport, Trainer
+    from .trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _abi, _native, machine
+from ._version import __version__
 from .engine import library_info
 from .errors import ConfigError
 
@@ -356,8 +357,6 @@ def as_record(
         settings: what was asked for.
         results: what was measured.
     """
-    from . import __version__
-
     library = library_info()
     used = dict.fromkeys((result.isa, result.threads) for result in results)
     return {

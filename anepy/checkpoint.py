@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError
-from .files import probe, replacing, write_failure
+from .files import replacing, write_failure
 
 FORMAT = 1
 _CHUNK = 1 << 20
@@ -89,29 +87,6 @@ def save(path: str | Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Meta) -
             return file.tell()
     except OSError as error:
         raise CheckpointError(write_failure(path, "checkpoint", error)) from error
-
-
-def check_writable(path: str | Path, nbytes: int = 0, what: str = "checkpoint") -> None:
-    """Check that a file can be written later, before anything expensive starts.
-
-    Args:
-        path: the file that will be written.
-        nbytes: its expected size; free space below this is an error.
-        what: what the file is, for the message.
-
-    Raises:
-        CheckpointError: the folder is missing, not writable or full, or `path` is not a file.
-    """
-    try:
-        probe(path)
-        usage = shutil.disk_usage(Path(os.path.realpath(path)).parent)
-    except OSError as error:
-        raise CheckpointError(write_failure(path, what, error)) from error
-    if usage.total and usage.free < nbytes:
-        raise CheckpointError(
-            f"cannot write {what} {path}: it needs {nbytes / 1e6:.1f} MB and the disk has "
-            f"{usage.free / 1e6:.1f} MB free; choose another folder"
-        )
 
 
 def read_meta(path: str | Path) -> Meta:

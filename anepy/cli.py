@@ -56,7 +56,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from ._version import __version__
 
         print(f"anepy {__version__}")
         raise typer.Exit
@@ -134,13 +134,13 @@ def init(
     """Write a model with random weights, to be trained."""
     if output.exists() and not force:
         raise ConfigError(f"{output} exists: name another file, or add --force to replace it")
-    from .checkpoint import check_writable
-    from .console_text import quantity
+    from .files import check_writable
     from .model import PRESETS, Model
+    from .words import quantity
 
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    check_writable(output, what="model")
+    check_writable(output, "model")
     model = Model.init(PRESETS[preset], seed=seed)
     model.save(output)
     parameters = sum(value.size for value in model.weights.values())

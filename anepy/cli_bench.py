@@ -71,16 +71,15 @@ def bench(
     name, config = _shape(preset, model)
     to_file = json_file not in (None, "-")
     if to_file and json_file is not None:
-        from .checkpoint import check_writable
+        from .files import check_writable
 
-        check_writable(Path(json_file), what="results")
+        check_writable(Path(json_file), "results")
     results = _measure(config, settings, quiet=json_file == "-")
     record = measuring.as_record(config, name, settings, results)
     if json_file == "-":
         print_json(record)
     elif json_file is not None:
-        from .files import replacing
-        from .run_log import dumps
+        from .files import dumps, replacing
 
         with replacing(Path(json_file)) as file:
             file.write((dumps(record, indent=1) + "\n").encode())

@@ -89,7 +89,7 @@ def note(text: str) -> None:
 
 def print_json(record: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output."""
-    from .run_log import dumps
+    from .files import dumps
 
     print(dumps(record, indent=2))
 

@@ -120,6 +120,7 @@ def _measure(
 ) -> None:
     """Measure, show, write."""
     from .console_compare import Turns
+    from .files import check_writable
     from .interrupts import StopRequest
     from .measuring import DEFAULT_PRESET, compare
 
@@ -127,7 +128,7 @@ def _measure(
     files = {name: path for name, path in outputs.items() if path not in (None, _STDOUT)}
     distinct(files, {name: inputs[name] for name in ("model", "data")})
     for name, path in files.items():
-        _check_writable(name, path)
+        check_writable(path, name)
     display = Turns()
     with StopRequest(display.stopping, display.abort) as stop, display:
         comparison = compare(
@@ -179,7 +180,7 @@ def _finish(comparison: Comparison, quiet: bool, outputs: Mapping[str, Path]) ->
         _say(quiet, f"report written: {outputs['report']}")
     if "submission" in outputs:
         from .community import submission
-        from .run_log import dumps
+        from .files import dumps
 
         record = dumps(submission(comparison), indent=2) + "\n"
         comparison_file.write(outputs["submission"], "submission", record)
@@ -190,25 +191,16 @@ def _say(quiet: bool, text: str) -> None:
     print(text, file=sys.stderr if quiet else sys.stdout)
 
 
-def _check_writable(what: str, path: Path) -> None:
-    """Find out now what could not be written after the measurement."""
-    from .files import probe, write_failure
-
-    try:
-        probe(path)
-    except OSError as error:
-        raise ConfigError(write_failure(path, what, error)) from None
-
-
 def _compare_files(words: Sequence[str], report: Path | None) -> None:
     """Lay earlier results side by side."""
     from .comparison_file import load
+    from .files import check_writable
 
     if not words:
         raise typer.BadParameter("--load needs files that --json wrote")
     if report is not None:
         distinct({"the report": report}, {f"result {word}": word for word in words})
-        _check_writable("report", report)
+        check_writable(report, "report")
     named = list(zip(_names(words), (load(word) for word in words), strict=True))
     _show(named)
     if report is not None:

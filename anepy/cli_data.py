@@ -73,10 +73,9 @@ def evaluate(
     path = model_path(model, model_option)
     if (data is None) == (text is None):
         raise ConfigError("pass what to evaluate on: either --data FILE or --text FILE")
-    from .console_text import perplexity, quantity
     from .engine import Engine
-    from .model import Model
-    from .trainer import sequence_length
+    from .model import Model, sequence_length
+    from .words import perplexity, quantity
 
     loaded = Model.load(path)
     context = loaded.config.seq_len
@@ -202,10 +201,10 @@ def prepare(
 
     Writes token ids, and a JSON file beside them that says how they were made.
     """
-    from .console_text import quantity
     from .data import prepare as prepare_data
     from .hub import progress_bar
     from .tokenizer import Tokenizer
+    from .words import quantity
 
     words: Tokenizer = Tokenizer.bytes() if tokenizer == BYTES else Tokenizer.load(tokenizer)
     with progress_bar("tokenizing") as progress:

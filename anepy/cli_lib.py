@@ -81,7 +81,8 @@ def _text(value: object) -> str:
 def _facts() -> dict[str, Any]:
     import numpy
 
-    from . import __version__, _native, adapt, hub, mac, machine
+    from . import _native, adapt, hub, mac, machine
+    from ._version import __version__
 
     this, record = mac.describe(), adapt.stored(adapt.DEVICE)
     facts: dict[str, Any] = {

@@ -55,7 +55,7 @@ def mil(
     ] = None,
 ) -> None:
     """Print the MIL text of a program; its tensor table goes to standard error."""
-    from .mil import describe, generate
+    from .mil import describe, generate, write
     from .program import CHIPS
 
     if chip is not None and chip not in CHIPS:
@@ -79,7 +79,7 @@ def mil(
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
-        print("\n".join(_write(out, text, blob)))
+        print("\n".join(write(out, text, blob)))
     lines = [line for program in described for line in table(program)]
     print("\n".join([*lines, *reports]), file=sys.stderr if out is None else sys.stdout)
 
@@ -106,37 +106,6 @@ def _check(text: str, blob: bytes, chip: str) -> list[str]:
     with Program(text, {WEIGHT_FILE: blob} if blob else {}, chip=chip) as program:
         found = [f"{name}: {report.message}" for name, report in program.reports.items()]
     return found or [f"{chip}: no rule is broken"]
-
-
-def _write(folder: Path, text: str, blob: bytes) -> list[str]:
-    """Write what the compiler of the Neural Engine reads: model.mil and weights/weight.bin."""
-    from .files import replacing
-
-    (folder / "weights").mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "model.mil") as file:
-        file.write(text.encode())
-    written = [f"{folder / 'model.mil'}: {len(text)} bytes"]
-    weights = folder / "weights" / "weight.bin"
-    if not blob:
-        weights.unlink(missing_ok=True)  # of an earlier program: the text names none
-        return written
-    with replacing(weights) as file:
-        file.write(blob)
-    return [*written, f"{weights}: {len(blob)} bytes"]
-
-
-def write_layer(model: Model, seq: int, folder: Path) -> list[str]:
-    """Write text and weight file of the first layer's programs; return what was written, in words.
-
-    Programs of the classifier, whose weights are the largest, are left out.
-    """
-    from .mil import describe, generate, names
-
-    width = -(-seq // 64) * 64
-    programs = [name for name in names() if not name.startswith("classifier")]
-    return _write(
-        folder, *generate(model, [describe(model.table, name, width=width) for name in programs])
-    )
 
 
 def table(program: Description) -> list[str]:

@@ -96,8 +96,7 @@ def _device(device: str) -> tuple[str, str]:
 
 
 def _write(output: Path, record: dict[str, object]) -> None:
-    from .files import replacing, write_failure
-    from .run_log import dumps
+    from .files import dumps, replacing, write_failure
 
     try:
         with replacing(output) as file:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import restart
-from .cli_mil import write_layer
 from .errors import AnepyError, CompileBudgetError, NativeError
+from .mil import write_layer
 
 if TYPE_CHECKING:
-    from .cli_train import Plan
+    from .cli_plan import Plan
     from .console import Reporter
     from .interrupts import StopRequest
     from .run_log import RunLog

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,41 +13,19 @@ import typer
 from typer.core import TyperCommand
 
 from .cli_common import distinct, guarded, one_of, print_json
-from .errors import CheckpointError, ConfigError, DataError, NativeError
-from .train_config import TrainConfig, config_from, setting_help
+from .cli_plan import BARE_RESUME, Plan, Request, make_plan
+from .errors import CheckpointError, ConfigError, NativeError
+from .train_config import TrainConfig, setting_help
 
 if TYPE_CHECKING:
-    from .checkpoint import Meta
     from .console import Reporter
     from .data import TokenData
     from .interrupts import StopRequest
     from .model import Model
-    from .restart import Restart
     from .run_log import RunLog
     from .trainer import Trainer
 
-DEMO_NAME = "demo"
-# The demo must show in well under a minute on two cores that something was learned, and end with
-# the same loss whatever the seed and the precision: a small model, moments that forget soon, four
-# sequences per update against noise, and a rate that ends at nothing.
-DEMO_SETTINGS: Mapping[str, Any] = {
-    "steps": 2800,
-    "batch": 4,
-    "accum": 1,
-    "lr": 4e-3,
-    "beta1": 0.8,
-    "beta2": 0.95,
-    "schedule": "cosine",
-    "warmup": 150,
-    "min_lr_ratio": 0.0,
-    "grad_clip": 1.0,
-    "held_out": 0.05,
-    "eval_every": 700,
-    "eval_windows": 500,
-}
 DEMO_SAMPLE_TOKENS = 400
-# The value that a bare --resume stands for; no file can have this name.
-_BARE = "\0"
 
 
 class TrainCommand(TyperCommand):
@@ -60,28 +38,12 @@ class TrainCommand(TyperCommand):
             words.append(word)
             following = args[position + 1] if position + 1 < len(args) else "-"
             if word == "--resume" and (following.startswith("-") or following.endswith(".bin")):
-                words.append(_BARE)
+                words.append(BARE_RESUME)
             elif word == "--":
                 words.extend(args[position + 1 :])
                 break
         parsed: list[str] = super().parse_args(ctx, words)
         return parsed
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, None and False where nothing was said."""
-
-    model: Path | None
-    data: Path | None
-    settings: Mapping[str, Any]
-    resume: str | None
-    checkpoint: Path | None
-    no_checkpoint: bool
-    checkpoint_every: int
-    save: Path | None
-    log: Path | None
-    as_json: bool
 
 
 def _option(name: str, *spellings: str, **more: Any) -> Any:
@@ -200,7 +162,7 @@ def run(request: Request) -> None:
         began = restart.pending()
         if began is not None:
             stack.callback(began.discard)
-        plan = _plan(request, began)
+        plan = make_plan(request, began)
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))
         if began is not None:
@@ -239,110 +201,6 @@ def run(request: Request) -> None:
             )
     if stop.signal is not None:
         raise typer.Exit(stop.exit_code)
-
-
-@dataclass
-class Plan:
-    """What is known before anything is loaded.
-
-    Attributes:
-        demo: the embedded model and corpus are trained.
-        name: of the model, for people.
-        restarted: how this process goes on with a run that an earlier one began; None if none did.
-        model: file to train; None for the demo and for a resume that has only a checkpoint.
-        data: token file; None for the demo.
-        config: effective settings.
-        resume: checkpoint to continue from; `meta` is what it says.
-        meta: see `resume`.
-        checkpoint: where to save; None never.
-        save_at_end: whether a complete run writes its checkpoint, or only an interrupted one.
-        written: the checkpoint, once it has been written.
-    """
-
-    demo: bool
-    name: str
-    restarted: Restart | None
-    model: Path | None
-    data: Path | None
-    config: TrainConfig
-    resume: Path | None
-    meta: Meta | None
-    checkpoint: Path | None
-    save_at_end: bool
-    written: Path | None = None
-
-
-def _plan(request: Request, began: Restart | None) -> Plan:
-    """Combine flags, checkpoint and defaults, in this order of precedence."""
-    name = request.model.stem if request.model is not None else f"anepy-{DEMO_NAME}"
-    checkpoint = request.checkpoint
-    resume: Path | None = None
-    if request.resume is not None:
-        resume = Path(request.resume) if request.resume != _BARE else None
-        if resume is None:
-            resume = checkpoint if checkpoint is not None else Path(f"{name}.ckpt.npz")
-        if checkpoint is None:
-            checkpoint = resume
-    elif checkpoint is None:
-        checkpoint = Path(f"{name}.ckpt.npz")
-    explicit = request.checkpoint is not None or resume is not None
-    if began is not None:
-        resume = Path(began.checkpoint)
-    meta = None
-    saved: Mapping[str, Any] = {}
-    if resume is not None:
-        from .checkpoint import read_meta
-
-        meta = read_meta(resume)
-        saved = meta.settings
-    demo = _is_demo(request, meta)
-    if demo and meta is None:
-        saved = DEMO_SETTINGS
-    try:
-        config = config_from(saved, request.settings)
-        config.validate()
-    except TypeError as error:
-        raise CheckpointError(f"{resume}: its settings are damaged ({error})") from error
-    if meta is not None and meta.step >= config.steps and "report" not in meta.run:
-        raise ConfigError(
-            f"{resume} is at step {meta.step} of {config.steps}, there is nothing left to do: "
-            f"pass a larger --steps"
-        )
-    data = request.data
-    if data is None and not demo:
-        data = _known_data(request, meta)
-    shown = request.model.name if request.model is not None else None
-    if shown is None:
-        shown = (
-            DEMO_NAME if demo else Path((meta and meta.source.get("model")) or resume or "").name
-        )
-    return Plan(
-        demo=demo,
-        name=shown,
-        restarted=began,
-        model=request.model,
-        data=data,
-        config=config,
-        resume=resume,
-        meta=meta,
-        checkpoint=None if request.no_checkpoint else checkpoint,
-        save_at_end=explicit or not demo,
-    )
-
-
-def _is_demo(request: Request, meta: Meta | None) -> bool:
-    if request.model is not None or request.data is not None:
-        return False
-    return meta is None or bool(meta.source.get("demo"))
-
-
-def _known_data(request: Request, meta: Meta | None) -> Path:
-    if meta is not None and meta.source.get("data"):
-        return Path(str(meta.source["data"]))
-    raise DataError(
-        "training needs tokens: pass --data FILE; `anepy prepare TEXT -o FILE --tokenizer T` "
-        "makes one from text"
-    )
 
 
 @contextmanager
@@ -387,7 +245,7 @@ def _model(plan: Plan) -> Model | Path:
 
 def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
     """Find out now what could not be written in the end."""
-    from .checkpoint import check_writable
+    from .files import check_writable
 
     distinct(
         {"the checkpoint": plan.checkpoint, "the model to save": request.save, "log": request.log},
@@ -396,10 +254,10 @@ def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
     if plan.model is not None and plan.checkpoint is not None:
         distinct({"the checkpoint": plan.checkpoint}, {"the model": plan.model})
     if plan.checkpoint is not None and plan.save_at_end:
-        check_writable(plan.checkpoint, trainer.checkpoint_nbytes())
+        check_writable(plan.checkpoint, "checkpoint", trainer.checkpoint_nbytes())
     if request.save is not None:
         weights = sum(value.nbytes for value in trainer.model.weights.values())
-        check_writable(request.save, weights, what="model")
+        check_writable(request.save, "model", weights)
 
 
 def _log(request: Request, plan: Plan) -> RunLog:
@@ -417,8 +275,9 @@ def _log(request: Request, plan: Plan) -> RunLog:
 def _introduce(
     request: Request, plan: Plan, trainer: Trainer, reporter: Reporter, log: RunLog
 ) -> None:
-    from .console_text import Header, quantity
-    from .reports import flops_per_step
+    from .console_text import Header
+    from .flops import flops_per_step
+    from .words import quantity
 
     weights = trainer.model.weights
     notes = _notes(trainer)

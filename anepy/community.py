@@ -13,8 +13,8 @@ from typing import Any
 
 from .comparison import Comparison, Measured
 from .errors import ConfigError
+from .flops import ANE_PEAK_TFLOPS, flops_per_step
 from .model import PRESETS
-from .reports import ANE_PEAK_TFLOPS, flops_per_step
 
 SCHEMA_VERSION = 1
 _SHAPE, _SEQ = PRESETS["stories110M"], 256

@@ -21,7 +21,7 @@ from .compare_config import CompareConfig
 from .comparison import Ablation, Comparison, Group, Run, columns
 from .errors import ConfigError
 from .estimates import LOSS_TOLERANCE
-from .run_log import dumps
+from .files import dumps
 
 FORMAT = "anepy-compare"
 VERSION = 1

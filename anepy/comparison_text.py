@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .comparison import HALVES, PARTS, Column, Comparison, Measured, same_load
-from .console_text import engine_text, quantity
 from .estimates import Ratio, Spread, spread
 from .reports import gradients_lag
+from .words import engine_text, quantity
 
 _GAP = "  "
 _VERDICTS = {"faster": "helps", "slower": "costs", "no difference shown": "none", "unknown": "?"}

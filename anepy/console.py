@@ -29,16 +29,14 @@ from .console_text import (
     Header,
     History,
     batch_text,
-    duration,
-    engine_text,
     header_rows,
-    milliseconds,
     optimizer_text,
     sparkline,
     summary_rows,
     variant_text,
 )
 from .reports import StepReport, Summary
+from .words import duration, engine_text, milliseconds
 
 MAX_WIDTH = 110
 _HISTORY = 2048

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .reports import Summary, gradients_lag
+from .words import engine_text, milliseconds, perplexity, quantity
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*#@"
@@ -130,13 +131,6 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
     return rows
 
 
-def engine_text(engine: Mapping[str, Any]) -> str:
-    """Describe device, instruction set, threads and precision in one line."""
-    threads = engine["threads"]
-    plural = "" if threads == 1 else "s"
-    return f"{engine['device']}, {engine['isa']}, {threads} thread{plural}, {engine['precision']}"
-
-
 def variant_text(engine: Mapping[str, Any]) -> str:
     """Name a variant and its switches, and say so where steps use weights that are not the last."""
     switches = ", ".join(engine["switches"]) or "no switches"
@@ -206,40 +200,3 @@ def summary_rows(summary: Summary, arrow: str) -> list[tuple[str, str]]:
     if summary.skipped:
         rows.append(("skipped", f"{summary.skipped} steps, half-precision overflow"))
     return rows
-
-
-def perplexity(loss: float) -> float:
-    """Return e to the loss, infinite where that does not fit."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def duration(seconds: float) -> str:
-    """Format a duration: 0:07, 12:34 or 1:02:03."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    if hours:
-        return f"{hours}:{minutes:02}:{whole % 60:02}"
-    return f"{minutes}:{whole % 60:02}"
-
-
-def milliseconds(value: float) -> str:
-    """Format milliseconds with three figures or so."""
-    return (
-        f"{value:,.0f} ms"
-        if value >= 100
-        else f"{value:.1f} ms"
-        if value >= 1
-        else f"{value:.2f} ms"
-    )
-
-
-def quantity(count: int) -> str:
-    """Format a large count: 109.5 M, 260 K, 12."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if count >= limit:
-            return (
-                f"{count / limit:.3g} {unit}"
-                if count < 100 * limit
-                else f"{count / limit:.1f} {unit}"
-            )
-    return str(count)

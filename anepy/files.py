@@ -1,14 +1,19 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and the JSON they hold."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from .errors import ConfigError
 
 # What an abrupt end of the process (a second Ctrl-C) must still remove.
 _temporaries: set[str] = set()
@@ -69,6 +74,49 @@ def write_failure(path: str | os.PathLike[str], what: str, error: OSError) -> st
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "choose a folder you may write to"
     return f"cannot write {what} {os.fspath(path)}: {reason}; {advice}"
+
+
+def check_writable(path: str | os.PathLike[str], what: str, nbytes: int = 0) -> None:
+    """Check that a file can be written later, before anything expensive starts.
+
+    Args:
+        path: the file that will be written.
+        what: what the file is, for the message.
+        nbytes: its expected size; free space below this is an error.
+
+    Raises:
+        ConfigError: the folder is missing, not writable or full, or `path` is not a file.
+    """
+    try:
+        probe(path)
+        usage = shutil.disk_usage(Path(os.path.realpath(path)).parent)
+    except OSError as error:
+        raise ConfigError(write_failure(path, what, error)) from error
+    if usage.total and usage.free < nbytes:
+        raise ConfigError(
+            f"cannot write {what} {os.fspath(path)}: it needs {nbytes / 1e6:.1f} MB and the disk "
+            f"has {usage.free / 1e6:.1f} MB free; choose another folder"
+        )
+
+
+def dumps(record: Any, indent: int | None = None) -> str:
+    """Return JSON that every reader accepts: numbers that are not finite become null.
+
+    Args:
+        record: nested mappings, sequences and plain values.
+        indent: spaces per level; None for one line.
+    """
+    return json.dumps(_finite(record), indent=indent, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 @contextlib.contextmanager

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from . import _native, machine
+from ._version import __version__
 from .compare_config import CompareConfig
 from .comparison import Ablation, Comparison, Group, Run
 from .data import TokenData
 from .engine import Engine, library_info, switch_names, variant_switches
 from .errors import ConfigError, UnsupportedError
 from .estimates import TRUSTED_ROUNDS
-from .model import PRESETS, Model, ModelConfig, parameters
+from .model import PRESETS, Model, ModelConfig, parameters, sequence_length
 from .reports import device_peak
-from .trainer import sequence_length
 from .turns import Contestant, Job, take_turns, take_turns_apart
 
 DEFAULT_PRESET = "stories110M"
@@ -326,8 +326,6 @@ class _Session:
         return chunks
 
     def _describe(self, engine: Engine, command: list[str]) -> Comparison:
-        from . import __version__
-
         config, base, plan = self._config, self._base, self._plan
         notes = [engine.device_note] if engine.device_note else []
         if config.rounds < TRUSTED_ROUNDS:

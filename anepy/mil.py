@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from . import _abi, _native
 from .errors import ConfigError
+from .files import replacing
 from .model import Model, TensorTable
 
 DIALECTS = ("1.3", "1.0")
@@ -243,3 +245,37 @@ def run_native(
         out.ctypes.data_as(floats),
     )
     return out
+
+
+def write(folder: Path, text: str, blob: bytes) -> list[str]:
+    """Write what the compiler of the Neural Engine reads: model.mil and weights/weight.bin.
+
+    Returns:
+        A line for each file written.
+
+    Raises:
+        OSError: as the operating system reports it.
+    """
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.mil") as file:
+        file.write(text.encode())
+    written = [f"{folder / 'model.mil'}: {len(text)} bytes"]
+    weights = folder / "weights" / "weight.bin"
+    if not blob:
+        weights.unlink(missing_ok=True)  # of an earlier program: the text names none
+        return written
+    with replacing(weights) as file:
+        file.write(blob)
+    return [*written, f"{weights}: {len(blob)} bytes"]
+
+
+def write_layer(model: Model, seq: int, folder: Path) -> list[str]:
+    """Write text and weight file of the first layer's programs; return what was written, in words.
+
+    Programs of the classifier, whose weights are the largest, are left out.
+    """
+    width = -(-seq // 64) * 64
+    programs = [name for name in names() if not name.startswith("classifier")]
+    return write(
+        folder, *generate(model, [describe(model.table, name, width=width) for name in programs])
+    )

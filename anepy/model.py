@@ -28,6 +28,7 @@ PathLike = str | os.PathLike[str]
 
 _HEADER = struct.Struct("<7i")
 _ROPE_THETA = 10000.0
+DEFAULT_SEQ = 256
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,19 @@ def parameters(c: ModelConfig) -> int:
     kv = c.head_dim * c.n_kv_heads
     layer = 2 * c.dim * c.dim + 2 * kv * c.dim + 3 * c.hidden_dim * c.dim + 2 * c.dim
     return (1 if c.tied else 2) * c.vocab_size * c.dim + c.n_layers * layer + c.dim
+
+
+def sequence_length(wanted: int | None, context: int) -> int:
+    """Return the tokens per sequence: what is wanted, else 256 or the context if shorter.
+
+    Raises:
+        ConfigError: more is wanted than the model's context.
+    """
+    if wanted is None:
+        return min(DEFAULT_SEQ, context)
+    if wanted > context:
+        raise ConfigError(f"seq is {wanted}, the model's context is {context}: lower seq")
+    return wanted
 
 
 def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _native, adapt, machine
+from ._version import __version__
 from .errors import AnepyError
 from .probe_list import CHIPS, PROBES, Probe, find
 from .probe_mil import DeviceRunner, Runner, WrongError
@@ -184,8 +185,6 @@ def measure(
             | answer
             | {"seconds": round(time.perf_counter() - asked, 3)}
         )
-    from . import __version__
-
     return {
         "schema": SCHEMA,
         "anepy": __version__,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .flops import ANE_PEAK_TFLOPS
+
 if TYPE_CHECKING:
     from .engine import StepStats
-    from .model import ModelConfig
 
 # Attributes of the engine's StepStats, in milliseconds, under the names reports use.
 PHASES = {
@@ -29,8 +30,6 @@ PHASES = {
     "dw": "dw_ms",
     "dw_wait": "dw_wait_ms",
 }
-# What Apple quotes for one Neural Engine; utilization in these logs has always referred to it.
-ANE_PEAK_TFLOPS = 15.8
 LOSS_TAIL = 200
 
 
@@ -325,33 +324,6 @@ class Measurements:
             held_out_before=self.held_out_before,
             held_out_after=self.held_out_after,
         )
-
-
-def flops_per_step(config: ModelConfig, seq: int, batch: int = 1) -> dict[str, int]:
-    """Count the floating-point operations of one step, as the research programs do.
-
-    Args:
-        config: dimensions of the model.
-        seq: tokens of each sequence.
-        batch: sequences per step.
-
-    Returns:
-        FLOPs of `fwd`, `bwd_dx` and `bwd_dw` (matrix products of the layers), `sdpa_bwd`,
-        `classifier` and their `total`. Attention products of the forward pass are not counted.
-    """
-    dim, kv_dim = config.dim, config.dim // config.n_heads * config.n_kv_heads
-    products = 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * config.hidden_dim
-    layers = config.n_layers * 2 * products * seq * batch
-    sdpa = config.n_layers * 2 * 5 * dim * seq * seq * batch
-    classifier = 3 * 2 * config.vocab_size * dim * seq * batch
-    return {
-        "fwd": layers,
-        "bwd_dx": layers,
-        "bwd_dw": layers,
-        "sdpa_bwd": sdpa,
-        "classifier": classifier,
-        "total": 3 * layers + sdpa + classifier,
-    }
 
 
 def device_peak(device: str, precision: str, threads: int) -> dict[str, Any] | None:

@@ -8,14 +8,14 @@ part alone. Times are in milliseconds.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from .reports import ANE_PEAK_TFLOPS, StepReport, Summary
+from .files import dumps
+from .flops import ANE_PEAK_TFLOPS
+from .reports import StepReport, Summary
 
 
 class RunLog:
@@ -141,23 +141,3 @@ class RunLog:
         except OSError as error:
             self.failure = error
             self.close()
-
-
-def dumps(record: Any, indent: int | None = None) -> str:
-    """Return JSON that every reader accepts: numbers that are not finite become null.
-
-    Args:
-        record: nested mappings, sequences and plain values.
-        indent: spaces per level; None for one line.
-    """
-    return json.dumps(_finite(record), indent=indent, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

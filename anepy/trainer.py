@@ -19,16 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checkpoint
+from ._version import __version__
 from .data import Sampler, TokenData, windows
 from .engine import Engine, UpdateStats
 from .errors import CheckpointError, ClosedError, ConfigError, DivergedError, NativeError
-from .model import Model
-from .reports import Measurements, StepReport, Summary, flops_per_step
+from .flops import flops_per_step
+from .model import Model, sequence_length
+from .reports import Measurements, StepReport, Summary
 from .train_config import TrainConfig
 
-__all__ = ["DEFAULT_SEQ", "StepReport", "Summary", "TrainConfig", "Trainer", "sequence_length"]
+__all__ = ["StepReport", "Summary", "TrainConfig", "Trainer"]
 
-DEFAULT_SEQ = 256
 # Settings that change what is computed, so a resume that changes them is worth a note.
 _MATHEMATICAL = (
     "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
@@ -286,8 +287,6 @@ class Trainer:
         arrays |= {f"v.{name}": value for name, value in engine.adam_v.items()}
         if engine.accumulated:
             arrays |= {f"grad.{name}": value for name, value in engine.gradients.items()}
-        from . import __version__
-
         run: dict[str, Any] = {}
         if self._unevaluated is not None:
             run["report"] = asdict(self._unevaluated)
@@ -375,16 +374,3 @@ class Trainer:
                     "losses agree, but not bit for bit"
                 )
         return notes
-
-
-def sequence_length(wanted: int | None, context: int) -> int:
-    """Return the tokens per sequence: what is wanted, else 256 or the context if shorter.
-
-    Raises:
-        ConfigError: more is wanted than the model's context.
-    """
-    if wanted is None:
-        return min(DEFAULT_SEQ, context)
-    if wanted > context:
-        raise ConfigError(f"seq is {wanted}, the model's context is {context}: lower seq")
-    return wanted

@@ -26,8 +26,8 @@ from anepy.cli import app
 from anepy.data import TokenData
 from anepy.engine import Engine
 from anepy.errors import ConfigError
+from anepy.flops import flops_per_step
 from anepy.model import PRESETS, Model, ModelConfig
-from anepy.reports import flops_per_step
 from anepy.train_config import TrainConfig
 from anepy.trainer import Trainer
 

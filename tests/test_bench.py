@@ -18,9 +18,10 @@ import pytest
 from cases import GQA, message
 from native import toolchain
 
-from anepy import bench, reports
+from anepy import bench
 from anepy.engine import library_info
 from anepy.errors import ConfigError
+from anepy.flops import flops_per_step
 from anepy.model import PRESETS, Model, ModelConfig, TensorTable
 
 QUICK = {"rounds": 2, "round_ms": 0.0, "seq": 65}
@@ -95,7 +96,7 @@ def test_error_is_measured_and_not_assumed() -> None:
 
 
 def test_products_of_a_step_add_up_to_its_operations() -> None:
-    """Forward products, twice that backward, and the classifier: reports.flops_per_step."""
+    """Forward products, twice that backward, and the classifier: flops.flops_per_step."""
     config = PRESETS["stories110M"]
     table = TensorTable(config)
     suffixes = ("_forward", "_dx", "_dw")
@@ -104,7 +105,7 @@ def test_products_of_a_step_add_up_to_its_operations() -> None:
     for name in names:
         found = bench.describe(table, bench.Job(name, "scalar", "fp32", 1), 256)
         total += found.operations * found.calls
-    flops = reports.flops_per_step(config, 256)
+    flops = flops_per_step(config, 256)
     assert len(names) == 15
     assert total == pytest.approx(flops["total"] - flops["sdpa_bwd"])
 

@@ -11,8 +11,8 @@ from comparisons import make_comparison, make_run
 
 from anepy.community import submission
 from anepy.comparison import Comparison, Group
+from anepy.files import dumps
 from anepy.model import PRESETS
-from anepy.run_log import dumps
 
 
 def on_a_mac(**changes: Any) -> Comparison:

@@ -12,20 +12,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anepy import console, console_text
+from anepy import console, words
 from anepy.console import Live, Plain
 from anepy.console_text import (
     Header,
     History,
-    duration,
-    milliseconds,
-    quantity,
     sparkline,
     summary_rows,
 )
+from anepy.files import dumps
 from anepy.reports import PHASES, StepReport, Summary
-from anepy.run_log import RunLog, dumps
+from anepy.run_log import RunLog
 from anepy.train_config import TrainConfig
+from anepy.words import duration, milliseconds, quantity
 
 PHASE_MS = {name: 0.5 for name in PHASES}
 
@@ -163,7 +162,7 @@ def test_duration_reads_like_a_clock(seconds: float, text: str) -> None:
 def test_figures_are_short() -> None:
     assert [milliseconds(v) for v in (0.123, 12.34, 1234.5)] == ["0.12 ms", "12.3 ms", "1,234 ms"]
     assert [quantity(v) for v in (12, 259_500, 109_529_856)] == ["12", "259.5 K", "109.5 M"]
-    assert console_text.perplexity(1e9) == math.inf
+    assert words.perplexity(1e9) == math.inf
 
 
 # Lines

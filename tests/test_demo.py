@@ -13,7 +13,7 @@ import tolerances
 
 import anepy.demo
 from anepy import demo
-from anepy.cli_train import DEMO_SETTINGS
+from anepy.cli_plan import DEMO_SETTINGS
 from anepy.data import SEPARATOR, Sampler
 from anepy.model import Model
 from anepy.tokenizer import Tokenizer

@@ -90,9 +90,7 @@ def test_import_loads_only_light_modules(module: str) -> None:
 
 def test_release_record_is_complete_and_of_this_version() -> None:
     record = json.loads((CHECKOUT / "anepy" / "_release.json").read_text("utf-8"))
-    project = (CHECKOUT / "pyproject.toml").read_text("utf-8")
-    version = re.search(r'(?m)^version = "(.+)"$', project)
-    assert version is not None and record["version"] == version[1]
+    assert record["version"] == anepy.__version__
     assert set(record) == {"version", "sources", "base_url", "files"}
     if record["files"]:
         assert re.fullmatch(r"[0-9a-f]{64}", record["sources"])
@@ -139,6 +137,10 @@ def metadata(installed: Path, name: str) -> email.message.Message:
 def test_wheel_is_pure_python(wheel: Path, installed: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     assert metadata(installed, "WHEEL")["Root-Is-Purelib"] == "true"
+
+
+def test_wheel_has_the_version_of_the_package(installed: Path) -> None:
+    assert metadata(installed, "METADATA")["Version"] == anepy.__version__
 
 
 def test_wheel_needs_exactly_the_five_packages(installed: Path) -> None:

@@ -22,8 +22,9 @@ from anepy.errors import (
     DataError,
     DivergedError,
 )
+from anepy.flops import flops_per_step
 from anepy.model import Model, ModelConfig
-from anepy.reports import StepReport, flops_per_step
+from anepy.reports import StepReport
 from anepy.train_config import TrainConfig, config_from, setting_help
 from anepy.trainer import Trainer
 

@@ -70,7 +70,7 @@ def work_of_phases(config: Any, seq: int, switches: tuple[str, ...]) -> dict[str
     (scores are computed again). Phases whose traffic stays in the caches or depends on switches
     have no limit to be compared with.
     """
-    from anepy.reports import flops_per_step
+    from anepy.flops import flops_per_step
 
     flops = flops_per_step(config, seq)
     attention = 7.0 * config.n_layers * config.dim * seq * (seq + 1.0)
@@ -231,8 +231,8 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print."""
+    from anepy.flops import flops_per_step
     from anepy.model import PRESETS, Model
-    from anepy.reports import flops_per_step
 
     options = parse_arguments()
     result: dict[str, Any] = header("breakdown")

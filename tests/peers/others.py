@@ -129,7 +129,7 @@ def mlx(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what there is and print it."""
-    from anepy.reports import flops_per_step
+    from anepy.flops import flops_per_step
 
     options = parse_arguments()
     result: dict[str, Any] = header("others")

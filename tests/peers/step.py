@@ -273,8 +273,8 @@ def print_memory(memory: dict[str, float], precision: str) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measure memory apart, check, and time all programs."""
+    from anepy.flops import flops_per_step
     from anepy.model import PRESETS, Model
-    from anepy.reports import flops_per_step
 
     result: dict[str, Any] = header("step")
     result["memory"] = {p: measure_memory_apart(options, p) for p in options.precisions}

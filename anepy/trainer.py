@@ -28,8 +28,6 @@ from .model import Model, sequence_length
 from .reports import Measurements, StepReport, Summary
 from .train_config import TrainConfig
 
-__all__ = ["StepReport", "Summary", "TrainConfig", "Trainer"]
-
 # Settings that change what is computed, so a resume that changes them is worth a note.
 _MATHEMATICAL = (
     "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",

@@ -104,7 +104,7 @@ def _tensors(
     """Return inputs (fp16) and expected outputs of a program."""
     config, weights = model.config, model.weights
     w = ref.layer_weights(weights, program.layer)
-    head = config.head_dim
+    frequencies = ref.rope_frequencies(config)
     x = _half(rng.standard_normal((n, config.dim)))
     dy = _half(rng.standard_normal((n, config.dim)) * GRADIENT)
     x64, dy64 = f64(x), f64(dy)
@@ -128,7 +128,7 @@ def _tensors(
             return {"q": q, "k": k, "v": v, "dy": dy}, {"dv": dv, "probs": probs, "dprobs": dprobs}
         ins = {"probs": _half(probs), "dprobs": _half(dprobs), "q": q, "k": k}
         dq, dk = ref.sdpa_bwd2(f64(ins["probs"]), f64(ins["dprobs"]), q64, k64, config)
-        dq, dk = ref.rope(dq, head, inverse=True), ref.rope(dk, head, inverse=True)
+        dq, dk = (ref.rope(d, frequencies, inverse=True) for d in (dq, dk))
         if name == "sdpa_bwd2":
             return ins, {"dq": dq, "dk": dk}
         ins = {"dq": _half(dq), "dk": _half(dk), "dv": _half(dv)}

@@ -10,11 +10,19 @@ import needs
 import numpy as np
 import pytest
 import tolerances
-from reference import llama2c
+from reference import adamw64, llama2c
 from reference import llama64 as ref
 from reference.llama64 import Config
 from tolerances import assert_tensors_close, relative_error
 
+# With theta 50 and heads of 12 some pairs are kept, some divided, two in between.
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=0.5,
+    high_freq_factor=2.0,
+    original_max_position_embeddings=24,
+)
 # No size is a multiple of another one's tile, and no two are equal, so that a transposed or
 # mixed-up dimension cannot pass.
 CONFIGS = {
@@ -23,7 +31,20 @@ CONFIGS = {
     "mqa": Config(18, 10, 1, 3, 1, 23, 40),
     "separate": Config(20, 14, 2, 5, 5, 31, 40, tied=False),
     "gqa-separate": Config(16, 26, 2, 4, 2, 19, 40, tied=False),
+    "wide-heads": Config(12, 20, 2, 4, 2, 29, 40, head_dim=10),
+    "theta-eps": Config(12, 20, 2, 3, 3, 29, 40, norm_eps=0.3, rope_theta=37.0),
+    "linear": Config(12, 20, 2, 3, 3, 29, 40, rope_scaling={"rope_type": "linear", "factor": 3.0}),
+    "llama3": Config(24, 20, 2, 2, 1, 29, 40, rope_theta=50.0, rope_scaling=LLAMA3),
+    "bias": Config(12, 20, 2, 6, 2, 29, 40, qkv_bias=True),
+    "qk-norm": Config(12, 20, 2, 4, 2, 29, 40, head_dim=8, norm_eps=0.1, qk_norm=True),
+    "everything": Config(
+        *(10, 14, 2, 4, 2, 23, 40),
+        **dict(head_dim=8, norm_eps=0.01, rope_theta=99.0, rope_scaling=LLAMA3),
+        **dict(qkv_bias=True, qk_norm=True, tied=False),
+    ),
 }
+# What a llama2.c file of version 0 can hold.
+LLAMA2 = ("mha", "gqa", "mqa", "separate", "gqa-separate")
 LENGTHS = (1, 7, 33)
 
 
@@ -35,6 +56,11 @@ def make_case(name: str, length: int, seed: int = 0):
     }
     ids = np.random.default_rng(seed + 1).integers(0, config.vocab_size, length + 1)
     return config, weights, ids[:-1], ids[1:]
+
+
+def concerns_scores(tensor: str) -> bool:
+    """Say whether a tensor only decides what attention looks at."""
+    return tensor.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm")
 
 
 def numeric_gradient(f, x: np.ndarray, direction: np.ndarray) -> float:
@@ -85,7 +111,7 @@ def test_gradients_every_tensor_match_finite_differences(name, length):
     for tensor, gradient in gradients.items():
         assert_gradient(loss, weights[tensor], gradient, rng, tensor)
         # One position attends only to itself, whatever q and k are.
-        if length > 1 or not tensor.endswith(("wq.weight", "wk.weight")):
+        if length > 1 or not concerns_scores(tensor):
             assert np.linalg.norm(gradient) > 1e-3, f"{tensor}: too small to test anything"
 
 
@@ -108,9 +134,9 @@ def test_model_against_torch_autograd_is_equal(name, length):
     assert relative_error(ref.forward(weights, config, tokens), logits) < 1e-13
     autograd = torch_llama.gradients(model)
     if length == 1:
-        for tensor in [n for n in gradients if n.endswith(("wq.weight", "wk.weight"))]:
-            assert np.abs(gradients.pop(tensor)).max() < 1e-15
-            assert np.abs(autograd.pop(tensor)).max() < 1e-15
+        for tensor in filter(concerns_scores, list(gradients)):
+            assert np.abs(gradients.pop(tensor)).max() < 1e-14  # rounding of zero
+            assert np.abs(autograd.pop(tensor)).max() < 1e-14
     assert_tensors_close(gradients, autograd, tolerances.FLOAT64_GRADIENT)
 
 
@@ -159,6 +185,56 @@ def test_loss_zero_weights_is_log_of_vocabulary():
     zeros = {n: np.zeros_like(w) for n, w in weights.items()}
     loss, _ = ref.loss_and_gradients(zeros, config, tokens, targets)
     assert loss == pytest.approx(math.log(config.vocab_size), rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["gqa", "everything"])
+def test_masked_batch_averages_over_counted_targets(name):
+    config, weights, tokens, targets = make_case(name, 12)
+    tokens, targets = tokens.reshape(4, 3), targets.reshape(4, 3).copy()
+    targets[0, 1:], targets[2], targets[3, 0] = -100, -1, -7  # 1, 3, 0 and 2 are counted
+    loss, gradients = ref.loss_and_gradients(weights, config, tokens, targets)
+
+    total, sums = 0.0, {n: np.zeros_like(w) for n, w in weights.items()}
+    for row in range(4):
+        logits = ref.forward(weights, config, tokens[row])
+        for t in np.flatnonzero(targets[row] >= 0):
+            total += ref.cross_entropy(logits[t : t + 1], targets[row, t : t + 1])[0]
+            single = np.full(3, -100)
+            single[t] = targets[row, t]
+            for n, g in ref.loss_and_gradients(weights, config, tokens[row], single)[1].items():
+                sums[n] += g
+    assert loss == pytest.approx(total / 6, rel=1e-13)
+    assert_tensors_close(
+        gradients, {n: s / 6 for n, s in sums.items()}, tolerances.FLOAT64_GRADIENT
+    )
+
+
+def test_masked_batch_equals_torch():
+    torch = needs.peer("torch")
+    from peers import torch_llama
+
+    config, weights, tokens, targets = make_case("everything", 21)
+    tokens, targets = tokens.reshape(3, 7), targets.reshape(3, 7).copy()
+    targets[0, ::2], targets[1] = -100, -1
+    model = torch_llama.build(config, weights, torch.float64)
+    expected = model.loss(torch.from_numpy(tokens), torch.from_numpy(targets))
+    expected.backward()
+    loss, gradients = ref.loss_and_gradients(weights, config, tokens, targets)
+    assert loss == pytest.approx(expected.item(), rel=1e-13)
+    assert_tensors_close(gradients, torch_llama.gradients(model), tolerances.FLOAT64_GRADIENT)
+
+
+def test_masked_tail_leaves_its_tokens_without_gradient():
+    config, weights, _, _ = make_case("separate", 5)
+    _, gradients = ref.loss_and_gradients(weights, config, range(5), [7, 7, -100, -100, -100])
+    rows = np.abs(gradients["tok_embeddings.weight"]).max(axis=1)
+    assert (rows[:2] > 1e-3).all() and not rows[2:].any()
+
+
+def test_nothing_counted_is_an_error():
+    config, weights, tokens, targets = make_case("mha", 4)
+    with pytest.raises(ValueError, match="no target is counted"):
+        ref.loss_and_gradients(weights, config, tokens, np.full_like(targets, -100))
 
 
 # ---------------------------------------------------------------------------- single programs
@@ -220,7 +296,7 @@ def test_attention_probabilities_are_causal_and_sum_to_one():
 
 def test_rope_first_pair_turns_by_one_radian_per_position():
     x = np.tile([1.0, 0.0, 1.0, 0.0], (3, 2))  # two heads of width 4
-    y = ref.rope(x, 4)
+    y = ref.rope(x, np.array([1.0, 0.01]))
     for t in range(3):
         slow = t / 100.0  # theta^(-2/4) = 1/100
         head = [math.cos(t), math.sin(t), math.cos(slow), math.sin(slow)]
@@ -229,13 +305,51 @@ def test_rope_first_pair_turns_by_one_radian_per_position():
 
 def test_rope_inverse_restores_and_products_depend_on_distance_only():
     rng = np.random.default_rng(7)
-    x = rng.normal(size=(9, 24))
-    np.testing.assert_allclose(ref.rope(ref.rope(x, 6), 6, inverse=True), x, atol=1e-14)
-    np.testing.assert_array_equal(ref.rope(x, 6)[4:], ref.rope(x[4:], 6, start=4))
-    q, k = (np.tile(rng.normal(size=6), (9, 1)) for _ in range(2))
-    products = ref.rope(q, 6) @ ref.rope(k, 6).T
+    f = ref.rope_frequencies(CONFIGS["theta-eps"])
+    x = rng.normal(size=(9, 12 * len(f)))
+    np.testing.assert_allclose(ref.rope(ref.rope(x, f), f, inverse=True), x, atol=1e-14)
+    np.testing.assert_array_equal(ref.rope(x, f)[4:], ref.rope(x[4:], f, start=4))
+    q, k = (np.tile(rng.normal(size=2 * len(f)), (9, 1)) for _ in range(2))
+    products = ref.rope(q, f) @ ref.rope(k, f).T
     for diagonal in range(-8, 9):
         assert np.ptp(np.diagonal(products, diagonal)) < 1e-13
+
+
+def test_rope_frequencies_fall_from_one_by_theta():
+    np.testing.assert_allclose(ref.rope_frequencies(Config(8, 1, 1, 2, 2, 1, 1)), [1.0, 0.01])
+    wide = Config(8, 1, 1, 2, 2, 1, 1, head_dim=8, rope_theta=16.0)
+    np.testing.assert_allclose(ref.rope_frequencies(wide), [1.0, 0.5, 0.25, 0.125])
+
+
+def test_rope_scaling_linear_divides_and_llama3_divides_slow_pairs_only():
+    plain = ref.rope_frequencies(replace(CONFIGS["llama3"], rope_scaling=None))
+    linear = {"rope_type": "linear", "factor": 4.0}
+    found = ref.rope_frequencies(replace(CONFIGS["llama3"], rope_scaling=linear))
+    np.testing.assert_allclose(found, plain / 4)
+    ratio = ref.rope_frequencies(CONFIGS["llama3"]) / plain
+    # Turns within 24 positions: 3.8, 2.0, 1.04, 0.54, 0.28, 0.15; kept from 2, divided to 0.5.
+    assert ratio[0] == 1.0 and ratio[4] == ratio[5] == 0.25
+    turns = 24 * plain[1:4] / (2 * math.pi)
+    assert ((0.5 < turns) & (turns < 2.0)).all()
+    np.testing.assert_allclose(ratio[1:4], 0.25 + 0.75 * (turns - 0.5) / 1.5)
+    with pytest.raises(ValueError, match="yarn"):
+        ref.rope_frequencies(replace(CONFIGS["mha"], rope_scaling=dict(linear, rope_type="yarn")))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3"])
+def test_rope_frequencies_equal_transformers(rope_type):
+    needs.peer("torch")
+    transformers = needs.peer("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = dict(LLAMA3, rope_type=rope_type)
+    config = Config(128, 1, 1, 2, 2, 1, 1, rope_theta=5e5, rope_scaling=scaling)
+    theirs = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=2, rope_parameters=dict(scaling, rope_theta=5e5)
+    )
+    expected, factor = ROPE_INIT_FUNCTIONS[rope_type](theirs, "cpu")
+    assert factor == 1.0
+    np.testing.assert_allclose(ref.rope_frequencies(config), expected.numpy(), rtol=1e-6)
 
 
 def test_cross_entropy_large_logits_stay_exact():
@@ -253,7 +367,7 @@ def test_adamw_first_update_is_learning_rate_times_sign():
     w = {"a.weight": np.ones((1, 3)), "norm.weight": np.ones(3)}
     g = {n: np.array([2.0, -1e-3, 0.0]).reshape(x.shape) for n, x in w.items()}
     m, v = ({n: np.zeros_like(x) for n, x in w.items()} for _ in range(2))
-    ref.adamw(w, g, m, v, 1, lr=0.1, weight_decay=0.5)
+    adamw64.adamw(w, g, m, v, 1, lr=0.1, weight_decay=0.5)
     sign = np.array([1.0, -1.0, 0.0])
     np.testing.assert_allclose(w["a.weight"][0], 0.95 - 0.1 * sign, rtol=1e-5)
     np.testing.assert_allclose(w["norm.weight"], 1.0 - 0.1 * sign, rtol=1e-5)  # no decay
@@ -272,7 +386,7 @@ def test_adamw_ten_updates_equal_torch():
     losses = []
     for step in range(1, 11):
         loss, gradients = ref.loss_and_gradients(weights, config, tokens, targets)
-        ref.adamw(weights, gradients, m, v, step, lr=0.01, weight_decay=0.1)
+        adamw64.adamw(weights, gradients, m, v, step, lr=0.01, weight_decay=0.1)
         losses.append(loss)
         expected = model.loss(torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None])
         assert loss == pytest.approx(expected.item(), rel=1e-10)
@@ -286,9 +400,9 @@ def test_adamw_ten_updates_equal_torch():
 
 def test_clip_gradients_scales_to_the_bound_and_not_below():
     gradients = {"a": np.array([3.0]), "b": np.array([[4.0]])}
-    assert ref.clip_gradients(gradients, 10.0) == 5.0
+    assert adamw64.clip_gradients(gradients, 10.0) == 5.0
     assert gradients["a"][0] == 3.0
-    assert ref.clip_gradients(gradients, 1.0) == 5.0
+    assert adamw64.clip_gradients(gradients, 1.0) == 5.0
     assert gradients["a"][0] == pytest.approx(0.6)
     assert gradients["b"][0, 0] == pytest.approx(0.8)
 
@@ -296,7 +410,7 @@ def test_clip_gradients_scales_to_the_bound_and_not_below():
 # ---------------------------------------------------------------------------- model files
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LLAMA2)
 def test_llama2c_written_file_reads_back_equal(tmp_path, name):
     config = CONFIGS[name]
     weights = ref.random_weights(config, seed=8)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tolerances
 from cases import GQA, SEPARATE, bits, make_engine, make_model, message, sequence
+from reference import adamw64
 from reference import llama64 as ref
 from tolerances import assert_tensors_close
 
@@ -34,9 +35,9 @@ class Reference:
         **options: float,
     ) -> float:
         mean = {n: np.asarray(g, np.float64) / accumulated for n, g in gradients.items()}
-        norm = ref.clip_gradients(mean, math.inf if grad_clip is None else grad_clip)
+        norm = adamw64.clip_gradients(mean, math.inf if grad_clip is None else grad_clip)
         self.updates += 1
-        ref.adamw(self.weights, mean, self.m, self.v, self.updates, **options)
+        adamw64.adamw(self.weights, mean, self.m, self.v, self.updates, **options)
         return norm
 
 

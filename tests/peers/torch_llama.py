@@ -1,4 +1,4 @@
-"""Llama 2 in PyTorch for comparisons: same tensor names, same mathematics, PyTorch's own kernels.
+"""Llama models in PyTorch for comparisons: same names, same mathematics, PyTorch's own kernels.
 
 Parameter names are those of anepy and of Meta's Llama, so `model.weights` is a state dict.
 With tied embeddings there is no `output.weight`, hence no second gradient to add up.
@@ -6,6 +6,7 @@ With tied embeddings there is no `output.weight`, hence no second gradient to ad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RMS_EPS = 1e-5
-ROPE_THETA = 10000.0
+# What a configuration has that lacks the field: Llama 2.
+DEFAULTS = {
+    "head_dim": None,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "qkv_bias": False,
+    "qk_norm": False,
+}
+
+
+def setting(config: Any, name: str) -> Any:
+    """Read one of `DEFAULTS` from a configuration."""
+    return getattr(config, name, DEFAULTS[name])
+
+
+def head_width(config: Any) -> int:
+    """Return the channels of a head."""
+    return setting(config, "head_dim") or config.dim // config.n_heads
+
+
+def frequencies(config: Any) -> Tensor:
+    """Return radians per position of each pair, float64 (E/2,), scaled as transformers does."""
+    pairs = torch.arange(0, head_width(config), 2, dtype=torch.float64) / head_width(config)
+    plain = setting(config, "rope_theta") ** -pairs
+    scaling = setting(config, "rope_scaling")
+    if scaling is None:
+        return plain
+    slow = plain / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    wavelength, context = 2 * math.pi / plain, scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    blend = (context / wavelength - low) / (high - low)
+    mixed = torch.lerp(slow, plain, blend)
+    mixed = torch.where(wavelength > context / low, slow, mixed)
+    return torch.where(wavelength < context / high, plain, mixed)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -30,13 +66,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.head_dim = config.dim // config.n_heads
+        self.head_dim = head_width(config)
         self.group = config.n_heads // config.n_kv_heads
-        kv_dim = self.head_dim * config.n_kv_heads
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = self.head_dim * config.n_heads, self.head_dim * config.n_kv_heads
+        bias = setting(config, "qkv_bias")
+        self.wq = nn.Linear(config.dim, q_dim, bias=bias)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=bias)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=bias)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = self.k_norm = None
+        if setting(config, "qk_norm"):
+            self.q_norm = nn.RMSNorm(self.head_dim, setting(config, "norm_eps"))
+            self.k_norm = nn.RMSNorm(self.head_dim, setting(config, "norm_eps"))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
@@ -44,6 +85,8 @@ class Attention(nn.Module):
             w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for w in (self.wq, self.wk, self.wv)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.group > 1:
             k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
@@ -70,9 +113,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, RMS_EPS)
+        self.attention_norm = nn.RMSNorm(config.dim, setting(config, "norm_eps"))
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, RMS_EPS)
+        self.ffn_norm = nn.RMSNorm(config.dim, setting(config, "norm_eps"))
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,11 +132,10 @@ class Llama(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, RMS_EPS)
+        self.norm = nn.RMSNorm(config.dim, setting(config, "norm_eps"))
         self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
-        head_dim = config.dim // config.n_heads
-        frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.outer(torch.arange(config.seq_len, dtype=torch.float64), frequencies)
+        positions = torch.arange(config.seq_len, dtype=torch.float64)
+        angles = torch.outer(positions, frequencies(config))
         # Taken in float64; `build` rounds them once, to the type the model computes in.
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -108,8 +150,12 @@ class Llama(nn.Module):
         return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Compute the mean cross-entropy of (B, T) ids against the ids that follow them."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        """Compute the mean cross-entropy of (B, T) ids against the ids that follow them.
+
+        Targets below 0 are not counted.
+        """
+        wanted = torch.where(targets < 0, -100, targets).flatten()
+        return F.cross_entropy(self(tokens).flatten(0, 1), wanted)
 
 
 def build(

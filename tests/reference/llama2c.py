@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reference.llama64 import ROPE_THETA, Config, ConfigLike, tensor_shapes
+from reference.llama64 import Config, ConfigLike, rope_frequencies, tensor_shapes
 
 HEADER = struct.Struct("<7i")
 
@@ -74,9 +74,7 @@ def _take(raw: bytes, offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.flo
 
 def rotary_tables(config: ConfigLike) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Compute the legacy tables: cosines and sines, float32, each (seq_len, head_dim/2)."""
-    head_dim = config.dim // config.n_heads
-    frequencies = ROPE_THETA ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.outer(np.arange(config.seq_len), frequencies)
+    angles = np.outer(np.arange(config.seq_len), rope_frequencies(config))
     return np.cos(angles).astype("<f4"), np.sin(angles).astype("<f4")
 
 

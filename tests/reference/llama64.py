@@ -1,4 +1,4 @@
-"""Llama 2 in float64 numpy, forward and hand-written backward: what is right, not what is fast.
+"""Llama models in float64 numpy, forward and hand-written backward: what is right, not fast.
 
 Activations are `(T, C)`: one row per position. Matrices are `(out, in)`, so a product is `x @ w.T`.
 The model is assembled from the functions below, which are cut exactly where the device programs
@@ -6,11 +6,13 @@ are cut (`sdpa_fwd`, `ffn_fwd`, `ffn_bwd`, `sdpa_bwd1`, `sdpa_bwd2`, `qkv_bwd`, 
 those programs can be tested alone.
 
     T positions   D dim          F hidden_dim   V vocab_size
-    H n_heads     K n_kv_heads   G = H / K      E = D / H, the width of a head
+    H n_heads     K n_kv_heads   G = H / K      E head_dim, D / H unless given
 
 Sources: Llama 2 (arXiv 2307.09288), RMSNorm (1910.07467), RoPE (2104.09864), SwiGLU (2002.05202),
-grouped queries (2305.13245), attention (1706.03762), AdamW (1711.05101). The gradients are derived
-here from those definitions; `tests/test_reference.py` checks each by finite differences.
+grouped queries (2305.13245), attention (1706.03762), Qwen2's biases (2407.10671), Qwen3's norms of
+q and k (2505.09388), linear RoPE scaling (2306.15595); Llama 3.1's RoPE scaling is that of Meta's
+llama-models. The gradients are derived here from those definitions; `tests/test_reference.py`
+checks each by finite differences.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-RMS_EPS = 1e-5
-ROPE_THETA = 10000.0
-
 Array = npt.NDArray[np.float64]
 Weights = Mapping[str, npt.NDArray[Any]]
 
 
 class ConfigLike(Protocol):
-    """What the reference reads of a configuration; `anepy.ModelConfig` fits."""
+    """What every configuration has; `anepy.ModelConfig` fits.
+
+    Of the further fields of `Config`, one that is missing has the value it has there.
+    """
 
     @property
     def dim(self) -> int: ...
@@ -53,7 +55,19 @@ class ConfigLike(Protocol):
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration for tests that do not want to import anepy."""
+    """A configuration for tests that do not want to import anepy.
+
+    Attributes:
+        head_dim: width of a head; dim / n_heads if None.
+        norm_eps: added to the mean square in every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, or what transformers calls so: `rope_type` "linear" with `factor`, or
+            "llama3" with `factor`, `low_freq_factor`, `high_freq_factor` and
+            `original_max_position_embeddings`.
+        qkv_bias: wq, wk and wv add a bias.
+        qk_norm: every head of q and k goes through an RMSNorm of its own before it is rotated.
+        tied: the classifier is the embedding.
+    """
 
     dim: int
     hidden_dim: int
@@ -62,7 +76,23 @@ class Config:
     n_kv_heads: int
     vocab_size: int
     seq_len: int
+    head_dim: int | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tied: bool = True
+
+
+def setting(config: ConfigLike, name: str) -> Any:
+    """Read a field that a configuration may lack."""
+    return getattr(config, name, getattr(Config, name))
+
+
+def head_width(config: ConfigLike) -> int:
+    """Return E."""
+    return setting(config, "head_dim") or config.dim // config.n_heads
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -70,21 +100,27 @@ class Config:
 
 def tensor_shapes(config: ConfigLike) -> dict[str, tuple[int, ...]]:
     """List every tensor of a model, named as in Meta's Llama, with its shape."""
-    d, f, v = config.dim, config.hidden_dim, config.vocab_size
-    kv = d // config.n_heads * config.n_kv_heads
+    d, f, v, e = config.dim, config.hidden_dim, config.vocab_size, head_width(config)
+    q, kv = config.n_heads * e, config.n_kv_heads * e
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (v, d)}
     for i in range(config.n_layers):
         shapes |= {
             f"layers.{i}.attention_norm.weight": (d,),
-            f"layers.{i}.attention.wq.weight": (d, d),
+            f"layers.{i}.attention.wq.weight": (q, d),
             f"layers.{i}.attention.wk.weight": (kv, d),
             f"layers.{i}.attention.wv.weight": (kv, d),
-            f"layers.{i}.attention.wo.weight": (d, d),
+            f"layers.{i}.attention.wo.weight": (d, q),
             f"layers.{i}.ffn_norm.weight": (d,),
             f"layers.{i}.feed_forward.w1.weight": (f, d),
             f"layers.{i}.feed_forward.w2.weight": (d, f),
             f"layers.{i}.feed_forward.w3.weight": (f, d),
         }
+        if setting(config, "qkv_bias"):
+            for name, rows in (("wq", q), ("wk", kv), ("wv", kv)):
+                shapes[f"layers.{i}.attention.{name}.bias"] = (rows,)
+        if setting(config, "qk_norm"):
+            shapes[f"layers.{i}.attention.q_norm.weight"] = (e,)
+            shapes[f"layers.{i}.attention.k_norm.weight"] = (e,)
     shapes["norm.weight"] = (d,)
     if not config.tied:
         shapes["output.weight"] = (v, d)
@@ -98,7 +134,7 @@ def random_weights(
 
     Matrices are normal with deviation `std`; wo and w3 are smaller by sqrt(2 * n_layers), as
     llama2.c does. Norm weights are uniform in 0.5..1.5 and not 1: several wrong RMSNorm gradients
-    are right as long as all norm weights are 1.
+    are right as long as all norm weights are 1. Biases are normal with deviation 0.5, not 0.
 
     Returns:
         name -> float32 array, so that the float32 and the float64 model start from equal numbers.
@@ -107,7 +143,9 @@ def random_weights(
     residual_std = std / math.sqrt(2 * config.n_layers)
     weights = {}
     for name, shape in tensor_shapes(config).items():
-        if len(shape) == 1:
+        if name.endswith(".bias"):
+            values = rng.normal(0.0, 0.5, shape)
+        elif len(shape) == 1:
             values = rng.uniform(0.5, 1.5, shape)
         elif name.endswith(("wo.weight", "w3.weight")):
             values = rng.normal(0.0, residual_std, shape)
@@ -118,10 +156,10 @@ def random_weights(
 
 
 def layer_weights(weights: Weights, layer: int) -> dict[str, Array]:
-    """Select one layer's tensors in float64 under short names: `attention_norm`, `wq`, `w1`, ..."""
+    """Select one layer's tensors in float64 under short names: `wq`, `wq.bias`, `ffn_norm`."""
     prefix = f"layers.{layer}."
     return {
-        name.removesuffix(".weight").split(".")[-1]: np.asarray(tensor, np.float64)
+        ".".join(name.split(".")[-2:]).removesuffix(".weight"): np.asarray(tensor, np.float64)
         for name, tensor in weights.items()
         if name.startswith(prefix)
     }
@@ -130,17 +168,19 @@ def layer_weights(weights: Weights, layer: int) -> dict[str, Array]:
 # ------------------------------------------------------------------------------------- operations
 
 
-def rmsnorm(x: Array, weight: Array) -> Array:
+def rmsnorm(x: Array, weight: Array, eps: float = Config.norm_eps) -> Array:
     """Divide each row by its root mean square and scale: y = w * x * r, r = (mean(x^2) + eps)^-1/2.
 
     Args:
-        x: (T, D).
+        x: (..., D).
         weight: (D,).
     """
-    return x * _inverse_rms(x) * weight
+    return x * _inverse_rms(x, eps) * weight
 
 
-def rmsnorm_backward(dy: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+def rmsnorm_backward(
+    dy: Array, x: Array, weight: Array, eps: float = Config.norm_eps
+) -> tuple[Array, Array]:
     """Differentiate `rmsnorm`.
 
     With n = x * r and dr/dx = -r^3 * x / D:
@@ -148,22 +188,22 @@ def rmsnorm_backward(dy: Array, x: Array, weight: Array) -> tuple[Array, Array]:
         dx      = r * (weight * dy - n * mean(weight * dy * n))
 
     Returns:
-        dx (T, D) and dweight (D,).
+        dx (..., D) and dweight (D,).
     """
-    r = _inverse_rms(x)
+    r = _inverse_rms(x, eps)
     n = x * r
     dn = dy * weight
     dx = r * (dn - n * (dn * n).mean(axis=-1, keepdims=True))
-    return dx, (dy * n).sum(axis=0)
+    return dx, (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)
 
 
-def _inverse_rms(x: Array) -> Array:
-    return 1.0 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + RMS_EPS)
+def _inverse_rms(x: Array, eps: float) -> Array:
+    return 1.0 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
 
 
-def linear(x: Array, w: Array) -> Array:
-    """Multiply (T, in) activations by an (out, in) matrix."""
-    return x @ w.T
+def linear(x: Array, w: Array, bias: Array | float = 0.0) -> Array:
+    """Multiply (T, in) activations by an (out, in) matrix and add an (out,) bias."""
+    return x @ w.T + bias
 
 
 def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
@@ -171,25 +211,60 @@ def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
     return dy @ w, dy.T @ x
 
 
-def rope(x: Array, head_dim: int, *, start: int = 0, inverse: bool = False) -> Array:
-    """Rotate the pairs (2i, 2i+1) of every head by position * theta^(-2i/E).
+def rope_frequencies(config: ConfigLike) -> Array:
+    """Return what each of the E/2 pairs of a head turns by per position, in radians.
+
+    Pair i has f = theta^(-2i/E). Scaling "linear" divides all by `factor`. "llama3" keeps what
+    turns at least `high_freq_factor` times within the original context, divides by `factor` what
+    turns at most `low_freq_factor` times, and goes from one to the other linearly in that number
+    of turns between.
+    """
+    width = head_width(config)
+    plain = setting(config, "rope_theta") ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    scaling = setting(config, "rope_scaling")
+    if scaling is None:
+        return plain
+    slow = plain / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    if scaling["rope_type"] != "llama3":
+        raise ValueError(f"rope_type {scaling['rope_type']}")
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * plain + (1.0 - kept) * slow
+
+
+def rope(x: Array, frequencies: Array, *, start: int = 0, inverse: bool = False) -> Array:
+    """Rotate the pairs (2i, 2i+1) of every head by position * frequencies[i].
 
     A rotation is orthogonal, so its gradient is the rotation by the opposite angle:
-    `rope(dy, head_dim, inverse=True)`.
+    `rope(dy, frequencies, inverse=True)`.
 
     Args:
-        x: (T, n * head_dim), any number n of heads.
-        head_dim: E, even.
+        x: (T, n * E), any number n of heads.
+        frequencies: (E/2,), of `rope_frequencies`.
         start: position of the first row.
         inverse: rotate back.
     """
     positions = np.arange(start, start + x.shape[0], dtype=np.float64)
-    frequencies = ROPE_THETA ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = np.outer(positions, frequencies)[:, None, :]  # (T, 1, E/2)
     cos, sin = np.cos(angles), np.sin(-angles if inverse else angles)
-    pairs = x.reshape(x.shape[0], -1, head_dim // 2, 2)
+    pairs = x.reshape(x.shape[0], -1, len(frequencies), 2)
     a, b = pairs[..., 0], pairs[..., 1]
     return np.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+
+
+def head_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Apply `rmsnorm` to each head of (T, n * E) with one weight (E,) for all heads."""
+    return rmsnorm(x.reshape(x.shape[0], -1, len(weight)), weight, eps).reshape(x.shape)
+
+
+def head_norm_backward(dy: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    """Differentiate `head_norm`: dx (T, n * E) and dweight (E,)."""
+    heads = (x.shape[0], -1, len(weight))
+    dx, dweight = rmsnorm_backward(dy.reshape(heads), x.reshape(heads), weight, eps)
+    return dx.reshape(x.shape), dweight
 
 
 def softmax(x: Array) -> Array:
@@ -291,21 +366,25 @@ def _sigmoid(x: Array) -> Array:
 
 
 def cross_entropy(logits: Array, targets: npt.ArrayLike) -> tuple[float, Array]:
-    """Average -log softmax(logits)[target] over the positions.
+    """Average -log softmax(logits)[target] over the counted positions.
 
     Args:
         logits: (T, V).
-        targets: T ids.
+        targets: T ids; below 0, the position is not counted.
 
     Returns:
-        the mean in nats, and its gradient (softmax - onehot) / T of shape (T, V).
+        the mean in nats, and its gradient (softmax - onehot) / counted of shape (T, V), zero where
+        a position is not counted. Both are 0 if none is.
     """
-    rows, columns = np.arange(logits.shape[0]), np.asarray(targets)
+    wanted = np.asarray(targets)
+    rows = np.flatnonzero(wanted >= 0)
+    counted = max(len(rows), 1)
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[rows, columns]
-    dlogits = softmax(logits)
-    dlogits[rows, columns] -= 1.0
-    return float(losses.mean()), dlogits / logits.shape[0]
+    losses = np.log(np.exp(shifted).sum(axis=-1))[rows] - shifted[rows, wanted[rows]]
+    dlogits = np.zeros_like(logits)
+    dlogits[rows] = softmax(logits[rows]) / counted
+    dlogits[rows, wanted[rows]] -= 1.0 / counted
+    return float(losses.sum()) / counted, dlogits
 
 
 # --------------------------------------------------------------------------------- fused programs
@@ -319,26 +398,30 @@ def sdpa_fwd(x: Array, w: Mapping[str, Array], config: ConfigLike) -> dict[str, 
         w: `layer_weights`.
 
     Returns:
-        o_out (T, D), q (T, D) and k (T, K*E) rotated, v (T, K*E), attn (T, D) before wo,
-        probs (H, T, T), xnorm (T, D).
+        o_out (T, D); q (T, H*E) and k (T, K*E) as attention takes them, and q_raw and k_raw as the
+        projections give them; v (T, K*E); attn (T, H*E) before wo; probs (H, T, T); xnorm (T, D).
     """
-    head_dim = config.dim // config.n_heads
-    xnorm = rmsnorm(x, w["attention_norm"])
-    q = rope(linear(xnorm, w["wq"]), head_dim)
-    k = rope(linear(xnorm, w["wk"]), head_dim)
-    v = linear(xnorm, w["wv"])
+    eps, frequencies = setting(config, "norm_eps"), rope_frequencies(config)
+    xnorm = rmsnorm(x, w["attention_norm"], eps)
+    q_raw, k_raw, v = (linear(xnorm, w[n], w.get(f"{n}.bias", 0.0)) for n in ("wq", "wk", "wv"))
+    q, k = q_raw, k_raw
+    if setting(config, "qk_norm"):
+        q, k = head_norm(q, w["q_norm"], eps), head_norm(k, w["k_norm"], eps)
+    q, k = rope(q, frequencies), rope(k, frequencies)
     attn, probs = attention(q, k, v, config.n_heads, config.n_kv_heads)
     o_out = linear(attn, w["wo"])
-    return dict(o_out=o_out, q=q, k=k, v=v, attn=attn, probs=probs, xnorm=xnorm)
+    return dict(o_out=o_out, q=q, k=k, v=v, attn=attn, probs=probs, xnorm=xnorm) | dict(
+        q_raw=q_raw, k_raw=k_raw
+    )
 
 
-def ffn_fwd(x2: Array, w: Mapping[str, Array]) -> dict[str, Array]:
+def ffn_fwd(x2: Array, w: Mapping[str, Array], eps: float = Config.norm_eps) -> dict[str, Array]:
     """Run the feed-forward half of a layer, without its residual.
 
     Returns:
         ffn_out (T, D), h1, h3 and gate (T, F), x2norm (T, D).
     """
-    x2norm = rmsnorm(x2, w["ffn_norm"])
+    x2norm = rmsnorm(x2, w["ffn_norm"], eps)
     h1, h3 = linear(x2norm, w["w1"]), linear(x2norm, w["w3"])
     gate = swiglu(h1, h3)
     return dict(ffn_out=linear(gate, w["w2"]), h1=h1, h3=h3, gate=gate, x2norm=x2norm)
@@ -373,12 +456,12 @@ def sdpa_bwd1(
 def sdpa_bwd2(
     probs: Array, dprobs: Array, q: Array, k: Array, config: ConfigLike
 ) -> tuple[Array, Array]:
-    """Take the gradient of the probabilities back to the rotated q (T, D) and k (T, K*E)."""
+    """Take the gradient of the probabilities back to the rotated q (T, H*E) and k (T, K*E)."""
     return attention_backward2(probs, dprobs, q, k, config.n_heads, config.n_kv_heads)
 
 
 def qkv_bwd(dq: Array, dk: Array, dv: Array, w: Mapping[str, Array]) -> Array:
-    """Sum the gradients of the three projections (dq, dk not rotated) into dxnorm (T, D)."""
+    """Sum the gradients of the three projections' outputs into dxnorm (T, D)."""
     return dq @ w["wq"] + dk @ w["wk"] + dv @ w["wv"]
 
 
@@ -393,43 +476,71 @@ def forward(weights: Weights, config: ConfigLike, tokens: npt.ArrayLike) -> Arra
 def loss_and_gradients(
     weights: Weights, config: ConfigLike, tokens: npt.ArrayLike, targets: npt.ArrayLike
 ) -> tuple[float, dict[str, Array]]:
-    """Compute the mean cross-entropy of one sequence and its gradient for every tensor.
+    """Compute the mean cross-entropy of the counted positions and its gradient for every tensor.
 
     Args:
         weights: name -> array of any float type, taken as float64.
-        tokens: T ids.
-        targets: the T ids that follow them.
+        tokens: ids (T,), or (N, T) for a batch.
+        targets: the ids that follow them, of that shape; those below 0 are not counted.
 
     Returns:
         the loss in nats, and name -> float64 gradient.
+
+    Raises:
+        ValueError: no position of the batch is counted.
     """
-    ids = np.asarray(tokens)
+    sequences, wanted = np.atleast_2d(tokens), np.atleast_2d(targets)
+    counted = (wanted >= 0).sum(axis=1)
+    if not counted.any():
+        raise ValueError("no target is counted")
+    loss = 0.0
+    gradients = {name: np.zeros(shape) for name, shape in tensor_shapes(config).items()}
+    for share, ids, after in zip(counted / counted.sum(), sequences, wanted, strict=True):
+        mean, parts = _sequence(weights, config, ids, after)
+        loss += share * mean
+        for name, part in parts.items():
+            gradients[name] += share * part
+    return loss, gradients
+
+
+def _sequence(
+    weights: Weights, config: ConfigLike, ids: npt.NDArray[Any], targets: npt.NDArray[Any]
+) -> tuple[float, dict[str, Array]]:
+    """Do what `loss_and_gradients` does for one sequence; zeros if nothing is counted."""
     logits, taps, last, final = _forward(weights, config, ids)
     loss, dlogits = cross_entropy(logits, targets)
+    eps, frequencies = setting(config, "norm_eps"), rope_frequencies(config)
 
     dfinal, dclassifier = linear_backward(dlogits, final, _classifier(weights, config))
-    dx, dnorm = rmsnorm_backward(dfinal, last, _f64(weights["norm.weight"]))
+    dx, dnorm = rmsnorm_backward(dfinal, last, _f64(weights["norm.weight"]), eps)
     gradients: dict[str, Array] = {"norm.weight": dnorm}
 
-    head_dim = config.dim // config.n_heads
     for i in reversed(range(config.n_layers)):
         w, t = layer_weights(weights, i), taps[i]
         dx2norm, dh1, dh3 = ffn_bwd(dx, t["h1"], t["h3"], w)
-        dx2, dffn_norm = rmsnorm_backward(dx2norm, t["x2"], w["ffn_norm"])
+        dx2, dffn_norm = rmsnorm_backward(dx2norm, t["x2"], w["ffn_norm"], eps)
         dx2 += dx  # the residual passes its gradient on
         dv, probs, dprobs = sdpa_bwd1(t["q"], t["k"], t["v"], dx2, w, config)
-        dq_rotated, dk_rotated = sdpa_bwd2(probs, dprobs, t["q"], t["k"], config)
-        dq = rope(dq_rotated, head_dim, inverse=True)
-        dk = rope(dk_rotated, head_dim, inverse=True)
+        dq, dk = sdpa_bwd2(probs, dprobs, t["q"], t["k"], config)
+        dq, dk = rope(dq, frequencies, inverse=True), rope(dk, frequencies, inverse=True)
+        attention = f"layers.{i}.attention"
+        if setting(config, "qk_norm"):
+            dq, dq_norm = head_norm_backward(dq, t["q_raw"], w["q_norm"], eps)
+            dk, dk_norm = head_norm_backward(dk, t["k_raw"], w["k_norm"], eps)
+            gradients[f"{attention}.q_norm.weight"] = dq_norm
+            gradients[f"{attention}.k_norm.weight"] = dk_norm
+        if setting(config, "qkv_bias"):
+            for name, d in (("wq", dq), ("wk", dk), ("wv", dv)):
+                gradients[f"{attention}.{name}.bias"] = d.sum(axis=0)
         dx_in, dattention_norm = rmsnorm_backward(
-            qkv_bwd(dq, dk, dv, w), t["x"], w["attention_norm"]
+            qkv_bwd(dq, dk, dv, w), t["x"], w["attention_norm"], eps
         )
         gradients |= {
             f"layers.{i}.attention_norm.weight": dattention_norm,
-            f"layers.{i}.attention.wq.weight": dq.T @ t["xnorm"],
-            f"layers.{i}.attention.wk.weight": dk.T @ t["xnorm"],
-            f"layers.{i}.attention.wv.weight": dv.T @ t["xnorm"],
-            f"layers.{i}.attention.wo.weight": dx2.T @ t["attn"],
+            f"{attention}.wq.weight": dq.T @ t["xnorm"],
+            f"{attention}.wk.weight": dk.T @ t["xnorm"],
+            f"{attention}.wv.weight": dv.T @ t["xnorm"],
+            f"{attention}.wo.weight": dx2.T @ t["attn"],
             f"layers.{i}.ffn_norm.weight": dffn_norm,
             f"layers.{i}.feed_forward.w1.weight": dh1.T @ t["x2norm"],
             f"layers.{i}.feed_forward.w2.weight": dx.T @ t["gate"],
@@ -444,7 +555,7 @@ def loss_and_gradients(
     else:
         gradients["output.weight"] = dclassifier
     gradients["tok_embeddings.weight"] = dembedding
-    return loss, {name: gradients[name] for name in tensor_shapes(config)}
+    return loss, gradients
 
 
 def _forward(
@@ -452,15 +563,16 @@ def _forward(
 ) -> tuple[Array, list[dict[str, Array]], Array, Array]:
     """Return logits, each layer's intermediate tensors, and the final norm's input and output."""
     x = _f64(weights["tok_embeddings.weight"])[ids]
+    eps = setting(config, "norm_eps")
     taps = []
     for i in range(config.n_layers):
         w = layer_weights(weights, i)
         att = sdpa_fwd(x, w, config)
         x2 = x + att["o_out"]
-        ffn = ffn_fwd(x2, w)
+        ffn = ffn_fwd(x2, w, eps)
         taps.append({"x": x, "x2": x2, **att, **ffn})
         x = x2 + ffn["ffn_out"]
-    final = rmsnorm(x, _f64(weights["norm.weight"]))
+    final = rmsnorm(x, _f64(weights["norm.weight"]), eps)
     return linear(final, _classifier(weights, config)), taps, x, final
 
 
@@ -470,51 +582,3 @@ def _classifier(weights: Weights, config: ConfigLike) -> Array:
 
 def _f64(tensor: npt.NDArray[Any]) -> Array:
     return np.asarray(tensor, np.float64)
-
-
-# --------------------------------------------------------------------------------------- updates
-
-
-def clip_gradients(gradients: dict[str, Array], max_norm: float) -> float:
-    """Scale all gradients in place so that their common 2-norm is at most `max_norm`.
-
-    Returns:
-        the norm before clipping.
-    """
-    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
-    if norm > max_norm:
-        for g in gradients.values():
-            g *= max_norm / norm
-    return norm
-
-
-def adamw(
-    weights: dict[str, Array],
-    gradients: Weights,
-    m: dict[str, Array],
-    v: dict[str, Array],
-    step: int,
-    *,
-    lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> None:
-    """Update float64 weights, m and v in place as `torch.optim.AdamW` does.
-
-    In this order: p *= 1 - lr*weight_decay (matrices only, never norms); m and v move towards g
-    and g^2; p -= lr * m^ / (sqrt(v^) + eps), where m^ and v^ are corrected for starting at zero.
-
-    Args:
-        step: number of this update, the first is 1.
-    """
-    for name, p in weights.items():
-        g = _f64(gradients[name])
-        if p.ndim > 1:
-            p *= 1.0 - lr * weight_decay
-        m[name] += (1.0 - beta1) * (g - m[name])
-        v[name] += (1.0 - beta2) * (g * g - v[name])
-        m_hat = m[name] / (1.0 - beta1**step)
-        v_hat = v[name] / (1.0 - beta2**step)
-        p -= lr * m_hat / (np.sqrt(v_hat) + eps)

@@ -1,6 +1,6 @@
 """Comparisons as JSON files, so that machines that never met can be compared.
 
-Schema, version 1 (docs: README, "Compare variants"): one object with `format` "anepy-compare",
+Schema, version 1 (docs/formats.md#compare): one object with `format` "anepy-compare",
 `version` 1, the fields of `Comparison`, and `summary`, which repeats for readers what follows from
 the samples and is not read back. Times are in ms, sizes in bytes. Numbers that are not finite are
 written as null and read as NaN.

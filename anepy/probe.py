@@ -1,24 +1,7 @@
 """Ask the hardware: every probe in a process of its own, so that a crash or a hang is an answer.
 
-`measure` returns a record that `anepy probe --json` prints and the user cache keeps:
-
-    schema          1; a change of meaning raises it
-    anepy, library  version, and build id of the native library
-    device, chip    what was asked, as in --device; m1 to m5, null if unknown
-    dialect         of the programs of all probes but the first
-    machine         system, processor, model, build, memory
-    started         UTC, ISO 8601; `seconds` is how long it took
-    probes          list, in the order asked:
-      name, question   of the probe
-      verdict       ok: as expected;  differs: works, but not as it does on this chip elsewhere;
-                    failed: not what the library relies on;  crashed, hung: no answer
-      values        what was found, by name; {} without an answer
-      expected      those values that are known of the chip
-      reason        one line if the verdict is not ok, else ""
-      seconds       of the probe, its process included
-    adapts          list of {detail, because}: what the library does differently from now on
-    verdicts        how many probes ended with each verdict
-    device_note     of `anepy probe --device auto`: which device was asked and why, else ""
+`measure` returns a record that `anepy probe --json` prints and the user cache keeps; its fields are
+in docs/formats.md#probe.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cases import message
 from comparisons import make_comparison, make_run
 
 from anepy import comparison_text as text
-from anepy.comparison import Ablation, Comparison, Group, Run, columns
+from anepy.comparison import Group, columns
 from anepy.comparison_file import as_record, load, save
 
 # Files
@@ -161,14 +161,6 @@ def test_load_ignores_the_summary(tmp_path: Path) -> None:
     record["summary"] = "lies"
     (tmp_path / "r.json").write_text(json.dumps(record))
     assert load(tmp_path / "r.json") == make_comparison()
-
-
-def test_readme_describes_every_field() -> None:
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    section = readme.split("## Compare variants")[1].split("\n## ")[0]
-    for kind in (Comparison, Group, Run, Ablation):
-        for item in fields(kind):
-            assert re.search(rf"`([^`]*\W)?{item.name}\b", section), item.name
 
 
 # Tables

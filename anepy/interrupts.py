@@ -17,6 +17,9 @@ _ECHO_S = 0.3
 class StopRequest:
     """Watch for SIGINT and SIGTERM while the block runs.
 
+    One that this process was told to ignore, as nohup and `&` in a script do with SIGINT, stays
+    ignored: the run goes on.
+
     Python runs signal handlers only between two steps. A thread that reads the wake-up socket
     learns of a signal while the native library is still working, so it can say so, and a second
     one can end the process in the middle of a long step.
@@ -38,7 +41,11 @@ class StopRequest:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._old = {
+            number: signal.signal(number, self._note)
+            for number in _SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         self._thread = threading.Thread(target=self._watch, name="anepy-signals", daemon=True)
         self._thread.start()
         return self
@@ -66,7 +73,7 @@ class StopRequest:
         first_at: float | None = None
         while received := self._reader.recv(64):
             for number in received:
-                if number not in _SIGNALS:
+                if number not in self._old:
                     continue
                 now = time.monotonic()
                 if first_at is None:

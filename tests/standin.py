@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import children
 import pytest
 
 import anepy
@@ -138,12 +139,4 @@ def run_script(
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Start a Python that has this anepy with the stand-in `_abi`."""
-    home = str(Path(_native.__file__).resolve().parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", STUB_ABI + code, *arguments],
-        env=os.environ | {"PYTHONPATH": home} | environment,
-        cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return children.start("-c", STUB_ABI + code, *arguments, cwd="/", **environment)

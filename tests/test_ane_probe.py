@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import children
 import needs
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from anepy.probe_list import PROBES
 
 pytestmark = needs.LINUX  # a Mac has the real one
 
-TESTS = Path(__file__).resolve().parent
 NAMES = [item.name for item in PROBES]
 CODE = """
 import ctypes, json, sys
@@ -62,20 +60,13 @@ def python(ane_library: Path, tmp_path: Path) -> Run:
     (tmp_path / "temporary").mkdir()
 
     def call(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
+        done = children.run(
+            *words,
             cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-                "ANEPY_LIB": str(ane_library),
-                "ANEPY_CACHE": str(tmp_path / "cache"),
-                "TMPDIR": str(tmp_path / "temporary"),
-                "LLVM_PROFILE_FILE": str(tmp_path / "temporary" / "%p.profraw"),
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
+            ANEPY_LIB=str(ane_library),
+            ANEPY_CACHE=str(tmp_path / "cache"),
+            TMPDIR=str(tmp_path / "temporary"),
+            LLVM_PROFILE_FILE=str(tmp_path / "temporary" / "%p.profraw"),
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done

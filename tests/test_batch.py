@@ -6,12 +6,10 @@ On the CPU they lie beside each other, padded to 64 columns, in groups of up to 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import children
 import needs
 import numpy as np
 import pytest
@@ -169,14 +167,7 @@ resource.setrlimit(resource.RLIMIT_AS, old)
 print(engine.step(tokens, tokens).loss > 1, engine.memory > 4 * before[2])
 """
     needs.proc()
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"ANEPY_LIB": _native.library()._name},
-        cwd=Path(_native.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = children.run("-c", code, ANEPY_LIB=_native.library()._name)
     refused = "memory True\n"
     assert (result.stdout, result.stderr) == (f"{refused * 2}1 True\nTrue True\n", "")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import children
 import needs
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from anepy.tokenizer import Tokenizer
 SMALL = ModelConfig(
     dim=32, hidden_dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=259, seq_len=32
 )
-CHECKOUT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     "train", "compare", "generate", "eval", "init", "prepare", "mil", "bench", "probe", "info",
 ]  # fmt: skip
@@ -50,14 +48,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 def start(folder: Path, *words: object, **environment: str) -> subprocess.Popen[str]:
     """Start `anepy` as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "anepy", *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return children.start("-m", "anepy", *words, cwd=folder, **environment)
 
 
 def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
@@ -90,12 +81,7 @@ def test_help_needs_neither_numpy_nor_rich_nor_the_library() -> None:
         "found = {'numpy', 'rich', 'requests', 'anepy._native'} & set(sys.modules)\n"
         "print(found, file=sys.stderr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-    )
+    done = children.run("-c", code)
     assert done.stderr.strip() == "set()" and "--steps" in done.stdout
 
 
@@ -302,6 +288,21 @@ def test_train_signal_saves_and_resume_equals_one_run(
     assert Path("a.bin").read_bytes() == Path("b.bin").read_bytes()
 
 
+def test_train_told_to_ignore_ctrl_c_saves_when_terminated(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """As under nohup, or with `&` in a script, where Ctrl-C is meant for something else."""
+    words = ["train", "m.bin", "--data", "d.bin", "--seq", 16, "--steps", 10**6]
+    ignoring = children.UNINTERRUPTED
+    process = children.start("-m", "anepy", *words, cwd=tmp_path, before=ignoring)
+    wait_for_step(process, 1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "continue with:\n  anepy train m.bin --resume m.ckpt.npz\n" in out
+
+
 def test_train_interrupt_with_full_disk_keeps_the_old_checkpoint(
     files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -320,14 +321,7 @@ def test_train_interrupt_with_full_disk_keeps_the_old_checkpoint(
         "trainer.Trainer.run_step = limited\n"
         "cli.main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", *map(str, common), "--steps", "100000"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = children.start("-c", code, "train", *common, "--steps", 100000, cwd=tmp_path)
     wait_for_step(process, 2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -351,14 +345,8 @@ def test_train_second_interrupt_ends_at_once(files: dict[str, Path], tmp_path: P
         "trainer.Trainer.run_step = stuck\n"
         "cli.main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", "m.bin", "--data", "d.bin", "--seq", "16"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["train", "m.bin", "--data", "d.bin", "--seq", 16]
+    process = children.start("-c", code, *words, cwd=tmp_path)
     wait_for_step(process, 1)
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import children
 import needs
 import numpy as np
 import pytest
@@ -348,15 +346,7 @@ def on_sim(budget: int, **changes: Any) -> Comparison:
 def elsewhere(folder: Path, code: str) -> Comparison:
     """Run code that binds `result` in a process of its own and return that."""
     before = "import sys\nfrom anepy.comparison_file import save\nfrom test_compare import *\n"
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", f"{before}{code}\nsave(result, 'r.json')"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = children.run("-c", f"{before}{code}\nsave(result, 'r.json')", cwd=folder)
     assert done.returncode == 0, done.stderr
     return load(folder / "r.json")
 

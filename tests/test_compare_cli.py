@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import pytest
 from cases import GQA, make_model
@@ -20,7 +18,6 @@ from anepy.comparison_file import load, save
 from anepy.engine import Engine
 from anepy.errors import NativeError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 SHORT = ["--model", "m.bin", "--data", "d.bin", "--rounds", 2, "--steps", 2, "--warmup", 0,
          "--seq", 16, "--device", "cpu", "--precision", "fp32"]  # fmt: skip
 
@@ -224,14 +221,7 @@ def test_compare_interrupt_shows_what_was_measured(run: Run, tmp_path: Path) -> 
         "cli.main()"
     )
     words = [*SHORT, "--rounds", 10**6, "--json", "r.json"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "compare", "baseline", "opt", *map(str, words)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = children.start("-c", code, "compare", "baseline", "opt", *words, cwd=tmp_path)
     assert process.stderr is not None
     for line in process.stderr:
         if line.split() == ["round", "4"]:
@@ -256,15 +246,8 @@ def test_compare_interrupt_before_anything_is_quiet(run: Run, tmp_path: Path) ->
         "measuring.synthetic = synthetic\n"
         "cli.main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "compare", "baseline", "opt", "--preset", "stories260K",
-         "--json", "r.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # fmt: skip
+    words = ["compare", "baseline", "opt", "--preset", "stories260K", "--json", "r.json"]
+    done = children.run("-c", code, *words, cwd=tmp_path)
     assert done.returncode == 130, done
     assert "interrupted before a round was complete" in done.stderr and done.stdout == ""
     assert not Path("r.json").exists()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import children
 import needs
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +21,6 @@ from anepy.engine import Engine, library_info
 from anepy.model import Model, ModelConfig
 from anepy.tokenizer import Tokenizer
 
-TESTS = Path(__file__).resolve().parent
 # No dimension is a multiple of a kernel's tile (6 or 8 rows, 16 to 64 columns) or equals another;
 # vocabularies lie below, just above and well above the 512 rows that soft-max takes at once.
 CONFIGS = {
@@ -131,15 +127,8 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
     """The mask is read once per process, hence a process for each."""
     needs.kernel_set(isa)
     code = "import test_gradients as t; t.run_all_on_this_isa()"
-    environment = os.environ | {
-        "ANEPY_CPU_MASK": isa,
-        "ANEPY_BLAS": "own",
-        "ANEPY_LIB": _native.library()._name,
-        "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    library = _native.library()._name
+    result = children.run("-c", code, ANEPY_CPU_MASK=isa, ANEPY_BLAS="own", ANEPY_LIB=library)
     assert result.returncode == 0, result.stderr
     used, gemm = result.stdout.split()
     assert used == isa and gemm.endswith(isa), "the mask did not choose the kernels"

@@ -9,11 +9,11 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import children
 import needs
 import pytest
 from http_server import Answer, FileServer, wait_for
@@ -48,11 +48,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     recorded: list[float] = []
     monkeypatch.setattr(hub, "_sleep", recorded.append)
     return recorded
-
-
-def child_environment() -> dict[str, str]:
-    """Let a child process import this anepy from wherever the tests are run."""
-    return os.environ | {"PYTHONPATH": str(Path(hub.__file__).resolve().parents[1])}
 
 
 def fetch(server: FileServer, dest: Path, *answers: Answer, **options: object) -> Path:
@@ -352,8 +347,7 @@ def test_download_real_ctrl_c_during_a_stall_leaves_nothing(
         "import sys; from pathlib import Path; from anepy import files, hub\n"
         f"hub.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
     )
-    command = [sys.executable, "-c", code, server.url("/f.bin"), str(dest)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=child_environment())
+    process = children.start("-c", code, server.url("/f.bin"), dest)
     try:
         assert wait_for(lambda: list(tmp_path.glob(".anepy-*.tmp")))
         process.send_signal(signal.SIGINT)
@@ -371,9 +365,9 @@ def test_download_two_processes_at_once_both_succeed(server: FileServer, tmp_pat
         "import sys; from pathlib import Path; from anepy import files, hub\n"
         f"hub.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
     )
-    command = [sys.executable, "-c", code, server.url("/f.bin"), str(dest)]
-    processes = [subprocess.Popen(command, env=child_environment()) for _ in range(3)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    processes = [children.start("-c", code, server.url("/f.bin"), dest) for _ in range(3)]
+    results = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], results
     assert dest.read_bytes() == BODY and list(tmp_path.iterdir()) == [dest]
 
 
@@ -432,9 +426,7 @@ def test_progress_bar_on_a_terminal_shows_name_and_bytes() -> None:
         "    progress(0, 4_000_000); progress(3_000_000, 4_000_000)\n"
     )
     master, slave = pty.openpty()
-    environment = child_environment() | {"TERM": "xterm", "COLUMNS": "100"}
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stderr=slave, stdout=subprocess.PIPE, env=environment)
+    process = children.start("-c", code, stderr=slave, TERM="xterm", COLUMNS="100")
     os.close(slave)
     shown = b""
     try:
@@ -444,5 +436,5 @@ def test_progress_bar_on_a_terminal_shows_name_and_bytes() -> None:
         pass  # Linux says EIO when the other end is closed
     finally:
         os.close(master)
-    assert process.communicate(timeout=20)[0] == b"" and process.returncode == 0
+    assert process.communicate(timeout=20)[0] == "" and process.returncode == 0
     assert b"f.bin" in shown and b"3.0/4.0 MB" in shown

@@ -11,12 +11,11 @@ import resource
 import signal
 import stat
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import children
 import needs
 import numpy as np
 import pytest
@@ -342,14 +341,7 @@ def test_load_bad_files_take_little_memory(tmp_path: Path) -> None:
         "    except ModelError: print('refused')\n"
     )
     needs.proc()
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, paths)],
-        env=os.environ | {"ANEPY_LIB": _native.library()._name},
-        cwd=Path(model_module.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = children.run("-c", code, *paths, ANEPY_LIB=_native.library()._name)
     assert (result.stdout, result.stderr) == ("refused\n" * len(paths), ""), path
 
 

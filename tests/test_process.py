@@ -11,8 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
+import children
 import needs
 import numpy as np
 import pytest
@@ -22,8 +22,6 @@ from anepy import _native
 from anepy.engine import Decoder, Engine, library_info
 from anepy.errors import AnepyError, ClosedError, ConfigError, NativeError
 from anepy.model import Model
-
-TESTS = Path(__file__).resolve().parent
 
 PRELUDE = (
     "import os, signal, sys, threading, time\n"
@@ -36,17 +34,10 @@ PRELUDE = (
 
 
 def start(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a Python that has this package and these tests on its path."""
-    settings = {k: v for k, v in os.environ.items() if k != "ANEPY_NUM_THREADS"}
-    settings["PYTHONPATH"] = os.pathsep.join((str(TESTS), str(TESTS.parent)))
-    settings["ANEPY_LIB"] = _native.library()._name  # the very one that is tested here
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=settings | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Start a Python that runs this code."""
+    library = _native.library()._name  # the very one that is tested here
+    usual: dict[str, str | None] = {"ANEPY_NUM_THREADS": None, "ANEPY_LIB": library}
+    return children.start("-c", code, **usual | environment)
 
 
 def run(code: str, **environment: str) -> str:
@@ -401,7 +392,7 @@ def test_import_of_the_package_loads_nothing_heavy_and_no_library() -> None:
     heavy = {"requests", "urllib3", "rich", "typer", "click", "platformdirs", "torch", "ctypes"}
     assert "anepy" in added and not added & (heavy - {"ctypes"})
     # Importing the package alone is the point: its modules come with the first name used.
-    assert added - {"__future__"} <= {"anepy", "typing"}, added
+    assert added - {"__future__"} <= {"anepy", "anepy._version", "typing"}, added
     assert maps == "[]"
 
 

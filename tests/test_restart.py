@@ -9,14 +9,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import children
 import needs
 import numpy as np
 import pytest
-from test_cli import CHECKOUT, SMALL, start
+from test_cli import SMALL, start
 
 from anepy import restart
 from anepy.model import Model
@@ -187,6 +187,24 @@ def test_signal_between_and_after_restarts_saves_and_resume_equals_one_run(
     assert (folder / "b.bin").read_bytes() == reference["weights"]
 
 
+def test_run_told_to_ignore_ctrl_c_goes_on_through_restarts(
+    folder: Path, reference: dict[str, Any]
+) -> None:
+    words = [*SETTINGS, "--steps", STEPS, "--device", "sim:m4,budget=3", "--save", "b.bin"]
+    process = children.start(
+        "-m", "anepy", *words, "--no-checkpoint",
+        cwd=folder, before=children.UNINTERRUPTED, TMPDIR=str(folder / "temporary"),
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = iter(process.stdout)
+    for beginning in ("step ", "[exec() restart", "step "):
+        next(line for line in lines if line.startswith(beginning))
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (folder / "b.bin").read_bytes() == reference["weights"] and leftovers(folder) == []
+
+
 BROKEN = """
 import os
 from anepy import cli, engine, errors
@@ -199,14 +217,8 @@ cli.main()
 
 
 def broken(folder: Path, code: str, *words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, (*SETTINGS, *words))],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(folder / "temporary")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    temporary = str(folder / "temporary")
+    return children.run("-c", code, *SETTINGS, *words, cwd=folder, TMPDIR=temporary)
 
 
 @pytest.mark.parametrize("keep", [["--ckpt", "b.npz"], ["--no-checkpoint"]])
@@ -318,14 +330,7 @@ def test_script_goes_on_from_the_exception_and_gets_every_report_once(
 ) -> None:
     reports: list[str] = []
     for _ in range(10):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = children.run("-c", SCRIPT, cwd=folder)
         reports += done.stdout.splitlines()
         if done.returncode != 7:
             break

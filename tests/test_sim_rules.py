@@ -8,12 +8,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
+import children
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -363,7 +362,7 @@ for count in range(1, 122):
                  rules={{"compile_budget": "report" if count < 121 else "error"}}) as program:
         assert ("compile_budget" in program.reports) == (count > 119), count
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = children.run("-c", code)
     assert "MilError: rule compile_budget: compilation 121 of this process" in result.stderr
 
 

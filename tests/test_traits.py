@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import children
 import numpy as np
 import pytest
 from cases import bits
@@ -18,7 +15,6 @@ from anepy.program import Program
 SMALL = ModelConfig(64, 96, 2, 4, 2, 97, 64)
 BAKED = 2 * 7 + 4  # programs with weights: all but sdpa_bwd2 and softmax
 ALL = BAKED + 2  # these two are the same for all layers
-TESTS = Path(__file__).resolve().parent
 
 
 def train(device: str, **options: bool) -> tuple[list[float], dict[str, bytes], int]:
@@ -102,8 +98,7 @@ model, ids = Model.init(ModelConfig({SMALL.dim}, 96, 2, 4, 2, 97, 64), seed=1), 
 
 def run(code: str) -> None:
     """Run code in a process of its own, for that is what a budget counts."""
-    command = [sys.executable, "-c", BUDGET + code]
-    result = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=60)
+    result = children.run("-c", BUDGET + code)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
 
 

@@ -1,27 +1,23 @@
 /* api.c - the exported surface of the engine: validate, take the handle, call inward, give back the
- * caller's floating-point mode. Create and free live with their types. */
+ * caller's floating-point mode. Creating and freeing are in train/create.c. */
 #include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
 #include "kernels/blas.h"
-#include "runtime/clock.h"
 #include "runtime/fpmode.h"
 #include "runtime/machine.h"
 #include "runtime/memory.h"
+#include "train/create.h"
+#include "train/step.h"
 #include "train/update.h"
-
-/* Of sequences that run beside each other. Reading the weights is then a small part of a product:
- * sequences of 256 columns gain a few percent, those of 512 nothing. Twice as many columns are one
- * percent faster, with twice the memory (15M to 110M parameters, fp32 and bf16). */
-#define GROUP_COLUMNS 512
 
 #ifndef ANEPY_BUILD_ID
 #define ANEPY_BUILD_ID "unknown"
 #endif
 
-/* The layout Python mirrors in _abi.py: no padding the compiler could choose differently. */
+/* The layout that Python declares for ctypes: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 40, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
 _Static_assert(sizeof(anepy_engine_info) == 144, "engine info");
@@ -103,117 +99,20 @@ static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t 
     return ANEPY_OK;
 }
 
-/* How many of the sequences that are left run next, beside each other: as many as the device takes
- * in groups of one size. */
-static void set_beside(anepy_engine *e) {
-    int32_t left = e->sequences - e->added;
-    int32_t most = anepy_can(e, ANEPY_BATCHES) ? anepy_max_i32(1, GROUP_COLUMNS / e->stride) : 1;
-    int32_t groups = (left - 1) / most + 1;
-    e->beside = (left - 1) / groups + 1;
-    e->columns = e->beside * e->stride;
-}
-
-/* `count` sequences of n tokens are what comes; targets may be NULL. */
-static int32_t set_sequences(anepy_engine *e, const int32_t *tokens, const int32_t *targets,
-                             int32_t count, int32_t n) {
-    if (n < 1 || n > e->seq_len)
-        return anepy_fail(ANEPY_E_ARGUMENT, "a sequence of %d tokens, this engine takes 1 to %d", n,
-                          e->seq_len);
-    if (count < 1 || count > INT32_MAX / n)
-        return anepy_fail(ANEPY_E_ARGUMENT, "%d sequences in one step, expected 1 to %d", count,
-                          INT32_MAX / n);
-    ANEPY_TRY(check_ids(e, "tokens", tokens, count * n));
-    if (targets != NULL) ANEPY_TRY(check_ids(e, "targets", targets, count * n));
-    e->tokens = tokens;
-    e->targets = targets;
-    e->sequences = count;
-    e->added = 0;
-    e->n = n;
-    e->stride = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(n, ANEPY_COLUMNS) : e->width;
-    set_beside(e);
-    ANEPY_TRY(anepy_engine_widen(e, e->columns));
-    e->dw_started = 0;
-    memset(&e->stats, 0, sizeof e->stats);
-    return e->stale ? anepy_compile(e) : ANEPY_OK;
-}
-
-static int32_t forward(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t n) {
-    ANEPY_TRY(set_sequences(e, tokens, targets, 1, n));
-    return anepy_forward(e);
+/* targets NULL: none. */
+static int32_t check_sequences(const anepy_engine *e, const int32_t *ids, const int32_t *targets,
+                               int32_t sequences, int32_t tokens) {
+    if (tokens < 1 || tokens > e->seq_len)
+        return anepy_fail(ANEPY_E_ARGUMENT, "a sequence of %d tokens, this engine takes 1 to %d",
+                          tokens, e->seq_len);
+    if (sequences < 1 || sequences > INT32_MAX / tokens)
+        return anepy_fail(ANEPY_E_ARGUMENT, "%d sequences in one step, expected 1 to %d", sequences,
+                          INT32_MAX / tokens);
+    ANEPY_TRY(check_ids(e, "tokens", ids, sequences * tokens));
+    return targets != NULL ? check_ids(e, "targets", targets, sequences * tokens) : ANEPY_OK;
 }
 
 /* ----------------------------------------------------------------------------------- the calls */
-
-/* After a failure nothing may still write, and what was accumulated before may be incomplete. The
- * first sentence is the one that counts. */
-static int32_t abandon(anepy_engine *e, int32_t status) {
-    char sentence[512];
-    anepy_last_error(sentence, sizeof sentence);
-    anepy_dw_wait(e);
-    if ((e->dw_started > 0 || e->added > 0) && e->accumulated > 0) e->damaged = 1;
-    e->added = 0;
-    return anepy_fail(status, "%s", sentence);
-}
-
-/* Forward and backward of the next sequences of the step. */
-static int32_t add_group(anepy_engine *e, double *mark) {
-    anepy_step_stats *stats = &e->stats;
-    double loss;
-    stats->skipped = 0;
-    ANEPY_TRY(anepy_forward(e));
-    ANEPY_TRY(anepy_step_loss(e, 1, &loss));
-    anepy_count(mark, &stats->forward_ms);
-    int finite = isfinite(loss) || !anepy_scaled(e);
-    if (finite) ANEPY_TRY(anepy_backward(e));
-    stats->skipped |= !finite;
-    if (stats->skipped) ANEPY_TRY(anepy_dw_wait(e));
-    stats->loss += stats->skipped && isfinite(loss) && e->added > 0 ? 0.0 : loss;
-    anepy_count(mark, &stats->backward_ms);
-    return ANEPY_OK;
-}
-
-/* All sequences of a step, or none. What overflows first is skipped; later ones are tried again at
- * lower scales, since what the others have added cannot be taken back. */
-static int32_t add_sequences(anepy_engine *e, double *mark) {
-    anepy_step_stats *stats = &e->stats;
-    while (e->added < e->sequences) {
-        set_beside(e);
-        ANEPY_TRY(add_group(e, mark));
-        stats->loss_scale = e->loss_scale;
-        if (!stats->skipped) {
-            e->tokens += anepy_running_tokens(e);
-            e->targets += anepy_running_tokens(e);
-            e->added += e->beside;
-        } else if (e->added == 0) {
-            break;
-        } else if (isfinite(stats->loss) && e->loss_scale > 1.0) {
-            anepy_scale_step(e, 1);
-        } else {
-            if (e->accumulated > 0) e->damaged = 1;
-            break;
-        }
-    }
-    stats->loss /= anepy_max_i32(1, e->added);
-    return ANEPY_OK;
-}
-
-static int32_t step(anepy_engine *e, const int32_t *tokens, const int32_t *targets, int32_t count,
-                    int32_t n) {
-    double start = anepy_now_ms(), mark = start;
-    int64_t heap = anepy_heap_operations();
-    anepy_step_stats *stats = &e->stats;
-    ANEPY_TRY(set_sequences(e, tokens, targets, count, n));
-    int32_t status = add_sequences(e, &mark);
-    if (status != ANEPY_OK) return abandon(e, status);
-    e->added = 0;
-    if (!stats->skipped) e->accumulated++;
-    if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
-    stats->flops = count * anepy_step_flops(e->model, n);
-    stats->allocations = anepy_heap_operations() - heap;
-    anepy_count(&mark, &stats->backward_ms);
-    stats->step_ms = mark - start;
-    return ANEPY_OK;
-}
 
 int32_t anepy_engine_step(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
                           const int32_t *targets, int32_t n) {
@@ -223,10 +122,11 @@ int32_t anepy_engine_step(anepy_engine *e, anepy_step_stats *out, const int32_t 
 int32_t anepy_engine_step_batch(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
                                 const int32_t *targets, int32_t count, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = step(e, tokens, targets, count, n);
+    int32_t status = check_sequences(e, tokens, targets, count, n);
+    if (status == ANEPY_OK) status = anepy_step(e, tokens, targets, count, n);
     if (status == ANEPY_OK) {
         uint32_t size = out->struct_size;
-        *out = e->stats;
+        *out = e->run.stats;
         out->struct_size = size;
     }
     return leave(e, status);
@@ -235,17 +135,15 @@ int32_t anepy_engine_step_batch(anepy_engine *e, anepy_step_stats *out, const in
 int32_t anepy_engine_evaluate(anepy_engine *e, double *loss, const int32_t *tokens,
                               const int32_t *targets, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = anepy_compile_settle(e);
-    if (status == ANEPY_OK) status = forward(e, tokens, targets, n);
-    if (status == ANEPY_OK) status = anepy_step_loss(e, 0, loss);
+    int32_t status = check_sequences(e, tokens, targets, 1, n);
+    if (status == ANEPY_OK) status = anepy_step_evaluate(e, loss, tokens, targets, n);
     return leave(e, status);
 }
 
 int32_t anepy_engine_logits(anepy_engine *e, float *logits, const int32_t *tokens, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = anepy_compile_settle(e);
-    if (status == ANEPY_OK) status = forward(e, tokens, NULL, n);
-    if (status == ANEPY_OK) anepy_logits_copy(e, logits);
+    int32_t status = check_sequences(e, tokens, NULL, 1, n);
+    if (status == ANEPY_OK) status = anepy_step_logits(e, logits, tokens, n);
     return leave(e, status);
 }
 
@@ -289,14 +187,6 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
                           "engine can be in",
                           (long long)info->accumulated, (long long)info->updates, info->loss_scale);
     ANEPY_TRY(enter(e));
-    e->accumulated = info->accumulated;
-    e->updates = info->updates;
-    e->damaged = 0;
-    e->knows_squares = 0;
-    if (anepy_scaled(e)) {
-        e->loss_scale = info->loss_scale;
-        e->clean_steps = info->clean_steps;
-    }
-    anepy_recompile(e, 1);
+    anepy_restore(e, info);
     return leave(e, ANEPY_OK);
 }

@@ -122,12 +122,13 @@ MUTATIONS = [
     ),
     ("steady", "device/metal/metal.m", "memory % ANEPY_METAL_PAGE != 0", "memory % 4 != 0"),
     ("numbers", "train/dw.c", "which == DW_QKV", "which == DW_W2"),
-    ("numbers", "train/dw.c", "status = anepy_gpu.wait(e->metal, &e->stats.dw_ms);", ""),
+    ("numbers", "train/dw.c", "status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);", ""),
     ("numbers", "train/dw.c", " || anepy_on(e, ANEPY_METAL_DW);", ";"),
     (
         "faults",
-        "api.c",
-        "if ((e->dw_started > 0 || e->added > 0) && e->accumulated > 0) e->damaged = 1;",
+        "train/step.c",
+        "if ((e->run.dw_started > 0 || e->run.added > 0) && e->accumulated > 0) "
+        "e->scaling.damaged = 1;",
         "",
     ),
 ]

@@ -107,3 +107,12 @@ int64_t anepy_model_final_norm(const anepy_model *model) {
 int64_t anepy_model_classifier(const anepy_model *model) {
     return model->tensors[model->config.tied ? 0 : model->tensor_n - 1].offset;
 }
+
+double anepy_step_flops(const anepy_model *model, int32_t tokens) {
+    const anepy_config *c = &model->config;
+    double s = tokens, dim = c->dim, hidden = c->hidden_dim, kv = model->kv_dim;
+    double forward =
+        c->n_layers * (2 * 2 * dim * dim + 2 * 2 * dim * kv + 3 * 2 * dim * hidden) * s;
+    double attention = (double)c->n_layers * 2 * c->n_heads * 5 * s * s * model->head_dim;
+    return 3 * forward + attention + 3 * 2 * (double)c->vocab_size * dim * s;
+}

@@ -5,6 +5,8 @@
  * Programs and host compute with one and the same set at any time: a copy of the parameters, made
  * before its compilation starts, which changes hands only between steps. So the gradients of an
  * update belong to the weights of the update before it: one update stale. */
+#include "train/compile.h"
+
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,10 +15,11 @@
 #include "runtime/fpmode.h"
 #include "runtime/memory.h"
 #include "runtime/threads.h"
-#include "train/engine.h"
+#include "train/wiring.h"
 
 struct anepy_compiler {
-    anepy_engine *engine;
+    const anepy_engine *engine;
+    anepy_room *room;
     float *sets[2]; /* copies of the parameters: in use, and being compiled */
     int32_t used;   /* which one is in use */
     uint64_t nbytes;
@@ -35,35 +38,39 @@ static int baked(const anepy_node *node) {
 }
 
 /* What has to be compiled: at first everything, later what has weights. */
-static int32_t list(const anepy_engine *e, anepy_instance *instances) {
+static int32_t list(const anepy_room *room, anepy_instance *instances) {
     int32_t n = 0;
-    for (int32_t i = 0; i < e->node_n; i++)
-        if (e->nodes[i].kernel == NULL || baked(&e->nodes[i]))
-            instances[n++] = (anepy_instance){&e->nodes[i].program, e->nodes[i].layer};
+    for (int32_t i = 0; i < room->node_n; i++) {
+        const anepy_node *node = &room->nodes[i];
+        if (node->kernel == NULL || baked(node))
+            instances[n++] = (anepy_instance){&node->program, node->layer};
+    }
     return n;
 }
 
 /* Takes over the kernels of the list. The new set is complete before the old one goes. */
 static int32_t install(anepy_engine *e, anepy_kernel *const *kernels) {
-    for (int32_t i = 0; i < e->node_n; i++) {
-        anepy_node *node = &e->nodes[i];
+    anepy_room *room = e->room;
+    for (int32_t i = 0; i < room->node_n; i++) {
+        anepy_node *node = &room->nodes[i];
         if (node->kernel != NULL && !baked(node)) continue;
-        if (node->kernel != NULL) e->device->ops->release(node->kernel);
+        if (node->kernel != NULL) room->device->ops->release(node->kernel);
         node->kernel = *kernels++;
     }
-    for (int32_t i = 0; i < e->node_n; i++) ANEPY_TRY(anepy_bind(e, &e->nodes[i]));
+    for (int32_t i = 0; i < room->node_n; i++) ANEPY_TRY(anepy_bind(e, &room->nodes[i]));
     return ANEPY_OK;
 }
 
 static int32_t compile_now(anepy_engine *e, const float *weights) {
-    anepy_instance *instances = calloc((size_t)e->node_n, sizeof *instances);
-    anepy_kernel **kernels = calloc((size_t)e->node_n, sizeof *kernels);
+    anepy_device *device = e->room->device;
+    anepy_instance *instances = calloc((size_t)e->room->node_n, sizeof *instances);
+    anepy_kernel **kernels = calloc((size_t)e->room->node_n, sizeof *kernels);
     int32_t status;
     if (instances == NULL || kernels == NULL) {
         status = anepy_fail(ANEPY_E_MEMORY, "no memory for the program list");
     } else {
-        int32_t n = list(e, instances);
-        status = e->device->ops->compile(e->device, instances, n, weights, kernels);
+        int32_t n = list(e->room, instances);
+        status = device->ops->compile(device, instances, n, weights, kernels);
         if (status == ANEPY_OK) status = install(e, kernels);
     }
     free(instances);
@@ -71,7 +78,7 @@ static int32_t compile_now(anepy_engine *e, const float *weights) {
     return status;
 }
 
-/* ------------------------------------------------------------------------------ in the background
+/* ----------------------------------------------------------------------------- in the background
  */
 
 static void copy_piece(void *context, int32_t index, int32_t worker) {
@@ -90,19 +97,20 @@ static void copy_parameters(anepy_compiler *c) {
 
 static void change_sets(anepy_compiler *c) {
     c->used = !c->used;
-    c->engine->weights = c->sets[c->used];
+    c->room->effective = c->sets[c->used];
 }
 
 static int32_t create(anepy_engine *e) {
     anepy_compiler *c = calloc(1, sizeof *c);
     if (c == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the background compiler");
-    e->compiler = c;
+    e->room->compiler = c;
     c->engine = e;
+    c->room = e->room;
     c->nbytes = (uint64_t)e->model->arena_n * sizeof(float);
     c->sets[0] = anepy_map(c->nbytes);
     c->sets[1] = anepy_map(c->nbytes);
-    c->instances = calloc((size_t)e->node_n, sizeof *c->instances);
-    c->kernels = calloc((size_t)e->node_n, sizeof *c->kernels);
+    c->instances = calloc((size_t)e->room->node_n, sizeof *c->instances);
+    c->kernels = calloc((size_t)e->room->node_n, sizeof *c->kernels);
     if (c->sets[0] == NULL || c->sets[1] == NULL || c->instances == NULL || c->kernels == NULL)
         return anepy_fail(ANEPY_E_MEMORY, "no memory for two copies of the weights, %llu bytes",
                           (unsigned long long)(2 * c->nbytes));
@@ -113,7 +121,7 @@ static int32_t create(anepy_engine *e) {
 
 static void *compile_main(void *context) {
     anepy_compiler *c = context;
-    anepy_device *device = c->engine->device;
+    anepy_device *device = c->room->device;
     anepy_fpmode_enter();
     c->status = device->ops->compile(device, c->instances, c->n, c->sets[!c->used], c->kernels);
     if (c->status != ANEPY_OK) anepy_last_error(c->error, sizeof c->error);
@@ -122,7 +130,7 @@ static void *compile_main(void *context) {
 
 static int32_t start(anepy_compiler *c) {
     copy_parameters(c);
-    c->n = list(c->engine, c->instances);
+    c->n = list(c->room, c->instances);
     c->pid = getpid();
     ANEPY_TRY(anepy_thread_start(&c->thread, compile_main, c));
     c->running = 1;
@@ -140,19 +148,19 @@ static int32_t finish(anepy_compiler *c) {
 /* ------------------------------------------------------------------------------- for the engine */
 
 int32_t anepy_compile_open(anepy_engine *e) {
-    e->weights = e->params;
-    e->stale = 1;
+    e->room->effective = e->params;
+    e->room->stale = 1;
     /* With dynamic weights there is nothing to compile again. */
     int background = anepy_on(e, ANEPY_BACKGROUND_COMPILE) && !anepy_on(e, ANEPY_DYNAMIC_WEIGHTS);
     return background ? create(e) : ANEPY_OK;
 }
 
 int32_t anepy_compile_settle(anepy_engine *e) {
-    anepy_compiler *c = e->compiler;
+    anepy_compiler *c = e->room->compiler;
     if (c == NULL || !c->running) return ANEPY_OK;
     int32_t status = finish(c);
     if (status == ANEPY_E_BUDGET) {
-        e->stale = 1; /* said when the next step needs programs */
+        e->room->stale = 1; /* said when the next step needs programs */
         return ANEPY_OK;
     }
     if (status != ANEPY_OK)
@@ -165,33 +173,37 @@ int32_t anepy_compile_settle(anepy_engine *e) {
 }
 
 int32_t anepy_compile(anepy_engine *e) {
-    anepy_compiler *c = e->compiler;
+    anepy_room *room = e->room;
+    anepy_compiler *c = room->compiler;
+    anepy_device *device = room->device;
     if (c != NULL) {
         if (c->running && finish(c) == ANEPY_OK) /* what it made is out of date */
-            for (int32_t i = 0; i < c->n; i++) e->device->ops->release(c->kernels[i]);
+            for (int32_t i = 0; i < c->n; i++) device->ops->release(c->kernels[i]);
         copy_parameters(c);
     }
-    if (anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) && e->nodes[0].kernel != NULL)
-        ANEPY_TRY(e->device->ops->load_weights(e->device, e->params));
+    if (anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) && room->nodes[0].kernel != NULL)
+        ANEPY_TRY(device->ops->load_weights(device, e->params));
     else ANEPY_TRY(compile_now(e, c != NULL ? c->sets[!c->used] : e->params));
     if (c != NULL) change_sets(c);
-    e->stale = 0;
+    room->stale = 0;
     return ANEPY_OK;
 }
 
 void anepy_recompile(anepy_engine *e, int at_once) {
+    anepy_room *room = e->room;
     if (anepy_can(e, ANEPY_LIVE_WEIGHTS)) return;
-    if (e->compiler != NULL && !at_once && !e->stale && start(e->compiler) == ANEPY_OK) return;
-    e->stale = 1; /* whatever happens now, the old programs are not to be used */
+    if (room->compiler != NULL && !at_once && !room->stale && start(room->compiler) == ANEPY_OK)
+        return;
+    room->stale = 1; /* whatever happens now, the old programs are not to be used */
     (void)anepy_compile(e);
 }
 
-uint64_t anepy_compile_nbytes(const anepy_engine *e) {
-    return e->compiler != NULL ? 2 * e->compiler->nbytes : 0;
+uint64_t anepy_compile_nbytes(const anepy_room *room) {
+    return room->compiler != NULL ? 2 * room->compiler->nbytes : 0;
 }
 
-void anepy_compile_close(anepy_engine *e) {
-    anepy_compiler *c = e->compiler;
+void anepy_compile_close(anepy_room *room) {
+    anepy_compiler *c = room->compiler;
     if (c == NULL) return;
     if (c->running && c->pid == getpid()) finish(c);
     anepy_unmap(c->sets[0], c->nbytes);
@@ -199,5 +211,5 @@ void anepy_compile_close(anepy_engine *e) {
     free(c->instances);
     free(c->kernels);
     free(c);
-    e->compiler = NULL;
+    room->compiler = NULL;
 }

@@ -1,9 +1,10 @@
 /* train/dw.c - weight gradients: dW (+)= dY . X^T of each layer, in the background. */
+#include "train/dw.h"
+
 #include <stdatomic.h>
 #include <string.h>
 
 #include "runtime/memory.h"
-#include "train/engine.h"
 
 #define CONVERT_ROWS 64 /* per piece */
 
@@ -11,22 +12,22 @@ static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
 }
 
-/* bf16 products with fp16_cache: a factor is used as the device rounded it, */
-static int is_rounded(const anepy_engine *e, const anepy_operand *o) {
+/* Whether the device has rounded this factor to bf16, and fp16_cache lets the product read that. */
+static int device_rounded(const anepy_engine *e, const anepy_operand *o) {
     return anepy_on(e, ANEPY_FP16_CACHE) && o->source->dtype == ANEPY_BF16 &&
            !anepy_on(e, ANEPY_METAL_DW);
 }
 
-/* or rounded once, by the product's task. */
-static int rounds(const anepy_engine *e, const anepy_operand *o) {
-    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && !is_rounded(e, o) &&
+/* Whether the product's task rounds this factor to bf16, once, before it multiplies. */
+static int task_rounds(const anepy_engine *e, const anepy_operand *o) {
+    return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && !device_rounded(e, o) &&
            !anepy_on(e, ANEPY_METAL_DW);
 }
 
 int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {
-    int64_t n = (int64_t)o->channels * e->width;
-    if (is_rounded(e, o)) return 0;
-    if (rounds(e, o)) return n / 2;
+    int64_t n = (int64_t)o->channels * e->room->width;
+    if (device_rounded(e, o)) return 0;
+    if (task_rounds(e, o)) return n / 2;
     if (o->source->device == NULL) return 0;
     if (anepy_on(e, ANEPY_FP16_CACHE) && o->source->dtype == ANEPY_F32) return 0;
     return caches_raw(e) ? n + n / 2 : n;
@@ -34,11 +35,11 @@ int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {
 
 const uint16_t *anepy_capture_raw(const anepy_engine *e, const anepy_operand *o) {
     if (o->source->device == NULL || !caches_raw(e)) return NULL;
-    return (const uint16_t *)(const void *)(o->capture + (int64_t)o->channels * e->width);
+    return (const uint16_t *)(const void *)(o->capture + (int64_t)o->channels * e->room->width);
 }
 
 static int32_t read_raw(anepy_engine *e, anepy_operand *o) {
-    const anepy_device_ops *ops = e->device->ops;
+    const anepy_device_ops *ops = e->room->device->ops;
     anepy_surface *s = o->source;
     int64_t n = (int64_t)o->channels * s->width;
     ANEPY_TRY(ops->lock(s, 0));
@@ -68,12 +69,12 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
             return anepy_fail(ANEPY_E_MEMORY, "no memory for a capture buffer of %llu bytes",
                               (unsigned long long)nbytes);
     }
-    if (is_rounded(e, o)) {
+    if (device_rounded(e, o)) {
         *rounded = (const uint16_t *)s->data + (int64_t)o->channel * s->width;
         return ANEPY_OK;
     }
-    if (rounds(e, o)) *rounded = (const uint16_t *)(const void *)o->capture;
-    if (rounds(e, o) || n == 0) {
+    if (task_rounds(e, o)) *rounded = (const uint16_t *)(const void *)o->capture;
+    if (task_rounds(e, o) || n == 0) {
         *out = in_place(o);
         return ANEPY_OK;
     }
@@ -83,21 +84,21 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
 }
 
 static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
-    int converts = rounds(e, o) || anepy_capture_raw(e, o) != NULL;
+    int converts = task_rounds(e, o) || anepy_capture_raw(e, o) != NULL;
     return converts ? (o->channels + CONVERT_ROWS - 1) / CONVERT_ROWS : 0;
 }
 
 static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece) {
-    int64_t first = (int64_t)piece * CONVERT_ROWS * e->width;
+    int64_t first = (int64_t)piece * CONVERT_ROWS * e->room->width;
     int32_t rows = anepy_min_i32(CONVERT_ROWS, o->channels - piece * CONVERT_ROWS);
-    if (rounds(e, o)) {
+    if (task_rounds(e, o)) {
         uint16_t *out = (uint16_t *)(void *)o->capture;
-        for (int64_t at = first; at < first + (int64_t)rows * e->width; at += e->width)
-            e->gemm.bf16->to_bf16(out + at, in_place(o) + at, e->columns);
+        for (int64_t at = first; at < first + (int64_t)rows * e->room->width; at += e->room->width)
+            e->room->gemm.bf16->to_bf16(out + at, in_place(o) + at, e->run.columns);
         return;
     }
-    anepy_vector(e)->from_half(o->capture + first, anepy_capture_raw(e, o) + first,
-                               (int64_t)rows * e->width);
+    e->kernels->from_half(o->capture + first, anepy_capture_raw(e, o) + first,
+                          (int64_t)rows * e->room->width);
 }
 
 /* Indices are taken in order, so whoever waits here waits for conversions that are being done. */
@@ -118,10 +119,10 @@ static void dw_piece(void *context, int32_t index, int32_t worker) {
 
 /* On the GPU the products of a layer are one group: the last is that of wq, wk, wv. */
 static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
-    anepy_dw *dw = &e->layers[layer].dw[which];
-    e->dw_started++;
-    if (e->metal != NULL)
-        return anepy_gpu.multiply(e->metal, layer * DW_N + which, &dw->job.product,
+    anepy_dw *dw = &e->room->layers[layer].dw[which];
+    e->run.dw_started++;
+    if (e->room->metal != NULL)
+        return anepy_gpu.multiply(e->room->metal, layer * DW_N + which, &dw->job.product,
                                   which == DW_QKV);
     dw->engine = e;
     dw->conversions = conversions(e, &dw->dy) + conversions(e, &dw->x);
@@ -132,27 +133,27 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
 }
 
 int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
-    anepy_dw *dw = &e->layers[layer].dw[which];
+    anepy_dw *dw = &e->room->layers[layer].dw[which];
     const float *dy = NULL, *x = NULL;
     const uint16_t *dy16 = NULL, *x16 = NULL;
     ANEPY_TRY(fetch(e, &dw->dy, &dy, &dy16));
     ANEPY_TRY(fetch(e, &dw->x, &x, &x16));
-    dw->job = (anepy_gemm_job){&e->gemm,
+    dw->job = (anepy_gemm_job){&e->room->gemm,
                                {.c = e->grads + dw->gradient,
                                 .ldc = dw->x.channels,
                                 .a = dy,
-                                .a_row = e->width,
+                                .a_row = e->room->width,
                                 .a_step = 1,
                                 .b = x,
                                 .a16 = dy16,
                                 .b16 = x16,
-                                .ldb = e->width,
+                                .ldb = e->room->width,
                                 .b_transposed = 1,
                                 .m = dw->dy.channels,
                                 .n = dw->x.channels,
                                 .k = anepy_reduction(e),
                                 .accumulate = anepy_adds(e),
-                                .squares = e->notes_squares ? dw->squares : NULL}};
+                                .squares = e->squares.taking ? dw->squares : NULL}};
     return anepy_scaled(e) ? ANEPY_OK : start(e, layer, which);
 }
 
@@ -166,11 +167,12 @@ int32_t anepy_dw_start_all(anepy_engine *e) {
 int32_t anepy_dw_wait(anepy_engine *e) {
     int32_t status = ANEPY_OK;
     anepy_pool_wait(e->pool);
-    if (e->metal != NULL) status = anepy_gpu.wait(e->metal, &e->stats.dw_ms);
+    if (e->room->metal != NULL) status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);
     if (anepy_keeps_captures(e)) return status;
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
-            anepy_operand *operands[2] = {&e->layers[l].dw[i].dy, &e->layers[l].dw[i].x};
+            anepy_operand *operands[2] = {&e->room->layers[l].dw[i].dy,
+                                          &e->room->layers[l].dw[i].x};
             for (int32_t o = 0; o < 2; o++) {
                 anepy_heap_free(operands[o]->capture);
                 operands[o]->capture = NULL;
@@ -188,20 +190,22 @@ int anepy_keeps_captures(const anepy_engine *e) {
 static int32_t share_surface(anepy_engine *e, const anepy_operand *o) {
     const anepy_surface *s = o->source;
     if (s->device == NULL || o->capture != NULL) return ANEPY_OK;
-    return anepy_gpu.share(e->metal, s->data,
+    return anepy_gpu.share(e->room->metal, s->data,
                            (uint64_t)s->channels * (uint64_t)s->width * sizeof(float));
 }
 
 int32_t anepy_dw_open_gpu(anepy_engine *e) {
     int32_t layers = e->model->config.n_layers;
-    ANEPY_TRY(anepy_gpu.open(&e->metal, layers * DW_N));
-    ANEPY_TRY(anepy_gpu.share(e->metal, e->grads, (uint64_t)e->model->arena_n * sizeof(float)));
-    ANEPY_TRY(anepy_gpu.share(e->metal, e->host, e->host_nbytes));
-    if (e->captures != NULL) ANEPY_TRY(anepy_gpu.share(e->metal, e->captures, e->captures_nbytes));
+    ANEPY_TRY(anepy_gpu.open(&e->room->metal, layers * DW_N));
+    ANEPY_TRY(
+        anepy_gpu.share(e->room->metal, e->grads, (uint64_t)e->model->arena_n * sizeof(float)));
+    ANEPY_TRY(anepy_gpu.share(e->room->metal, e->room->host, e->room->host_nbytes));
+    if (e->room->captures != NULL)
+        ANEPY_TRY(anepy_gpu.share(e->room->metal, e->room->captures, e->room->captures_nbytes));
     for (int32_t l = 0; l < layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
-            ANEPY_TRY(share_surface(e, &e->layers[l].dw[i].dy));
-            ANEPY_TRY(share_surface(e, &e->layers[l].dw[i].x));
+            ANEPY_TRY(share_surface(e, &e->room->layers[l].dw[i].dy));
+            ANEPY_TRY(share_surface(e, &e->room->layers[l].dw[i].x));
         }
     }
     return ANEPY_OK;

@@ -1,32 +1,33 @@
 /* train/embed.c - token embeddings: rows of [vocab, dim] to columns of [dim, width] and back. */
-#include <string.h>
+#include "train/embed.h"
 
-#include "train/engine.h"
+#include <string.h>
 
 #define COLS ANEPY_COLUMNS
 
 /* vector_embed off: element by element, as the research programs did. */
 static void gather_scalar(anepy_engine *e) {
-    const float *table = e->weights + anepy_model_embedding(e->model);
-    float *x = e->layers[0].x.data;
+    const float *table = e->room->effective + anepy_model_embedding(e->model);
+    float *x = e->room->layers[0].x.data;
     int64_t dim = e->model->config.dim;
-    for (int64_t d = 0; d < dim; d++, x += e->width) {
-        const int32_t *token = e->tokens;
-        for (int32_t start = 0; start < e->columns; start += e->stride) {
-            for (int32_t s = 0; s < e->n; s++) x[start + s] = table[*token++ * dim + d];
-            for (int32_t s = e->n; s < e->stride; s++) x[start + s] = 0.0f;
+    for (int64_t d = 0; d < dim; d++, x += e->room->width) {
+        const int32_t *token = e->run.ids;
+        for (int32_t start = 0; start < e->run.columns; start += e->run.padded) {
+            for (int32_t s = 0; s < e->run.tokens; s++) x[start + s] = table[*token++ * dim + d];
+            for (int32_t s = e->run.tokens; s < e->run.padded; s++) x[start + s] = 0.0f;
         }
     }
 }
 
 static void scatter_scalar(anepy_engine *e) {
     float *gradient = e->grads + anepy_model_embedding(e->model);
-    const float *dx = e->dx.data;
+    const float *dx = e->room->dx.data;
     int64_t dim = e->model->config.dim;
-    for (int64_t d = 0; d < dim; d++, dx += e->width) {
-        const int32_t *token = e->tokens;
-        for (int32_t start = 0; start < e->columns; start += e->stride)
-            for (int32_t s = 0; s < e->n; s++) gradient[*token++ * dim + d] += dx[start + s];
+    for (int64_t d = 0; d < dim; d++, dx += e->room->width) {
+        const int32_t *token = e->run.ids;
+        for (int32_t start = 0; start < e->run.columns; start += e->run.padded)
+            for (int32_t s = 0; s < e->run.tokens; s++)
+                gradient[*token++ * dim + d] += dx[start + s];
     }
 }
 
@@ -34,19 +35,19 @@ static void scatter_scalar(anepy_engine *e) {
 static void gather_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
-    const float *table = e->weights + anepy_model_embedding(e->model);
-    int32_t dim = e->model->config.dim, panels = e->columns / COLS;
+    const float *table = e->room->effective + anepy_model_embedding(e->model);
+    int32_t dim = e->model->config.dim, panels = e->run.columns / COLS;
     int32_t first = index % panels * COLS, d0 = index / panels * COLS;
     int32_t depth = anepy_min_i32(COLS, dim - d0);
     anepy_span tokens = anepy_span_at(e, first);
     float block[COLS * COLS], transposed[COLS * COLS];
     for (int32_t j = 0; j < tokens.count; j++)
-        memcpy(block + j * COLS, table + (int64_t)e->tokens[tokens.first + j] * dim + d0,
+        memcpy(block + j * COLS, table + (int64_t)e->run.ids[tokens.first + j] * dim + d0,
                (size_t)depth * sizeof(float));
-    anepy_vector(e)->transpose_panel(transposed, block, COLS, tokens.count, depth);
-    float *x = (float *)e->layers[0].x.data + first;
+    e->kernels->transpose_panel(transposed, block, COLS, tokens.count, depth);
+    float *x = (float *)e->room->layers[0].x.data + first;
     for (int32_t d = 0; d < depth; d++)
-        memcpy(x + (int64_t)(d0 + d) * e->width, transposed + d * COLS, COLS * sizeof(float));
+        memcpy(x + (int64_t)(d0 + d) * e->room->width, transposed + d * COLS, COLS * sizeof(float));
 }
 
 /* A piece owns 64 channels of every row, so equal tokens never meet on two threads. */
@@ -55,20 +56,20 @@ static void scatter_block(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     int32_t dim = e->model->config.dim, d0 = index * COLS, depth = anepy_min_i32(COLS, dim - d0);
     float *gradient = e->grads + anepy_model_embedding(e->model) + d0;
-    const float *dx = (const float *)e->dx.data + (int64_t)d0 * e->width;
+    const float *dx = (const float *)e->room->dx.data + (int64_t)d0 * e->room->width;
     float transposed[COLS * COLS];
     for (int32_t s0 = 0; s0 < anepy_reduction(e); s0 += COLS) {
         anepy_span tokens = anepy_span_at(e, s0);
-        anepy_vector(e)->transpose_panel(transposed, dx + s0, e->width, depth, tokens.count);
+        e->kernels->transpose_panel(transposed, dx + s0, e->room->width, depth, tokens.count);
         for (int32_t s = 0; s < tokens.count; s++) {
-            float *row = gradient + (int64_t)e->tokens[tokens.first + s] * dim;
-            anepy_vector(e)->add(row, row, transposed + s * COLS, depth);
+            float *row = gradient + (int64_t)e->run.ids[tokens.first + s] * dim;
+            e->kernels->add(row, row, transposed + s * COLS, depth);
         }
     }
 }
 
 void anepy_embed(anepy_engine *e) {
-    int32_t blocks = (e->model->config.dim + COLS - 1) / COLS * (e->columns / COLS);
+    int32_t blocks = (e->model->config.dim + COLS - 1) / COLS * (e->run.columns / COLS);
     if (anepy_on(e, ANEPY_VECTOR_EMBED)) anepy_engine_run(e, blocks, gather_block);
     else gather_scalar(e);
 }

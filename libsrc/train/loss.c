@@ -1,14 +1,14 @@
 /* train/loss.c - classifier, soft-max cross-entropy, and their gradients. Logits are [vocab,
  * width], so all sums over the vocabulary run down columns, lane-parallel over tokens. */
+#include "train/loss.h"
+
 #include <math.h>
 #include <string.h>
-
-#include "train/engine.h"
 
 #define COLS ANEPY_COLUMNS
 #define CHUNK 512 /* vocabulary rows per piece: fixed, so that sums do not depend on threads */
 
-int32_t anepy_chunks(const anepy_engine *e) {
+int32_t anepy_loss_chunks(const anepy_engine *e) {
     return (e->model->config.vocab_size + CHUNK - 1) / CHUNK;
 }
 
@@ -18,7 +18,7 @@ typedef struct {
 } place;
 
 static place locate(const anepy_engine *e, int32_t index) {
-    int32_t panels = e->columns / COLS, chunk = index / panels;
+    int32_t panels = e->run.columns / COLS, chunk = index / panels;
     return (place){chunk, chunk * CHUNK,
                    anepy_min_i32(CHUNK, e->model->config.vocab_size - chunk * CHUNK),
                    index % panels * COLS};
@@ -28,75 +28,77 @@ static void partial_sums(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
     place p = locate(e, index);
-    float *max = e->partial + (int64_t)p.chunk * e->width + p.column;
-    float *sum = max + (int64_t)anepy_chunks(e) * e->width;
-    anepy_vector(e)->logsumexp_columns(max, sum, e->logits + (int64_t)p.row * e->width + p.column,
-                                       e->width, p.rows);
+    float *max = e->room->partial + (int64_t)p.chunk * e->room->width + p.column;
+    float *sum = max + (int64_t)anepy_loss_chunks(e) * e->room->width;
+    e->kernels->logsumexp_columns(max, sum,
+                                  e->room->logits + (int64_t)p.row * e->room->width + p.column,
+                                  e->room->width, p.rows);
 }
 
 static void logits_gradient(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
     place p = locate(e, index);
-    anepy_vector(e)->softmax_gradient(e->logits + (int64_t)p.row * e->width + p.column,
-                                      e->lse + p.column, (float)anepy_token_scale(e), e->width,
-                                      p.rows);
+    e->kernels->softmax_gradient(e->room->logits + (int64_t)p.row * e->room->width + p.column,
+                                 e->room->lse + p.column, (float)anepy_token_scale(e),
+                                 e->room->width, p.rows);
 }
 
 void anepy_loss_padding(anepy_engine *e) {
-    for (int32_t start = 0; start < e->columns; start += e->stride)
-        for (int32_t s = e->n; s < e->stride; s++) e->lse[start + s] = INFINITY;
+    for (int32_t start = 0; start < e->run.columns; start += e->run.padded)
+        for (int32_t s = e->run.tokens; s < e->run.padded; s++) e->room->lse[start + s] = INFINITY;
 }
 
 void anepy_loss_targets(anepy_engine *e) {
     for (int32_t t = 0; t < anepy_running_tokens(e); t++)
-        e->logits[(int64_t)e->targets[t] * e->width + anepy_column(e, t)] -=
+        e->room->logits[(int64_t)e->run.targets[t] * e->room->width + anepy_column(e, t)] -=
             (float)anepy_token_scale(e);
 }
 
 /* Gradients of the logits in chunks, by anepy_classifier_backward? */
 static int in_chunks(const anepy_engine *e) {
-    return e->gemm.bf16 != NULL && e->tail[ANEPY_SOFTMAX] == NULL &&
-           e->tail[ANEPY_CLASSIFIER_BWD] == NULL;
+    return e->room->gemm.bf16 != NULL && e->room->tail[ANEPY_SOFTMAX] == NULL &&
+           e->room->tail[ANEPY_CLASSIFIER_BWD] == NULL;
 }
 
 double anepy_loss(anepy_engine *e, int gradient) {
-    int32_t count = anepy_chunks(e), pieces = count * (e->columns / COLS);
+    int32_t count = anepy_loss_chunks(e), pieces = count * (e->run.columns / COLS);
     double loss = 0.0;
     anepy_engine_run(e, pieces, partial_sums);
     for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
         int32_t s = anepy_column(e, t);
-        const float *max = e->partial + s, *sum = max + (int64_t)count * e->width;
+        const float *max = e->room->partial + s, *sum = max + (int64_t)count * e->room->width;
         float top = -INFINITY;
         double total = 0.0;
-        for (int32_t c = 0; c < count; c++) top = fmaxf(top, max[(int64_t)c * e->width]);
+        for (int32_t c = 0; c < count; c++) top = fmaxf(top, max[(int64_t)c * e->room->width]);
         for (int32_t c = 0; c < count; c++)
-            total += sum[(int64_t)c * e->width] * exp((double)max[(int64_t)c * e->width] - top);
+            total += sum[(int64_t)c * e->room->width] *
+                     exp((double)max[(int64_t)c * e->room->width] - top);
         double lse = top + log(total);
-        e->lse[s] = (float)lse;
-        loss += lse - e->logits[(int64_t)e->targets[t] * e->width + s];
+        e->room->lse[s] = (float)lse;
+        loss += lse - e->room->logits[(int64_t)e->run.targets[t] * e->room->width + s];
     }
     if (gradient) anepy_loss_padding(e);
     if (gradient && !in_chunks(e)) {
         anepy_engine_run(e, pieces, logits_gradient);
         anepy_loss_targets(e);
     }
-    return loss / e->n;
+    return loss / e->run.tokens;
 }
 
 void anepy_classifier(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
-    anepy_product product = {.c = e->logits,
-                             .ldc = e->width,
-                             .a = e->weights + anepy_model_classifier(e->model),
+    anepy_product product = {.c = e->room->logits,
+                             .ldc = e->room->width,
+                             .a = e->room->effective + anepy_model_classifier(e->model),
                              .a_row = dim,
                              .a_step = 1,
-                             .b = e->xnorm,
-                             .ldb = e->width,
+                             .b = e->room->xnorm,
+                             .ldb = e->room->width,
                              .m = e->model->config.vocab_size,
-                             .n = e->columns,
+                             .n = e->run.columns,
                              .k = dim};
-    anepy_gemm_run(&e->gemm, &product);
+    anepy_gemm_run(&e->room->gemm, &product);
 }
 
 typedef struct {
@@ -112,10 +114,10 @@ static void copy_logits(void *context, int32_t index, int32_t worker) {
     int32_t vocab = e->model->config.vocab_size, first = index * COLS;
     int32_t rows = anepy_min_i32(COLS, vocab - first);
     float block[COLS * COLS];
-    for (int32_t t0 = 0; t0 < e->n; t0 += COLS) {
-        int32_t count = anepy_min_i32(COLS, e->n - t0);
-        anepy_vector(e)->transpose_panel(block, e->logits + (int64_t)first * e->width + t0,
-                                         e->width, rows, count);
+    for (int32_t t0 = 0; t0 < e->run.tokens; t0 += COLS) {
+        int32_t count = anepy_min_i32(COLS, e->run.tokens - t0);
+        e->kernels->transpose_panel(block, e->room->logits + (int64_t)first * e->room->width + t0,
+                                    e->room->width, rows, count);
         for (int32_t t = 0; t < count; t++)
             memcpy(task->out + (int64_t)(t0 + t) * vocab + first, block + t * COLS,
                    (size_t)rows * sizeof(float));
@@ -140,55 +142,60 @@ static void round_gradient(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const chunk *c = context;
     anepy_engine *e = c->e;
-    int32_t panels = e->columns / COLS, row = index / panels * COLS, column = index % panels * COLS;
+    int32_t panels = e->run.columns / COLS, row = index / panels * COLS,
+            column = index % panels * COLS;
     int32_t rows = anepy_min_i32(COLS, c->rows - row), first = c->first + row;
     float block[COLS * COLS], scale = (float)anepy_token_scale(e);
     for (int32_t r = 0; r < rows; r++)
-        memcpy(block + r * COLS, e->logits + (int64_t)(first + r) * e->width + column,
+        memcpy(block + r * COLS, e->room->logits + (int64_t)(first + r) * e->room->width + column,
                COLS * sizeof(float));
-    anepy_vector(e)->softmax_gradient(block, e->lse + column, scale, COLS, rows);
+    e->kernels->softmax_gradient(block, e->room->lse + column, scale, COLS, rows);
     anepy_span tokens = anepy_span_at(e, column);
     for (int32_t s = 0; s < tokens.count; s++) {
-        int32_t target = e->targets[tokens.first + s] - first;
+        int32_t target = e->run.targets[tokens.first + s] - first;
         if (target >= 0 && target < rows) block[target * COLS + s] -= scale;
     }
     for (int32_t r = 0; r < rows; r++)
-        e->gemm.bf16->to_bf16(e->dlogits + (int64_t)(row + r) * e->width + column, block + r * COLS,
-                              COLS);
-    anepy_gemm_pack_rows(&e->gemm, c->rows, block, COLS, row, rows, column, COLS);
+        e->room->gemm.bf16->to_bf16(e->room->dlogits + (int64_t)(row + r) * e->room->width + column,
+                                    block + r * COLS, COLS);
+    anepy_gemm_pack_rows(&e->room->gemm, c->rows, block, COLS, row, rows, column, COLS);
 }
 
 static void backward_in_chunks(anepy_engine *e) {
     int32_t dim = e->model->config.dim, vocab = e->model->config.vocab_size;
     int64_t matrix = anepy_model_classifier(e->model);
-    anepy_gemm for_dw = e->gemm;
-    anepy_product dx = {
-        .c = e->dxnorm, .ldc = e->width, .a_row = 1, .a_step = dim, .m = dim, .n = e->columns};
+    anepy_gemm for_dw = e->room->gemm;
+    anepy_product dx = {.c = e->room->dxnorm,
+                        .ldc = e->room->width,
+                        .a_row = 1,
+                        .a_step = dim,
+                        .m = dim,
+                        .n = e->run.columns};
     anepy_product dw = {.ldc = dim,
-                        .a16 = e->dlogits,
-                        .a_row = e->width,
+                        .a16 = e->room->dlogits,
+                        .a_row = e->room->width,
                         .a_step = 1,
-                        .b = e->xnorm,
-                        .ldb = e->width,
+                        .b = e->room->xnorm,
+                        .ldb = e->room->width,
                         .b_transposed = 1,
                         .n = dim,
                         .k = anepy_reduction(e),
                         .accumulate = anepy_adds(e)};
-    for_dw.panels = e->xnorm_panels;
-    e->dw_started++;
+    for_dw.panels = e->room->xnorm_panels;
+    e->run.dw_started++;
     anepy_gemm_pack(&for_dw, &dw);
     for (int32_t first = 0; first < vocab; first += ANEPY_CHUNK_ROWS) {
         chunk c = {e, first, anepy_min_i32(ANEPY_CHUNK_ROWS, vocab - first)};
         int64_t at = matrix + (int64_t)first * dim;
-        anepy_pool_run(e->pool, (c.rows + COLS - 1) / COLS * (e->columns / COLS), round_gradient,
-                       &c);
-        dx.a = e->weights + at;
+        anepy_pool_run(e->pool, (c.rows + COLS - 1) / COLS * (e->run.columns / COLS),
+                       round_gradient, &c);
+        dx.a = e->room->effective + at;
         dx.k = c.rows;
         dx.accumulate = first > 0;
-        anepy_gemm_multiply(&e->gemm, &dx);
+        anepy_gemm_multiply(&e->room->gemm, &dx);
         dw.c = e->grads + at;
         dw.m = c.rows;
-        dw.squares = e->notes_squares ? e->row_squares + first : NULL;
+        dw.squares = e->squares.taking ? e->squares.rows + first : NULL;
         anepy_gemm_multiply(&for_dw, &dw);
     }
 }
@@ -199,17 +206,17 @@ void anepy_classifier_backward(anepy_engine *e) {
         backward_in_chunks(e);
         return;
     }
-    anepy_product product = {.c = e->dxnorm,
-                             .ldc = e->width,
-                             .a = e->weights + anepy_model_classifier(e->model),
+    anepy_product product = {.c = e->room->dxnorm,
+                             .ldc = e->room->width,
+                             .a = e->room->effective + anepy_model_classifier(e->model),
                              .a_row = 1,
                              .a_step = dim,
-                             .b = e->logits,
-                             .ldb = e->width,
+                             .b = e->room->logits,
+                             .ldb = e->room->width,
                              .m = dim,
-                             .n = e->columns,
+                             .n = e->run.columns,
                              .k = e->model->config.vocab_size};
-    anepy_gemm_run(&e->gemm, &product);
+    anepy_gemm_run(&e->room->gemm, &product);
 }
 
 void anepy_classifier_dw(anepy_engine *e) {
@@ -217,16 +224,16 @@ void anepy_classifier_dw(anepy_engine *e) {
     if (in_chunks(e)) return; /* done with dX */
     anepy_product product = {.c = e->grads + anepy_model_classifier(e->model),
                              .ldc = dim,
-                             .a = e->logits,
-                             .a_row = e->width,
+                             .a = e->room->logits,
+                             .a_row = e->room->width,
                              .a_step = 1,
-                             .b = e->xnorm,
-                             .ldb = e->width,
+                             .b = e->room->xnorm,
+                             .ldb = e->room->width,
                              .b_transposed = 1,
                              .m = e->model->config.vocab_size,
                              .n = dim,
                              .k = anepy_reduction(e),
                              .accumulate = anepy_adds(e),
-                             .squares = e->notes_squares ? e->row_squares : NULL};
-    anepy_gemm_run(&e->gemm, &product);
+                             .squares = e->squares.taking ? e->squares.rows : NULL};
+    anepy_gemm_run(&e->room->gemm, &product);
 }

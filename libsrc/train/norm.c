@@ -1,7 +1,7 @@
 /* train/norm.c - RMSNorm outside the programs (final norm, all backward passes) and residuals. */
-#include <string.h>
+#include "train/norm.h"
 
-#include "train/engine.h"
+#include <string.h>
 
 #define COLS ANEPY_COLUMNS
 #define PIECE_ROWS 64
@@ -19,12 +19,13 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     float rstd[COLS];
     int64_t j = (int64_t)index * COLS;
-    anepy_vector(e)->rmsnorm(e->xnorm + j, e->width, rstd, (const float *)e->x_final.data + j,
-                             e->weights + anepy_model_final_norm(e->model), e->model->config.dim,
-                             e->width);
+    e->kernels->rmsnorm(e->room->xnorm + j, e->room->width, rstd,
+                        (const float *)e->room->x_final.data + j,
+                        e->room->effective + anepy_model_final_norm(e->model), e->model->config.dim,
+                        e->room->width);
 }
 
-void anepy_final_norm(anepy_engine *e) { anepy_engine_run(e, e->columns / COLS, norm_panel); }
+void anepy_final_norm(anepy_engine *e) { anepy_engine_run(e, e->run.columns / COLS, norm_panel); }
 
 /* With r = rstd: dx = r (w dy) - x r^3/D sum(w dy x); dw = sum over tokens of dy x r
  * (ane-facts.md 5.3 no. 1 has the form to avoid). */
@@ -32,9 +33,9 @@ static void stats_panel(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const norm_task *t = context;
     int64_t j = (int64_t)index * COLS;
-    anepy_vector(t->e)->rmsnorm_stats(t->e->rstd + j, t->e->coef + j, t->dy + j, t->x + j,
-                                      t->e->weights + t->weight, t->e->model->config.dim,
-                                      t->e->width);
+    t->e->kernels->rmsnorm_stats(t->e->room->rstd + j, t->e->room->coef + j, t->dy + j, t->x + j,
+                                 t->e->room->effective + t->weight, t->e->model->config.dim,
+                                 t->e->room->width);
 }
 
 static void backward_rows(void *context, int32_t index, int32_t worker) {
@@ -43,13 +44,13 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = t->e;
     int32_t end = anepy_min_i32(e->model->config.dim, (index + 1) * PIECE_ROWS);
     for (int32_t c = index * PIECE_ROWS; c < end; c++) {
-        int64_t row = (int64_t)c * e->width;
-        const float *residual = t->residual != NULL ? t->residual + row : e->zeros;
-        t->gradient[c] =
-            anepy_vector(e)->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row, e->rstd,
-                                         e->coef, e->weights[t->weight + c], e->columns);
+        int64_t row = (int64_t)c * e->room->width;
+        const float *residual = t->residual != NULL ? t->residual + row : e->room->zeros;
+        t->gradient[c] = e->kernels->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row,
+                                                 e->room->rstd, e->room->coef,
+                                                 e->room->effective[t->weight + c], e->run.columns);
         if (t->through != NULL) /* the device's dx in place of that one */
-            anepy_vector(e)->add(t->dx + row, residual, t->through + row, e->columns);
+            e->kernels->add(t->dx + row, residual, t->through + row, e->run.columns);
     }
 }
 
@@ -57,7 +58,7 @@ void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, cons
                          const float *x, const float *through, int64_t weight, int32_t which) {
     float *gradient = e->norm_gradients + (int64_t)which * e->model->config.dim;
     norm_task task = {e, dx, residual, dy, x, through, weight, gradient};
-    anepy_pool_run(e->pool, e->columns / COLS, stats_panel, &task);
+    anepy_pool_run(e->pool, e->run.columns / COLS, stats_panel, &task);
     anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, backward_rows,
                    &task);
 }
@@ -71,7 +72,7 @@ void anepy_norm_accumulate(anepy_engine *e) {
             i < 2 * layers ? anepy_model_layer(m, i / 2, tensor) : anepy_model_final_norm(m);
         float *gradient = e->grads + offset;
         const float *row = e->norm_gradients + (int64_t)i * dim;
-        if (anepy_adds(e)) anepy_vector(e)->add(gradient, gradient, row, dim);
+        if (anepy_adds(e)) e->kernels->add(gradient, gradient, row, dim);
         else memcpy(gradient, row, (size_t)dim * sizeof(float));
     }
 }
@@ -87,8 +88,8 @@ static void add_rows(void *context, int32_t index, int32_t worker) {
     const add_task *t = context;
     int32_t end = anepy_min_i32(t->e->model->config.dim, (index + 1) * PIECE_ROWS);
     for (int32_t c = index * PIECE_ROWS; c < end; c++) {
-        int64_t row = (int64_t)c * t->e->width;
-        anepy_vector(t->e)->add(t->out + row, t->a + row, t->b + row, t->e->columns);
+        int64_t row = (int64_t)c * t->e->room->width;
+        t->e->kernels->add(t->out + row, t->a + row, t->b + row, t->e->run.columns);
     }
 }
 

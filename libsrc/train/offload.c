@@ -2,37 +2,41 @@
  *
  * Classifier programs come in parts of the vocabulary. The soft-max program works on groups of
  * tokens (programs.h says why, and how the host joins them). */
+#include "train/offload.h"
+
 #include <math.h>
 #include <string.h>
 
-#include "train/engine.h"
+#include "train/loss.h"
+#include "train/wiring.h"
 
 #define COLS ANEPY_COLUMNS
 
 int32_t anepy_offload_logits(anepy_engine *e, double *mark) {
-    anepy_node *part = e->tail[ANEPY_CLASSIFIER_FWD];
+    anepy_node *part = e->room->tail[ANEPY_CLASSIFIER_FWD];
     const anepy_node *end = part + part->program.parts;
     for (; part < end; part++) {
         ANEPY_TRY(anepy_evaluate(e, part, mark));
         if (part->output == NULL) continue; /* bound to the logits */
         ANEPY_TRY(anepy_surface_read(part->output, 0, part->program.output_channels,
-                                     e->logits + (int64_t)part->program.first_row * e->width));
-        anepy_count(mark, &e->stats.io_ms);
+                                     e->room->logits +
+                                         (int64_t)part->program.first_row * e->room->width));
+        anepy_count(mark, &e->run.stats.io_ms);
     }
     return ANEPY_OK;
 }
 
 int32_t anepy_offload_classifier_backward(anepy_engine *e, double *mark) {
-    anepy_node *part = e->tail[ANEPY_CLASSIFIER_BWD];
-    int64_t n = (int64_t)e->model->config.dim * e->width;
+    anepy_node *part = e->room->tail[ANEPY_CLASSIFIER_BWD];
+    int64_t n = (int64_t)e->model->config.dim * e->room->width;
     const anepy_node *end = part + part->program.parts;
     for (; part < end; part++) {
         const float *dx;
         ANEPY_TRY(anepy_evaluate(e, part, mark));
         ANEPY_TRY(anepy_read_output(e, part, CLASSIFIER_BWD_DX, 0, &dx));
-        if (part->program.part == 0) memcpy(e->dxnorm, dx, (size_t)n * sizeof(float));
-        else anepy_vector(e)->add(e->dxnorm, e->dxnorm, dx, n);
-        anepy_count(mark, &e->stats.io_ms);
+        if (part->program.part == 0) memcpy(e->room->dxnorm, dx, (size_t)n * sizeof(float));
+        else e->kernels->add(e->room->dxnorm, e->room->dxnorm, dx, n);
+        anepy_count(mark, &e->run.stats.io_ms);
     }
     return ANEPY_OK;
 }
@@ -56,10 +60,9 @@ static place locate(const join_task *t, int32_t index) {
 
 /* 64 probabilities of a token as float32. The surface is locked. */
 static void probabilities(const anepy_engine *e, int32_t token, int32_t column, float *out) {
-    const anepy_surface *s = e->tail[ANEPY_SOFTMAX]->output;
-    int64_t at = (int64_t)token * e->width + column;
-    if (s->dtype == ANEPY_F16)
-        anepy_vector(e)->from_half(out, (const uint16_t *)s->data + at, COLS);
+    const anepy_surface *s = e->room->tail[ANEPY_SOFTMAX]->output;
+    int64_t at = (int64_t)token * e->room->width + column;
+    if (s->dtype == ANEPY_F16) e->kernels->from_half(out, (const uint16_t *)s->data + at, COLS);
     else memcpy(out, (const float *)s->data + at, COLS * sizeof(float));
 }
 
@@ -80,8 +83,8 @@ static void group_piece(void *context, int32_t index, int32_t worker) {
         }
     }
     for (int32_t s = 0; s < COLS; s++)
-        e->group_lse[(int64_t)p.group * e->width + p.column + s] =
-            e->logits[(int64_t)best[s] * e->width + p.column + s] - logf(top[s]);
+        e->room->group_lse[(int64_t)p.group * e->room->width + p.column + s] =
+            e->room->logits[(int64_t)best[s] * e->room->width + p.column + s] - logf(top[s]);
 }
 
 /* dlogits = p * exp(group lse - lse) * scale; the target's one comes off later. */
@@ -92,10 +95,10 @@ static void gradient_piece(void *context, int32_t index, int32_t worker) {
     place p = locate(t, index);
     float row[COLS], factor[COLS];
     for (int32_t s = 0; s < COLS; s++)
-        factor[s] = e->group_lse[(int64_t)p.group * e->width + p.column + s];
-    anepy_vector(e)->softmax_gradient(factor, e->lse + p.column, (float)t->scale, COLS, 1);
+        factor[s] = e->room->group_lse[(int64_t)p.group * e->room->width + p.column + s];
+    e->kernels->softmax_gradient(factor, e->room->lse + p.column, (float)t->scale, COLS, 1);
     for (int32_t v = p.group; v < e->model->config.vocab_size; v += t->groups) {
-        float *out = e->logits + (int64_t)v * e->width + p.column;
+        float *out = e->room->logits + (int64_t)v * e->room->width + p.column;
         probabilities(e, v, p.column, row);
         for (int32_t s = 0; s < COLS; s++) out[s] = row[s] * factor[s];
     }
@@ -103,32 +106,33 @@ static void gradient_piece(void *context, int32_t index, int32_t worker) {
 
 static double join(anepy_engine *e, int gradient) {
     join_task task = {e, anepy_softmax_groups(e->model), anepy_token_scale(e)};
-    int32_t pieces = task.groups * (e->columns / COLS);
+    int32_t pieces = task.groups * (e->run.columns / COLS);
     double loss = 0.0;
     anepy_pool_run(e->pool, pieces, group_piece, &task);
     for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
         int32_t s = anepy_column(e, t);
-        const float *lse = e->group_lse + s;
+        const float *lse = e->room->group_lse + s;
         float top = -INFINITY;
         double sum = 0.0;
-        for (int32_t g = 0; g < task.groups; g++) top = fmaxf(top, lse[(int64_t)g * e->width]);
         for (int32_t g = 0; g < task.groups; g++)
-            sum += exp((double)lse[(int64_t)g * e->width] - top);
+            top = fmaxf(top, lse[(int64_t)g * e->room->width]);
+        for (int32_t g = 0; g < task.groups; g++)
+            sum += exp((double)lse[(int64_t)g * e->room->width] - top);
         double whole = top + log(sum);
-        e->lse[s] = (float)whole;
-        loss += whole - e->logits[(int64_t)e->targets[t] * e->width + s];
+        e->room->lse[s] = (float)whole;
+        loss += whole - e->room->logits[(int64_t)e->run.targets[t] * e->room->width + s];
     }
     if (gradient) {
         anepy_loss_padding(e);
         anepy_pool_run(e->pool, pieces, gradient_piece, &task);
         anepy_loss_targets(e);
     }
-    return loss / e->n;
+    return loss / e->run.tokens;
 }
 
 /* Logits that are already in surfaces of the device are not written there again. */
 static int32_t transfer_logits(anepy_engine *e, anepy_node *node) {
-    anepy_node *part = e->tail[ANEPY_CLASSIFIER_FWD];
+    anepy_node *part = e->room->tail[ANEPY_CLASSIFIER_FWD];
     if (part == NULL || part->output == NULL) return anepy_transfer_inputs(e, node);
     const anepy_node *end = part + part->program.parts;
     for (; part < end; part++)
@@ -138,15 +142,15 @@ static int32_t transfer_logits(anepy_engine *e, anepy_node *node) {
 }
 
 int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, double *mark) {
-    anepy_node *node = e->tail[ANEPY_SOFTMAX];
-    const anepy_device_ops *ops = e->device->ops;
+    anepy_node *node = e->room->tail[ANEPY_SOFTMAX];
+    const anepy_device_ops *ops = e->room->device->ops;
     ANEPY_TRY(transfer_logits(e, node));
-    anepy_count(mark, &e->stats.io_ms);
-    ANEPY_TRY(ops->evaluate(node->kernel, e->n, e->beside));
-    anepy_count(mark, &e->stats.device_ms);
+    anepy_count(mark, &e->run.stats.io_ms);
+    ANEPY_TRY(ops->evaluate(node->kernel, e->run.tokens, e->run.beside));
+    anepy_count(mark, &e->run.stats.device_ms);
     ANEPY_TRY(ops->lock(node->output, 0));
     *loss = join(e, gradient);
     ANEPY_TRY(ops->unlock(node->output, 0));
-    anepy_count(mark, &e->stats.softmax_ms);
+    anepy_count(mark, &e->run.stats.softmax_ms);
     return ANEPY_OK;
 }

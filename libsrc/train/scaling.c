@@ -1,38 +1,38 @@
 /* train/scaling.c - dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740): fp16
  * gradients are lifted above the subnormals; a step in which one of them overflowed is not
  * accumulated and halves the scale; a long run without that doubles it. */
+#include "train/scaling.h"
+
 #include <math.h>
 
-#include "train/update.h"
+#include "train/dw.h"
 
 #define GROWTH_STEPS 2000
 #define LARGEST_SCALE 0x1p24
 #define PIECE ANEPY_UPDATE_PIECE
 
-int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY_F16; }
-
 static int finite(const anepy_engine *e, const float *x, int64_t n) {
-    return isfinite(anepy_vector(e)->sum_squares(x, n));
+    return isfinite(e->kernels->sum_squares(x, n));
 }
 
 /* The columns of this step only: further ones hold what a longer step left. */
 static int finite_rows(const anepy_engine *e, const float *x, int64_t rows, int64_t ld) {
     for (int64_t r = 0; r < rows; r++)
-        if (!finite(e, x + r * ld, e->columns)) return 0;
+        if (!finite(e, x + r * ld, e->run.columns)) return 0;
     return 1;
 }
 
 static int finite_raw(const anepy_engine *e, const uint16_t *x, int64_t rows) {
     for (int64_t r = 0; r < rows; r++) {
-        anepy_vector(e)->from_half(e->staging[0], x + r * e->width, e->columns);
-        if (!finite(e, e->staging[0], e->columns)) return 0;
+        e->kernels->from_half(e->room->staging[0], x + r * e->room->width, e->run.columns);
+        if (!finite(e, e->room->staging[0], e->run.columns)) return 0;
     }
     return 1;
 }
 
 int anepy_input_gradient_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    return finite_rows(e, e->dx.data, c->dim, e->width) &&
+    return finite_rows(e, e->room->dx.data, c->dim, e->room->width) &&
            finite(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim);
 }
 
@@ -43,10 +43,10 @@ int anepy_gradients_finite(anepy_engine *e) {
     if (!anepy_input_gradient_finite(e)) return 0;
     for (int32_t l = 0; l < c->n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
-            const anepy_dw *dw = &e->layers[l].dw[i];
+            const anepy_dw *dw = &e->room->layers[l].dw[i];
             const uint16_t *raw = anepy_capture_raw(e, &dw->dy);
             if (raw != NULL ? !finite_raw(e, raw, dw->dy.channels)
-                            : !finite_rows(e, dw->job.product.a, dw->dy.channels, e->width))
+                            : !finite_rows(e, dw->job.product.a, dw->dy.channels, e->room->width))
                 return 0;
         }
     }
@@ -57,24 +57,24 @@ static void halve_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
     int64_t first = (int64_t)index * PIECE, left = e->model->arena_n - first;
-    anepy_vector(e)->scale(e->grads + first, 0.5f, left < PIECE ? left : PIECE);
+    e->kernels->scale(e->grads + first, 0.5f, left < PIECE ? left : PIECE);
 }
 
 /* What has been accumulated always carries the current scale. */
 void anepy_scale_step(anepy_engine *e, int skipped) {
     if (!skipped) {
-        e->clean_steps++;
+        e->scaling.clean_steps++;
         return;
     }
-    e->clean_steps = 0;
-    e->loss_scale *= 0.5;
-    e->knows_squares = 0;
+    e->scaling.clean_steps = 0;
+    e->scaling.loss_scale *= 0.5;
+    e->squares.known = 0;
     if (anepy_adds(e))
         anepy_engine_run(e, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), halve_piece);
 }
 
 void anepy_scale_grow(anepy_engine *e) {
-    if (e->clean_steps < GROWTH_STEPS || e->loss_scale >= LARGEST_SCALE) return;
-    e->clean_steps = 0;
-    e->loss_scale *= 2.0;
+    if (e->scaling.clean_steps < GROWTH_STEPS || e->scaling.loss_scale >= LARGEST_SCALE) return;
+    e->scaling.clean_steps = 0;
+    e->scaling.loss_scale *= 2.0;
 }

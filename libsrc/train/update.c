@@ -4,7 +4,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "runtime/clock.h"
+#include "train/compile.h"
+#include "train/scaling.h"
+#include "train/squares.h"
 
 #define PIECE ANEPY_UPDATE_PIECE
 
@@ -38,16 +40,16 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     stats->compile_ms = 0.0;
     ANEPY_TRY(anepy_compile_settle(e));
     if (baked) anepy_count(&start, &stats->compile_ms);
-    double scale = 1.0 / ((double)e->accumulated * e->loss_scale);
+    double scale = 1.0 / ((double)e->accumulated * e->scaling.loss_scale);
     int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
     int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0;
     stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
-    e->squares_step = wanted && as_left ? e->accumulated : 0;
-    stats->skipped = e->damaged || (wanted && !isfinite(stats->grad_norm));
+    e->squares.step = wanted && as_left ? e->accumulated : 0;
+    stats->skipped = e->scaling.damaged || (wanted && !isfinite(stats->grad_norm));
     if (stats->skipped) { /* nothing that is not a number may reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
         e->accumulated = 0;
-        e->damaged = 0;
+        e->scaling.damaged = 0;
         stats->update_ms = anepy_now_ms() - start;
         return ANEPY_OK;
     }
@@ -64,8 +66,8 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
                        .inv_sqrt_c2 = (float)(1.0 / sqrt(1.0 - pow(o->beta2, t))),
                        .grad_scale = (float)scale,
                        .clear = !(o->flags & ANEPY_LEAVE_GRADIENTS)};
-    update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? anepy_vector(e) : anepy_kernels_scalar(),
-                        adam, adam};
+    update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? e->kernels : anepy_kernels_scalar(), adam,
+                        adam};
     task.matrices.decay = (float)(1.0 - o->lr * o->weight_decay);
     anepy_pool_run(e->pool, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), update_piece,
                    &task);

@@ -4,8 +4,6 @@
 
 #include "train/engine.h"
 
-#define ANEPY_UPDATE_PIECE 65536 /* elements per piece: 1 MiB over the four arenas */
-
 /* Options are valid and e->accumulated > 0. Recompiles where weights are baked; if that fails the
  * weights are updated but the programs still hold the old ones. */
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats,

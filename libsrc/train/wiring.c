@@ -1,12 +1,12 @@
-/* train/wiring.c - which programs run, which surface every tensor of them lives in, and how inputs
+/* train/wiring.c - which programs run, which surface each of their tensors lives in, and how inputs
  * get there.
  *
  * FLOW says where each input comes from. Where the device binds tensors anywhere, an input is bound
  * to its source and an output straight into its reader, so a step moves nothing; elsewhere each
  * program has one packed input and one packed output surface and inputs are copied. */
-#include <stdlib.h>
+#include "train/wiring.h"
 
-#include "train/engine.h"
+#include <stdlib.h>
 
 /* The switch that puts a program on the device; the others always run there. */
 static const struct {
@@ -46,7 +46,7 @@ static const struct {
     origin from;
     anepy_program_id writer; /* FROM_PROGRAM */
     int32_t output;
-    int32_t saved; /* from the forward pass: what skip_dead_reads is about */
+    int32_t saved; /* from the forward pass: without skip_dead_reads, read back on the way */
 } FLOW[] = {
     {ANEPY_SDPA_FWD, SDPA_FWD_X, FROM_X, 0, 0, 0},
     {ANEPY_FFN_FWD, FFN_FWD_X, FROM_X2, 0, 0, 0},
@@ -79,70 +79,95 @@ static const struct {
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
-/* Does this output lie apart from the packed ones, rounded to what products take? */
+typedef enum {
+    NOWHERE,    /* neither it nor its reader needs it in memory */
+    IN_QKV_BWD, /* in the packed input of qkv_bwd, so that dX and dW of wq, wk, wv are one product
+                 */
+    IN_XNORM,   /* in host memory, where the step goes on with it */
+    IN_LOGITS,
+} anepy_place;
+
+/* Outputs that live elsewhere than in a surface of their program, where tensors can be bound. A
+ * program has all of its outputs here, or none. */
+static const struct {
+    anepy_program_id writer;
+    int32_t output;
+    anepy_place place;
+    int32_t input; /* of qkv_bwd */
+} PLACES[] = {
+    {ANEPY_SDPA_BWD1, SDPA_BWD1_DV, IN_QKV_BWD, QKV_BWD_DV},
+    {ANEPY_SDPA_BWD1, SDPA_BWD1_P, NOWHERE, 0},
+    {ANEPY_SDPA_BWD1, SDPA_BWD1_DP, NOWHERE, 0},
+    {ANEPY_SDPA_BWD2, SDPA_BWD2_DQ, IN_QKV_BWD, QKV_BWD_DQ},
+    {ANEPY_SDPA_BWD2, SDPA_BWD2_DK, IN_QKV_BWD, QKV_BWD_DK},
+    {ANEPY_FINAL_RMSNORM, FINAL_RMSNORM_XNORM, IN_XNORM, 0},
+    {ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_LOGITS, IN_LOGITS, 0},
+};
+#define PLACE_N ((int32_t)(sizeof PLACES / sizeof PLACES[0]))
+
+/* The row of an output (-1: of any output of the program); -1: it lives in the program's surface.
+ */
+static int32_t find_place(const anepy_engine *e, anepy_program_id id, int32_t output) {
+    for (int32_t i = 0; i < PLACE_N && binds(e); i++)
+        if (PLACES[i].writer == id && (output < 0 || PLACES[i].output == output)) return i;
+    return -1;
+}
+
+/* Whether this output lies apart from the packed ones, rounded to what products take. */
 static int lies_apart(const anepy_engine *e, const anepy_program_tensor *t) {
     return binds(e) && e->dtype != ANEPY_F32 && t->factor;
 }
 
-/* Where an output lives: dq, dk, dv beside each other in their reader's input, so that dX and dW of
- * wq, wk, wv are one product each; scores nowhere, as sdpa_bwd2 does without; what the host
- * goes on with in its own memory; the rest packed. */
 static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
-    anepy_program_id id = node->program.id;
-    const anepy_layer *layer = &e->layers[node->layer];
-    int rounded = lies_apart(e, &node->program.tensors[tensor]);
-    *surface = rounded ? node->factors : node->output;
+    const anepy_program *p = &node->program;
+    int32_t row = find_place(e, p->id, tensor);
     *channel = 0;
-    for (int32_t t = node->program.input_n; t < tensor; t++)
-        if (lies_apart(e, &node->program.tensors[t]) == rounded)
-            *channel += node->program.tensors[t].channels;
-    if (!binds(e)) return;
-    if (id == ANEPY_SDPA_BWD2 || (id == ANEPY_SDPA_BWD1 && tensor == SDPA_BWD1_DV)) {
-        int32_t input = id == ANEPY_SDPA_BWD1    ? QKV_BWD_DV
-                        : tensor == SDPA_BWD2_DQ ? QKV_BWD_DQ
-                                                 : QKV_BWD_DK;
-        *surface = layer->nodes[ANEPY_QKV_BWD]->input;
-        *channel = layer->nodes[ANEPY_QKV_BWD]->program.tensors[input].channel;
-    } else if (id == ANEPY_SDPA_BWD1) {
-        *surface = NULL;
-    } else if (id == ANEPY_FINAL_RMSNORM) {
-        *surface = &e->host_xnorm;
-    } else if (id == ANEPY_CLASSIFIER_FWD) {
-        *surface = &e->host_logits;
-        *channel = node->program.first_row;
+    if (row >= 0) {
+        const anepy_node *reader = e->room->layers[node->layer].nodes[ANEPY_QKV_BWD];
+        switch (PLACES[row].place) {
+        case NOWHERE: *surface = NULL; return;
+        case IN_XNORM: *surface = &e->room->host_xnorm; return;
+        case IN_LOGITS:
+            *surface = &e->room->host_logits;
+            *channel = p->first_row;
+            return;
+        case IN_QKV_BWD:
+            *surface = reader->input;
+            *channel = reader->program.tensors[PLACES[row].input].channel;
+            return;
+        }
     }
-}
-
-/* Does every output live elsewhere? */
-static int placed_elsewhere(const anepy_engine *e, anepy_program_id id) {
-    return binds(e) && (id == ANEPY_SDPA_BWD1 || id == ANEPY_SDPA_BWD2 ||
-                        id == ANEPY_FINAL_RMSNORM || id == ANEPY_CLASSIFIER_FWD);
+    int rounded = lies_apart(e, &p->tensors[tensor]);
+    *surface = rounded ? node->factors : node->output;
+    for (int32_t t = p->input_n; t < tensor; t++)
+        if (lies_apart(e, &p->tensors[t]) == rounded) *channel += p->tensors[t].channels;
 }
 
 static int32_t packed_input(anepy_engine *e, anepy_node *node) {
     if (node->input != NULL) return ANEPY_OK;
-    return e->device->ops->surface_create(e->device, node->program.input_channels, 0, &node->input);
+    return e->room->device->ops->surface_create(e->room->device, node->program.input_channels, 0,
+                                                &node->input);
 }
 
 /* One surface for all outputs, or one for factors of products and one for the others. */
 static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
-    const anepy_device_ops *ops = e->device->ops;
+    const anepy_device_ops *ops = e->room->device->ops;
     const anepy_program *p = &node->program;
     int32_t rounded = 0;
     for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++)
         if (lies_apart(e, &p->tensors[t])) rounded += p->tensors[t].channels;
-    ANEPY_TRY(ops->surface_create(e->device, p->output_channels - rounded, 0, &node->output));
+    ANEPY_TRY(ops->surface_create(e->room->device, p->output_channels - rounded, 0, &node->output));
     if (rounded == 0) return ANEPY_OK;
-    return ops->surface_create(e->device, rounded, 1, &node->factors);
+    return ops->surface_create(e->room->device, rounded, 1, &node->factors);
 }
 
 static int32_t create_surfaces(anepy_engine *e) {
-    for (int32_t i = 0; i < e->node_n; i++) {
-        anepy_node *node = &e->nodes[i];
+    for (int32_t i = 0; i < e->room->node_n; i++) {
+        anepy_node *node = &e->room->nodes[i];
         anepy_program_id id = node->program.id;
         if (id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
-        if (!placed_elsewhere(e, id)) ANEPY_TRY(packed_outputs(e, node));
+        if (find_place(e, id, -1) < 0) ANEPY_TRY(packed_outputs(e, node));
     }
     return ANEPY_OK;
 }
@@ -153,15 +178,15 @@ static anepy_surface *host_source(anepy_engine *e, anepy_layer *layer, origin fr
     case FROM_X2: return &layer->x2;
     case FROM_DY: return &layer->dy;
     case FROM_DX2: return &layer->dx2;
-    case FROM_X_FINAL: return &e->x_final;
-    case FROM_XNORM: return &e->host_xnorm;
-    case FROM_DXNORM: return &e->host_dxnorm;
-    default: return &e->host_logits;
+    case FROM_X_FINAL: return &e->room->x_final;
+    case FROM_XNORM: return &e->room->host_xnorm;
+    case FROM_DXNORM: return &e->room->host_dxnorm;
+    default: return &e->room->host_logits;
     }
 }
 
 static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
-    anepy_layer *layer = &e->layers[node->layer];
+    anepy_layer *layer = &e->room->layers[node->layer];
     for (size_t i = 0; i < FLOW_N; i++) {
         if (FLOW[i].reader != node->program.id) continue;
         anepy_link *link = &node->links[FLOW[i].input];
@@ -187,7 +212,7 @@ static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t 
     return o;
 }
 
-/* The tensors whose product is a weight gradient. */
+/* The factors of the weight gradients. */
 static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
     const anepy_node *sdpa_fwd = layer->nodes[ANEPY_SDPA_FWD];
     const anepy_node *ffn_fwd = layer->nodes[ANEPY_FFN_FWD], *ffn_bwd = layer->nodes[ANEPY_FFN_BWD];
@@ -209,26 +234,31 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
                    .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
 }
 
+/* Programs are described for one sequence. */
+static int32_t described_width(const anepy_engine *e) {
+    return (int32_t)anepy_round_up(e->seq_len, ANEPY_COLUMNS);
+}
+
 /* Adds a node, or counts it while there is no memory for them yet. */
 static void add_node(anepy_engine *e, anepy_program_id id, int32_t layer, int32_t part) {
-    anepy_node *node = e->nodes != NULL ? &e->nodes[e->node_n] : NULL;
-    e->node_n++;
+    anepy_node *node = e->room->nodes != NULL ? &e->room->nodes[e->room->node_n] : NULL;
+    e->room->node_n++;
     if (node == NULL) return;
-    anepy_program_describe_part(&node->program, id, e->model, e->longest, part);
+    anepy_program_describe_part(&node->program, id, e->model, described_width(e), part);
     node->program.live = node->program.weight_n > 0 && anepy_on(e, ANEPY_DYNAMIC_WEIGHTS);
     node->layer = layer;
-    if (id < ANEPY_LAYER_PROGRAM_N) e->layers[layer].nodes[id] = node;
-    else if (part == 0) e->tail[id] = node;
+    if (id < ANEPY_LAYER_PROGRAM_N) e->room->layers[layer].nodes[id] = node;
+    else if (part == 0) e->room->tail[id] = node;
 }
 
 static void add_nodes(anepy_engine *e) {
     anepy_program program;
-    e->node_n = 0;
+    e->room->node_n = 0;
     for (int32_t l = 0; l < e->model->config.n_layers; l++)
         for (anepy_program_id id = 0; id < ANEPY_LAYER_PROGRAM_N; id++)
             if (runs(e, id)) add_node(e, id, l, 0);
     for (anepy_program_id id = ANEPY_LAYER_PROGRAM_N; id < ANEPY_PROGRAM_N; id++) {
-        anepy_program_describe(&program, id, e->model, e->longest);
+        anepy_program_describe(&program, id, e->model, described_width(e));
         for (int32_t part = 0; runs(e, id) && part < program.parts; part++)
             add_node(e, id, 0, part);
     }
@@ -236,12 +266,12 @@ static void add_nodes(anepy_engine *e) {
 
 int32_t anepy_wire(anepy_engine *e) {
     add_nodes(e);
-    e->nodes = calloc((size_t)e->node_n, sizeof *e->nodes);
-    if (e->nodes == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the programs");
+    e->room->nodes = calloc((size_t)e->room->node_n, sizeof *e->room->nodes);
+    if (e->room->nodes == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the programs");
     add_nodes(e);
     ANEPY_TRY(create_surfaces(e));
-    for (int32_t i = 0; i < e->node_n; i++) ANEPY_TRY(link_inputs(e, &e->nodes[i]));
-    for (int32_t l = 0; l < e->model->config.n_layers; l++) wire_dw(e, &e->layers[l], l);
+    for (int32_t i = 0; i < e->room->node_n; i++) ANEPY_TRY(link_inputs(e, &e->room->nodes[i]));
+    for (int32_t l = 0; l < e->model->config.n_layers; l++) wire_dw(e, &e->room->layers[l], l);
     return ANEPY_OK;
 }
 
@@ -256,7 +286,8 @@ int32_t anepy_bind(anepy_engine *e, anepy_node *node) {
             surface = node->links[t].source;
             channel = node->links[t].channel;
         }
-        if (surface != NULL) ANEPY_TRY(e->device->ops->bind(node->kernel, t, surface, channel));
+        if (surface != NULL)
+            ANEPY_TRY(e->room->device->ops->bind(node->kernel, t, surface, channel));
     }
     return ANEPY_OK;
 }
@@ -265,14 +296,14 @@ int32_t anepy_bind(anepy_engine *e, anepy_node *node) {
 
 static int32_t transfer(anepy_engine *e, const anepy_link *link, anepy_surface *to, int32_t channel,
                         int32_t count) {
-    int64_t row = (int64_t)link->channel * e->width;
+    int64_t row = (int64_t)link->channel * e->room->width;
     switch (link->how) {
     case WRITE:
         return anepy_surface_write(to, channel, count, (const float *)link->source->data + row);
     case COPY: return anepy_surface_copy(to, channel, link->source, link->channel, count);
     case BOUNCE:
-        ANEPY_TRY(anepy_surface_read(link->source, link->channel, count, e->staging[0]));
-        return anepy_surface_write(to, channel, count, e->staging[0]);
+        ANEPY_TRY(anepy_surface_read(link->source, link->channel, count, e->room->staging[0]));
+        return anepy_surface_write(to, channel, count, e->room->staging[0]);
     default: return ANEPY_OK;
     }
 }
@@ -285,16 +316,28 @@ int32_t anepy_transfer_inputs(anepy_engine *e, anepy_node *node) {
     return ANEPY_OK;
 }
 
+int32_t anepy_compute(anepy_engine *e, anepy_node *node) {
+    return e->room->device->ops->evaluate(node->kernel, e->run.tokens, e->run.beside);
+}
+
+int32_t anepy_evaluate(anepy_engine *e, anepy_node *node, double *mark) {
+    ANEPY_TRY(anepy_transfer_inputs(e, node));
+    anepy_count(mark, &e->run.stats.io_ms);
+    ANEPY_TRY(anepy_compute(e, node));
+    anepy_count(mark, &e->run.stats.device_ms);
+    return ANEPY_OK;
+}
+
 int32_t anepy_read_output(anepy_engine *e, anepy_node *node, int32_t tensor, int32_t which,
                           const float **out) {
     anepy_surface *surface;
     int32_t channel;
     place_output(e, node, tensor, &surface, &channel);
     if (binds(e) && surface->dtype == ANEPY_F32) {
-        *out = (const float *)surface->data + (int64_t)channel * e->width;
+        *out = (const float *)surface->data + (int64_t)channel * e->room->width;
         return ANEPY_OK;
     }
-    *out = e->staging[which];
+    *out = e->room->staging[which];
     return anepy_surface_read(surface, channel, node->program.tensors[tensor].channels,
-                              e->staging[which]);
+                              e->room->staging[which]);
 }

@@ -1,0 +1,19 @@
+/* train/norm.h - RMSNorm outside the programs, and residual sums. */
+#ifndef ANEPY_TRAIN_NORM_H
+#define ANEPY_TRAIN_NORM_H
+
+#include "train/engine.h"
+
+void anepy_final_norm(anepy_engine *e); /* x_final -> xnorm */
+
+/* dx = residual (NULL: 0) + gradient through RMSNorm of x with the weight at this offset; row
+ * `which` of norm_gradients becomes the weight's own gradient. through: the gradient through the
+ * norm where a device computed it; NULL: it is computed here. */
+void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
+                         const float *x, const float *through, int64_t weight, int32_t which);
+
+void anepy_norm_accumulate(anepy_engine *e); /* adds norm_gradients to the arena */
+
+void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
+
+#endif

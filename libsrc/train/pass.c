@@ -1,0 +1,146 @@
+/* train/pass.c - one pass over the sequences that run side by side: what happens in which order,
+ * and which phase it counts for. */
+#include "train/pass.h"
+
+#include "train/dw.h"
+#include "train/embed.h"
+#include "train/loss.h"
+#include "train/norm.h"
+#include "train/offload.h"
+#include "train/scaling.h"
+#include "train/squares.h"
+#include "train/wiring.h"
+
+static int32_t final_norm(anepy_engine *e, double *mark) {
+    anepy_node *node = e->room->tail[ANEPY_FINAL_RMSNORM];
+    if (node == NULL) {
+        anepy_final_norm(e);
+        anepy_count(mark, &e->run.stats.norm_ms);
+        return ANEPY_OK;
+    }
+    ANEPY_TRY(anepy_evaluate(e, node, mark));
+    if (node->output != NULL) /* else bound to xnorm */
+        ANEPY_TRY(anepy_surface_read(node->output, 0, e->model->config.dim, e->room->xnorm));
+    anepy_count(mark, &e->run.stats.io_ms);
+    return ANEPY_OK;
+}
+
+/* As anepy_norm_backward; node: the program that computes the gradient through the norm, or NULL.
+ */
+static int32_t norm_backward(anepy_engine *e, anepy_node *node, float *dx, const float *residual,
+                             const float *dy, const float *x, int64_t weight, int32_t which,
+                             double *mark) {
+    const float *through = NULL;
+    if (node != NULL) {
+        ANEPY_TRY(anepy_evaluate(e, node, mark));
+        ANEPY_TRY(anepy_read_output(e, node, RMSNORM_BWD_DX, 1, &through));
+        anepy_count(mark, &e->run.stats.io_ms);
+    }
+    anepy_norm_backward(e, dx, residual, dy, x, through, weight, which);
+    anepy_count(mark, &e->run.stats.norm_ms);
+    return ANEPY_OK;
+}
+
+int32_t anepy_forward(anepy_engine *e) {
+    anepy_step_stats *stats = &e->run.stats;
+    int32_t layers = e->model->config.n_layers;
+    double mark = anepy_now_ms();
+    const float *out;
+    anepy_embed(e);
+    anepy_count(&mark, &stats->elementwise_ms);
+    for (int32_t l = 0; l < layers; l++) {
+        anepy_layer *layer = &e->room->layers[l];
+        float *next = l + 1 < layers ? e->room->layers[l + 1].x.data : e->room->x_final.data;
+        ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_SDPA_FWD], &mark));
+        ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_SDPA_FWD], SDPA_FWD_OUT, 0, &out));
+        anepy_count(&mark, &stats->io_ms);
+        anepy_residual_add(e, layer->x2.data, layer->x.data, out);
+        anepy_count(&mark, &stats->elementwise_ms);
+        ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_FFN_FWD], &mark));
+        ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_FFN_FWD], FFN_FWD_OUT, 0, &out));
+        anepy_count(&mark, &stats->io_ms);
+        anepy_residual_add(e, next, layer->x2.data, out);
+        anepy_count(&mark, &stats->elementwise_ms);
+    }
+    ANEPY_TRY(final_norm(e, &mark));
+    if (e->room->tail[ANEPY_CLASSIFIER_FWD] != NULL) return anepy_offload_logits(e, &mark);
+    anepy_classifier(e);
+    anepy_count(&mark, &stats->classifier_ms);
+    return ANEPY_OK;
+}
+
+int32_t anepy_pass_loss(anepy_engine *e, int gradient, double *loss) {
+    double mark = anepy_now_ms();
+    if (e->room->tail[ANEPY_SOFTMAX] != NULL)
+        return anepy_offload_softmax(e, gradient, loss, &mark);
+    *loss = anepy_loss(e, gradient);
+    anepy_count(&mark, &e->run.stats.softmax_ms);
+    return ANEPY_OK;
+}
+
+/* One layer: from the gradient of its output (layer->dy) to that of its input (dx). The products of
+ * a layer are queued as soon as both factors are there and are waited for at the end of the step.
+ */
+static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
+    anepy_step_stats *stats = &e->run.stats;
+    anepy_layer *layer = &e->room->layers[l];
+    anepy_node **nodes = layer->nodes;
+    const float *out;
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
+    anepy_count(mark, &stats->io_ms);
+    ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_FFN_BWD], mark));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_W13));
+    ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_FFN_BWD], FFN_BWD_DX, 0, &out));
+    anepy_count(mark, &stats->io_ms);
+    ANEPY_TRY(norm_backward(e, nodes[ANEPY_RMSNORM_BWD_FFN], layer->dx2.data, layer->dy.data, out,
+                            layer->x2.data, anepy_model_layer(e->model, l, ANEPY_FFN_NORM),
+                            2 * l + 1, mark));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_WO));
+    anepy_count(mark, &stats->io_ms);
+    ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD1], mark));
+    ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD2], mark));
+    ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_QKV_BWD], mark));
+    ANEPY_TRY(anepy_dw_ready(e, l, DW_QKV));
+    ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_QKV_BWD], QKV_BWD_DX, 0, &out));
+    anepy_count(mark, &stats->io_ms);
+    return norm_backward(e, nodes[ANEPY_RMSNORM_BWD], dx, layer->dx2.data, out, layer->x.data,
+                         anepy_model_layer(e->model, l, ANEPY_ATTENTION_NORM), 2 * l, mark);
+}
+
+int32_t anepy_backward(anepy_engine *e) {
+    anepy_step_stats *stats = &e->run.stats;
+    int32_t layers = e->model->config.n_layers;
+    double mark = anepy_now_ms();
+    float *top = e->room->layers[layers - 1].dy.data;
+    anepy_squares_begin(e);
+    if (e->room->tail[ANEPY_CLASSIFIER_BWD] != NULL) {
+        ANEPY_TRY(anepy_offload_classifier_backward(e, &mark));
+    } else {
+        anepy_classifier_backward(e);
+        anepy_count(&mark, &stats->classifier_ms);
+    }
+    ANEPY_TRY(norm_backward(e, e->room->tail[ANEPY_RMSNORM_BWD_FINAL], top, NULL, e->room->dxnorm,
+                            e->room->x_final.data, anepy_model_final_norm(e->model), 2 * layers,
+                            &mark));
+    for (int32_t l = layers - 1; l >= 0; l--)
+        ANEPY_TRY(
+            layer_backward(e, l, l > 0 ? e->room->layers[l - 1].dy.data : e->room->dx.data, &mark));
+    if (anepy_scaled(e) && !anepy_gradients_finite(e)) {
+        stats->skipped = 1;
+        return ANEPY_OK;
+    }
+    if (!anepy_scaled(e) && !anepy_input_gradient_finite(e)) e->scaling.damaged = 1;
+    anepy_count(&mark, &stats->elementwise_ms);
+    ANEPY_TRY(anepy_dw_start_all(e));
+    anepy_classifier_dw(e);
+    anepy_count(&mark, &stats->classifier_ms);
+    anepy_norm_accumulate(e);
+    anepy_count(&mark, &stats->norm_ms);
+    ANEPY_TRY(anepy_dw_wait(e));
+    anepy_count(&mark, &stats->dw_wait_ms);
+    stats->dw_ms += anepy_pool_take_busy_ms(e->pool);
+    anepy_embed_backward(e);
+    anepy_squares_end(e);
+    anepy_count(&mark, &stats->elementwise_ms);
+    return ANEPY_OK;
+}

@@ -1,0 +1,16 @@
+/* train/scaling.h - dynamic loss scaling. */
+#ifndef ANEPY_TRAIN_SCALING_H
+#define ANEPY_TRAIN_SCALING_H
+
+#include "train/engine.h"
+
+/* Whether the gradient of the step's input is finite, and those of the norms. In IEEE arithmetic a
+ * NaN or infinity anywhere upstream reaches them, so this one check is enough. */
+int anepy_input_gradient_finite(anepy_engine *e);
+/* Whether every gradient of the running step is, before anything is added. */
+int anepy_gradients_finite(anepy_engine *e);
+
+void anepy_scale_step(anepy_engine *e, int skipped); /* after a step */
+void anepy_scale_grow(anepy_engine *e); /* after an update, when nothing is accumulated */
+
+#endif

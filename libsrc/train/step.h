@@ -1,0 +1,19 @@
+/* train/step.h - a step: the sequences of a batch, and what becomes of those that overflow or fail.
+ */
+#ifndef ANEPY_TRAIN_STEP_H
+#define ANEPY_TRAIN_STEP_H
+
+#include "train/engine.h"
+
+/* ids, targets: int32[sequences, tokens], all valid. */
+
+/* Forward and backward, all sequences or none; e->run.stats tells about it. */
+int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, int32_t sequences,
+                   int32_t tokens);
+/* Mean loss of one sequence. */
+int32_t anepy_step_evaluate(anepy_engine *e, double *loss, const int32_t *ids,
+                            const int32_t *targets, int32_t tokens);
+/* logits: [tokens, vocab] of one sequence. */
+int32_t anepy_step_logits(anepy_engine *e, float *logits, const int32_t *ids, int32_t tokens);
+
+#endif

@@ -58,7 +58,7 @@ host_tag() {
 source_files() { find -H libsrc -type f \( -name '*.c' -o -name '*.h' -o -name '*.m' \); }
 
 # The SHA-256 of a text with one line "<SHA-256 of file>  <path>" per file, in byte order of the
-# paths. anepy/_native.py computes the same; a library whose id differs was built from other sources.
+# paths. anepy/native/build.py computes the same; a library whose id differs was built from other sources.
 source_hash() {
     local sha=(sha256sum)
     command -v sha256sum >/dev/null || sha=(shasum -a 256)

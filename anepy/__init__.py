@@ -12,47 +12,47 @@ from ._version import __version__
 
 _HOMES = {
     "AnepyError": "errors",
-    "CompareConfig": "compare_config",
-    "Comparison": "comparison",
+    "CompareConfig": "comparing.config",
+    "Comparison": "comparing.result",
     "CompileBudgetError": "errors",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "MilError": "errors",
-    "Model": "model",
-    "ModelConfig": "model",
-    "PRESETS": "model",
-    "Program": "program",
-    "StepReport": "reports",
-    "StepStats": "engine",
-    "TokenData": "data",
-    "Tokenizer": "tokenizer",
-    "TrainConfig": "train_config",
-    "Trainer": "trainer",
-    "UpdateStats": "engine",
-    "compare": "measuring",
-    "devices": "device",
-    "generate": "generation",
-    "prepare": "data",
-    "stream": "generation",
-    "variants": "engine",
+    "Model": "models.model",
+    "ModelConfig": "models.model",
+    "PRESETS": "models.model",
+    "Program": "hardware.program",
+    "StepReport": "training.reports",
+    "StepStats": "engine.engine",
+    "TokenData": "text.data",
+    "Tokenizer": "text.tokenizer",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
+    "UpdateStats": "engine.engine",
+    "compare": "comparing.session",
+    "devices": "engine.device",
+    "generate": "text.generation",
+    "prepare": "text.data",
+    "stream": "text.generation",
+    "variants": "engine.engine",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .compare_config import CompareConfig
-    from .comparison import Comparison
-    from .data import TokenData, prepare
-    from .device import devices
-    from .engine import Engine, StepStats, UpdateStats, variants
+    from .comparing.config import CompareConfig
+    from .comparing.result import Comparison
+    from .comparing.session import compare
+    from .engine.device import devices
+    from .engine.engine import Engine, StepStats, UpdateStats, variants
     from .errors import AnepyError, CompileBudgetError, MilError
-    from .generation import generate, stream
-    from .measuring import compare
-    from .model import PRESETS, Model, ModelConfig
-    from .program import Program
-    from .reports import StepReport
-    from .tokenizer import Tokenizer
-    from .train_config import TrainConfig
-    from .trainer import Trainer
+    from .hardware.program import Program
+    from .models.model import PRESETS, Model, ModelConfig
+    from .text.data import TokenData, prepare
+    from .text.generation import generate, stream
+    from .text.tokenizer import Tokenizer
+    from .training.config import TrainConfig
+    from .training.reports import StepReport
+    from .training.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,8 @@ import numpy as np
 
 from anepy.engine import Engine
 from anepy.errors import AnepyError
-from anepy.model import Model, ModelConfig
-from anepy.program import Program
+from anepy.hardware.program import Program
+from anepy.models.model import Model, ModelConfig
 
 LIBRARY = ctypes.CDLL(os.environ["ANEPY_LIB"])
 for name in ("broken_rule", "call_name"):

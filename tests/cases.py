@@ -16,7 +16,7 @@ from reference import llama64 as ref
 
 from anepy.engine import Engine
 from anepy.errors import AnepyError, ConfigError
-from anepy.model import Model, ModelConfig
+from anepy.models.model import Model, ModelConfig
 
 GQA = ModelConfig(40, 70, 3, 10, 2, 523, 129)
 SEPARATE = ModelConfig(52, 44, 2, 2, 1, 600, 70, tied=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from anepy import cli
+from anepy.cli import main as cli
 
 
 class Result(NamedTuple):

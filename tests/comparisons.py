@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anepy.comparison import Ablation, Comparison, Group, Run
+from anepy.comparing.result import Ablation, Comparison, Group, Run
 
 ROUNDS, STEPS = 6, 4
 # Shares of a step by phase; they leave 0.02 to "other".

@@ -213,7 +213,7 @@ def mount_namespace() -> None:
 
 def no_neural_engine() -> None:
     """Ask for a machine whose Neural Engine, if there is one, anepy cannot use."""
-    from anepy.device import devices
+    from anepy.engine.device import devices
 
     if any(found.name == "ane" and found.usable for found in devices()):
         _missing("a machine without a usable Neural Engine")

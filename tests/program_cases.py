@@ -14,8 +14,8 @@ import numpy.typing as npt
 from reference import llama64 as ref
 from tolerances import relative_error
 
-from anepy import mil
-from anepy.model import Model, ModelConfig
+from anepy.hardware import programs as mil
+from anepy.models.model import Model, ModelConfig
 
 Array = npt.NDArray[Any]
 

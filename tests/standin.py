@@ -16,14 +16,15 @@ import children
 import pytest
 
 import anepy
-from anepy import _build, _native, hub
-from anepy._native import Candidate, Layout, Release
 from anepy.errors import AbiMismatchError
+from anepy.native import build, find
+from anepy.native.find import Candidate, Layout, Release
+from anepy.system import download
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SCRIPT = CHECKOUT / "build_lib.sh"
 ABI = 7
-TAG = _native.platform_tag()
+TAG = find.platform_tag()
 EMPTY: Release = {"version": "9.9.9", "sources": "", "base_url": "", "files": {}}
 
 SOURCES = {
@@ -41,9 +42,9 @@ SOURCES = {
 }
 STUB_ABI = (
     "import sys, types\n"
-    "stub = types.ModuleType('anepy._abi')\n"
+    "stub = types.ModuleType('anepy.native.abi')\n"
     f"stub.ABI_VERSION, stub.bind = {ABI}, lambda lib, path: None\n"
-    "sys.modules['anepy._abi'] = stub\n"
+    "sys.modules['anepy.native.abi'] = stub\n"
 )
 
 
@@ -71,12 +72,12 @@ def isolate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if found != ABI:
             raise AbiMismatchError(f"{path} has ABI {found} instead of {ABI}")
 
-    stub = types.ModuleType("anepy._abi")
+    stub = types.ModuleType("anepy.native.abi")
     stub.ABI_VERSION, stub.bind = ABI, bind  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "anepy._abi", stub)
-    monkeypatch.setattr(anepy, "_abi", stub, raising=False)
-    monkeypatch.setattr(_native, "_library", None)
-    monkeypatch.setattr(_native, "_loaded", None)
+    monkeypatch.setitem(sys.modules, "anepy.native.abi", stub)
+    monkeypatch.setattr(anepy.native, "abi", stub, raising=False)
+    monkeypatch.setattr(find, "_library", None)
+    monkeypatch.setattr(find, "_loaded", None)
 
 
 def layout_of(root: Path, *, wheel: bool = False, **changes: object) -> Layout:
@@ -86,12 +87,12 @@ def layout_of(root: Path, *, wheel: bool = False, **changes: object) -> Layout:
         tag=TAG,
         package=root / "anepy",
         sources=sources,
-        source_hash=_native.source_hash(sources),
-        cache=hub.cache_dir(),
+        source_hash=find.source_hash(sources),
+        cache=download.cache_dir(),
         abi=ABI,
         release=EMPTY,
         override=None,
-        compiler=_build.find_compiler(),
+        compiler=build.find_compiler(),
         offline=False,
     )
     return dataclasses.replace(layout, **changes)  # type: ignore[arg-type]
@@ -121,7 +122,7 @@ def place(path: Path, content: bytes | str) -> Path:
 
 
 def by_place(layout: Layout) -> dict[str, Candidate]:
-    return {candidate.place: candidate for candidate in _native.search(layout)}
+    return {candidate.place: candidate for candidate in find.search(layout)}
 
 
 def run_script(
@@ -138,5 +139,5 @@ def run_script(
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a Python that has this anepy with the stand-in `_abi`."""
+    """Start a Python that has this anepy with the stand-in `abi`."""
     return children.start("-c", STUB_ABI + code, *arguments, cwd="/", **environment)

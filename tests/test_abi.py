@@ -1,4 +1,4 @@
-"""`_abi.py` against `anepy.h` and the real library: layouts, prototypes, status codes, refusals."""
+"""`abi.py` against `anepy.h` and the real library: layouts, prototypes, status codes, refusals."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import needs
 import pytest
 
-from anepy import _abi, _native
 from anepy.errors import AbiMismatchError, AnepyError, ConfigError, NativeError
+from anepy.native import abi, find
 
 HEADER = Path(__file__).resolve().parents[1] / "libsrc" / "anepy.h"
 REMEDY = "run `anepy lib build`, or unset ANEPY_LIB"
@@ -21,7 +21,7 @@ REMEDY = "run `anepy lib build`, or unset ANEPY_LIB"
 
 @pytest.fixture(scope="module")
 def lib() -> ctypes.CDLL:
-    return _native.library()
+    return find.library()
 
 
 @pytest.fixture
@@ -72,21 +72,21 @@ def c_name(struct: type[ctypes.Structure]) -> str:
 
 def test_structs_in_the_order_of_the_header_have_its_fields(header: str) -> None:
     fields = struct_fields(header)
-    assert {c_name(s) for s in _abi.STRUCTS} == set(fields)
-    for struct in _abi.STRUCTS:
+    assert {c_name(s) for s in abi.STRUCTS} == set(fields)
+    for struct in abi.STRUCTS:
         assert [name for name, *_ in struct._fields_] == fields[c_name(struct)], struct.__name__
 
 
 def test_struct_sizes_are_those_of_the_library(lib: ctypes.CDLL) -> None:
-    sizes = [lib.anepy_struct_size(i) for i in range(len(_abi.STRUCTS))]
-    assert sizes == [ctypes.sizeof(struct) for struct in _abi.STRUCTS]
-    assert lib.anepy_struct_size(len(_abi.STRUCTS)) == lib.anepy_struct_size(-1) == -1
+    sizes = [lib.anepy_struct_size(i) for i in range(len(abi.STRUCTS))]
+    assert sizes == [ctypes.sizeof(struct) for struct in abi.STRUCTS]
+    assert lib.anepy_struct_size(len(abi.STRUCTS)) == lib.anepy_struct_size(-1) == -1
 
 
 def test_field_offsets_are_those_of_the_compiler(tmp_path: Path) -> None:
     compiler = needs.compiler()
     lines, expected = [], []
-    for struct in _abi.STRUCTS:
+    for struct in abi.STRUCTS:
         name = c_name(struct)
         lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
         expected.append(f"{name} {ctypes.sizeof(struct)}")
@@ -108,7 +108,7 @@ def test_field_offsets_are_those_of_the_compiler(tmp_path: Path) -> None:
 
 
 def test_structs_fill_in_their_size() -> None:
-    for struct in _abi.STRUCTS:
+    for struct in abi.STRUCTS:
         assert struct().struct_size == ctypes.sizeof(struct)
 
 
@@ -116,8 +116,8 @@ def test_structs_fill_in_their_size() -> None:
 
 
 def test_every_function_of_the_header_is_declared_and_the_reverse(header: str) -> None:
-    assert set(prototypes(header)) == set(_abi.CHECKED) | set(_abi.PLAIN)
-    assert not set(_abi.CHECKED) & set(_abi.PLAIN)
+    assert set(prototypes(header)) == set(abi.CHECKED) | set(abi.PLAIN)
+    assert not set(abi.CHECKED) & set(abi.PLAIN)
 
 
 def ctypes_of(kind: str) -> tuple[Any, ...]:
@@ -130,7 +130,7 @@ def ctypes_of(kind: str) -> tuple[Any, ...]:
         "double": ctypes.c_double,
         "float": ctypes.c_float,
     }
-    structs = {c_name(struct): struct for struct in _abi.STRUCTS}
+    structs = {c_name(struct): struct for struct in abi.STRUCTS}
     if kind in scalars:
         return (scalars[kind],)
     base, stars = kind.rstrip("*"), kind.count("*")
@@ -147,11 +147,11 @@ def ctypes_of(kind: str) -> tuple[Any, ...]:
 
 def test_prototypes_are_those_of_the_header(header: str) -> None:
     for name, (result, arguments) in prototypes(header).items():
-        if name in _abi.CHECKED:
-            declared: tuple[Any, ...] = _abi.CHECKED[name]
+        if name in abi.CHECKED:
+            declared: tuple[Any, ...] = abi.CHECKED[name]
             assert result == "int32_t", name
         else:
-            returns, declared = _abi.PLAIN[name]
+            returns, declared = abi.PLAIN[name]
             assert returns is (None if result == "void" else ctypes_of(result)[0]), name
         assert len(declared) == len(arguments), name
         for position, (kind, given) in enumerate(zip(arguments, declared, strict=True)):
@@ -169,13 +169,13 @@ def test_functions_that_return_a_status_are_checked(header: str) -> None:
         "anepy_sim_compiled",
     }
     returning = {name for name, (result, _) in prototypes(header).items() if result == "int32_t"}
-    assert set(_abi.CHECKED) <= returning and returning - set(_abi.CHECKED) <= numbers
+    assert set(abi.CHECKED) <= returning and returning - set(abi.CHECKED) <= numbers
 
 
 def test_version_is_that_of_header_and_library(lib: ctypes.CDLL) -> None:
     defined = re.search(r"#define ANEPY_ABI_VERSION (\d+)", HEADER.read_text("utf-8"))
     assert defined is not None
-    assert _abi.ABI_VERSION == int(defined[1]) == lib.anepy_abi_version()
+    assert abi.ABI_VERSION == int(defined[1]) == lib.anepy_abi_version()
 
 
 def test_header_is_complete_alone_in_c_and_cpp(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ class Function:
 
 def refusal(lib: Any) -> str:
     with pytest.raises(AbiMismatchError) as caught:
-        _abi.bind(lib, "/some/where/libanepy.so")
+        abi.bind(lib, "/some/where/libanepy.so")
     text = str(caught.value)
     assert "\n" not in text
     assert "/some/where/libanepy.so" in text
@@ -223,28 +223,28 @@ def refusal(lib: Any) -> str:
 
 
 def test_bind_unaltered_library_is_accepted(fresh: ctypes.CDLL) -> None:
-    _abi.bind(Altered(fresh), "libanepy.so")  # type: ignore[arg-type]
+    abi.bind(Altered(fresh), "libanepy.so")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("version", [0, 2, 99])
 def test_bind_other_abi_number_names_both(fresh: ctypes.CDLL, version: int) -> None:
     text = refusal(Altered(fresh, anepy_abi_version=Function(lambda: version)))
-    assert f"has ABI {version}" in text and f"needs {_abi.ABI_VERSION}" in text
+    assert f"has ABI {version}" in text and f"needs {abi.ABI_VERSION}" in text
 
 
-@pytest.mark.parametrize("index", range(len(_abi.STRUCTS)))
+@pytest.mark.parametrize("index", range(len(abi.STRUCTS)))
 def test_bind_other_struct_size_names_struct_and_both_sizes(fresh: ctypes.CDLL, index: int) -> None:
-    struct = _abi.STRUCTS[index]
+    struct = abi.STRUCTS[index]
     size = ctypes.sizeof(struct)
 
     def sizes(i: int) -> int:
-        return size + 8 if i == index else ctypes.sizeof(_abi.STRUCTS[i])
+        return size + 8 if i == index else ctypes.sizeof(abi.STRUCTS[i])
 
     text = refusal(Altered(fresh, anepy_struct_size=Function(sizes)))
     assert f"{struct.__name__} in {size + 8} bytes, this anepy in {size}" in text
 
 
-@pytest.mark.parametrize("name", sorted([*_abi.CHECKED, *_abi.PLAIN]))
+@pytest.mark.parametrize("name", sorted([*abi.CHECKED, *abi.PLAIN]))
 def test_bind_missing_function_is_named(fresh: ctypes.CDLL, name: str) -> None:
     assert name in refusal(Altered(fresh, **{name: None}))
 
@@ -279,7 +279,7 @@ def test_status_users_mistakes_are_config_errors_others_native_errors() -> None:
         def anepy_status_name(_: int) -> bytes:
             return said["anepy_status_name"]
 
-    check = _abi._checker(Lib)  # type: ignore[arg-type]
+    check = abi._checker(Lib)  # type: ignore[arg-type]
     for status in (0, 1, 7):
         assert check(status, None, ()) == status
     for code in (-10, -11, -12, -41, -50):
@@ -296,7 +296,7 @@ def test_status_users_mistakes_are_config_errors_others_native_errors() -> None:
 
 
 def test_error_of_a_real_call_carries_the_detail(lib: ctypes.CDLL) -> None:
-    config = _abi.Config(
+    config = abi.Config(
         dim=0,
         hidden_dim=1,
         n_layers=1,
@@ -321,7 +321,7 @@ def test_error_memory_is_native(lib: ctypes.CDLL) -> None:
 
 def test_last_error_short_buffer_is_filled_and_ended(lib: ctypes.CDLL) -> None:
     with pytest.raises(AnepyError):
-        lib.anepy_device_get_info(-1, ctypes.byref(_abi.DeviceInfo()))
+        lib.anepy_device_get_info(-1, ctypes.byref(abi.DeviceInfo()))
     whole = ctypes.create_string_buffer(512)
     length = lib.anepy_last_error(whole, 512)
     assert length == len(whole.value) > 8
@@ -333,7 +333,7 @@ def test_last_error_short_buffer_is_filled_and_ended(lib: ctypes.CDLL) -> None:
 
 def test_last_error_belongs_to_its_thread(lib: ctypes.CDLL) -> None:
     with pytest.raises(AnepyError):
-        lib.anepy_device_get_info(-1, ctypes.byref(_abi.DeviceInfo()))
+        lib.anepy_device_get_info(-1, ctypes.byref(abi.DeviceInfo()))
     lengths = []
     thread = threading.Thread(target=lambda: lengths.append(lib.anepy_last_error(None, 0)))
     thread.start()
@@ -341,10 +341,10 @@ def test_last_error_belongs_to_its_thread(lib: ctypes.CDLL) -> None:
     assert lengths == [0] and lib.anepy_last_error(None, 0) > 0
 
 
-@pytest.mark.parametrize("size", [0, 8, ctypes.sizeof(_abi.Config) - 4])
+@pytest.mark.parametrize("size", [0, 8, ctypes.sizeof(abi.Config) - 4])
 def test_options_of_an_older_caller_are_refused(lib: ctypes.CDLL, size: int) -> None:
     """A shorter struct would be read beyond its end."""
-    config = _abi.Config()
+    config = abi.Config()
     config.struct_size = size
     with pytest.raises(ConfigError, match=f"config has {size} bytes"):
         lib.anepy_model_create(ctypes.byref(ctypes.c_void_p()), ctypes.byref(config))

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from native import gnustep, toolchain
 
-from anepy.model import Model, ModelConfig
+from anepy.models.model import Model, ModelConfig
 
 pytestmark = needs.LINUX  # a Mac has the real one
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_cli import SMALL
 
-from anepy.model import Model
-from anepy.probe_list import PROBES
+from anepy.hardware.probes import PROBES
+from anepy.models.model import Model
 
 pytestmark = needs.LINUX  # a Mac has the real one
 
@@ -23,9 +23,10 @@ NAMES = [item.name for item in PROBES]
 CODE = """
 import ctypes, json, sys
 import ane_child
-from anepy import adapt, probe
-from anepy.probe_list import find
-from anepy.probe_mil import DeviceRunner
+from anepy.engine import adapt
+from anepy.hardware import ask as probe
+from anepy.hardware.probes import find
+from anepy.hardware.probe_mil import DeviceRunner
 names, settings, fault, dialect = json.loads(sys.argv[1])
 results = []
 for name in names:
@@ -39,7 +40,7 @@ print(json.dumps({"results": results, "adapts": adapt.adaptations(results)} | an
 ADAPTED = """
 import json, sys
 import ane_child, numpy as np
-from anepy import adapt
+from anepy.engine import adapt
 from anepy.engine import Engine
 seen = []
 for details in ([], ["dialect=1.0"]):

@@ -19,15 +19,15 @@ from reference import llama64 as ref
 from tolerances import assert_tensors_close
 from typer.testing import CliRunner
 
-from anepy import _native
-from anepy.cli import app
-from anepy.data import TokenData
+from anepy.cli.main import app
 from anepy.engine import Engine
+from anepy.engine.flops import flops_per_step
 from anepy.errors import ConfigError
-from anepy.flops import flops_per_step
-from anepy.model import PRESETS, Model, ModelConfig
-from anepy.train_config import TrainConfig
-from anepy.trainer import Trainer
+from anepy.models.model import PRESETS, Model, ModelConfig
+from anepy.native import find
+from anepy.text.data import TokenData
+from anepy.training.config import TrainConfig
+from anepy.training.trainer import Trainer
 
 CONFIGS = {"gqa": GQA, "separate": SEPARATE}
 # Several panels with a rest, one token, exactly a panel; more columns than run at once.
@@ -143,7 +143,7 @@ import resource
 import numpy as np
 from anepy.engine import Engine
 from anepy.errors import NativeError
-from anepy.model import Model, ModelConfig
+from anepy.models.model import Model, ModelConfig
 
 tokens = np.arange(16 * 64).reshape(16, 64)
 engine = Engine(Model.init(ModelConfig(64, 64, 1, 2, 2, 30000, 64)), "opt", "cpu", threads=1)
@@ -167,7 +167,7 @@ resource.setrlimit(resource.RLIMIT_AS, old)
 print(engine.step(tokens, tokens).loss > 1, engine.memory > 4 * before[2])
 """
     needs.proc()
-    result = children.run("-c", code, ANEPY_LIB=_native.library()._name)
+    result = children.run("-c", code, ANEPY_LIB=find.library()._name)
     refused = "memory True\n"
     assert (result.stdout, result.stderr) == (f"{refused * 2}1 True\nTrue True\n", "")
 

@@ -21,11 +21,11 @@ from standin import (
     run_script,
 )
 
-from anepy import _build, _native
 from anepy.errors import (
     LibraryBuildError,
     UnsupportedPlatformError,
 )
+from anepy.native import build, find
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_tag_of_known_platform_has_its_tag(
     system: str, machine: str, libc: str, expected: str
 ) -> None:
-    assert _build.tag_of(system, machine, libc, 64, "little") == expected
+    assert build.tag_of(system, machine, libc, 64, "little") == expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_tag_of_unknown_platform_names_what_was_found(
     system: str, machine: str, bits: int, byteorder: str
 ) -> None:
     with pytest.raises(UnsupportedPlatformError, match=f"{system}.*{bits}-bit"):
-        _build.tag_of(system, machine, "glibc", bits, byteorder)
+        build.tag_of(system, machine, "glibc", bits, byteorder)
 
 
 def test_platform_tag_agrees_with_the_script(root: Path) -> None:
@@ -108,7 +108,7 @@ def test_find_compiler_takes_the_variable_then_a_known_name(
     monkeypatch.setattr(sys, "platform", "linux")
     if variable is not None:
         monkeypatch.setenv("CC", variable)
-    assert _build.find_compiler() == expected
+    assert build.find_compiler() == expected
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -118,42 +118,42 @@ def test_source_hash_agrees_with_the_script(root: Path) -> None:
     place(root / "libsrc" / "Zebra.h", "")
     place(root / "libsrc" / "model" / "a-b.c", "int x;\n")
     (root / "libsrc" / "link.c").symlink_to("api.c")
-    assert run_script(root, "--print-hash").stdout == _native.source_hash(root) + "\n"
+    assert run_script(root, "--print-hash").stdout == find.source_hash(root) + "\n"
 
 
 def test_source_hash_of_this_checkout_agrees_with_the_script() -> None:
-    assert run_script(CHECKOUT, "--print-hash").stdout == _native.source_hash(CHECKOUT) + "\n"
+    assert run_script(CHECKOUT, "--print-hash").stdout == find.source_hash(CHECKOUT) + "\n"
 
 
 @pytest.mark.parametrize("name", ["libsrc/api.c", "libsrc/anepy.h", "libsrc/new.c", "build_lib.sh"])
 def test_source_hash_source_edit_changes_it(root: Path, name: str) -> None:
-    before = _native.source_hash(root)
+    before = find.source_hash(root)
     with open(root / name, "a") as file:
         file.write("# or //\n")
-    assert _native.source_hash(root) != before
+    assert find.source_hash(root) != before
 
 
 def test_source_hash_rename_changes_it(root: Path) -> None:
-    before = _native.source_hash(root)
+    before = find.source_hash(root)
     (root / "libsrc" / "api.c").rename(root / "libsrc" / "bpi.c")
-    assert _native.source_hash(root) != before
+    assert find.source_hash(root) != before
 
 
 def test_source_hash_other_files_do_not_matter(root: Path) -> None:
-    before = _native.source_hash(root)
+    before = find.source_hash(root)
     place(root / "libsrc" / "notes.txt", "x")
     place(root / "anepy" / "new.py", "x")
-    assert _native.source_hash(root) == before
+    assert find.source_hash(root) == before
 
 
 def test_find_sources_prefers_the_wheel_then_the_checkout(tmp_path: Path) -> None:
     package = tmp_path / "site" / "anepy"
     package.mkdir(parents=True)
-    assert _build.find_sources(package) is None
+    assert build.find_sources(package) is None
     make_sources(tmp_path / "site")
-    assert _build.find_sources(package) == tmp_path / "site"
+    assert build.find_sources(package) == tmp_path / "site"
     make_sources(package / "_src")
-    assert _build.find_sources(package) == package / "_src"
+    assert build.find_sources(package) == package / "_src"
 
 
 # ------------------------------------------------------------------------------------- build script
@@ -165,10 +165,10 @@ def test_build_library_works_and_carries_its_id(
 ) -> None:
     monkeypatch.setenv("CC", needs.program(compiler))
     layout = layout_of(root)
-    path = _native.build(layout=layout)
+    path = find.build(layout=layout)
     assert path == root / "anepy" / "_lib" / TAG / layout.file_name
     assert list(path.parent.iterdir()) == [path]
-    lib = _native._open(path)
+    lib = find._open(path)
     lib.anepy_root.restype, lib.anepy_root.argtypes = ctypes.c_double, [ctypes.c_double]
     assert lib.anepy_root(4.0) == 42.0
     assert lib.anepy_build_id().decode() == layout.build_id
@@ -177,9 +177,9 @@ def test_build_library_works_and_carries_its_id(
 
 def test_build_debug_library_says_so_and_is_used(root: Path) -> None:
     layout = layout_of(root)
-    path = _native.build(debug=True, layout=layout)
-    assert _native._open(path).anepy_build_id().decode() == f"{layout.build_id}-debug"
-    found = _native.search(layout)[0]
+    path = find.build(debug=True, layout=layout)
+    assert find._open(path).anepy_build_id().decode() == f"{layout.build_id}-debug"
+    found = find.search(layout)[0]
     assert (found.status, found.reason) == ("usable", "debug build of these sources")
 
 
@@ -187,15 +187,15 @@ def test_build_leaves_the_source_tree_alone(root: Path, tmp_path: Path) -> None:
     """An installed wheel may be read-only; root can write anywhere, so compare before and after."""
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     out = tmp_path / "else where"
-    path = _native.build(out, layout=layout_of(root))
+    path = find.build(out, layout=layout_of(root))
     assert path.parent == out
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
 def test_build_verbose_shows_the_command(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    _native.build(layout=layout_of(root))
+    find.build(layout=layout_of(root))
     assert capfd.readouterr() == ("", "")
-    _native.build(verbose=True, layout=layout_of(root))
+    find.build(verbose=True, layout=layout_of(root))
     shown = capfd.readouterr()
     assert shown.out == "" and "-std=c11" in shown.err and "libanepy" in shown.err
 
@@ -216,11 +216,11 @@ def test_build_flags_are_portable_whatever_the_environment_says(root: Path) -> N
 
 def test_build_script_error_names_the_first_message_and_keeps_the_old_library(root: Path) -> None:
     layout = layout_of(root)
-    path = _native.build(layout=layout)
+    path = find.build(layout=layout)
     old = path.read_bytes()
     place(root / "libsrc" / "bad.c", "int f(void) { return undeclared_thing; }\n")
     with pytest.raises(LibraryBuildError) as caught:
-        _native.build(layout=layout)
+        find.build(layout=layout)
     first, *rest = str(caught.value).splitlines()
     assert "undeclared_thing" in first and "libsrc/bad.c:1" in first and "build_lib.sh" in first
     assert any("compiler: " in line for line in rest) and len(rest) <= 20
@@ -231,7 +231,7 @@ def test_build_script_error_names_the_first_message_and_keeps_the_old_library(ro
 def test_build_script_undefined_symbol_fails_at_link(root: Path) -> None:
     (root / "libsrc" / "model" / "api.c").unlink()
     with pytest.raises(LibraryBuildError, match="anepy_hidden"):
-        _native.build(layout=layout_of(root))
+        find.build(layout=layout_of(root))
 
 
 def test_build_script_werror_turns_a_warning_into_a_failure(root: Path) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from test_files import BAD_TARGETS
 
-from anepy import checkpoint
-from anepy.checkpoint import Meta
 from anepy.errors import CheckpointError
+from anepy.training import checkpoint
+from anepy.training.checkpoint import Meta
 
 CONFIG = {"dim": 4, "n_layers": 1}
 SHAPES = {"tok_embeddings.weight": (10, 4), "norm.weight": (4,)}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from commands import Result, Run, assert_one_line_error, runner
 
-from anepy.model import Model, ModelConfig
-from anepy.tokenizer import Tokenizer
+from anepy.models.model import Model, ModelConfig
+from anepy.text.tokenizer import Tokenizer
 
 SMALL = ModelConfig(
     dim=32, hidden_dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=259, seq_len=32
@@ -75,10 +75,10 @@ def test_help_ends_with_two_examples_that_parse(run: Run, words: list[str]) -> N
 def test_help_needs_neither_numpy_nor_rich_nor_the_library() -> None:
     code = (
         "import sys; sys.argv = ['anepy', 'train', '--help']\n"
-        "from anepy.cli import main\n"
+        "from anepy.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "found = {'numpy', 'rich', 'requests', 'anepy._native'} & set(sys.modules)\n"
+        "found = {'numpy', 'rich', 'requests', 'anepy.native.find'} & set(sys.modules)\n"
         "print(found, file=sys.stderr)"
     )
     done = children.run("-c", code)
@@ -313,7 +313,8 @@ def test_train_interrupt_with_full_disk_keeps_the_old_checkpoint(
     # A limit on the size of files, set once training has begun, fails like a full disk.
     code = (
         "import resource, sys\n"
-        "from anepy import trainer, cli\n"
+        "from anepy.cli import main as cli\n"
+        "from anepy.training import trainer\n"
         "step = trainer.Trainer.run_step\n"
         "def limited(self):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
@@ -337,7 +338,8 @@ def test_train_second_interrupt_ends_at_once(files: dict[str, Path], tmp_path: P
     # A step that does not return to Python stands for a very long one.
     code = (
         "import time\n"
-        "from anepy import trainer, cli\n"
+        "from anepy.cli import main as cli\n"
+        "from anepy.training import trainer\n"
         "def stuck(self):\n"
         "    print('step 1', flush=True)\n"
         "    for _ in range(600):\n"

@@ -12,10 +12,10 @@ import typer
 from program_cases import make_case, random_model
 from typer.testing import CliRunner
 
-from anepy import mil
-from anepy.cli_mil import mil as command
-from anepy.model import PRESETS, Model, ModelConfig
-from anepy.program import Program
+from anepy.cli.mil import mil as command
+from anepy.hardware import programs as mil
+from anepy.hardware.program import Program
+from anepy.models.model import PRESETS, Model, ModelConfig
 
 Run = Callable[..., Any]
 

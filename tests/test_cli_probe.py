@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from test_cli import Run, run  # noqa: F401
 
-from anepy import adapt, machine, probe
-from anepy.engine import Engine
-from anepy.model import Model, ModelConfig
-from anepy.probe_list import PROBES, find
+from anepy.engine import Engine, adapt
+from anepy.hardware import ask as probe
+from anepy.hardware.probes import PROBES, find
+from anepy.models.model import Model, ModelConfig
+from anepy.system import machine
 
 NAMES = [item.name for item in PROBES]
 TOP = {

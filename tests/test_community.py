@@ -9,10 +9,10 @@ import pytest
 from cases import message
 from comparisons import make_comparison, make_run
 
-from anepy.community import submission
-from anepy.comparison import Comparison, Group
-from anepy.files import dumps
-from anepy.model import PRESETS
+from anepy.comparing.result import Comparison, Group
+from anepy.comparing.submission import submission
+from anepy.models.model import PRESETS
+from anepy.system.files import dumps
 
 
 def on_a_mac(**changes: Any) -> Comparison:

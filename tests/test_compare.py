@@ -12,16 +12,16 @@ import pytest
 from cases import GQA, SEPARATE, make_model, message
 
 import anepy
-from anepy import machine
-from anepy.compare_config import CompareConfig
-from anepy.comparison import Comparison
-from anepy.comparison_file import load
-from anepy.data import Sampler, TokenData
+from anepy.comparing.config import CompareConfig
+from anepy.comparing.file import load
+from anepy.comparing.result import Comparison
+from anepy.comparing.session import Progress, compare, synthetic
+from anepy.comparing.turns import rotated
 from anepy.engine import Engine
 from anepy.errors import ConfigError, DataError, ModelError, NativeError
-from anepy.measuring import Progress, compare, synthetic
-from anepy.model import Model
-from anepy.turns import rotated
+from anepy.models.model import Model
+from anepy.system import machine
+from anepy.text.data import Sampler, TokenData
 
 SMALL = CompareConfig(rounds=3, steps=2, warmup=1, accum=2, seq=16, device="cpu", precision="fp32")
 DATA = TokenData.from_array(np.random.default_rng(5).integers(0, GQA.vocab_size, 500))
@@ -131,7 +131,7 @@ def test_same_variant_twice_is_two_columns() -> None:
 
 def test_losses_of_all_variants_agree() -> None:
     result = small(["baseline", "opt", "opt-simd_adam", "baseline+prealloc"], rounds=5)
-    first, *others = anepy.comparison.columns([("", result)])
+    first, *others = anepy.comparing.result.columns([("", result)])
     for column in others:
         found = column.agreement(first)
         assert found is not None and found.agrees and found.steps == 11
@@ -345,7 +345,7 @@ def on_sim(budget: int, **changes: Any) -> Comparison:
 
 def elsewhere(folder: Path, code: str) -> Comparison:
     """Run code that binds `result` in a process of its own and return that."""
-    before = "import sys\nfrom anepy.comparison_file import save\nfrom test_compare import *\n"
+    before = "import sys\nfrom anepy.comparing.file import save\nfrom test_compare import *\n"
     done = children.run("-c", f"{before}{code}\nsave(result, 'r.json')", cwd=folder)
     assert done.returncode == 0, done.stderr
     return load(folder / "r.json")
@@ -467,7 +467,7 @@ def test_real_model_learns_the_same_in_every_variant() -> None:
         TokenData.from_array(np.array(ids)),
         config,
     )
-    first, opt, exact = anepy.comparison.columns([("", result)])
+    first, opt, exact = anepy.comparing.result.columns([("", result)])
     assert first.measured.losses[-1] < 0.5 * first.measured.losses[0]
     found = opt.agreement(first)
     assert found is not None and found.agrees and found.steps == 50

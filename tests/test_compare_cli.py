@@ -14,7 +14,7 @@ from cases import GQA, make_model
 from commands import Run, assert_one_line_error, runner
 from comparisons import make_comparison
 
-from anepy.comparison_file import load, save
+from anepy.comparing.file import load, save
 from anepy.engine import Engine
 from anepy.errors import NativeError
 
@@ -214,10 +214,11 @@ def test_compare_interrupt_shows_what_was_measured(run: Run, tmp_path: Path) -> 
     # Tells on standard error when a round begins, so that the test knows when to interrupt.
     code = (
         "import sys\n"
-        "from anepy import cli, console_compare\n"
+        "from anepy.cli import main as cli\n"
+        "from anepy.console import compare\n"
         "def turn(self, progress):\n"
         "    print('round', progress.round, file=sys.stderr, flush=True)\n"
-        "console_compare.Turns.turn = turn\n"
+        "compare.Turns.turn = turn\n"
         "cli.main()"
     )
     words = [*SHORT, "--rounds", 10**6, "--json", "r.json"]
@@ -238,12 +239,13 @@ def test_compare_interrupt_shows_what_was_measured(run: Run, tmp_path: Path) -> 
 def test_compare_interrupt_before_anything_is_quiet(run: Run, tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
-        "from anepy import cli, measuring\n"
-        "real = measuring.synthetic\n"
+        "from anepy.cli import main as cli\n"
+        "from anepy.comparing import session\n"
+        "real = session.synthetic\n"
         "def synthetic(*args):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(*args)\n"
-        "measuring.synthetic = synthetic\n"
+        "session.synthetic = synthetic\n"
         "cli.main()"
     )
     words = ["compare", "baseline", "opt", "--preset", "stories260K", "--json", "r.json"]

@@ -14,9 +14,9 @@ import pytest
 from cases import message
 from comparisons import make_comparison, make_run
 
-from anepy import comparison_text as text
-from anepy.comparison import Group, columns
-from anepy.comparison_file import as_record, load, save
+from anepy.comparing import words as text
+from anepy.comparing.file import as_record, load, save
+from anepy.comparing.result import Group, columns
 
 # Files
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from comparisons import make_comparison, make_run
 
-from anepy import report_charts
-from anepy.comparison import Ablation, Comparison, Group, columns
-from anepy.comparison_report import page
+from anepy.comparing import charts
+from anepy.comparing.page import page
+from anepy.comparing.result import Ablation, Comparison, Group, columns
 
 NAMES = ["baseline", "opt", "ane", "dynamic", "double-buffer", "max", "max-offload_classifier"]
 
@@ -115,14 +115,14 @@ def test_page_marks_can_be_reached_and_say_their_numbers() -> None:
 
 def test_phases_add_up_to_the_time_per_step() -> None:
     for column in columns([("", make_comparison(ablate=True))]):
-        total = sum(report_charts.parts(column).values())
+        total = sum(charts.parts(column).values())
         run = column.comparison.runs(column.label)[0]
         wall = sum(run.timed("wall_ms")) + sum(run.timed_updates("wall_ms"))
         assert total == pytest.approx(wall / len(run.timed("wall_ms")))
 
 
 def palette(scheme: str) -> list[str]:
-    style = Path(report_charts.__file__).with_name("report.css").read_text()
+    style = Path(charts.__file__).with_name("report.css").read_text()
     light, dark = style.split("@media screen and (prefers-color-scheme: dark)")
     found = dict(re.findall(r"--p(\d): (#[0-9a-f]{6})", light if scheme == "light" else dark))
     return [found[str(index)] for index in range(10)]
@@ -164,7 +164,7 @@ def test_phases_differ_for_every_eye(scheme: str, sight: str) -> None:
 
 def test_ticks_are_round_and_apart() -> None:
     for low, high in ((0.99, 1.01), (0.5, 1.1), (0.9, 1.5), (0.34, 3.0), (0.98, 2.0)):
-        scale = report_charts._Scale(math.log(low), math.log(high))
+        scale = charts._Scale(math.log(low), math.log(high))
         ticks = scale.ticks()
         assert 1.0 in ticks and len(ticks) >= 2
         places = [scale.place(tick) for tick in ticks]
@@ -329,7 +329,7 @@ def test_segments_are_as_long_as_their_numbers(
     scales = []
     for drawing in drawings:
         assert [part[0] for part in drawing["parts"]] == [
-            name for name in report_charts.SEGMENTS if name != "compile"
+            name for name in charts.SEGMENTS if name != "compile"
         ]
         at = 0.0
         for _, value, left, length, _ in drawing["parts"]:

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anepy import console, words
-from anepy.console import Live, Plain
-from anepy.console_text import (
+from anepy.console import train as console
+from anepy.console.text import (
     Header,
     History,
     sparkline,
     summary_rows,
 )
-from anepy.files import dumps
-from anepy.reports import PHASES, StepReport, Summary
-from anepy.run_log import RunLog
-from anepy.train_config import TrainConfig
-from anepy.words import duration, milliseconds, quantity
+from anepy.console.train import Live, Plain
+from anepy.system import words
+from anepy.system.files import dumps
+from anepy.system.words import duration, milliseconds, quantity
+from anepy.training.config import TrainConfig
+from anepy.training.reports import PHASES, StepReport, Summary
+from anepy.training.run_log import RunLog
 
 PHASE_MS = {name: 0.5 for name in PHASES}
 

@@ -13,10 +13,10 @@ import needs
 import numpy as np
 import pytest
 
-import anepy.data
-from anepy.data import Sampler, TokenData, prepare, windows
+import anepy.text.data
 from anepy.errors import CheckpointError, ConfigError, DataError, TokenizerError
-from anepy.tokenizer import Tokenizer
+from anepy.text.data import Sampler, TokenData, prepare, windows
+from anepy.text.tokenizer import Tokenizer
 
 # 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
 CHI2_9_DOF = 27.9
@@ -166,7 +166,7 @@ def test_from_array_not_a_row_of_integers_raises(array: object) -> None:
 
 
 def test_check_names_the_first_bad_token_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anepy.data, "_CHECK_TOKENS", 4)
+    monkeypatch.setattr(anepy.text.data, "_CHECK_TOKENS", 4)
     tokens = np.zeros(11, np.uint16)
     data = TokenData.from_array(tokens, name="d.bin")
     data.check(1)
@@ -250,7 +250,7 @@ def test_sampler_rejects_biased_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(np.random, "Philox", Bits)
     # 2**64 is 6 modulo 10: the last six values would favour low starts.
-    assert anepy.data._draw(10, 0, 0) == 1
+    assert anepy.text.data._draw(10, 0, 0) == 1
 
 
 def test_sampler_seeds_differ_and_seed_zero_counts() -> None:
@@ -365,7 +365,7 @@ def test_prepare_writes_tokens_and_sidecar(tmp_path: Path) -> None:
 def test_prepare_block_size_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(anepy.data, "_READ_BYTES", block)
+    monkeypatch.setattr(anepy.text.data, "_READ_BYTES", block)
     text = tmp_path / "a.txt"
     text.write_text("\ufeff 世界 one<|end<|endoftext|>  <|endoftext|><|endof\ntwo é <|endoftext|")
     prepare(text, Tokenizer.bytes(), tmp_path / "d.bin")
@@ -416,7 +416,7 @@ def test_prepare_sample_stories_with_their_tokenizer(tmp_path: Path) -> None:
 def test_prepare_reports_progress_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anepy.data, "_READ_BYTES", 4)
+    monkeypatch.setattr(anepy.text.data, "_READ_BYTES", 4)
     (tmp_path / "a.txt").write_text("0123456789")
     (tmp_path / "b.txt").write_text("abc")
     seen: list[tuple[int, int]] = []
@@ -437,7 +437,7 @@ def test_prepare_reports_progress_to_the_end(
 def test_prepare_bad_utf8_names_file_and_offset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, raw: bytes, offset: int
 ) -> None:
-    monkeypatch.setattr(anepy.data, "_READ_BYTES", block)
+    monkeypatch.setattr(anepy.text.data, "_READ_BYTES", block)
     text = tmp_path / "a.txt"
     text.write_bytes(raw)
     with pytest.raises(DataError, match=rf"not UTF-8 text: bad byte at offset {offset};") as caught:
@@ -537,5 +537,5 @@ def test_prepare_through_a_link_replaces_its_target(tmp_path: Path) -> None:
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(anepy.data).attempted > 0
-    assert doctest.testmod(anepy.data).failed == 0
+    assert doctest.testmod(anepy.text.data).attempted > 0
+    assert doctest.testmod(anepy.text.data).failed == 0

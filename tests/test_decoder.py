@@ -10,7 +10,7 @@ from tolerances import relative_error
 
 from anepy.engine import Decoder
 from anepy.errors import AnepyError, ClosedError
-from anepy.model import ModelConfig
+from anepy.models.model import ModelConfig
 
 
 @pytest.mark.parametrize("config", [GQA, SEPARATE], ids=["gqa", "separate"])

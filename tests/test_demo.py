@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import tolerances
 
-import anepy.demo
-from anepy import demo
-from anepy.cli_plan import DEMO_SETTINGS
-from anepy.data import SEPARATOR, Sampler
-from anepy.model import Model
-from anepy.tokenizer import Tokenizer
-from anepy.train_config import TrainConfig, config_from
-from anepy.trainer import Trainer
+import anepy.training.demo
+from anepy.cli.plan import DEMO_SETTINGS
+from anepy.models.model import Model
+from anepy.text.data import SEPARATOR, Sampler
+from anepy.text.tokenizer import Tokenizer
+from anepy.training import demo
+from anepy.training.config import TrainConfig, config_from
+from anepy.training.trainer import Trainer
 
 
 def stories() -> list[str]:

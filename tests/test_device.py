@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from test_cli import Run, files, run  # noqa: F401
 
-from anepy import device
-from anepy import engine as engine_module
-from anepy.device import DeviceInfo, choice_note, open_device
-from anepy.engine import Engine
+from anepy.engine import Engine, device
+from anepy.engine import engine as engine_module
+from anepy.engine.device import DeviceInfo, choice_note, open_device
 from anepy.errors import CompileBudgetError, ConfigError, NativeError
-from anepy.model import PRESETS, Model
+from anepy.models.model import PRESETS, Model
 
 CHOSEN = "device cpu, chosen automatically; not ane: "
 SMALL = PRESETS["stories260K"]

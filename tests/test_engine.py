@@ -23,8 +23,8 @@ from tolerances import relative_error
 
 from anepy.engine import Decoder, Engine, StepStats, library_info
 from anepy.errors import ClosedError
-from anepy.model import PRESETS, Model, ModelConfig
-from anepy.tokenizer import Tokenizer
+from anepy.models.model import PRESETS, Model, ModelConfig
+from anepy.text.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------- evaluation
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from anepy import estimates
-from anepy.estimates import Ratio, agreement, paired_ratio, spread, unpaired_ratio
+from anepy.comparing import estimates
+from anepy.comparing.estimates import Ratio, agreement, paired_ratio, spread, unpaired_ratio
 
 RNG = np.random.default_rng
 

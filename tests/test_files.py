@@ -8,7 +8,7 @@ import needs
 import pytest
 
 from anepy.errors import ConfigError
-from anepy.files import check_writable
+from anepy.system.files import check_writable
 
 # Paths below a folder with a file "file" and a folder "folder", and why none can be written.
 BAD_TARGETS = [

@@ -24,7 +24,8 @@ if __name__ == "__main__":
 from mil_samples import SAMPLES  # noqa: E402
 from mil_text import Sample, old_dialect  # noqa: E402
 
-from anepy import Model, ModelConfig, mil  # noqa: E402
+from anepy import Model, ModelConfig  # noqa: E402
+from anepy.hardware import programs as mil  # noqa: E402
 
 # The long run: clang 19, seed 1, one thread; nothing failed.
 RECORDED = {

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from anepy.errors import ConfigError, ModelError, TokenizerError
-from anepy.generation import Sampling, generate, resolve_tokenizer, stream
-from anepy.model import Model, ModelConfig
-from anepy.tokenizer import Tokenizer
+from anepy.models.model import Model, ModelConfig
+from anepy.text.generation import Sampling, generate, resolve_tokenizer, stream
+from anepy.text.tokenizer import Tokenizer
 
-MODULE = importlib.import_module("anepy.generation")
+MODULE = importlib.import_module("anepy.text.generation")
 SMALL = ModelConfig(
     dim=16, hidden_dim=32, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=259, seq_len=32
 )

@@ -10,7 +10,7 @@ import pytest
 from cases import GQA, SEPARATE, bits, make_model, sequence
 
 from anepy.engine import Engine
-from anepy.model import ModelConfig
+from anepy.models.model import ModelConfig
 
 # More rows than a piece has, more of the vocabulary than a chunk, and panels that are not whole.
 LARGE = ModelConfig(72, 450, 2, 4, 1, 2100, 70)

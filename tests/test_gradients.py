@@ -16,10 +16,10 @@ from cases import bits, make_model, mapped, sequence, weights_of
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 
-from anepy import _native
 from anepy.engine import Engine, library_info
-from anepy.model import Model, ModelConfig
-from anepy.tokenizer import Tokenizer
+from anepy.models.model import Model, ModelConfig
+from anepy.native import find
+from anepy.text.tokenizer import Tokenizer
 
 # No dimension is a multiple of a kernel's tile (6 or 8 rows, 16 to 64 columns) or equals another;
 # vocabularies lie below, just above and well above the 512 rows that soft-max takes at once.
@@ -127,7 +127,7 @@ def test_gradients_on_every_instruction_set(isa: str) -> None:
     """The mask is read once per process, hence a process for each."""
     needs.kernel_set(isa)
     code = "import test_gradients as t; t.run_all_on_this_isa()"
-    library = _native.library()._name
+    library = find.library()._name
     result = children.run("-c", code, ANEPY_CPU_MASK=isa, ANEPY_BLAS="own", ANEPY_LIB=library)
     assert result.returncode == 0, result.stderr
     used, gemm = result.stdout.split()

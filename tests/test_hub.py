@@ -18,8 +18,8 @@ import needs
 import pytest
 from http_server import Answer, FileServer, wait_for
 
-from anepy import files, hub
 from anepy.errors import ChecksumError, DownloadError, OfflineError
+from anepy.system import download, files
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -46,14 +46,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record the pauses between attempts instead of making them."""
     recorded: list[float] = []
-    monkeypatch.setattr(hub, "_sleep", recorded.append)
+    monkeypatch.setattr(download, "_sleep", recorded.append)
     return recorded
 
 
 def fetch(server: FileServer, dest: Path, *answers: Answer, **options: object) -> Path:
     server.answers["/f.bin"] = list(answers)
     settings: dict[str, object] = {"timeout": QUICK, "retries": 0} | options
-    return hub.download(server.url("/f.bin"), dest, SHA256, len(BODY), **settings)  # type: ignore[arg-type]
+    return download.download(server.url("/f.bin"), dest, SHA256, len(BODY), **settings)  # type: ignore[arg-type]
 
 
 def refused(server: FileServer, dest: Path, *answers: Answer, **options: object) -> DownloadError:
@@ -209,7 +209,7 @@ def test_download_nobody_listens_names_host_and_reason(tmp_path: Path, waits: li
         port = free.getsockname()[1]
     url = f"http://user:secret@127.0.0.1:{port}/f.bin"
     with pytest.raises(DownloadError, match=f"cannot connect to 127.0.0.1:{port}") as caught:
-        hub.download(url, tmp_path / "f.bin", SHA256, len(BODY), timeout=QUICK, retries=2)
+        download.download(url, tmp_path / "f.bin", SHA256, len(BODY), timeout=QUICK, retries=2)
     assert "refused" in str(caught.value) and "secret" not in str(caught.value)
     assert len(waits) == 2
 
@@ -229,7 +229,7 @@ def test_download_server_without_tls_is_a_tls_message(
 ) -> None:
     url = server.url("/f.bin").replace("http:", "https:")
     with pytest.raises(DownloadError, match="no secure connection"):
-        hub.download(url, tmp_path / "f.bin", SHA256, len(BODY), timeout=QUICK)
+        download.download(url, tmp_path / "f.bin", SHA256, len(BODY), timeout=QUICK)
     assert waits == []
 
 
@@ -249,10 +249,10 @@ def test_download_untrusted_certificate_names_the_bundle_variable(
     url = server.url("/f.bin").replace("http:", "https:")
     dest = tmp_path / "new" / "f.bin"
     with pytest.raises(DownloadError, match=r"not trusted.*REQUESTS_CA_BUNDLE"):
-        hub.download(url, dest, SHA256, len(BODY), timeout=QUICK)
+        download.download(url, dest, SHA256, len(BODY), timeout=QUICK)
     os.environ["REQUESTS_CA_BUNDLE"] = str(certificate)
     try:
-        assert hub.download(url, dest, SHA256, len(BODY), timeout=QUICK).read_bytes() == BODY
+        assert download.download(url, dest, SHA256, len(BODY), timeout=QUICK).read_bytes() == BODY
     finally:
         del os.environ["REQUESTS_CA_BUNDLE"]
 
@@ -275,22 +275,24 @@ def test_offline_reads_the_variable(
 ) -> None:
     if value is not None:
         monkeypatch.setenv("ANEPY_OFFLINE", value)
-    assert hub.offline() is expected
+    assert download.offline() is expected
 
 
 def test_file_url_mirror_replaces_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub.file_url("https://a.example/v1/", "f.bin") == "https://a.example/v1/f.bin"
+    assert download.file_url("https://a.example/v1/", "f.bin") == "https://a.example/v1/f.bin"
     monkeypatch.setenv("ANEPY_MIRROR", "http://mirror.example/anepy/")
-    assert hub.file_url("https://a.example/v1/", "f.bin") == "http://mirror.example/anepy/f.bin"
+    assert (
+        download.file_url("https://a.example/v1/", "f.bin") == "http://mirror.example/anepy/f.bin"
+    )
 
 
 def test_cache_dir_variable_wins_and_nothing_is_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_dir().name == "anepy"
+    assert download.cache_dir().name == "anepy"
     monkeypatch.setenv("ANEPY_CACHE", str(tmp_path / "chosen"))
-    assert hub.cache_dir() == tmp_path / "chosen"
+    assert download.cache_dir() == tmp_path / "chosen"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -315,7 +317,7 @@ def test_download_too_large_for_the_disk_is_refused_before_asking(
     server: FileServer, tmp_path: Path
 ) -> None:
     with pytest.raises(DownloadError, match="left; free some space"):
-        hub.download(server.url("/f.bin"), tmp_path / "f.bin", SHA256, 1 << 60)
+        download.download(server.url("/f.bin"), tmp_path / "f.bin", SHA256, 1 << 60)
     assert server.requests == [] and list(tmp_path.iterdir()) == []
 
 
@@ -344,8 +346,8 @@ def test_download_real_ctrl_c_during_a_stall_leaves_nothing(
     server.answers["/f.bin"] = [Answer(BODY, stall=300_000)]
     dest = tmp_path / "f.bin"
     code = (
-        "import sys; from pathlib import Path; from anepy import files, hub\n"
-        f"hub.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
+        "import sys; from pathlib import Path; from anepy.system import download\n"
+        f"download.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
     )
     process = children.start("-c", code, server.url("/f.bin"), dest)
     try:
@@ -362,8 +364,8 @@ def test_download_two_processes_at_once_both_succeed(server: FileServer, tmp_pat
     server.answers["/f.bin"] = [Answer(BODY)]
     dest = tmp_path / "f.bin"
     code = (
-        "import sys; from pathlib import Path; from anepy import files, hub\n"
-        f"hub.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
+        "import sys; from pathlib import Path; from anepy.system import download\n"
+        f"download.download(sys.argv[1], Path(sys.argv[2]), {SHA256!r}, {len(BODY)})"
     )
     processes = [children.start("-c", code, server.url("/f.bin"), dest) for _ in range(3)]
     results = [process.communicate(timeout=60) for process in processes]
@@ -376,7 +378,9 @@ def test_download_threads_at_once_both_succeed(server: FileServer, tmp_path: Pat
     url, dest = server.url("/f.bin"), tmp_path / "f.bin"
     done: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: done.append(hub.download(url, dest, SHA256, len(BODY))))
+        threading.Thread(
+            target=lambda: done.append(download.download(url, dest, SHA256, len(BODY)))
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -389,7 +393,7 @@ def test_download_threads_at_once_both_succeed(server: FileServer, tmp_path: Pat
 def test_install_file_good_copy_is_installed(tmp_path: Path) -> None:
     source, dest = tmp_path / "source", tmp_path / "new" / "f.bin"
     source.write_bytes(BODY)
-    assert hub.install_file(source, dest, SHA256.upper(), len(BODY)).read_bytes() == BODY
+    assert download.install_file(source, dest, SHA256.upper(), len(BODY)).read_bytes() == BODY
     assert source.exists() and list(dest.parent.iterdir()) == [dest]
 
 
@@ -409,20 +413,20 @@ def test_install_file_bad_copy_is_refused(
     if content is not None:
         source.write_bytes(content)
     with pytest.raises(kind, match=words) as caught:
-        hub.install_file(source, dest, SHA256, len(BODY))
+        download.install_file(source, dest, SHA256, len(BODY))
     assert str(source) in str(caught.value) and not dest.exists()
 
 
 def test_progress_bar_without_terminal_draws_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with hub.progress_bar("f.bin") as progress:
+    with download.progress_bar("f.bin") as progress:
         assert progress is None
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_bar_on_a_terminal_shows_name_and_bytes() -> None:
     code = (
-        "from anepy import files, hub\n"
-        "with hub.progress_bar('f.bin') as progress:\n"
+        "from anepy.system import download\n"
+        "with download.progress_bar('f.bin') as progress:\n"
         "    progress(0, 4_000_000); progress(3_000_000, 4_000_000)\n"
     )
     master, slave = pty.openpty()

@@ -9,10 +9,10 @@ import needs
 import pytest
 from test_cli import Run, run  # noqa: F401
 
-from anepy import adapt, mac, machine
-from anepy.engine import Engine
+from anepy.engine import Engine, adapt
 from anepy.errors import ConfigError
-from anepy.model import PRESETS, Model
+from anepy.models.model import PRESETS, Model
+from anepy.system import mac, machine
 
 MAX = {
     "machdep.cpu.brand_string": "Apple M4 Max",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anepy import machine
+from anepy.system import machine
 
 
 def test_machine_is_described() -> None:

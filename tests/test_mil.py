@@ -19,10 +19,10 @@ from program_cases import Array, Case, f64, join_groups, make_case, random_model
 from reference import llama64 as ref
 from tolerances import relative_error
 
-from anepy import mil
 from anepy.errors import AnepyError, ConfigError
-from anepy.model import Model, ModelConfig
-from anepy.program import CHIPS, Program
+from anepy.hardware import programs as mil
+from anepy.hardware.program import CHIPS, Program
+from anepy.models.model import Model, ModelConfig
 
 # About ten roundings of 2^-11 in a row, at random; the largest measured is 2.1e-3.
 FP16_PROGRAM = 4e-3

@@ -22,10 +22,10 @@ import pytest
 from reference import llama2c
 from reference import llama64 as ref
 
-from anepy import _native
-from anepy import model as model_module
 from anepy.errors import ConfigError, ModelError, NativeError
-from anepy.model import PRESETS, Model, ModelConfig
+from anepy.models import model as model_module
+from anepy.models.model import PRESETS, Model, ModelConfig
+from anepy.native import find
 
 CONFIGS = {
     "tied": ModelConfig(12, 20, 2, 3, 3, 29, 40),
@@ -331,7 +331,7 @@ def test_load_bad_files_take_little_memory(tmp_path: Path) -> None:
             file.truncate(1 << 40)  # sparse: a terabyte that takes no disk
     code = (
         "import resource, sys\n"
-        "from anepy.model import Model, PRESETS\n"
+        "from anepy.models.model import Model, PRESETS\n"
         "from anepy.errors import ModelError\n"
         "Model(PRESETS['stories260K'])\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
@@ -341,7 +341,7 @@ def test_load_bad_files_take_little_memory(tmp_path: Path) -> None:
         "    except ModelError: print('refused')\n"
     )
     needs.proc()
-    result = children.run("-c", code, *paths, ANEPY_LIB=_native.library()._name)
+    result = children.run("-c", code, *paths, ANEPY_LIB=find.library()._name)
     assert (result.stdout, result.stderr) == ("refused\n" * len(paths), ""), path
 
 

@@ -30,8 +30,6 @@ from standin import (
     release_of,
 )
 
-from anepy import _native, hub
-from anepy._native import Layout
 from anepy.errors import (
     AbiMismatchError,
     ChecksumError,
@@ -40,6 +38,9 @@ from anepy.errors import (
     LibraryNotFoundError,
     OfflineError,
 )
+from anepy.native import find
+from anepy.native.find import Layout
+from anepy.system import download
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect what would be said on stderr."""
     collected: list[str] = []
-    monkeypatch.setattr(_native, "notify", collected.append)
+    monkeypatch.setattr(find, "notify", collected.append)
     return collected
 
 
@@ -111,7 +112,7 @@ def test_search_override_is_the_only_place(root: Path, kind: str, status: str) -
     place(layout.packaged, layout.build_id)
     path = root / "mine.so"
     path.mkdir() if kind == "folder" else path.write_text("x")
-    found = _native.search(dataclasses.replace(layout, override=str(path)))
+    found = find.search(dataclasses.replace(layout, override=str(path)))
     assert [(c.place, c.path, c.status) for c in found] == [("ANEPY_LIB", path, status)]
 
 
@@ -166,7 +167,7 @@ def test_search_places_depend_on_version_abi_sources_and_platform(root: Path) ->
 def test_search_changes_nothing(root: Path, tmp_path: Path) -> None:
     layout = layout_of(root)
     before = sorted(tmp_path.rglob("*"))
-    _native.search(layout)
+    find.search(layout)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -186,11 +187,11 @@ def test_layout_detect_describes_this_checkout(
 
 def test_load_checkout_compiles_into_the_package_once(root: Path, lines: list[str]) -> None:
     layout = layout_of(root)
-    lib, candidate = _native.load(layout)
+    lib, candidate = find.load(layout)
     assert candidate.place == "compile" and candidate.path == layout.packaged
     assert lib.anepy_build_id().decode() == layout.build_id
     assert len(lines) == 1 and "compiling the native library (once, about" in lines[0]
-    _, candidate = _native.load(layout)
+    _, candidate = find.load(layout)
     assert candidate.place == "package" and len(lines) == 1
     assert not layout.cache.exists()
 
@@ -198,16 +199,16 @@ def test_load_checkout_compiles_into_the_package_once(root: Path, lines: list[st
 def test_load_wheel_compiles_into_the_cache(root: Path, lines: list[str]) -> None:
     layout = layout_of(root, wheel=True)
     before = sorted(layout.package.rglob("*"))
-    _, candidate = _native.load(layout)
+    _, candidate = find.load(layout)
     assert candidate.path == layout.cached and layout.cached.is_file()
     assert sorted(layout.package.rglob("*")) == before
-    assert _native.load(layout)[1].place == "cache" and len(lines) == 1
+    assert find.load(layout)[1].place == "cache" and len(lines) == 1
 
 
 def test_load_changed_sources_are_compiled_again(root: Path, lines: list[str]) -> None:
     place(layout_of(root).packaged, "0123456789abcdef")
     layout = layout_of(root)
-    lib, _ = _native.load(layout)
+    lib, _ = find.load(layout)
     assert lib.anepy_build_id().decode() == layout.build_id
     assert len(lines) == 1 and "its sources changed" in lines[0]
 
@@ -219,7 +220,7 @@ def test_load_file_the_system_refuses_falls_through_to_the_compiler(
     layout = layout_of(root)
     assert layout.build_id is not None
     place(layout.packaged, f"not a library, but {layout.build_id}")
-    lib, candidate = _native.load(layout)
+    lib, candidate = find.load(layout)
     assert candidate.place == "compile" and lib.anepy_abi_version() == ABI
 
 
@@ -228,17 +229,17 @@ def test_load_other_abi_is_an_error_not_a_reason_to_go_on(root: Path, lines: lis
     place(root / "libsrc" / "api.c", text)
     layout = layout_of(root)
     with pytest.raises(AbiMismatchError, match=f"ABI {ABI + 1} instead of {ABI}"):
-        _native.load(layout)
+        find.load(layout)
     with pytest.raises(AbiMismatchError):
-        _native.load(layout)
+        find.load(layout)
     assert len(lines) == 1, "compiling the same sources again cannot help"
 
 
 def test_load_override_is_opened_unchecked(root: Path, tmp_path: Path, lines: list[str]) -> None:
-    path = _native.build(tmp_path / "mine", layout=layout_of(root))
+    path = find.build(tmp_path / "mine", layout=layout_of(root))
     place(root / "libsrc" / "api.c", "int changed;\n")
     layout = layout_of(root, override=str(path), compiler=None)
-    assert _native.load(layout)[1].place == "ANEPY_LIB" and lines == []
+    assert find.load(layout)[1].place == "ANEPY_LIB" and lines == []
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_load_bad_override_is_final_and_named(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(LibraryNotFoundError, match=words) as caught:
-        _native.load(layout_of(root, override=str(path)))
+        find.load(layout_of(root, override=str(path)))
     assert "ANEPY_LIB" in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value) and lines == []
     assert not (root / "anepy" / "_lib").exists()
@@ -263,7 +264,7 @@ def test_load_foreign_library_is_refused(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.so"
     subprocess.run([needs.compiler(), "-shared", "-fPIC", "-o", path, source], check=True)
     with pytest.raises(AbiMismatchError, match=r"x\.so is not a library of anepy"):
-        _native.load(layout_of(root, override=str(path)))
+        find.load(layout_of(root, override=str(path)))
 
 
 def test_load_nothing_works_lists_every_place_and_both_remedies(
@@ -272,7 +273,7 @@ def test_load_nothing_works_lists_every_place_and_both_remedies(
     layout = layout_of(root, wheel=True, compiler=None)
     place(layout.packaged, "0123456789abcdef")
     with pytest.raises(LibraryNotFoundError) as caught:
-        _native.load(layout)
+        find.load(layout)
     message = str(caught.value)
     assert "\n" not in message and lines == []
     for words in (
@@ -291,7 +292,7 @@ def test_load_unwritable_cache_names_the_variable(root: Path, lines: list[str]) 
     """Mode bits do not stop root, a parent that is a file does."""
     layout = layout_of(root, wheel=True, cache=place(root / "file", "") / "cache")
     with pytest.raises(LibraryBuildError, match="ANEPY_CACHE") as caught:
-        _native.load(layout)
+        find.load(layout)
     assert str(layout.cache) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -309,16 +310,16 @@ def test_library_is_opened_once_for_all_threads(
 ) -> None:
     layout = layout_of(root)
     monkeypatch.setattr(Layout, "detect", lambda: layout)
-    assert _native.loaded() is None
+    assert find.loaded() is None
     found: list[ctypes.CDLL] = []
-    threads = [threading.Thread(target=lambda: found.append(_native.library())) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: found.append(find.library())) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 6 and len({id(lib) for lib in found}) == 1
     assert len(lines) == 1
-    candidate = _native.loaded()
+    candidate = find.loaded()
     assert candidate is not None and candidate.path == layout.packaged
 
 
@@ -327,24 +328,24 @@ def test_library_failure_is_not_remembered(
 ) -> None:
     monkeypatch.setattr(Layout, "detect", lambda: layout_of(root, compiler=None))
     with pytest.raises(LibraryNotFoundError):
-        _native.library()
+        find.library()
     monkeypatch.setattr(Layout, "detect", lambda: layout_of(root))
-    assert _native.library().anepy_abi_version() == ABI
+    assert find.library().anepy_abi_version() == ABI
 
 
 def test_notify_by_default_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    _native.notify("compiling")
+    find.notify("compiling")
     assert capsys.readouterr() == ("", "anepy: compiling\n")
 
 
 BUILD = (
     "from pathlib import Path\n"
-    "from anepy import _native\n"
+    "from anepy.native import find\n"
     "import dataclasses\n"
     "package = Path(sys.argv[1])\n"
-    "layout = dataclasses.replace(_native.Layout.detect(), package=package,\n"
-    "    sources=package.parent, source_hash=_native.source_hash(package.parent))\n"
-    "lib, candidate = _native.load(layout)\n"
+    "layout = dataclasses.replace(find.Layout.detect(), package=package,\n"
+    "    sources=package.parent, source_hash=find.source_hash(package.parent))\n"
+    "lib, candidate = find.load(layout)\n"
     "print(lib.anepy_build_id().decode(), candidate.place)\n"
 )
 
@@ -393,9 +394,9 @@ def test_translated_python_is_warned_and_still_loads(
     root: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = layout_of(root)
-    _native.build(layout=layout)
-    monkeypatch.setattr(_native, "translated", lambda: True)
-    _native.load(layout)
+    find.build(layout=layout)
+    monkeypatch.setattr(find, "translated", lambda: True)
+    find.load(layout)
     assert len(lines) == 1 and "Rosetta" in lines[0]
 
 
@@ -412,7 +413,7 @@ def server() -> Iterator[FileServer]:
 def released(root: Path, server: FileServer) -> tuple[Layout, bytes]:
     """Return an installed wheel for which the server has a release, and its contents."""
     layout = layout_of(root, wheel=True)
-    content = _native.build(root / "release", layout=layout).read_bytes()
+    content = find.build(root / "release", layout=layout).read_bytes()
     server.answers["/v9/lib.so"] = [Answer(content)]
     release = release_of(layout, content, server.url("/v9"))
     return dataclasses.replace(layout, release=release, compiler=None), content
@@ -422,11 +423,11 @@ def test_load_pinned_release_is_downloaded_once(
     released: tuple[Layout, bytes], server: FileServer, lines: list[str]
 ) -> None:
     layout, content = released
-    lib, candidate = _native.load(layout)
+    lib, candidate = find.load(layout)
     assert candidate.place == "download" and lib.anepy_abi_version() == ABI
     assert layout.cached_release.read_bytes() == content
     assert len(lines) == 1 and "downloading the native library" in lines[0]
-    assert _native.load(layout)[1].place == "cached release"
+    assert find.load(layout)[1].place == "cached release"
     assert len(server.requests) == 1 and len(lines) == 1
 
 
@@ -435,7 +436,7 @@ def test_load_damaged_cached_release_is_downloaded_again(
 ) -> None:
     layout, content = released
     place(layout.cached_release, content[:-1] + b"?")
-    assert _native.load(layout)[1].place == "download"
+    assert find.load(layout)[1].place == "download"
     assert layout.cached_release.read_bytes() == content
 
 
@@ -448,7 +449,7 @@ def test_load_mirror_is_asked_instead(
     layout, content = released
     server.answers = {"/mirror/lib.so": [Answer(content)]}
     monkeypatch.setenv("ANEPY_MIRROR", server.url("/mirror"))
-    assert _native.load(layout)[1].place == "download"
+    assert find.load(layout)[1].place == "download"
     assert server.requests == ["/mirror/lib.so"] and server.url("/mirror/lib.so") in lines[0]
 
 
@@ -458,7 +459,7 @@ def test_load_failed_download_is_reported_and_the_compiler_takes_over(
     layout, content = released
     server.answers["/v9/lib.so"] = [Answer(b"?" + content[1:])]
     layout = dataclasses.replace(layout, compiler="cc")
-    assert _native.load(layout)[1].place == "compile"
+    assert find.load(layout)[1].place == "compile"
     assert len(lines) == 3 and "SHA-256" in lines[1] and "compiling" in lines[2]
     assert not layout.cached_release.exists()
 
@@ -469,7 +470,7 @@ def test_load_failed_download_without_compiler_names_both(
     layout, _ = released
     server.answers = {}
     with pytest.raises(LibraryNotFoundError, match=r"download: .*404.*no C compiler"):
-        _native.load(layout)
+        find.load(layout)
 
 
 def test_load_offline_asks_nobody(
@@ -477,7 +478,7 @@ def test_load_offline_asks_nobody(
 ) -> None:
     layout = dataclasses.replace(released[0], offline=True)
     with pytest.raises(LibraryNotFoundError, match="download: ANEPY_OFFLINE forbids it"):
-        _native.load(layout)
+        find.load(layout)
     assert server.requests == []
 
 
@@ -487,8 +488,8 @@ def test_load_no_release_pinned_never_touches_the_network(
     def forbidden(*arguments: object, **options: object) -> Path:
         raise AssertionError("no network without a pinned file")
 
-    monkeypatch.setattr(hub, "download", forbidden)
-    assert _native.load(layout_of(root, wheel=True))[1].place == "compile"
+    monkeypatch.setattr(download, "download", forbidden)
+    assert find.load(layout_of(root, wheel=True))[1].place == "compile"
 
 
 def test_fetch_installs_the_release_and_drops_the_compiled_one(
@@ -496,9 +497,9 @@ def test_fetch_installs_the_release_and_drops_the_compiled_one(
 ) -> None:
     layout, content = released
     place(layout.cached, content)
-    path = _native.fetch(layout=layout)
+    path = find.fetch(layout=layout)
     assert path == layout.cached_release and path.read_bytes() == content
-    assert _native.load(layout)[1].place == "cached release"
+    assert find.load(layout)[1].place == "cached release"
 
 
 def test_fetch_from_file_is_held_to_the_pinned_hash(
@@ -507,9 +508,9 @@ def test_fetch_from_file_is_held_to_the_pinned_hash(
     layout, content = released
     good, bad = place(root / "good", content), place(root / "bad", content[:-1] + b"?")
     with pytest.raises(ChecksumError, match="bad"):
-        _native.fetch(bad, layout=layout)
+        find.fetch(bad, layout=layout)
     assert not layout.cached_release.exists()
-    assert _native.fetch(good, layout=layout) == layout.cached_release
+    assert find.fetch(good, layout=layout) == layout.cached_release
     assert server.requests == []
 
 
@@ -523,14 +524,14 @@ def test_fetch_offline_forbids_the_network_but_not_a_file(
     layout, content = released
     monkeypatch.setenv("ANEPY_OFFLINE", "1")
     with pytest.raises(OfflineError):
-        _native.fetch(layout=layout)
+        find.fetch(layout=layout)
     assert server.requests == [] and lines == []
-    _native.fetch(place(root / "good", content), layout=layout)
+    find.fetch(place(root / "good", content), layout=layout)
 
 
 def test_fetch_nothing_published_says_what_to_do(root: Path) -> None:
     with pytest.raises(DownloadError, match=r"9\.9\.9 on .*anepy lib build.*--from"):
-        _native.fetch(layout=layout_of(root))
+        find.fetch(layout=layout_of(root))
 
 
 def test_fetch_from_file_without_release_needs_the_same_sources(
@@ -538,40 +539,40 @@ def test_fetch_from_file_without_release_needs_the_same_sources(
 ) -> None:
     """This is how a library gets to a machine with neither compiler nor network."""
     layout = layout_of(root, wheel=True, compiler=None)
-    built = _native.build(tmp_path / "elsewhere", layout=layout_of(root, wheel=True))
-    assert _native.fetch(built, layout=layout) == layout.cached
-    assert _native.load(layout)[1].place == "cache"
+    built = find.build(tmp_path / "elsewhere", layout=layout_of(root, wheel=True))
+    assert find.fetch(built, layout=layout) == layout.cached
+    assert find.load(layout)[1].place == "cache"
     other = place(tmp_path / "other.so", b"0123456789abcdef")
     with pytest.raises(DownloadError, match=r"other\.so was not built from the sources"):
-        _native.fetch(other, layout=layout)
+        find.fetch(other, layout=layout)
     with pytest.raises(DownloadError, match=r"none\.so: No such file"):
-        _native.fetch(tmp_path / "none.so", layout=layout)
+        find.fetch(tmp_path / "none.so", layout=layout)
 
 
 def test_fetch_shadowed_by_the_package_says_so(
     root: Path, tmp_path: Path, lines: list[str]
 ) -> None:
     layout = layout_of(root)
-    _native.build(layout=layout)
-    _native.fetch(layout.packaged, layout=layout)
+    find.build(layout=layout)
+    find.fetch(layout.packaged, layout=layout)
     assert len(lines) == 1 and f"{layout.packaged} comes before" in lines[0]
 
 
 def test_verify_tells_good_from_foreign(released: tuple[Layout, bytes], tmp_path: Path) -> None:
     layout, content = released
-    report = _native.verify(layout=layout)
+    report = find.verify(layout=layout)
     assert report["ok"] is False and report["path"] is None
-    _native.fetch(layout=layout)
-    report = _native.verify(layout=layout)
+    find.fetch(layout=layout)
+    report = find.verify(layout=layout)
     assert report["ok"] is True and report["reason"] == "the pinned release file"
     assert report["sha256"] == hashlib.sha256(content).hexdigest() == report["pinned_sha256"]
     assert report["build_id"] == report["expected_build_id"] == layout.build_id
     json.dumps(report)
     layout = dataclasses.replace(layout, release=EMPTY)
-    report = _native.verify(place(tmp_path / "copy.so", content), layout=layout)
+    report = find.verify(place(tmp_path / "copy.so", content), layout=layout)
     assert report["ok"] is True and report["reason"] == "built from these sources"
     layout = dataclasses.replace(layout, source_hash="0" * 64)
-    report = _native.verify(tmp_path / "copy.so", layout=layout)
+    report = find.verify(tmp_path / "copy.so", layout=layout)
     assert report["ok"] is False and report["reason"] == "built from other sources"
 
 
@@ -582,5 +583,5 @@ def test_verify_broken_file_reports_instead_of_raising(
     path = tmp_path / "broken.so"
     if content is not None:
         path.write_bytes(content)
-    report = _native.verify(path, layout=layout_of(root))
+    report = find.verify(path, layout=layout_of(root))
     assert report["ok"] is False and report["reason"]

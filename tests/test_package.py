@@ -17,11 +17,11 @@ from pathlib import Path
 import needs
 import pytest
 
-import anepy.hub
-from anepy import _build
+import anepy
+from anepy.native import build
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-HOME = str(Path(anepy.hub.__file__).resolve().parents[1])
+HOME = str(Path(anepy.__file__).resolve().parents[1])
 
 WATCHED_IMPORT = """
 import sys
@@ -59,7 +59,7 @@ def test_import_touches_no_disk_no_network_no_library(tmp_path: Path) -> None:
         "ANEPY_CACHE": str(tmp_path / "cache"),
         "ANEPY_LIB": "/nonexistent/libanepy.so",
     }
-    for module in ("anepy", "anepy.errors", "anepy.hub", "anepy._native"):
+    for module in ("anepy", "anepy.errors", "anepy.system.download", "anepy.native.find"):
         code = f"{WATCHED_IMPORT}import numpy\nseen.clear()\nimport {module}\nprint(seen)"
         assert run(code, **places) == "[]\n"
     assert [path.name for path in tmp_path.rglob("*")] == ["home"]
@@ -80,7 +80,7 @@ def test_import_watch_sees_what_it_watches_for(tmp_path: Path) -> None:
         assert event in seen
 
 
-@pytest.mark.parametrize("module", ["anepy", "anepy.hub", "anepy._native"])
+@pytest.mark.parametrize("module", ["anepy", "anepy.system.download", "anepy.native.find"])
 def test_import_loads_only_light_modules(module: str) -> None:
     heavy = ("requests", "urllib3", "rich", "typer", "click", "platformdirs", "torch", "asyncio")
     loaded = json.loads(run(f"import json, sys, {module}\nprint(json.dumps(list(sys.modules)))"))
@@ -89,7 +89,7 @@ def test_import_loads_only_light_modules(module: str) -> None:
 
 
 def test_release_record_is_complete_and_of_this_version() -> None:
-    record = json.loads((CHECKOUT / "anepy" / "_release.json").read_text("utf-8"))
+    record = json.loads((CHECKOUT / "anepy" / "native" / "release.json").read_text("utf-8"))
     assert record["version"] == anepy.__version__
     assert set(record) == {"version", "sources", "base_url", "files"}
     if record["files"]:
@@ -153,9 +153,9 @@ def test_wheel_carries_package_and_sources_and_nothing_else(installed: Path) -> 
     files = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
     assert {path.parts[0].partition("-")[0] for path in files} == {"anepy"}
     names = {path.as_posix() for path in files}
-    assert {"anepy/py.typed", "anepy/_release.json", "anepy/_src/libsrc/anepy.h"} <= names
+    assert {"anepy/py.typed", "anepy/native/release.json", "anepy/_src/libsrc/anepy.h"} <= names
     kinds = {path.suffix for path in files if path.parts[0] == "anepy"}
-    assert "anepy/report.css" in names
+    assert "anepy/comparing/report.css" in names
     assert kinds == {".py", ".css", ".typed", ".json", ".c", ".h", ".sh"} | (kinds & {".m"})
 
 
@@ -169,13 +169,13 @@ def test_wheel_sources_have_the_hash_of_the_checkout(wheel: Path, installed: Pat
     """Otherwise no release file built from the checkout would count for the installed package."""
     copied = wheel.parents[1]
     code = (
-        "from anepy import _build\nfrom pathlib import Path\nimport anepy.hub\n"
-        "root = _build.find_sources(Path(anepy.hub.__file__).parent)\n"
-        "print(root, _build.source_hash(), sep='\\n')"
+        "from anepy.native import build\nfrom pathlib import Path\nimport anepy\n"
+        "root = build.find_sources(Path(anepy.__file__).parent)\n"
+        "print(root, build.source_hash(), sep='\\n')"
     )
     root, found = run(code, PYTHONPATH=str(installed)).splitlines()
     assert Path(root) == installed / "anepy" / "_src"
-    assert found == _build.source_hash(copied)
+    assert found == build.source_hash(copied)
     script = ["bash", str(installed / "anepy" / "_src" / "build_lib.sh"), "--print-hash"]
     assert subprocess.run(script, check=True, capture_output=True, text=True).stdout == f"{found}\n"
 

@@ -19,8 +19,8 @@ from cases import GQA, SEPARATE, sequence
 from tolerances import assert_tensors_close, relative_error
 
 from anepy.engine import Engine
-from anepy.model import PRESETS, Model, ModelConfig
-from anepy.tokenizer import Tokenizer
+from anepy.models.model import PRESETS, Model, ModelConfig
+from anepy.text.tokenizer import Tokenizer
 
 torch = needs.peer("torch")
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anepy import adapt, engine, probe, probe_list
+from anepy.engine import adapt, engine
 from anepy.errors import NativeError
-from anepy.probe_list import CHIPS, PROBES, find
-from anepy.probe_mil import DeviceRunner, in_dialect, weight_file
-from anepy.program import Program
+from anepy.hardware import ask as probe
+from anepy.hardware import probes as probe_list
+from anepy.hardware.probe_mil import DeviceRunner, in_dialect, weight_file
+from anepy.hardware.probes import CHIPS, PROBES, find
+from anepy.hardware.program import Program
 
 NAMES = [item.name for item in PROBES]
 Array = np.ndarray

@@ -18,24 +18,24 @@ import numpy as np
 import pytest
 from cases import BUSY, GQA, bits, make_engine, make_model, sequence
 
-from anepy import _native
 from anepy.engine import Decoder, Engine, library_info
 from anepy.errors import AnepyError, ClosedError, ConfigError, NativeError
-from anepy.model import Model
+from anepy.models.model import Model
+from anepy.native import find
 
 PRELUDE = (
     "import os, signal, sys, threading, time\n"
     "import numpy as np\n"
     "from cases import *\n"
     "from anepy.engine import *\n"
-    "from anepy.model import *\n"
+    "from anepy.models.model import *\n"
     "from anepy.errors import *\n"
 )
 
 
 def start(code: str, **environment: str) -> subprocess.Popen[str]:
     """Start a Python that runs this code."""
-    library = _native.library()._name  # the very one that is tested here
+    library = find.library()._name  # the very one that is tested here
     usual: dict[str, str | None] = {"ANEPY_NUM_THREADS": None, "ANEPY_LIB": library}
     return children.start("-c", code, **usual | environment)
 

@@ -141,7 +141,7 @@ def test_model_against_torch_autograd_is_equal(name, length):
 
 
 def test_loss_of_real_model_is_the_published_one():
-    from anepy.tokenizer import Tokenizer
+    from anepy.text.tokenizer import Tokenizer
 
     config, weights = llama2c.read(needs.data("stories260K.bin"))
     tokenizer = Tokenizer.load(needs.data("tok512.bin"), config.vocab_size)

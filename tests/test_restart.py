@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from test_cli import SMALL, start
 
-from anepy import restart
-from anepy.model import Model
+from anepy.models.model import Model
+from anepy.system import restart
 
 STEPS = 18
 SETTINGS = (
@@ -207,7 +207,9 @@ def test_run_told_to_ignore_ctrl_c_goes_on_through_restarts(
 
 BROKEN = """
 import os
-from anepy import cli, engine, errors
+from anepy import errors
+from anepy.cli import main as cli
+from anepy.engine import engine
 if os.environ.get("ANEPY_RESTART"):
     def refuse(self, *sequence):
         raise errors.NativeError(-40, "device", "ANECCompile() FAILED")
@@ -244,7 +246,9 @@ def test_programs_that_never_compile_end_the_run_with_their_text(
 
 def test_failing_to_save_ends_the_run_instead_of_losing_it(folder: Path) -> None:
     code = (
-        "from anepy import cli, trainer, errors\n"
+        "from anepy import errors\n"
+        "from anepy.cli import main as cli\n"
+        "from anepy.training import trainer\n"
         "def refuse(self, *a, **k): raise errors.CheckpointError('cannot write checkpoint: full')\n"
         "trainer.Trainer.save_checkpoint = refuse\n"
         "cli.main()\n"
@@ -257,7 +261,7 @@ def test_failing_to_save_ends_the_run_instead_of_losing_it(folder: Path) -> None
 def test_next_process_has_no_open_files_of_the_last(folder: Path) -> None:
     code = (
         "import os, sys\n"
-        "from anepy import cli\n"
+        "from anepy.cli import main as cli\n"
         "if os.environ.get('ANEPY_RESTART'):\n"
         "    print('open', sorted(int(n) for n in os.listdir('/proc/self/fd')), flush=True)\n"
         "else:\n"
@@ -273,7 +277,7 @@ def test_next_process_has_no_open_files_of_the_last(folder: Path) -> None:
 def test_next_process_that_cannot_begin_says_why_and_leaves_nothing(folder: Path) -> None:
     code = (
         "import os\n"
-        "from anepy import cli\n"
+        "from anepy.cli import main as cli\n"
         "if os.environ.get('ANEPY_RESTART'):\n"
         "    os.rename('d.bin', 'gone.bin')\n"
         "cli.main()\n"
@@ -288,7 +292,8 @@ def test_next_process_on_another_device_says_so(folder: Path) -> None:
     """A fallback is never silent, not even between two processes of a run."""
     code = (
         "import os\n"
-        "from anepy import cli, device\n"
+        "from anepy.cli import main as cli\n"
+        "from anepy.engine import device\n"
         "info = device.DeviceInfo\n"
         "better = info('sim:m4,budget=3', not os.environ.get('ANEPY_RESTART'), 'it is wedged')\n"
         "device.devices = lambda: [better, info('cpu', True, '')]\n"

@@ -13,7 +13,7 @@ from mil_samples import SAMPLES
 from mil_text import Sample, blob, half, old_dialect, program
 
 from anepy.errors import ClosedError, ConfigError, MilError
-from anepy.program import Program, operations
+from anepy.hardware.program import Program, operations
 
 Array = npt.NDArray[Any]
 

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pytest
 from mil_text import BOOLS, CONV_CONSTANTS, X, Y, blob, program
 
-from anepy import _abi, _native
 from anepy.errors import MilError
-from anepy.program import Action, Program, rules
+from anepy.hardware.program import Action, Program, rules
+from anepy.native import abi, find
 
 Array = npt.NDArray[Any]
 
@@ -440,7 +440,7 @@ def test_sums_lose_what_fp16_loses_and_products_do_not() -> None:
 
 def test_short_surface_with_the_rule_off_is_read_and_written_as_far_as_it_goes() -> None:
     """A surface of 31 channels behind which memory ends: nothing beyond it is touched."""
-    lib = _native.library()
+    lib = find.library()
     compiled = Program(TWO, rules=all_off())
     short, whole = ONES[:, :31].copy(), ONES.copy()
     out = np.full(ONES.size, 7, np.float16)
@@ -480,8 +480,8 @@ def test_rules_name_their_action_and_meaning() -> None:
 
 
 def test_actions_beyond_the_known_are_refused() -> None:
-    options = _abi.SimOptions(text=b"", text_n=0, actions=b"\x03", action_n=1)
+    options = abi.SimOptions(text=b"", text_n=0, actions=b"\x03", action_n=1)
     with pytest.raises(Exception, match="rule dialect: action 3"):
-        _native.library().anepy_sim_create(
+        find.library().anepy_sim_create(
             ctypes.byref(ctypes.c_void_p()), ctypes.byref(options), (ctypes.c_int32 * 2)()
         )

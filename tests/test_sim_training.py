@@ -11,13 +11,13 @@ import pytest
 from reference import llama64
 from tolerances import FP16_COSINE, FP16_GRADIENT, assert_tensors_close
 
-from anepy.data import Sampler, TokenData
 from anepy.engine import Engine
 from anepy.errors import ConfigError
-from anepy.model import Model, ModelConfig
-from anepy.tokenizer import Tokenizer
-from anepy.train_config import TrainConfig
-from anepy.trainer import Trainer
+from anepy.models.model import Model, ModelConfig
+from anepy.text.data import Sampler, TokenData
+from anepy.text.tokenizer import Tokenizer
+from anepy.training.config import TrainConfig
+from anepy.training.trainer import Trainer
 
 GQA = ModelConfig(64, 96, 2, 8, 4, 160, 128)
 ODD_HEADS = ModelConfig(96, 80, 1, 3, 1, 97, 64, tied=False)
@@ -134,7 +134,7 @@ def test_fine_tuning_follows_the_fp32_curve(tmp_path: Path) -> None:
 
 
 def test_training_from_scratch_learns_like_fp32() -> None:
-    from anepy import demo
+    from anepy.training import demo
 
     data = demo.data(n_stories=100)
     config = ModelConfig(64, 96, 2, 4, 2, 259, 128)
@@ -216,7 +216,7 @@ def test_update_recompiles_the_baked_weights() -> None:
 
 
 def test_resumed_run_is_bit_identical(tmp_path: Path) -> None:
-    from anepy import demo
+    from anepy.training import demo
 
     data = demo.data(n_stories=50)
     config = ModelConfig(32, 64, 1, 2, 2, 259, 64)

@@ -10,9 +10,9 @@ from pathlib import Path
 import needs
 import pytest
 
-import anepy.tokenizer
+import anepy.text.tokenizer
 from anepy.errors import TokenizerError
-from anepy.tokenizer import Tokenizer
+from anepy.text.tokenizer import Tokenizer
 
 REAL = ["tok512.bin", "tokenizer.bin"]
 SPECIALS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]

@@ -11,9 +11,8 @@ import needs
 import numpy as np
 import pytest
 
-from anepy import checkpoint
-from anepy.data import TokenData
 from anepy.engine import Engine
+from anepy.engine.flops import flops_per_step
 from anepy.errors import (
     AnepyError,
     CheckpointError,
@@ -22,11 +21,12 @@ from anepy.errors import (
     DataError,
     DivergedError,
 )
-from anepy.flops import flops_per_step
-from anepy.model import Model, ModelConfig
-from anepy.reports import StepReport
-from anepy.train_config import TrainConfig, config_from, setting_help
-from anepy.trainer import Trainer
+from anepy.models.model import Model, ModelConfig
+from anepy.text.data import TokenData
+from anepy.training import checkpoint
+from anepy.training.config import TrainConfig, config_from, setting_help
+from anepy.training.reports import StepReport
+from anepy.training.trainer import Trainer
 
 CONFIG = ModelConfig(
     dim=32, hidden_dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, seq_len=24
@@ -169,7 +169,7 @@ def test_trainer_partial_last_accumulation_is_averaged_over_its_own_steps() -> N
     """The research programs divided it by the full accumulation."""
     weights, _ = trained(settings(steps=2, accum=10))
     model, data = Model.init(CONFIG, seed=3), tokens()
-    from anepy.data import Sampler
+    from anepy.text.data import Sampler
 
     sampler = Sampler(data, 16, 0)
     with Engine(model, seq_len=16) as engine:
@@ -353,7 +353,7 @@ def test_trainer_from_paths_remembers_them(tmp_path: Path) -> None:
 
 
 def test_trainer_lowers_the_loss_of_a_real_model() -> None:
-    from anepy.tokenizer import Tokenizer
+    from anepy.text.tokenizer import Tokenizer
 
     model = Model.load(needs.data("stories260K.bin"))
     ids = Tokenizer.load(needs.data("tok512.bin")).encode(

@@ -9,8 +9,8 @@ from cases import bits
 
 from anepy.engine import Engine
 from anepy.errors import ConfigError
-from anepy.model import Model, ModelConfig
-from anepy.program import Program
+from anepy.hardware.program import Program
+from anepy.models.model import Model, ModelConfig
 
 SMALL = ModelConfig(64, 96, 2, 4, 2, 97, 64)
 BAKED = 2 * 7 + 4  # programs with weights: all but sdpa_bwd2 and softmax

@@ -15,7 +15,7 @@ from tolerances import assert_tensors_close
 
 from anepy.engine import Engine, library_info
 from anepy.errors import NativeError
-from anepy.model import Model, ModelConfig
+from anepy.models.model import Model, ModelConfig
 
 
 class Reference:

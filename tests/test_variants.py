@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from cases import GQA, SEPARATE, bits, make_engine, message, sequence
 
-from anepy import _abi
-from anepy.data import Sampler, TokenData
-from anepy.device import devices
-from anepy.engine import Engine, library_info, variants
+from anepy import variants
+from anepy.comparing.estimates import LOSS_TOLERANCE, agreement
+from anepy.engine import Engine, library_info
+from anepy.engine.device import devices
 from anepy.errors import ConfigError
-from anepy.estimates import LOSS_TOLERANCE, agreement
-from anepy.model import Model, ModelConfig
-from anepy.tokenizer import Tokenizer
+from anepy.models.model import Model, ModelConfig
+from anepy.native import abi
+from anepy.text.data import Sampler, TokenData
+from anepy.text.tokenizer import Tokenizer
 
 MEMORY_SWITCHES = ("prealloc", "fp16_cache", "skip_dead_reads", "concurrent_dw", "vector_embed")
 
@@ -224,4 +225,4 @@ def test_library_info_is_consistent() -> None:
     assert info["isa"] in info["isa_available"] and info["isa_available"][-1] == "scalar"
     assert info["gemm"].endswith(info["isa"]) and info["compiler"].split()[0] in ("gcc", "clang")
     assert 1 <= info["cores"] and 1 <= info["threads"] <= 256
-    assert info["abi"] == _abi.ABI_VERSION
+    assert info["abi"] == abi.ABI_VERSION

@@ -1,7 +1,7 @@
 /* device/traits.h - what follows the colon of a device: "m1", "dialect=1.0,budget=60", or nothing.
  *
  * What is known about the hardware at hand. `anepy probe` finds it out and Python passes it on
- * (anepy/adapt.py says which value comes from which probe); a user may state it as well. */
+ * (anepy/engine/adapt.py says which value comes from which probe); a user may state it as well. */
 #ifndef ANEPY_DEVICE_TRAITS_H
 #define ANEPY_DEVICE_TRAITS_H
 

@@ -70,7 +70,7 @@ def work_of_phases(config: Any, seq: int, switches: tuple[str, ...]) -> dict[str
     (scores are computed again). Phases whose traffic stays in the caches or depends on switches
     have no limit to be compared with.
     """
-    from anepy.flops import flops_per_step
+    from anepy.engine.flops import flops_per_step
 
     flops = flops_per_step(config, seq)
     attention = 7.0 * config.n_layers * config.dim * seq * (seq + 1.0)
@@ -113,7 +113,7 @@ def share(work: dict[str, float], ms: float, precision: str, peaks: dict[str, An
 def measure_step(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Time steps and updates; phases are means over the middle half of the steps."""
     from anepy.engine import Engine
-    from anepy.reports import PHASES
+    from anepy.training.reports import PHASES
 
     tokens, targets = random_tokens(model.config, options.seq, options.seed)
     rows, updates = [], []
@@ -152,7 +152,7 @@ def measure_step(options: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def measure_parts(options: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     """Time every part by itself, checked against the scalar kernels first."""
-    from anepy import bench
+    from anepy.bench import cases as bench
     from anepy.engine import library_info
 
     isa = library_info()["isa"]
@@ -231,8 +231,8 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    from anepy.flops import flops_per_step
-    from anepy.model import PRESETS, Model
+    from anepy.engine.flops import flops_per_step
+    from anepy.models.model import PRESETS, Model
 
     options = parse_arguments()
     result: dict[str, Any] = header("breakdown")

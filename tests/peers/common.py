@@ -49,7 +49,7 @@ def add_common(parser: argparse.ArgumentParser, preset: str = "stories110M") -> 
 
 def check_common(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse what cannot be measured."""
-    from anepy.model import PRESETS
+    from anepy.models.model import PRESETS
 
     if options.preset not in PRESETS:
         parser.error(f"unknown preset {options.preset}: use one of {', '.join(PRESETS)}")
@@ -112,8 +112,8 @@ def peak_bytes() -> int:
 
 def header(kind: str) -> dict[str, Any]:
     """Begin a result: what it is, how to get it again, and the machine."""
-    from anepy import machine
     from anepy.engine import library_info
+    from anepy.system import machine
 
     return {
         "format": f"anepy-peers-{kind}",
@@ -147,7 +147,7 @@ LIMIT_TORCH = {
 
 def measured_peaks(threads: int) -> dict[str, float | None]:
     """Measure what this machine can do with the instruction set in use; the best so far."""
-    from anepy import bench
+    from anepy.bench import cases as bench
 
     found = bench.peaks(threads=threads, again=True)
     return {
@@ -161,7 +161,7 @@ def measured_peaks(threads: int) -> dict[str, float | None]:
 
 def read_speed(threads: int) -> float:
     """Measure how fast this machine reads memory just now, in GB/s."""
-    from anepy import bench
+    from anepy.bench import cases as bench
 
     return bench._measure_peaks(None, threads).read_gbs
 

@@ -101,7 +101,7 @@ def turn(side: Side, steps: int) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Let the programs take turns, with and without the competitor."""
-    from anepy.model import PRESETS, Model
+    from anepy.models.model import PRESETS, Model
 
     result: dict[str, Any] = header("competitor")
     weights = Model.init(PRESETS[options.preset], seed=options.seed)

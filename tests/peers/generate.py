@@ -143,7 +143,7 @@ def bytes_per_token(model: Any, count: int) -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Let both take turns."""
     from anepy.engine import Decoder
-    from anepy.model import PRESETS, Model
+    from anepy.models.model import PRESETS, Model
 
     result: dict[str, Any] = header("generate")
     model = Model.init(PRESETS[options.preset], seed=options.seed)

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 def anepy_steps(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Make an engine, and a function that does a step and an update and returns the loss."""
     from anepy.engine import Engine
-    from anepy.model import PRESETS, Model
+    from anepy.models.model import PRESETS, Model
 
     model = Model.init(PRESETS[options.preset], seed=options.seed)
     tokens, targets = random_tokens(model.config, options.seq, options.seed)
@@ -129,7 +129,7 @@ def mlx(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what there is and print it."""
-    from anepy.flops import flops_per_step
+    from anepy.engine.flops import flops_per_step
 
     options = parse_arguments()
     result: dict[str, Any] = header("others")

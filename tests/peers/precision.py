@@ -73,7 +73,7 @@ def command(*words: str) -> str:
 
 def pairs(name: str, words: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Train in both precisions from each seed; sum up their losses."""
-    from anepy.estimates import paired_ratio
+    from anepy.comparing.estimates import paired_ratio
 
     if options.steps is not None:
         words = [*words, "--steps", str(options.steps)]

@@ -28,7 +28,7 @@ class AnepySide:
         precision: str,
     ) -> None:
         from anepy.engine import Engine
-        from anepy.model import Model
+        from anepy.models.model import Model
 
         self.name, self.precision = f"anepy {precision}", precision
         self.model = Model(weights.config)

@@ -165,7 +165,7 @@ def measure(sides: list[Side], rounds: int) -> tuple[dict[str, dict[str, list[fl
 def measure_memory(options: argparse.Namespace) -> dict[str, float]:
     """Take two steps and updates with anepy alone in this process, and read the peak."""
     from anepy.engine import Engine
-    from anepy.model import PRESETS, Model
+    from anepy.models.model import PRESETS, Model
 
     model = Model.init(PRESETS[options.preset], seed=options.seed)
     tokens, targets = random_tokens(model.config, options.seq, options.seed)
@@ -273,8 +273,8 @@ def print_memory(memory: dict[str, float], precision: str) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measure memory apart, check, and time all programs."""
-    from anepy.flops import flops_per_step
-    from anepy.model import PRESETS, Model
+    from anepy.engine.flops import flops_per_step
+    from anepy.models.model import PRESETS, Model
 
     result: dict[str, Any] = header("step")
     result["memory"] = {p: measure_memory_apart(options, p) for p in options.precisions}

@@ -1,0 +1,1 @@
+"""How fast the parts of a step are, and what the machine could do."""

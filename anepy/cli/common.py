@@ -1,0 +1,157 @@
+"""What all commands share: how they fail, how they print JSON, what they need from typer.
+
+Imports nothing heavy: `anepy --help` must not wait for numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from ..errors import AnepyError, LibraryBuildError
+
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
+
+ModelArgument = Annotated[
+    Path | None, typer.Argument(metavar="MODEL.bin", help="llama2.c model.", show_default=False)
+]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", metavar="FILE", help="The same as the argument.")
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", "-z", metavar="FILE", help="tokenizer.bin. Default: the one beside MODEL."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, sim or ane.")]
+PrecisionOption = Annotated[str, typer.Option(help="Precision: auto, fp32, bf16 or fp16.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: as many as the process may use.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def guarded(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a command raises into one line on standard error and an exit code."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            result = function(*args, **kwargs)
+            # Now, not at interpreter exit, where a failure could no longer be told in one line.
+            sys.stdout.flush()
+            return result
+        except LibraryBuildError as error:
+            # The one error that is more than a line: what the compiler said belongs to it.
+            message, _, output = str(error).partition("\n")
+            fail(message, output)
+        except AnepyError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            _say("anepy: interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone, as in `anepy info | head -1`.
+            _silence()
+            raise typer.Exit(EXIT_FAILURE) from None
+        except OSError as error:
+            name = f"{error.filename}: " if error.filename else ""
+            fail(f"{name}{error.strerror or error}")
+        except MemoryError:
+            fail("not enough memory; use a smaller model, a shorter --seq or a smaller --batch")
+        raise AssertionError("unreachable")
+
+    return wrapper
+
+
+def fail(message: str, output: str = "") -> None:
+    """Print an error as one line, another program's output below, and leave with exit code 1."""
+    _say("\n".join(filter(None, (f"anepy: error: {' '.join(message.split())}", output))))
+    raise typer.Exit(EXIT_FAILURE) from None
+
+
+def note(text: str) -> None:
+    """Say something worth knowing on standard error, in one line; nothing if there is nothing."""
+    if text:
+        _say(f"anepy: note: {text}")
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    from ..system.files import dumps
+
+    print(dumps(record, indent=2))
+
+
+def examples(*commands: str) -> str:
+    r"""Return the end of a help text; `\b` keeps the lines as they are."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
+def one_of(argument: Any, option: Any, name: str) -> Any:
+    """Return a value that may be given as argument or as `--name`, but not as both."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter(f"give the {name} once, as argument or as --{name}")
+    return argument if argument is not None else option
+
+
+def model_path(argument: Path | None, option: Path | None) -> Path:
+    """Return the model of a command that needs one."""
+    path: Path | None = one_of(argument, option, "model")
+    if path is None:
+        raise typer.BadParameter("name a model, like stories110M.bin")
+    return path
+
+
+def distinct(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Check that no output replaces an input or another output.
+
+    Args:
+        outputs: label -> path or None; likewise `inputs`.
+        inputs: see `outputs`.
+
+    Raises:
+        ConfigError: two of them are the same file.
+    """
+    from ..errors import ConfigError
+
+    seen: dict[str, str] = {os.path.realpath(p): label for label, p in inputs.items() if p}
+    for label, path in outputs.items():
+        if not path:
+            continue
+        other = seen.setdefault(os.path.realpath(path), label)
+        if other != label:
+            raise ConfigError(f"{label} and {other} are the same file {path}: name another one")
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print labelled lines in the way that suits standard output."""
+    from ..console.train import print_table
+
+    print_table(title, rows)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        return
+
+
+def _silence() -> None:
+    # Python flushes standard output once more at exit; give it something that accepts it.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return

@@ -1,0 +1,229 @@
+"""`anepy eval` and `anepy prepare`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, DataError
+from .common import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    PrecisionOption,
+    ThreadsOption,
+    TokenizerOption,
+    guarded,
+    model_path,
+    note,
+    print_json,
+    table,
+)
+
+if TYPE_CHECKING:
+    from ..text.data import TokenData, Window
+    from ..text.tokenizer import Tokenizer
+
+DEFAULT_WINDOWS = 64
+BYTES = "bytes"
+
+
+@guarded
+def evaluate(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Token file.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file, instead of a token file.")
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per sequence. Default: 256, for documents all; at most the context.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Sequences, evenly spaced. Default: {DEFAULT_WINDOWS}, or all documents.",
+            show_default=False,
+        ),
+    ] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Each document from its start, one loss each.")
+    ] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure loss and perplexity on tokens or on text."""
+    path = model_path(model, model_option)
+    if (data is None) == (text is None):
+        raise ConfigError("pass what to evaluate on: either --data FILE or --text FILE")
+    from ..engine.engine import Engine
+    from ..models.model import Model, sequence_length
+    from ..system.words import perplexity, quantity
+
+    loaded = Model.load(path)
+    context = loaded.config.seq_len
+    length = context if documents and seq is None else sequence_length(seq, context)
+    with _tokens(data, text, tokenizer, loaded.config.vocab_size, path) as tokens:
+        tokens.check(loaded.config.vocab_size)
+        sequences = _sequences(tokens, length, windows, documents, shorten=seq is None)
+        losses: list[tuple[int, float]] = []
+        longest = max(len(ids) for ids, _ in sequences)
+        with Engine(
+            loaded, device=device, precision=precision, seq_len=longest, threads=threads
+        ) as engine:
+            began = time.perf_counter()
+            for ids, targets in sequences:
+                losses.append((len(ids), engine.evaluate(ids, targets)))
+            seconds = time.perf_counter() - began
+            facts: dict[str, Any] = {
+                "device": engine.device,
+                "device_note": engine.device_note,
+                "precision": engine.precision,
+            }
+    count = sum(n for n, _ in losses)
+    loss = math.fsum(n * value for n, value in losses) / count
+    name = str(data if data is not None else text)
+    if as_json:
+        print_json(
+            {
+                "command": "eval",
+                "model": str(path),
+                "data": name,
+                "loss": loss,
+                "perplexity": perplexity(loss),
+                "tokens": count,
+                "sequences": [{"tokens": n, "loss": value} for n, value in losses],
+                "seconds": seconds,
+                **facts,
+            }
+        )
+        return
+    note(facts["device_note"])
+    rows = [
+        ("model", f"{path.name}, {facts['device']}, {facts['precision']}"),
+        ("data", f"{name}, {quantity(count)} tokens in {len(losses)} sequences"),
+    ]
+    if documents:
+        rows += [(f"document {i}", f"{v:.4f} ({n} tokens)") for i, (n, v) in enumerate(losses, 1)]
+    rows += [
+        ("loss", f"{loss:.4f}"),
+        ("perplexity", f"{perplexity(loss):,.3f}"),
+        ("speed", f"{count / seconds:,.0f} tokens/s"),
+    ]
+    table("anepy eval", rows)
+
+
+@contextmanager
+def _tokens(
+    data: Path | None, text: Path | None, tokenizer: Path | None, vocab_size: int, model: Path
+) -> Iterator[TokenData]:
+    from ..text.data import TokenData, prepare
+    from ..text.generation import resolve_tokenizer
+
+    if data is not None:
+        yield TokenData(data)
+        return
+    assert text is not None
+    words = resolve_tokenizer(tokenizer, vocab_size, model)
+    with tempfile.TemporaryDirectory(prefix="anepy-") as folder:
+        prepared = prepare(text, words, Path(folder) / "tokens.bin")
+        tokens = TokenData(prepared.path)
+        tokens.name = str(text)
+        yield tokens
+
+
+def _sequences(
+    data: TokenData, length: int, count: int | None, documents: bool, shorten: bool
+) -> list[Window]:
+    """Return what to evaluate: documents cut to `length`, or evenly spaced windows."""
+    import numpy as np
+
+    from ..text.data import windows
+    from ..text.tokenizer import BOS_ID
+
+    if not documents:
+        if shorten:
+            # Short data is no error unless a length was asked for.
+            length = max(1, min(length, len(data) - 1))
+        return list(windows(data, length, count or DEFAULT_WINDOWS))
+    starts = np.flatnonzero(data.tokens[:] == BOS_ID)
+    ends = np.append(starts[1:], len(data))
+    found = []
+    for start, end in zip(starts, ends, strict=True):
+        ids = data.tokens[start : min(end, start + length + 1)].astype(np.int32)
+        if len(ids) > 1:
+            found.append((ids[:-1].copy(), ids[1:].copy()))
+        if len(found) == count:
+            break
+    if not found:
+        raise DataError(f"{data.name} has no documents, no token {BOS_ID} begins one; leave it out")
+    return found
+
+
+@guarded
+def prepare(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="D.bin", help="Token file to write.")
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--tokenizer",
+            "-z",
+            metavar="FILE",
+            help="tokenizer.bin of the model; 'bytes' for the demo's byte tokens.",
+        ),
+    ],
+    separator: Annotated[
+        str, typer.Option(help="Text between documents; '' makes each file one document.")
+    ] = "<|endoftext|>",
+    as_json: JsonOption = False,
+) -> None:
+    """Turn text into training data.
+
+    Writes token ids, and a JSON file beside them that says how they were made.
+    """
+    from ..system.download import progress_bar
+    from ..system.words import quantity
+    from ..text.data import prepare as prepare_data
+    from ..text.tokenizer import Tokenizer
+
+    words: Tokenizer = Tokenizer.bytes() if tokenizer == BYTES else Tokenizer.load(tokenizer)
+    with progress_bar("tokenizing") as progress:
+        done = prepare_data(texts, words, output, separator=separator, progress=progress)
+    if as_json:
+        print_json(
+            {
+                "command": "prepare",
+                "path": str(done.path),
+                "sidecar": str(done.sidecar),
+                "tokens": done.tokens,
+                "documents": done.documents,
+                "vocab_size": done.vocab_size,
+                "dtype": done.dtype,
+            }
+        )
+        return
+    print(
+        f"{done.path}: {quantity(done.tokens)} tokens, "
+        f"{done.documents:,} document{'' if done.documents == 1 else 's'}, "
+        f"{done.dtype}, vocabulary {done.vocab_size:,}"
+    )

@@ -1,0 +1,217 @@
+"""The `anepy` command: what is typed, handed to the module that does it.
+
+Only typer is imported here: `anepy --help` answers without numpy and without the native library.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .bench import bench
+from .common import (
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    ThreadsOption,
+    TokenizerOption,
+    examples,
+    guarded,
+    model_path,
+    note,
+    print_json,
+)
+from .compare import compare
+from .data import evaluate, prepare
+from .lib import info, lib
+from .mil import mil
+from .probe import probe
+from .train import TrainCommand, train
+
+app = typer.Typer(
+    name="anepy",
+    help="Train Llama-2 models on the Apple Neural Engine, or on any CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("anepy train", "anepy generate stories110M.bin -p 'Once upon a time'"),
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    # Text of a model may hold characters the terminal cannot show.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .._version import __version__
+
+        print(f"anepy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@guarded
+def generate(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Beginning of the text.")] = "",
+    tokenizer: TokenizerOption = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens of this total probability.")
+    ] = 0.9,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=0, help="New tokens at most.")
+    ] = 256,
+    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto or cpu.")] = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, printing the text while it is written."""
+    path = model_path(model, model_option)
+    from ..text.generation import choose_device, stream
+
+    told = choose_device(device)
+    if not as_json:
+        note(told)
+    pieces = []
+    began = time.perf_counter()
+    for piece in stream(path, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads):
+        pieces.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        print_json(
+            {
+                "command": "generate",
+                "model": str(path),
+                "prompt": prompt,
+                "text": "".join(pieces),
+                "device": "cpu",
+                "device_note": told,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+    else:
+        print()
+
+
+@guarded
+def init(
+    preset: Annotated[
+        str,
+        typer.Argument(help="stories260K, stories15M, stories42M or stories110M."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.bin", help="Result.")],
+    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a model with random weights, to be trained."""
+    if output.exists() and not force:
+        raise ConfigError(f"{output} exists: name another file, or add --force to replace it")
+    from ..models.model import PRESETS, Model
+    from ..system.files import check_writable
+    from ..system.words import quantity
+
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    check_writable(output, "model")
+    model = Model.init(PRESETS[preset], seed=seed)
+    model.save(output)
+    parameters = sum(value.size for value in model.weights.values())
+    print(f"{output}: {preset}, {quantity(parameters)} parameters, seed {seed}")
+
+
+def _register() -> None:
+    """List every command, in the order the help shows them."""
+    app.command(
+        "train",
+        cls=TrainCommand,
+        epilog=examples(
+            "anepy train",
+            "anepy train stories110M.bin --data stories.bin --steps 100 --save tuned.bin",
+        ),
+    )(train)
+    app.command(
+        "compare",
+        epilog=examples(
+            "anepy compare baseline opt --report compare.html",
+            "anepy compare baseline max --ablate --model stories15M.bin --data stories.bin",
+        ),
+    )(compare)
+    app.command(
+        "generate",
+        epilog=examples(
+            "anepy generate stories110M.bin -p 'Once upon a time' --temperature 0",
+            "anepy generate stories260K.bin --tokenizer tok512.bin -n 100 --seed 7",
+        ),
+    )(generate)
+    app.command(
+        "eval",
+        epilog=examples(
+            "anepy eval stories110M.bin --data stories.bin --windows 100",
+            "anepy eval stories260K.bin --text stories.txt --tokenizer tok512.bin --documents",
+        ),
+    )(evaluate)
+    app.command(
+        "init",
+        epilog=examples(
+            "anepy init stories15M -o new.bin",
+            "anepy init stories110M -o new.bin --seed 7",
+        ),
+    )(init)
+    app.command(
+        "prepare",
+        epilog=examples(
+            "anepy prepare stories.txt -o stories.bin --tokenizer tokenizer.bin",
+            "anepy prepare a.txt b.txt -o bytes.bin --tokenizer bytes",
+        ),
+    )(prepare)
+    app.command(
+        "mil",
+        epilog=examples(
+            "anepy mil sdpa_fwd --preset stories110M --seq 256",
+            "anepy mil ffn_fwd --model m.bin --chip m1 --out program",
+        ),
+    )(mil)
+    app.command(
+        "bench",
+        epilog=examples(
+            "anepy bench --preset stories15M",
+            "anepy bench --only classifier --isa avx2 --threads all --json bench.json",
+        ),
+    )(bench)
+    app.command(
+        "probe",
+        epilog=examples("anepy probe", "anepy probe --device sim:m1 --json > probe.json"),
+    )(probe)
+    app.command("info", epilog=examples("anepy info", "anepy info --json > machine.json"))(info)
+    app.add_typer(lib, name="lib")
+
+
+_register()

@@ -1,0 +1,157 @@
+"""What `anepy train` was asked for, and what follows from it before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, ConfigError, DataError
+from ..training.config import TrainConfig, config_from
+
+if TYPE_CHECKING:
+    from ..system.restart import Restart
+    from ..training.checkpoint import Meta
+
+DEMO_NAME = "demo"
+# The demo must show in well under a minute on two cores that something was learned, and end with
+# the same loss whatever the seed and the precision: a small model, moments that forget soon, four
+# sequences per update against noise, and a rate that ends at nothing.
+DEMO_SETTINGS: Mapping[str, Any] = {
+    "steps": 2800,
+    "batch": 4,
+    "accum": 1,
+    "lr": 4e-3,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "schedule": "cosine",
+    "warmup": 150,
+    "min_lr_ratio": 0.0,
+    "grad_clip": 1.0,
+    "held_out": 0.05,
+    "eval_every": 700,
+    "eval_windows": 500,
+}
+# The value that a bare --resume stands for; no file can have this name.
+BARE_RESUME = "\0"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, None and False where nothing was said."""
+
+    model: Path | None
+    data: Path | None
+    settings: Mapping[str, Any]
+    resume: str | None
+    checkpoint: Path | None
+    no_checkpoint: bool
+    checkpoint_every: int
+    save: Path | None
+    log: Path | None
+    as_json: bool
+
+
+@dataclass
+class Plan:
+    """What is known before anything is loaded.
+
+    Attributes:
+        demo: the embedded model and corpus are trained.
+        name: of the model, for people.
+        restarted: how this process goes on with a run that an earlier one began; None if none did.
+        model: file to train; None for the demo and for a resume that has only a checkpoint.
+        data: token file; None for the demo.
+        config: effective settings.
+        resume: checkpoint to continue from; `meta` is what it says.
+        meta: see `resume`.
+        checkpoint: where to save; None never.
+        save_at_end: whether a complete run writes its checkpoint, or only an interrupted one.
+        written: the checkpoint, once it has been written.
+    """
+
+    demo: bool
+    name: str
+    restarted: Restart | None
+    model: Path | None
+    data: Path | None
+    config: TrainConfig
+    resume: Path | None
+    meta: Meta | None
+    checkpoint: Path | None
+    save_at_end: bool
+    written: Path | None = None
+
+
+def make_plan(request: Request, began: Restart | None) -> Plan:
+    """Combine flags, checkpoint and defaults, in this order of precedence."""
+    name = request.model.stem if request.model is not None else f"anepy-{DEMO_NAME}"
+    checkpoint = request.checkpoint
+    resume: Path | None = None
+    if request.resume is not None:
+        resume = Path(request.resume) if request.resume != BARE_RESUME else None
+        if resume is None:
+            resume = checkpoint if checkpoint is not None else Path(f"{name}.ckpt.npz")
+        if checkpoint is None:
+            checkpoint = resume
+    elif checkpoint is None:
+        checkpoint = Path(f"{name}.ckpt.npz")
+    explicit = request.checkpoint is not None or resume is not None
+    if began is not None:
+        resume = Path(began.checkpoint)
+    meta = None
+    saved: Mapping[str, Any] = {}
+    if resume is not None:
+        from ..training.checkpoint import read_meta
+
+        meta = read_meta(resume)
+        saved = meta.settings
+    demo = _is_demo(request, meta)
+    if demo and meta is None:
+        saved = DEMO_SETTINGS
+    try:
+        config = config_from(saved, request.settings)
+        config.validate()
+    except TypeError as error:
+        raise CheckpointError(f"{resume}: its settings are damaged ({error})") from error
+    if meta is not None and meta.step >= config.steps and "report" not in meta.run:
+        raise ConfigError(
+            f"{resume} is at step {meta.step} of {config.steps}, there is nothing left to do: "
+            f"pass a larger --steps"
+        )
+    data = request.data
+    if data is None and not demo:
+        data = _known_data(request, meta)
+    shown = request.model.name if request.model is not None else None
+    if shown is None:
+        shown = (
+            DEMO_NAME if demo else Path((meta and meta.source.get("model")) or resume or "").name
+        )
+    return Plan(
+        demo=demo,
+        name=shown,
+        restarted=began,
+        model=request.model,
+        data=data,
+        config=config,
+        resume=resume,
+        meta=meta,
+        checkpoint=None if request.no_checkpoint else checkpoint,
+        save_at_end=explicit or not demo,
+    )
+
+
+def _is_demo(request: Request, meta: Meta | None) -> bool:
+    if request.model is not None or request.data is not None:
+        return False
+    return meta is None or bool(meta.source.get("demo"))
+
+
+def _known_data(request: Request, meta: Meta | None) -> Path:
+    if meta is not None and meta.source.get("data"):
+        return Path(str(meta.source["data"]))
+    raise DataError(
+        "training needs tokens: pass --data FILE; `anepy prepare TEXT -o FILE --tokenizer T` "
+        "makes one from text"
+    )

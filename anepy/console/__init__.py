@@ -1,0 +1,1 @@
+"""What a terminal shows. No other folder imports rich, but for the bar of a download."""

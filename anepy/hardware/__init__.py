@@ -1,0 +1,1 @@
+"""Device programs as MIL text, and what the hardware is asked about."""

@@ -1,0 +1,1 @@
+"""Models: dimensions, named weights, and the files they come from."""

@@ -1,0 +1,1 @@
+"""Finding, building and declaring the native library."""

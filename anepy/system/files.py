@@ -1,0 +1,155 @@
+"""Files that appear complete or not at all, and the JSON they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import ConfigError
+
+# What an abrupt end of the process (a second Ctrl-C) must still remove.
+_temporaries: set[str] = set()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` that takes its place if the block succeeds.
+
+    The bytes are on the disk before the rename; the new file has the mode the umask asks for.
+
+    Raises:
+        OSError: as the operating system reports it; nothing stays behind, `path` is unchanged.
+    """
+    with _temporary(path) as (file, name, target):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(name, target)
+        _sync_folder(os.path.dirname(target))
+
+
+def probe(path: str | os.PathLike[str]) -> None:
+    """Write and remove a temporary file as `replacing` would.
+
+    Raises:
+        OSError: `replacing` would fail the same way.
+    """
+    with _temporary(path) as (file, _, _):
+        # Some file systems accept a new name on a full disk, but not its first byte.
+        file.write(b"\0")
+        file.flush()
+
+
+def discard_temporaries() -> None:
+    """Remove the files of a save in progress; for the moment before an abrupt exit."""
+    for name in list(_temporaries):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
+def write_failure(path: str | os.PathLike[str], what: str, error: OSError) -> str:
+    """Say in one line why a file could not be written and what to do.
+
+    Args:
+        path: the file; `what` it is, in a word or two.
+        what: see `path`.
+        error: what `replacing` or `probe` raised.
+    """
+    reason = error.strerror or str(error)
+    advice = "choose another path"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "free some space or choose another folder; an older file there is unchanged"
+    elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+        reason = f"there is no folder {Path(path).parent}"
+        advice = "create it first"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "choose a folder you may write to"
+    return f"cannot write {what} {os.fspath(path)}: {reason}; {advice}"
+
+
+def check_writable(path: str | os.PathLike[str], what: str, nbytes: int = 0) -> None:
+    """Check that a file can be written later, before anything expensive starts.
+
+    Args:
+        path: the file that will be written.
+        what: what the file is, for the message.
+        nbytes: its expected size; free space below this is an error.
+
+    Raises:
+        ConfigError: the folder is missing, not writable or full, or `path` is not a file.
+    """
+    try:
+        probe(path)
+        usage = shutil.disk_usage(Path(os.path.realpath(path)).parent)
+    except OSError as error:
+        raise ConfigError(write_failure(path, what, error)) from error
+    if usage.total and usage.free < nbytes:
+        raise ConfigError(
+            f"cannot write {what} {os.fspath(path)}: it needs {nbytes / 1e6:.1f} MB and the disk "
+            f"has {usage.free / 1e6:.1f} MB free; choose another folder"
+        )
+
+
+def dumps(record: Any, indent: int | None = None) -> str:
+    """Return JSON that every reader accepts: numbers that are not finite become null.
+
+    Args:
+        record: nested mappings, sequences and plain values.
+        indent: spaces per level; None for one line.
+    """
+    return json.dumps(_finite(record), indent=indent, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def _temporary(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str, str]]:
+    """Open a new file beside the target of `path`; it is gone at the end unless renamed."""
+    # A link keeps pointing to the file; devices and folders are never replaced by a file.
+    target = os.path.realpath(path)
+    if os.path.isdir(target):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    name = f"{os.path.dirname(target)}/.anepy-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    _temporaries.add(name)
+    try:
+        with open(name, "xb") as file:
+            try:
+                yield file, name, target
+            except BaseException:
+                # Closing flushes: on a full disk that fails again, and the first error counts.
+                with contextlib.suppress(OSError):
+                    file.close()
+                raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        _temporaries.discard(name)
+
+
+def _sync_folder(folder: str) -> None:
+    # Makes the rename survive a power failure; not every file system can do it.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Tokens: tokenizers, token files, generation."""

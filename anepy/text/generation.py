@@ -1,0 +1,225 @@
+"""Text from a model: greedy or sampled, one token at a time, with a KV cache.
+
+Greedy output is what llama2.c's run.c prints: the prompt is encoded with BOS and printed too,
+and BOS as the next token ends the text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.device import AUTO, choice_note
+from ..engine.engine import Decoder
+from ..errors import ConfigError, TokenizerError
+from ..models.model import Model
+from .tokenizer import Tokenizer
+
+_BYTE_VOCAB = 259
+_CONTROL = frozenset(range(0x20)) - frozenset(b"\t\n\v\f\r") | {0x7F}
+
+
+def generate(
+    model: Model | str | Path,
+    prompt: str = "",
+    tokenizer: Tokenizer | str | Path | None = None,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    max_tokens: int = 256,
+    seed: int = 0,
+    threads: int | None = None,
+) -> str:
+    """Return the prompt and the text a model continues it with.
+
+    Args:
+        model: a `Model` or the path of one.
+        prompt: the beginning of the text; may be empty.
+        tokenizer: a `Tokenizer` or the path of one; None looks beside the model.
+        temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
+        top_p: sample among the likeliest tokens that together exceed this probability;
+            0 or 1 samples among all.
+        max_tokens: new tokens at most; the model's context may end the text earlier.
+        seed: of the sampling; equal settings give equal text.
+        threads: CPU threads; as many as the process may use if None.
+
+    Raises:
+        ConfigError: a setting is out of range or the prompt exceeds the model's context.
+        ModelError, TokenizerError: a file is missing, malformed or does not fit.
+
+    Example:
+        >>> generate("stories260K.bin", "Once upon a time", "tok512.bin", temperature=0.0)
+    """
+    return "".join(stream(model, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads))
+
+
+def choose_device(device: str) -> str:
+    """Check the device text is to be generated on; for "auto" say in one line which it is.
+
+    Raises:
+        ConfigError: it is not one that generates text.
+    """
+    if device == AUTO:
+        return choice_note("cpu", ["not ane: text is generated on the CPU only"])
+    if device != "cpu":
+        raise ConfigError(
+            f"text is generated on the CPU, not on device {device}: leave --device out"
+        )
+    return ""
+
+
+def stream(
+    model: Model | str | Path,
+    prompt: str = "",
+    tokenizer: Tokenizer | str | Path | None = None,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    max_tokens: int = 256,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Iterator[str]:
+    """Yield the text of `generate` piece by piece; a piece is never half a character.
+
+    Arguments are those of `generate` and are checked before the first piece is asked for.
+    """
+    _check_settings(temperature, top_p, max_tokens, seed)
+    path = None if isinstance(model, Model) else Path(model)
+    loaded = model if isinstance(model, Model) else Model.load(model)
+    config = loaded.config
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = resolve_tokenizer(tokenizer, config.vocab_size, path)
+    elif tokenizer.vocab_size != config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "pass the tokenizer the model was trained with"
+        )
+    ids = tokenizer.encode(prompt, bos=True)
+    if len(ids) > config.seq_len:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens, the model's context is {config.seq_len}: "
+            "shorten the prompt"
+        )
+    # The last position's logits still give a token, so one more than the context fits.
+    length = min(len(ids) + max_tokens, config.seq_len + 1)
+    picks = Sampling(temperature, top_p, seed)
+    return _stream(loaded, tokenizer, ids, length, picks, threads)
+
+
+def _stream(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    length: int,
+    sampling: Sampling,
+    threads: int | None,
+) -> Iterator[str]:
+    # Characters outside the vocabulary come as single bytes: hold them until they are complete.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    token = prompt[0]
+    with Decoder(model, max_len=min(length, model.config.seq_len), threads=threads) as network:
+        for position in range(length - 1):
+            logits = network.forward(token, position)
+            if position + 1 < len(prompt):
+                following = prompt[position + 1]
+            else:
+                following = sampling.pick(logits)
+                if following == tokenizer.bos_id:
+                    break
+            text = decoder.decode(_printable(tokenizer.piece(token, following)))
+            if text:
+                yield text
+            token = following
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+class Sampling:
+    """Pick the next token from logits.
+
+    Args:
+        temperature: 0 for the likeliest token.
+        top_p: probability mass to sample from; 0 or 1 for all of it.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self.temperature = temperature
+        self.top_p = top_p
+        self._random = np.random.Generator(np.random.PCG64(seed))
+
+    def pick(self, logits: npt.NDArray[np.float32]) -> int:
+        """Return the id of the next token.
+
+        Args:
+            logits: float32 `(vocab,)`.
+        """
+        if self.temperature == 0:
+            return int(np.argmax(logits))
+        scaled = logits.astype(np.float64) / self.temperature
+        weights = np.exp(scaled - scaled.max())
+        weights /= weights.sum()
+        ids: npt.NDArray[Any] = np.arange(len(weights))
+        if 0 < self.top_p < 1:
+            # Tokens too rare to be reached are dropped before sorting: most of a large vocabulary.
+            floor = (1.0 - self.top_p) / max(1, len(weights) - 1)
+            ids = np.flatnonzero(weights >= floor)
+            ids = ids[np.argsort(-weights[ids], kind="stable")]
+            kept = int(np.searchsorted(np.cumsum(weights[ids]), self.top_p, side="right")) + 1
+            ids = ids[:kept]
+        bounds = np.cumsum(weights[ids])
+        draw = self._random.random() * bounds[-1]
+        return int(ids[min(int(np.searchsorted(bounds, draw, side="right")), len(ids) - 1)])
+
+
+def resolve_tokenizer(
+    tokenizer: str | Path | None, vocab_size: int, model_path: str | Path | None
+) -> Tokenizer:
+    """Load the tokenizer that was named, or find the one that belongs to a model.
+
+    Args:
+        tokenizer: path of a llama2.c `tokenizer.bin`; None looks for `tok<vocabulary>.bin` and
+            `tokenizer.bin` beside the model and takes the byte tokenizer for 259 tokens.
+        vocab_size: vocabulary of the model.
+        model_path: where the model came from, if from a file.
+
+    Raises:
+        TokenizerError: none was found, or it does not have `vocab_size` entries.
+    """
+    if tokenizer is not None:
+        return Tokenizer.load(tokenizer, vocab_size)
+    folder = Path(model_path).parent if model_path is not None else None
+    if folder is not None:
+        for name in (f"tok{vocab_size}.bin", "tokenizer.bin"):
+            if (folder / name).is_file():
+                try:
+                    return Tokenizer.load(folder / name, vocab_size)
+                except TokenizerError:
+                    # Of another model in the same folder; the message below tells what to do.
+                    continue
+    if vocab_size == _BYTE_VOCAB:
+        return Tokenizer.bytes()
+    looked = f" in {folder}" if folder is not None else ""
+    raise TokenizerError(
+        f"no tokenizer of {vocab_size} tokens found{looked}: pass one (--tokenizer FILE)"
+    )
+
+
+def _printable(piece: bytes) -> bytes:
+    # Control characters can garble a terminal; run.c leaves them out as well.
+    return b"" if len(piece) == 1 and piece[0] in _CONTROL else piece
+
+
+def _check_settings(temperature: float, top_p: float, max_tokens: int, seed: int) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature is {temperature}, it must be finite and not negative")
+    if not 0 <= top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}, it must be from 0 to 1")
+    if max_tokens < 0:
+        raise ConfigError(f"max_tokens is {max_tokens}, it must not be negative")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, it must not be negative")

@@ -1,0 +1,270 @@
+"""Checkpoints: one `.npz` file with everything a run needs to continue bit for bit.
+
+Arrays are named as the weights; Adam's moments are `m.<name>` and `v.<name>`; `grad.<name>` is
+there only if gradients were accumulated when it was saved. `meta` is a JSON text in a 0-d
+unicode array. `numpy.load` reads all of it. A file appears under its name only when it is
+complete: it is written to a temporary file in the same folder, synced, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CheckpointError
+from ..system.files import replacing, write_failure
+
+FORMAT = 1
+_CHUNK = 1 << 20
+_META_LIMIT = 1 << 26
+_NPY: Any = np.lib.format  # typed in newer versions of numpy only
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Everything in a checkpoint that is not an array.
+
+    Attributes:
+        config: dimensions of the model (the fields of `ModelConfig`).
+        step: steps done.
+        updates: optimizer updates done (Adam's t).
+        accumulated: steps whose gradients wait in `grad.*` for the next update.
+        sampler: state of the data sampler.
+        settings: effective `TrainConfig` of the run.
+        source: where model, data and tokenizer came from, for a resume that names none.
+        engine: device, precision, variant, instruction set and threads that were used.
+        losses: the last losses, oldest first.
+        scaling: loss scale and clean steps, where losses are scaled (fp16).
+        run: what the next process of the same run needs (restart.py), and a report not yet given.
+        anepy: version that wrote the file.
+        format: version of this layout.
+    """
+
+    config: dict[str, Any]
+    step: int
+    updates: int
+    accumulated: int
+    sampler: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    scaling: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    anepy: str = ""
+    format: int = FORMAT
+
+
+def save(path: str | Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Meta) -> int:
+    """Write a checkpoint so that either the old or the complete new file is there.
+
+    Args:
+        path: the file to write; an existing regular file is replaced.
+        arrays: name -> float32 array, C-contiguous, any shape.
+        meta: everything else.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        CheckpointError: it could not be written; the old file, if any, is unchanged.
+    """
+    text = json.dumps(asdict(meta))
+    try:
+        with replacing(path) as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                _write_member(archive, "meta", np.array(text))
+                for name, array in arrays.items():
+                    _write_member(archive, name, array)
+            return file.tell()
+    except OSError as error:
+        raise CheckpointError(write_failure(path, "checkpoint", error)) from error
+
+
+def read_meta(path: str | Path) -> Meta:
+    """Read what a checkpoint says about its run, without its arrays.
+
+    Raises:
+        CheckpointError: missing, truncated, or not a checkpoint of anepy.
+    """
+    with _opened(path) as archive:
+        return _read_meta(path, archive)
+
+
+def load(
+    path: str | Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, npt.NDArray[Any]],
+    adam_m: Mapping[str, npt.NDArray[Any]],
+    adam_v: Mapping[str, npt.NDArray[Any]],
+    gradients: Mapping[str, npt.NDArray[Any]],
+) -> Meta:
+    """Copy a checkpoint into existing arrays, array by array.
+
+    Everything is checked first, checksums included: a bad file changes nothing.
+
+    Args:
+        path: the checkpoint.
+        config: dimensions of the model that is to receive it.
+        weights: name -> float32 array, C-contiguous; overwritten, as are the next two.
+        adam_m: first moments, same names.
+        adam_v: second moments, same names.
+        gradients: accumulated gradients, same names; set to zero if the file has none.
+
+    Returns:
+        What `read_meta` returns.
+
+    Raises:
+        CheckpointError: the file is bad or belongs to a model of other dimensions.
+    """
+    targets = {name: array for name, array in weights.items()}
+    targets |= {f"m.{name}": array for name, array in adam_m.items()}
+    targets |= {f"v.{name}": array for name, array in adam_v.items()}
+    with _opened(path) as archive:
+        meta = _read_meta(path, archive)
+        _check_config(path, meta.config, config)
+        if meta.accumulated:
+            targets |= {f"grad.{name}": array for name, array in gradients.items()}
+        for name, array in targets.items():
+            _check_member(path, archive, name, array)
+        for name, array in targets.items():
+            _read_member(archive, name, array)
+    if not meta.accumulated:
+        for array in gradients.values():
+            array[...] = 0.0
+    return meta
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        _NPY.write_array(member, array, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """Open a checkpoint; whatever goes wrong while reading it becomes one line."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; check the path") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:120]
+        raise CheckpointError(
+            f"{path}: truncated, damaged or not a checkpoint ({detail}); use another one"
+        ) from error
+
+
+def _read_meta(path: str | Path, archive: zipfile.ZipFile) -> Meta:
+    try:
+        info = archive.getinfo("meta.npy")
+    except KeyError:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of anepy, it has no 'meta'; pass one that anepy saved"
+        ) from None
+    if info.file_size > _META_LIMIT:
+        raise CheckpointError(f"{path}: its 'meta' has {info.file_size} bytes; not a checkpoint")
+    with archive.open(info) as member:
+        text = _NPY.read_array(member, allow_pickle=False)
+    if text.shape != () or text.dtype.kind != "U":
+        raise CheckpointError(f"{path}: its 'meta' is not a text; not a checkpoint of anepy")
+    try:
+        values = json.loads(str(text))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its 'meta' is not JSON ({error})") from error
+    return _meta_from(path, values)
+
+
+def _meta_from(path: str | Path, values: Any) -> Meta:
+    if not isinstance(values, dict) or not isinstance(values.get("format"), int):
+        raise CheckpointError(f"{path}: its 'meta' names no format; not a checkpoint of anepy")
+    if values["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {values['format']} of anepy {values.get('anepy', '?')}, "
+            f"this version reads format {FORMAT}; use that version of anepy"
+        )
+    known = Meta.__dataclass_fields__
+    for name in ("step", "updates", "accumulated"):
+        value = values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"{path}: '{name}' in 'meta' is {value!r}, not a count")
+    for name in ("config", "sampler", "settings", "source", "engine"):
+        if not isinstance(values.get(name), dict):
+            raise CheckpointError(f"{path}: '{name}' is missing in 'meta'; the file is damaged")
+    scaling = values.get("scaling")
+    if not isinstance(scaling, dict) or not all(
+        isinstance(x, (int, float)) for x in scaling.values()
+    ):
+        raise CheckpointError(f"{path}: 'scaling' in 'meta' is damaged; take another checkpoint")
+    if not isinstance(values.get("run", {}), dict):
+        raise CheckpointError(f"{path}: 'run' in 'meta' is damaged; take another checkpoint")
+    losses = values.get("losses")
+    if not isinstance(losses, list) or not all(isinstance(x, (int, float)) for x in losses):
+        raise CheckpointError(f"{path}: 'losses' in 'meta' are no numbers; the file is damaged")
+    return Meta(**{name: value for name, value in values.items() if name in known})
+
+
+def _check_config(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name} {saved.get(name)} instead of {value}"
+        for name, value in wanted.items()
+        if saved.get(name) != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} belongs to another model: {', '.join(differences)}; pass the model it is from"
+        )
+
+
+def _check_member(
+    path: str | Path, archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]
+) -> None:
+    """Check presence, type, shape, size and checksum of one array against its destination."""
+    try:
+        info = archive.getinfo(f"{name}.npy")
+    except KeyError:
+        raise CheckpointError(f"{path}: array '{name}' is missing; use another file") from None
+    with archive.open(info) as member:
+        shape, fortran, dtype = _read_header(member)
+        if dtype != array.dtype or shape != array.shape or (fortran and len(shape) > 1):
+            order = " in column order" if fortran and len(shape) > 1 else ""
+            raise CheckpointError(
+                f"{path}: array '{name}' is {dtype} {list(shape)}{order}, "
+                f"expected {array.dtype} {list(array.shape)}; use another file"
+            )
+        # The checksum is compared when the last byte has been read.
+        nbytes = 0
+        while chunk := member.read(_CHUNK):
+            nbytes += len(chunk)
+    if nbytes != array.nbytes:
+        raise CheckpointError(
+            f"{path}: array '{name}' has {nbytes} bytes, expected {array.nbytes}; use another file"
+        )
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+    out = array.data.cast("B")
+    with archive.open(f"{name}.npy") as member:
+        _read_header(member)
+        position = 0
+        while chunk := member.read(_CHUNK):
+            out[position : position + len(chunk)] = chunk
+            position += len(chunk)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = _NPY.read_magic(member)
+    read = _NPY.read_array_header_1_0 if version == (1, 0) else _NPY.read_array_header_2_0
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(member)
+    return header

@@ -1,0 +1,143 @@
+"""The log of a run: one JSON object per line, with the keys of the research programs and more.
+
+Records: `run` (settings), `step`, `batch` (one per update), `perf`, `eval`, `restart` (the run goes
+on in a new process) and `summary`. Of the
+step's times `t_elem` includes softmax and loss, as in the research programs; `t_softmax` is that
+part alone. Times are in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..engine.flops import ANE_PEAK_TFLOPS
+from ..system.files import dumps
+from .reports import StepReport, Summary
+
+
+class RunLog:
+    """Write the log of a run, a line as soon as it is known.
+
+    A log that can no longer be written must not end the training: the first failure is kept in
+    `failure` and nothing is written after it.
+
+    Args:
+        path: the file; None writes nothing.
+        append: continue the file instead of replacing it.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path | None, append: bool = False) -> None:
+        self.failure: OSError | None = None
+        self._file: TextIO | None = None
+        self._batch_ms: list[float] = []
+        self._device = ""
+        if path is not None:
+            self._file = open(path, "a" if append else "w", encoding="utf-8", buffering=1)
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                self.failure = self.failure or error
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, facts: Mapping[str, Any], device: str) -> None:
+        """Write what the run is."""
+        self._device = device
+        self._write({"type": "run", **facts})
+
+    def step(self, report: StepReport) -> None:
+        """Write a step, and its update and evaluation if it had them."""
+        if self._file is None:
+            return
+        phases = report.phases
+        self._write(
+            {
+                "type": "step",
+                "step": report.step,
+                "loss": report.loss,
+                "t_ane": phases["device"],
+                "t_io": phases["io"],
+                "t_cls": phases["classifier"],
+                "t_elem": phases["elementwise"] + phases["softmax"],
+                "t_rms": phases["norm"],
+                "t_cblas_wait": phases["dw_wait"],
+                "compiles": report.compiles,
+                "t_softmax": phases["softmax"],
+                "t_dw": phases["dw"],
+                "t_fwd": phases["forward"],
+                "t_bwd": phases["backward"],
+                "ms": report.ms_per_step,
+                "tokens_per_s": report.tokens_per_s,
+                "gflops": report.gflops,
+                "lr": report.lr,
+                "skipped": report.skipped,
+                "loss_scale": report.loss_scale,
+                "allocations": report.allocations,
+            }
+        )
+        self._batch_ms.append(report.ms_per_step)
+        if report.updated:
+            self._update(report)
+        if report.held_out_loss is not None:
+            self._write({"type": "eval", "step": report.step, "loss": report.held_out_loss})
+
+    def _update(self, report: StepReport) -> None:
+        steps, train_ms = len(self._batch_ms), sum(self._batch_ms)
+        self._batch_ms.clear()
+        self._write(
+            {
+                "type": "batch",
+                "batch": steps,
+                "compile_ms": report.compile_ms,
+                "train_ms": train_ms,
+                "ms_per_step": train_ms / steps,
+                "step": report.step,
+                "update": report.updates,
+                "update_ms": report.update_ms,
+                "grad_norm": report.grad_norm,
+                "lr": report.lr,
+            }
+        )
+        tflops = report.gflops / 1e3
+        ane_tflops = tflops if self._device == "ane" else 0.0
+        self._write(
+            {
+                "type": "perf",
+                "ane_tflops": ane_tflops,
+                "ane_util_pct": 100 * ane_tflops / ANE_PEAK_TFLOPS,
+                "tflops": tflops,
+                "step": report.step,
+            }
+        )
+
+    def restart(self, step: int, compiles: int, reason: str) -> None:
+        """Write that the run goes on in a new process."""
+        self._write({"type": "restart", "step": step, "compiles": compiles, "reason": reason})
+
+    def summary(self, summary: Summary) -> None:
+        """Write how the run went."""
+        self._write({"type": "summary", **asdict(summary)})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(dumps(record) + "\n")
+        except OSError as error:
+            self.failure = error
+            self.close()

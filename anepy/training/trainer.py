@@ -1,0 +1,374 @@
+"""The training loop: sampling, accumulation, updates, evaluation, checkpoints. Prints nothing.
+
+`Trainer` is an iterator of `StepReport`; whoever iterates decides what to show, when to save
+and when to stop. A stop between two steps loses nothing: `save_checkpoint` stores accumulated
+gradients and the sampler's position, and a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._version import __version__
+from ..engine.engine import Engine, UpdateStats
+from ..engine.flops import flops_per_step
+from ..errors import CheckpointError, ClosedError, ConfigError, DivergedError, NativeError
+from ..models.model import Model, sequence_length
+from ..text.data import Sampler, TokenData, windows
+from . import checkpoint
+from .config import TrainConfig
+from .reports import Measurements, StepReport, Summary
+
+# Settings that change what is computed, so a resume that changes them is worth a note.
+_MATHEMATICAL = (
+    "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
+    "warmup", "min_lr_ratio", "held_out",
+)  # fmt: skip
+
+
+class Trainer:
+    """Train a model on tokens, one `StepReport` per step.
+
+    Args:
+        model: a `Model`, whose weights are trained in place, or the path of one.
+        data: a `TokenData` or the path of one.
+        config: settings; the defaults of `TrainConfig` if None.
+        resume: checkpoint to continue from. Its weights, moments, accumulated gradients and
+            sampler position replace those of `model`; differences between its settings and
+            `config` follow `config` and are told in `notes`. Only the seed is the file's.
+        restarted: the checkpoint is of this very run, which goes on in a new process: times and
+            counts are added to those it carries.
+
+    A process may compile only so many programs for the Neural Engine. When it has, the iteration
+    raises `CompileBudgetError` before the step that would need more; nothing is lost then, and a
+    run that is resumed from `save_checkpoint` in a new process goes on bit for bit.
+
+    Raises:
+        ConfigError, ModelError, DataError, CheckpointError: before any weight is changed.
+
+    Example:
+        >>> for report in Trainer("stories260K.bin", "data.bin", TrainConfig(steps=20)):
+        ...     print(report.step, report.loss)
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path,
+        data: TokenData | str | Path,
+        config: TrainConfig | None = None,
+        resume: str | Path | None = None,
+        restarted: bool = False,
+    ) -> None:
+        self.config = config if config is not None else TrainConfig()
+        self.config.validate()
+        meta = checkpoint.read_meta(resume) if resume is not None else None
+        self.source: dict[str, Any] = {}
+        if not isinstance(model, Model):
+            self.source["model"] = os.path.abspath(model)
+            model = Model.load(model)
+        self.model = model
+        self.seq = sequence_length(self.config.seq, model.config.seq_len)
+        if not isinstance(data, TokenData):
+            data = TokenData(data)
+        if data.path is not None:
+            self.source["data"] = os.path.abspath(data.path)
+        self.source["tokens"] = len(data)
+        data.check(model.config.vocab_size)
+        self.data, self.held_out = data.split(self.config.held_out)
+        self._held_out_windows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
+        if self.held_out is not None:
+            self._held_out_windows = list(
+                windows(self.held_out, self.seq, self.config.eval_windows)
+            )
+        self._sampler = Sampler(self.data, self.seq, self.config.seed)
+        self._engine: Engine | None = Engine(
+            model,
+            variant=self.config.engine_variant,
+            device=self.config.device,
+            precision=self.config.precision,
+            seq_len=self.seq,
+            threads=self.config.threads,
+            defer=meta is not None,  # the weights are not those to compile for yet
+        )
+        self.notes: list[str] = []
+        self._step = 0
+        self._unevaluated: StepReport | None = None
+        self._tokens = self.config.batch * self.seq
+        self._flops = flops_per_step(model.config, self.seq, self.config.batch)["total"]
+        self._measured = Measurements(self._tokens, self._flops)
+        if meta is not None and resume is not None:
+            try:
+                self._restore(resume, meta, restarted)
+            except BaseException:
+                self.close()
+                raise
+        self.start_step = self._step
+
+    # The engine and what is derived from it
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine that trains; it is closed with the trainer."""
+        if self._engine is None:
+            raise ClosedError("this Trainer is closed; create another one")
+        return self._engine
+
+    @property
+    def step(self) -> int:
+        """Return the number of steps done since the very first one."""
+        return self._step
+
+    @property
+    def losses(self) -> Sequence[float]:
+        """Return the losses of the last steps, those before a resume included."""
+        return self._measured.losses
+
+    def close(self) -> None:
+        """Free the engine; the model keeps its weights. May be called twice."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Training
+
+    def __iter__(self) -> Iterator[StepReport]:
+        """Train until `config.steps`; iterating again after a break goes on."""
+        if self.held_out is not None and self._measured.held_out_before is None:
+            self._measured.held_out_before = self.evaluate()
+        while self._step < self.config.steps or self._unevaluated is not None:
+            yield self.run_step()
+
+    def run_step(self) -> StepReport:
+        """Train on the next sequences and update the weights if it is time.
+
+        Raises:
+            DivergedError: the loss is not finite; the weights are those of the last update.
+            CompileBudgetError, NativeError: there are no programs for the weights; the step was
+                not begun.
+        """
+        engine, config, measured = self.engine, self.config, self._measured
+        measured.start()
+        if self._unevaluated is not None:
+            return self._evaluated(self._unevaluated)
+        position = self._sampler.state()
+        windows = [self._sampler.next() for _ in range(config.batch)]
+        tokens, targets = (np.stack(each) for each in zip(*windows, strict=True))
+        began = time.perf_counter()
+        try:
+            stats = engine.step(tokens, targets)
+        except NativeError:
+            self._sampler.restore(position)
+            raise
+        step_ms = (time.perf_counter() - began) * 1e3
+        step = self._step + 1
+        # Half precision skips a step and lowers its scale; without a scale nothing would improve.
+        hopeless = stats.skipped and stats.loss_scale == 1
+        if hopeless or not math.isfinite(stats.loss):
+            what = "loss" if not math.isfinite(stats.loss) else "gradient"
+            raise self._diverged(step, what)
+        self._step = step
+        lr = config.learning_rate(engine.updates)
+        last = step >= config.steps
+        updated = engine.accumulated >= config.accum or (last and engine.accumulated > 0)
+        update = self._update(lr, step) if updated else None
+        phases = measured.step(step_ms, stats)
+        report = StepReport(
+            step=step,
+            total=config.steps,
+            loss=float(stats.loss),
+            lr=lr,
+            ms_per_step=step_ms,
+            tokens_per_s=self._tokens / step_ms * 1e3,
+            gflops=self._flops / step_ms / 1e6,
+            updated=updated,
+            updates=engine.updates,
+            accumulated=engine.accumulated,
+            skipped=bool(stats.skipped),
+            loss_scale=float(stats.loss_scale),
+            grad_norm=None if update is None or math.isnan(update.grad_norm) else update.grad_norm,
+            update_ms=update.update_ms if update else 0.0,
+            compile_ms=update.compile_ms if update else 0.0,
+            compiles=measured.compiles + engine.compiles,
+            allocations=int(stats.allocations),
+            phases=phases,
+            held_out_loss=None,
+        )
+        due = last or (config.eval_every and step % config.eval_every == 0)
+        if self.held_out is not None and due:
+            return self._evaluated(report)
+        measured.stop()
+        return report
+
+    def _evaluated(self, report: StepReport) -> StepReport:
+        """Complete a report, now or, if there are no programs, in the next process."""
+        self._unevaluated = report
+        loss = self._measured.held_out_after = self.evaluate()
+        self._unevaluated = None
+        self._measured.stop()
+        return replace(report, held_out_loss=loss)
+
+    def evaluate(self) -> float:
+        """Return the mean loss over evenly spaced sequences of the held-out data.
+
+        Raises:
+            ConfigError: there is no held-out data.
+        """
+        if not self._held_out_windows:
+            raise ConfigError("there is no held-out data: set held_out, for example to 0.05")
+        total = math.fsum(
+            self.engine.evaluate(tokens, targets) * len(tokens)
+            for tokens, targets in self._held_out_windows
+        )
+        return total / sum(len(tokens) for tokens, _ in self._held_out_windows)
+
+    def _update(self, lr: float, step: int) -> UpdateStats:
+        config = self.config
+        stats = self.engine.update(
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            grad_clip=config.grad_clip,
+        )
+        if stats.skipped:
+            raise self._diverged(step, "gradient")
+        self._measured.update(stats.update_ms, stats.compile_ms)
+        return stats
+
+    def _diverged(self, step: int, what: str) -> DivergedError:
+        return DivergedError(
+            f"step {step}: the {what} is not finite; the weights are as after update "
+            f"{self.engine.updates}: lower the learning rate or set grad_clip"
+        )
+
+    def summary(self) -> Summary:
+        """Return what this object has done and measured so far."""
+        engine = self.engine
+        return self._measured.summary(
+            self._step, self.config.steps, engine.updates, engine.compiles
+        )
+
+    # Checkpoints
+
+    def save_checkpoint(self, path: str | Path, restarting: bool = False) -> int:
+        """Write everything a resumed run needs; possible after any step.
+
+        Args:
+            path: the file.
+            restarting: a new process goes on at once and adds up times and counts.
+
+        Returns:
+            The size of the file in bytes.
+
+        Raises:
+            CheckpointError: it could not be written; an older file is unchanged.
+        """
+        engine = self.engine
+        arrays = dict(self.model.weights)
+        arrays |= {f"m.{name}": value for name, value in engine.adam_m.items()}
+        arrays |= {f"v.{name}": value for name, value in engine.adam_v.items()}
+        if engine.accumulated:
+            arrays |= {f"grad.{name}": value for name, value in engine.gradients.items()}
+        run: dict[str, Any] = {}
+        if self._unevaluated is not None:
+            run["report"] = asdict(self._unevaluated)
+        if restarting:
+            run["measured"] = self._measured.state(engine.compiles)
+        meta = checkpoint.Meta(
+            config=asdict(self.model.config),
+            step=self._step,
+            updates=engine.updates,
+            accumulated=engine.accumulated,
+            sampler=self._sampler.state(),
+            settings=asdict(self.config) | {"seq": self.seq},
+            source=self.source,
+            engine=self.engine_settings(),
+            losses=list(self.losses),
+            scaling={"loss_scale": engine.loss_scale, "clean_steps": engine.clean_steps},
+            run=run,
+            anepy=__version__,
+        )
+        return checkpoint.save(path, arrays, meta)
+
+    def checkpoint_nbytes(self) -> int:
+        """Return the size of the largest checkpoint this run can write, in bytes."""
+        return 4 * sum(value.nbytes for value in self.model.weights.values()) + (1 << 16)
+
+    def engine_settings(self) -> dict[str, Any]:
+        """Return what the engine runs on: device, precision, variant, isa, threads."""
+        engine = self.engine
+        return {
+            "device": engine.device,
+            "precision": engine.precision,
+            "variant": engine.variant,
+            "switches": list(engine.switches),
+            "isa": engine.isa,
+            "threads": engine.threads,
+        }
+
+    def _restore(self, path: str | Path, meta: checkpoint.Meta, restarted: bool) -> None:
+        if meta.step > self.config.steps:
+            raise ConfigError(
+                f"{path} is at step {meta.step} already, steps is {self.config.steps}: raise steps"
+            )
+        # Before the arrays: a sampler state that does not fit must leave the weights alone.
+        self._sampler.restore(meta.sampler)
+        engine = self.engine
+        checkpoint.load(
+            path,
+            asdict(self.model.config),
+            self.model.weights,
+            engine.adam_m,
+            engine.adam_v,
+            engine.gradients,
+        )
+        engine.restore(meta.accumulated, meta.updates, **meta.scaling)
+        self._step = meta.step
+        self._measured = Measurements(self._tokens, self._flops, meta.losses)
+        try:
+            if "report" in meta.run:
+                self._unevaluated = StepReport(**meta.run["report"])
+            if restarted:
+                self._measured.restore(meta.run["measured"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: its 'run' is damaged ({error})") from error
+        self.notes = self._differences(meta)
+
+    def _differences(self, meta: checkpoint.Meta) -> list[str]:
+        """Tell in one line each what a resumed run does differently from the saved one."""
+        notes = []
+        now = asdict(self.config) | {"seq": self.seq}
+        for name in _MATHEMATICAL:
+            if name in meta.settings and meta.settings[name] != now[name]:
+                notes.append(f"{name} is {now[name]}, the checkpoint had {meta.settings[name]}")
+        seed = meta.sampler.get("seed")
+        if seed != self.config.seed:
+            notes.append(f"seed {self.config.seed} is ignored, the data order of {seed} continues")
+        steps = meta.settings.get("steps")
+        if self.config.schedule == "cosine" and steps != self.config.steps:
+            notes.append(f"the cosine now ends at step {self.config.steps}, it was {steps}")
+        if meta.source.get("tokens") != self.source["tokens"]:
+            notes.append("the data is not the checkpoint's: other sequences will be drawn")
+        for name, value in self.engine_settings().items():
+            if name in meta.engine and meta.engine[name] != value and name != "switches":
+                notes.append(
+                    f"{name} is {value}, the checkpoint had {meta.engine[name]}: "
+                    "losses agree, but not bit for bit"
+                )
+        return notes

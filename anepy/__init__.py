@@ -33,7 +33,7 @@ _HOMES = {
     "generate": "text.generation",
     "prepare": "text.data",
     "stream": "text.generation",
-    "variants": "engine.engine",
+    "variants": "engine.variants",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from .comparing.result import Comparison
     from .comparing.session import compare
     from .engine.device import devices
-    from .engine.engine import Engine, StepStats, UpdateStats, variants
+    from .engine.engine import Engine, StepStats, UpdateStats
+    from .engine.variants import variants
     from .errors import AnepyError, CompileBudgetError, MilError
     from .hardware.program import Program
     from .models.model import PRESETS, Model, ModelConfig

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import pytest
 
-from anepy.engine import library_info
+from anepy.native.info import library_info
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 X86_64 = platform.machine() in ("x86_64", "AMD64")

@@ -19,10 +19,10 @@ from cases import GQA, message
 from native import toolchain
 
 from anepy.bench import cases as bench
-from anepy.engine import library_info
 from anepy.engine.flops import flops_per_step
 from anepy.errors import ConfigError
 from anepy.models.model import PRESETS, Model, ModelConfig, TensorTable
+from anepy.native.info import library_info
 
 QUICK = {"rounds": 2, "round_ms": 0.0, "seq": 65}
 ODD = ModelConfig(52, 44, 2, 2, 1, 600, 70, tied=False)

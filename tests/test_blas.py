@@ -16,7 +16,7 @@ import needs
 import pytest
 from native import toolchain
 
-from anepy.engine import library_info
+from anepy.native.info import library_info
 
 pytestmark = needs.LINUX  # a Mac has the real one
 
@@ -95,7 +95,7 @@ def test_gradients_match_the_reference_with_every_product_by_the_provider(built:
     ],
 )
 def test_choice_is_told(built: Build, wanted: str, missing: str, expected: str) -> None:
-    code = "from anepy.engine import library_info; print(library_info()['gemm'])"
+    code = "from anepy.native.info import library_info; print(library_info()['gemm'])"
     result = python(built, "-c", code, ANEPY_BLAS=wanted, STANDIN_ACCELERATE=missing)
     assert result.returncode == 0 and expected in result.stdout, result.stderr
 
@@ -115,7 +115,7 @@ def test_auto_precision_is_fp32_beside_the_provider(built: Build) -> None:
     [("framework", "image not found"), ("sgemm", "Accelerate has no cblas_sgemm")],
 )
 def test_provider_that_was_asked_for_must_be_there(built: Build, missing: str, words: str) -> None:
-    code = "from anepy.engine import library_info; library_info()"
+    code = "from anepy.native.info import library_info; library_info()"
     result = python(built, "-c", code, ANEPY_BLAS="accelerate", STANDIN_ACCELERATE=missing)
     assert result.returncode == 1 and f"ANEPY_BLAS=accelerate: {words}" in result.stderr
 
@@ -128,7 +128,7 @@ def test_provider_that_was_asked_for_must_be_there(built: Build, missing: str, w
     ],
 )
 def test_choice_elsewhere_is_refused(wanted: str, words: str) -> None:
-    code = "from anepy.engine import library_info; library_info()"
+    code = "from anepy.native.info import library_info; library_info()"
     env = {**os.environ, "ANEPY_BLAS": wanted}
     result = subprocess.run(
         [sys.executable, "-c", code],

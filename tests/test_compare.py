@@ -403,7 +403,7 @@ def ablate(variants: list[str], **changes: Any) -> Comparison:
 def test_ablation_has_a_row_for_every_switch() -> None:
     result = ablate(["baseline", "opt"])
     rows = {(row.switch, row.form): row for row in result.ablation}
-    names = anepy.engine.switch_names()
+    names = anepy.engine.variants.switch_names()
     assert {switch for switch, _ in rows} == set(names) and len(names) == 12
     assert [form for switch, form in rows if switch == "prealloc"] == ["add", "leave out"]
     row = rows["prealloc", "add"]
@@ -476,5 +476,5 @@ def test_real_model_learns_the_same_in_every_variant() -> None:
 
 def test_config_error_is_no_unsupported_error() -> None:
     with pytest.raises(ConfigError) as caught:
-        anepy.engine.variant_switches("nonsense", "cpu")
+        anepy.engine.variants.variant_switches("nonsense", "cpu")
     assert type(caught.value) is ConfigError

@@ -21,9 +21,10 @@ from cases import GQA, SEPARATE, bits, make_engine, make_model, mapped, message,
 from reference import llama64 as ref
 from tolerances import relative_error
 
-from anepy.engine import Decoder, Engine, StepStats, library_info
+from anepy.engine import Decoder, Engine, StepStats
 from anepy.errors import ClosedError
 from anepy.models.model import PRESETS, Model, ModelConfig
+from anepy.native.info import library_info
 from anepy.text.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------- evaluation

@@ -16,9 +16,10 @@ from cases import bits, make_model, mapped, sequence, weights_of
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 
-from anepy.engine import Engine, library_info
+from anepy.engine import Engine
 from anepy.models.model import Model, ModelConfig
 from anepy.native import find
+from anepy.native.info import library_info
 from anepy.text.tokenizer import Tokenizer
 
 # No dimension is a multiple of a kernel's tile (6 or 8 rows, 16 to 64 columns) or equals another;

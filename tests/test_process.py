@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from cases import BUSY, GQA, bits, make_engine, make_model, sequence
 
-from anepy.engine import Decoder, Engine, library_info
+from anepy.engine import Decoder, Engine
 from anepy.errors import AnepyError, ClosedError, ConfigError, NativeError
 from anepy.models.model import Model
 from anepy.native import find
+from anepy.native.info import library_info
 
 PRELUDE = (
     "import os, signal, sys, threading, time\n"
     "import numpy as np\n"
     "from cases import *\n"
     "from anepy.engine import *\n"
+    "from anepy.native.info import library_info\n"
     "from anepy.models.model import *\n"
     "from anepy.errors import *\n"
 )
@@ -513,7 +515,7 @@ def test_threads_respect_the_cgroup_quota(files: dict[str, str], threads: int | 
         f"mkdir -p $(dirname /sys/fs/cgroup/{name}); echo '{text}' > /sys/fs/cgroup/{name}; "
         for name, text in files.items()
     )
-    code = "from anepy.engine import library_info; print(library_info()['threads'])"
+    code = "from anepy.native.info import library_info; print(library_info()['threads'])"
     command = f"mount -t tmpfs none /sys/fs/cgroup && {write} exec '{sys.executable}' -c \"{code}\""
     environment = {k: v for k, v in os.environ.items() if k != "ANEPY_NUM_THREADS"}
     result = subprocess.run(

@@ -13,9 +13,10 @@ from reference import adamw64
 from reference import llama64 as ref
 from tolerances import assert_tensors_close
 
-from anepy.engine import Engine, library_info
+from anepy.engine import Engine
 from anepy.errors import NativeError
 from anepy.models.model import Model, ModelConfig
+from anepy.native.info import library_info
 
 
 class Reference:

@@ -11,11 +11,12 @@ from cases import GQA, SEPARATE, bits, make_engine, message, sequence
 
 from anepy import variants
 from anepy.comparing.estimates import LOSS_TOLERANCE, agreement
-from anepy.engine import Engine, library_info
+from anepy.engine import Engine
 from anepy.engine.device import devices
 from anepy.errors import ConfigError
 from anepy.models.model import Model, ModelConfig
 from anepy.native import abi
+from anepy.native.info import library_info
 from anepy.text.data import Sampler, TokenData
 from anepy.text.tokenizer import Tokenizer
 

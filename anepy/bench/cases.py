@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._version import __version__
-from ..engine.engine import library_info
 from ..errors import ConfigError
 from ..native import abi, find
+from ..native.info import library_info
 from ..system import machine
 
 if TYPE_CHECKING:

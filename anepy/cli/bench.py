@@ -88,7 +88,7 @@ def bench(
 
 def _threads(values: Sequence[str]) -> tuple[int, ...]:
     """Read numbers of threads; `all` is one, two, ... up to the default."""
-    from ..engine.engine import library_info
+    from ..native.info import library_info
 
     found: list[int] = []
     for value in values:

@@ -115,16 +115,18 @@ def _facts() -> dict[str, Any]:
     }
     try:
         facts["platform"] = find.platform_tag()
-        from ..engine import device, engine
+        from ..engine import device
+        from ..engine.variants import variants
+        from ..native.info import library_info
 
-        facts["library"] = dict(engine.library_info())
+        facts["library"] = dict(library_info())
         if (found := find.loaded()) is not None:
             facts["library"] = {"path": str(found.path), "found": found.place} | facts["library"]
         facts["devices"] = [
             {"name": item.name, "usable": item.usable, "reason": item.reason}
             for item in device.devices()
         ]
-        facts["variants"] = {name: list(on) for name, on in engine.variants().items()}
+        facts["variants"] = {name: list(on) for name, on in variants().items()}
     except (AnepyError, OSError) as error:
         # Somebody who cannot load the library needs this command most.
         facts["library"] = {"error": str(error)}

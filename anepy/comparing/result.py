@@ -148,7 +148,7 @@ class Comparison:
         command: the exact command, empty from Python.
         anepy: version.
         machine: system, processor, cpus, memory; macos and its build there.
-        library: `anepy.engine.library_info()` and the SHA-256 of the file.
+        library: `anepy.native.info.library_info()` and the SHA-256 of the file.
         engine: device, precision, isa, threads, seq.
         model: name, parameters, shape.
         data: name, tokens.

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from .._version import __version__
-from ..engine.engine import Engine, library_info, switch_names, variant_switches
+from ..engine.engine import Engine
+from ..engine.variants import switch_names, variant_switches
 from ..errors import ConfigError, UnsupportedError
 from ..models.model import PRESETS, Model, ModelConfig, parameters, sequence_length
 from ..native import find
+from ..native.info import library_info
 from ..system import machine
 from ..text.data import TokenData
 from ..training.reports import device_peak

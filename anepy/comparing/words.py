@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..engine.variants import gradients_lag
 from ..system.words import engine_text, quantity
-from ..training.reports import gradients_lag
 from .estimates import Ratio, Spread, spread
 from .result import HALVES, PARTS, Column, Comparison, Measured, same_load
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine.variants import gradients_lag
 from ..system.words import engine_text, milliseconds, perplexity, quantity
-from ..training.reports import Summary, gradients_lag
+from ..training.reports import Summary
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*#@"

@@ -1,21 +1,6 @@
 """The public objects over the native step engine."""
 
-from .engine import (
-    Decoder,
-    Engine,
-    StepStats,
-    UpdateStats,
-    library_info,
-    switch_names,
-    variant_switches,
-)
+from .decoder import Decoder
+from .engine import Engine, StepStats, UpdateStats
 
-__all__ = [
-    "Decoder",
-    "Engine",
-    "StepStats",
-    "UpdateStats",
-    "library_info",
-    "switch_names",
-    "variant_switches",
-]
+__all__ = ["Decoder", "Engine", "StepStats", "UpdateStats"]

@@ -1,29 +1,26 @@
-"""The step engine from Python: forward, backward and update; and the decoder for generation."""
+"""The step engine from Python: forward, backward and update."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ClosedError, ConfigError, NativeError
-from ..models.model import Array, Model, TensorTable
-from ..native import abi, find
+from ..errors import ConfigError
+from ..models.model import Array, Model
+from ..native import abi
 from .adapt import adapted
 from .device import AUTO, open_device
-from .ids import Ids, as_ids, pair
+from .gradients import Gradients
+from .handle import Owner, address, check_counts, encoded, float_pointer, id_pointer
+from .ids import as_ids, pair
+from .variants import named_switches
 
 _DEFER = 1
-_E = TypeVar("_E", bound="Engine")
-_D = TypeVar("_D", bound="Decoder")
 
 
 @dataclass(frozen=True)
@@ -86,96 +83,7 @@ class UpdateStats:
     skipped: bool
 
 
-class _Owner:
-    """A native handle that is closed once, by `close`, `with`, or when it is forgotten."""
-
-    _finalizer: weakref.finalize[[Any], Any] | None = None
-    _handle: ctypes.c_void_p | None = None
-
-    def _own(self, handle: ctypes.c_void_p, free: Any) -> None:
-        self._handle = handle
-        self._guard = threading.RLock()
-        self._finalizer = weakref.finalize(self, free, handle)
-        self._finalizer.atexit = False  # threads and memory end with the process
-
-    def close(self) -> None:
-        """Free the native object; a second call does nothing.
-
-        A call that another thread is in is waited for.
-        """
-        self._handle = None
-        with self._guard:
-            if self._finalizer is not None:
-                self._finalizer()
-
-    def __reduce__(self) -> NoReturn:
-        # A copy would share the handle and outlive it.
-        raise TypeError(f"{type(self).__name__} cannot be copied or pickled: make a new one")
-
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[ctypes.c_void_p]:
-        """Lend the handle to one thread at a time; `close` waits for it."""
-        if not self._guard.acquire(blocking=False):
-            self._open_handle()
-            raise NativeError(
-                -30, "busy", f"this {type(self).__name__} is running in another thread"
-            )
-        try:
-            yield self._open_handle()
-        finally:
-            self._guard.release()
-
-    def _open_handle(self) -> ctypes.c_void_p:
-        if self._handle is None:
-            raise ClosedError(f"this {type(self).__name__} was closed: make a new one")
-        return self._handle
-
-
-class _Gradients(Mapping[str, Array]):
-    """The accumulated gradients by name, zero after an update.
-
-    The first step after an update replaces what it finds. So while nobody holds a view, the
-    update need not write the zeros: an eighth of its memory traffic. And while nobody could have
-    written to what the last step left, it need not read them for their norm.
-    """
-
-    def __init__(self, table: TensorTable, arena: Array, guard: threading.RLock) -> None:
-        self._places, self._arena, self._guard = table.places, arena, guard
-        self._root: Callable[[], Array | None] = lambda: None
-        self.stale = False  # the arena holds what an update left
-        self.exposed = False  # a view was there at some time since the last step
-
-    @property
-    def seen(self) -> bool:
-        """Whether a view is alive."""
-        return self._root() is not None
-
-    def __getitem__(self, name: str) -> Array:
-        offset, shape = self._places[name]
-        with self._guard:
-            self.show()
-            self.exposed = True
-            root = self._root()
-            if root is None:
-                # Views of views refer to the array over the buffer, so it lives as long as they.
-                root = np.frombuffer(self._arena.data, dtype=np.float32)
-                self._root = weakref.ref(root)
-        return root[offset : offset + math.prod(shape)].reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def show(self) -> None:
-        """Write the zeros that an update has left out."""
-        if self.stale:
-            self._arena.fill(0.0)
-            self.stale = False
-
-
-class Engine(_Owner):
+class Engine(Owner):
     """Trains a model: one sequence or several per step, gradients accumulate until `update`.
 
     Use one engine from one thread at a time. The model's weights are updated in place.
@@ -217,7 +125,7 @@ class Engine(_Owner):
         loss_scale: float | None = None,
         defer: bool = False,
     ) -> None:
-        _check_counts(seq_len=seq_len, threads=threads)
+        check_counts(seq_len=seq_len, threads=threads)
         self.model = model
         self.variant = variant
         self._lib = model.table.lib
@@ -226,12 +134,12 @@ class Engine(_Owner):
         self.adam_v: Mapping[str, Array] = model.table.views(self._v)
         options = abi.EngineOptions(
             flags=_DEFER if defer else 0,
-            params=_address(model.arena),
-            grads=_address(self._grads),
-            adam_m=_address(self._m),
-            adam_v=_address(self._v),
-            variant=_name(variant),
-            precision=_name(precision),
+            params=address(model.arena),
+            grads=address(self._grads),
+            adam_m=address(self._m),
+            adam_v=address(self._v),
+            variant=encoded(variant),
+            precision=encoded(precision),
             seq_len=seq_len or 0,
             threads=threads or 0,
             loss_scale=loss_scale or 0.0,
@@ -239,7 +147,7 @@ class Engine(_Owner):
 
         def create(name: str) -> ctypes.c_void_p:
             handle = ctypes.c_void_p()
-            options.device = _name(adapted(name))
+            options.device = encoded(adapted(name))
             self._lib.anepy_engine_create(
                 ctypes.byref(handle), model.table.handle, ctypes.byref(options)
             )
@@ -247,7 +155,7 @@ class Engine(_Owner):
 
         handle, self.device_note = open_device(device, create)
         self._own(handle, self._lib.anepy_engine_free)
-        self._gradients = _Gradients(model.table, self._grads, self._guard)
+        self._gradients = Gradients(model.table, self._grads, self._guard)
         self.gradients: Mapping[str, Array] = self._gradients
         info = self._info()
         self.device: str = info.device.decode()
@@ -255,13 +163,7 @@ class Engine(_Owner):
         self.isa: str = info.isa.decode()
         self.threads: int = info.threads
         self.seq_len: int = info.seq_len
-        self.switches = _switch_names(self._lib, info.switches)
-
-    def __enter__(self: _E) -> _E:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.switches = named_switches(self._lib, info.switches)
 
     @property
     def accumulated(self) -> int:
@@ -293,7 +195,7 @@ class Engine(_Owner):
         stats = abi.StepStats()
         with self._call() as handle:
             self._lib.anepy_engine_step_batch(
-                handle, ctypes.byref(stats), _ids(tokens), _ids(targets), count, n
+                handle, ctypes.byref(stats), id_pointer(tokens), id_pointer(targets), count, n
             )
             self._gradients.stale &= bool(stats.skipped)
             self._gradients.exposed = self._gradients.seen
@@ -365,7 +267,7 @@ class Engine(_Owner):
         ids = as_ids(tokens, "tokens")
         out = np.empty((len(ids), self.model.config.vocab_size), dtype=np.float32)
         with self._call() as handle:
-            self._lib.anepy_engine_logits(handle, _floats(out), _ids(ids), len(ids))
+            self._lib.anepy_engine_logits(handle, float_pointer(out), id_pointer(ids), len(ids))
         return out
 
     def evaluate(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> float:
@@ -374,7 +276,7 @@ class Engine(_Owner):
         loss = ctypes.c_double(math.nan)
         with self._call() as handle:
             self._lib.anepy_engine_evaluate(
-                handle, ctypes.byref(loss), _ids(tokens), _ids(targets), len(tokens)
+                handle, ctypes.byref(loss), id_pointer(tokens), id_pointer(targets), len(tokens)
             )
         return loss.value
 
@@ -447,129 +349,3 @@ class Engine(_Owner):
         info = abi.EngineInfo()
         self._lib.anepy_engine_get_info(self._open_handle(), ctypes.byref(info))
         return info
-
-
-class Decoder(_Owner):
-    """Computes logits one token at a time with a key/value cache, always on the CPU in fp32.
-
-    Args:
-        model: the model; its weights may change between tokens, not during one.
-        max_len: positions to make room for; default the model's sequence length.
-        threads: as for Engine.
-    """
-
-    def __init__(
-        self, model: Model, max_len: int | None = None, threads: int | None = None
-    ) -> None:
-        _check_counts(max_len=max_len, threads=threads)
-        self.model = model
-        self._lib = model.table.lib
-        self._logits = np.zeros(model.config.vocab_size, dtype=np.float32)
-        handle = ctypes.c_void_p()
-        self._lib.anepy_decoder_create(
-            ctypes.byref(handle),
-            model.table.handle,
-            _address(model.arena),
-            max_len or 0,
-            threads or 0,
-        )
-        self._own(handle, self._lib.anepy_decoder_free)
-
-    def __enter__(self: _D) -> _D:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def forward(self, token: int, position: int) -> Array:
-        """Return the logits after `token`, float32 (vocab_size,), valid until the next call.
-
-        Positions run 0, 1, 2, ...; position 0 starts a new sequence.
-        """
-        for name, value in (("token", token), ("position", position)):
-            if not 0 <= value < 2**31:
-                raise ConfigError(f"{name} is {value}, expected a number >= 0")
-        with self._call() as handle:
-            self._lib.anepy_decoder_forward(handle, _floats(self._logits), int(token), position)
-        return self._logits
-
-
-def variants(device: str = AUTO) -> dict[str, tuple[str, ...]]:
-    """Return the switches of every named variant that makes sense on a device."""
-    lib = find.library()
-    found: dict[str, tuple[str, ...]] = {}
-    index = 0
-    while (name := lib.anepy_variant_name(index)) is not None:
-        index += 1
-        switches = ctypes.c_uint32()
-        try:
-            lib.anepy_variant_parse(name, device.encode(), ctypes.byref(switches))
-        except ConfigError:
-            continue
-        found[name.decode()] = _switch_names(lib, switches.value)
-    return found
-
-
-def variant_switches(text: str, device: str = "auto") -> tuple[str, ...]:
-    """Return the switches that a variant stands for on a device.
-
-    Raises:
-        UnsupportedError: one of them means nothing on this device.
-        ConfigError: an unknown variant, switch or device.
-    """
-    lib = find.library()
-    switches = ctypes.c_uint32()
-    lib.anepy_variant_parse(_name(text), _name(device), ctypes.byref(switches))
-    return _switch_names(lib, switches.value)
-
-
-def switch_names() -> tuple[str, ...]:
-    """Return every switch there is, on whatever device."""
-    lib = find.library()
-    names = (lib.anepy_switch_name(index) for index in range(32))
-    return tuple(name.decode() for name in names if name is not None)
-
-
-def library_info() -> dict[str, Any]:
-    """Describe the loaded library: instruction sets, matrix kernel, compiler, threads."""
-    lib = find.library()
-    info = abi.LibraryInfo()
-    lib.anepy_library_get_info(ctypes.byref(info))
-    return {
-        "isa": info.isa.decode(),
-        "isa_available": info.isa_all.decode().split(),
-        "gemm": info.gemm.decode(),
-        "compiler": info.compiler.decode(),
-        "build_id": lib.anepy_build_id().decode(),
-        "abi": lib.anepy_abi_version(),
-        "threads": info.threads,
-        "cores": info.cores,
-    }
-
-
-def _switch_names(lib: ctypes.CDLL, bits: int) -> tuple[str, ...]:
-    return tuple(lib.anepy_switch_name(i).decode() for i in range(32) if bits >> i & 1)
-
-
-def _name(text: str) -> bytes:
-    """Encode for C so that what is no name stays none and fits a message of one line."""
-    return text.encode("unicode_escape")
-
-
-def _check_counts(**values: int | None) -> None:
-    """Refuse what C would read as another number: it has 32 bits, and 0 means default."""
-    for name, value in values.items():
-        if value is not None and not 1 <= value < 2**31:
-            raise ConfigError(f"{name} is {value}, expected a number >= 1")
-
-
-def _address(array: Array) -> int:
-    return int(array.ctypes.data)
-
-
-def _floats(array: Array) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-
-
-def _ids(array: Ids) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))

@@ -6,19 +6,18 @@ import ctypes
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.engine import _name, _Owner
+from ..engine.handle import Owner, encoded
 from ..errors import ConfigError, MilError, NativeError
 from ..native import abi, find
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, bytes | bytearray | memoryview | Array]
 Action = Literal["off", "report", "error"]
-_P = TypeVar("_P", bound="Program")
 
 CHIPS = ("m1", "m2", "m3", "m4", "m5")
 FOLDER = "@model_path/weights/"
@@ -85,7 +84,7 @@ class _Function:
         return self._surfaces
 
 
-class Program(_Owner):
+class Program(Owner):
     """A parsed program of MIL text, run in fp16 with the limits of the Neural Engine.
 
     Args:
@@ -141,7 +140,7 @@ class Program(_Owner):
             action_n=len(actions),
             chip=0 if chip is None else CHIPS.index(chip) + 1,
             threads=threads or 0,
-            device=_name(device),
+            device=encoded(device),
             **_file_options(files),
         )
         handle = ctypes.c_void_p()
@@ -153,12 +152,6 @@ class Program(_Owner):
             self._functions[name.decode()] = _Function(
                 index, self._ports(index, 0), self._ports(index, 1)
             )
-
-    def __enter__(self: _P) -> _P:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def functions(self) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.decoder import Decoder
 from ..engine.device import AUTO, choice_note
-from ..engine.engine import Decoder
 from ..errors import ConfigError, TokenizerError
 from ..models.model import Model
 from .tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,6 @@ PHASES = {
     "dw_wait": "dw_wait_ms",
 }
 LOSS_TAIL = 200
-
-
-def gradients_lag(switches: Collection[str]) -> bool:
-    """Say whether gradients belong to the weights one update earlier (background_compile)."""
-    return "background_compile" in switches and "dynamic_weights" not in switches
 
 
 # Step times that go to the next process of a run: enough for quartiles, little for a file.

@@ -153,7 +153,7 @@ def measure_step(options: argparse.Namespace, model: Any) -> dict[str, Any]:
 def measure_parts(options: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     """Time every part by itself, checked against the scalar kernels first."""
     from anepy.bench import cases as bench
-    from anepy.engine import library_info
+    from anepy.native.info import library_info
 
     isa = library_info()["isa"]
     settings = bench.Settings(seq=options.seq, rounds=7)

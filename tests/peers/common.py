@@ -112,7 +112,7 @@ def peak_bytes() -> int:
 
 def header(kind: str) -> dict[str, Any]:
     """Begin a result: what it is, how to get it again, and the machine."""
-    from anepy.engine import library_info
+    from anepy.native.info import library_info
     from anepy.system import machine
 
     return {

@@ -1,0 +1,56 @@
+"""The gradients an engine accumulates, and what an update may leave out because nobody looks."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from ..models.model import Array, TensorTable
+
+
+class Gradients(Mapping[str, Array]):
+    """The accumulated gradients by name, zero after an update.
+
+    The first step after an update replaces what it finds. So while nobody holds a view, the
+    update need not write the zeros: an eighth of its memory traffic. And while nobody could have
+    written to what the last step left, it need not read them for their norm.
+    """
+
+    def __init__(self, table: TensorTable, arena: Array, guard: threading.RLock) -> None:
+        self._places, self._arena, self._guard = table.places, arena, guard
+        self._root: Callable[[], Array | None] = lambda: None
+        self.stale = False  # the arena holds what an update left
+        self.exposed = False  # a view was there at some time since the last step
+
+    @property
+    def seen(self) -> bool:
+        """Whether a view is alive."""
+        return self._root() is not None
+
+    def __getitem__(self, name: str) -> Array:
+        offset, shape = self._places[name]
+        with self._guard:
+            self.show()
+            self.exposed = True
+            root = self._root()
+            if root is None:
+                # Views of views refer to the array over the buffer, so it lives as long as they.
+                root = np.frombuffer(self._arena.data, dtype=np.float32)
+                self._root = weakref.ref(root)
+        return root[offset : offset + math.prod(shape)].reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def show(self) -> None:
+        """Write the zeros that an update has left out."""
+        if self.stale:
+            self._arena.fill(0.0)
+            self.stale = False

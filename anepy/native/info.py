@@ -1,0 +1,25 @@
+"""What the loaded library says about itself."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from . import abi, find
+
+
+def library_info() -> dict[str, Any]:
+    """Describe the loaded library: instruction sets, matrix kernel, compiler, threads."""
+    lib = find.library()
+    info = abi.LibraryInfo()
+    lib.anepy_library_get_info(ctypes.byref(info))
+    return {
+        "isa": info.isa.decode(),
+        "isa_available": info.isa_all.decode().split(),
+        "gemm": info.gemm.decode(),
+        "compiler": info.compiler.decode(),
+        "build_id": lib.anepy_build_id().decode(),
+        "abi": lib.anepy_abi_version(),
+        "threads": info.threads,
+        "cores": info.cores,
+    }

@@ -31,7 +31,7 @@ _HOMES = {
     "compare": "comparing.session",
     "devices": "engine.device",
     "generate": "text.generation",
-    "prepare": "text.data",
+    "prepare": "text.prepare",
     "stream": "text.generation",
     "variants": "engine.variants",
 }
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from .errors import AnepyError, CompileBudgetError, MilError
     from .hardware.program import Program
     from .models.model import PRESETS, Model, ModelConfig
-    from .text.data import TokenData, prepare
+    from .text.data import TokenData
     from .text.generation import generate, stream
+    from .text.prepare import prepare
     from .text.tokenizer import Tokenizer
     from .training.config import TrainConfig
     from .training.reports import StepReport

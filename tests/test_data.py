@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import anepy.text.data
+import anepy.text.prepare
 from anepy.errors import CheckpointError, ConfigError, DataError, TokenizerError
-from anepy.text.data import Sampler, TokenData, prepare, windows
+from anepy.text.data import Sampler, TokenData, windows
+from anepy.text.prepare import prepare
 from anepy.text.tokenizer import Tokenizer
 
 # 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
@@ -365,7 +367,7 @@ def test_prepare_writes_tokens_and_sidecar(tmp_path: Path) -> None:
 def test_prepare_block_size_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(anepy.text.data, "_READ_BYTES", block)
+    monkeypatch.setattr(anepy.text.prepare, "_READ_BYTES", block)
     text = tmp_path / "a.txt"
     text.write_text("\ufeff 世界 one<|end<|endoftext|>  <|endoftext|><|endof\ntwo é <|endoftext|")
     prepare(text, Tokenizer.bytes(), tmp_path / "d.bin")
@@ -416,7 +418,7 @@ def test_prepare_sample_stories_with_their_tokenizer(tmp_path: Path) -> None:
 def test_prepare_reports_progress_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anepy.text.data, "_READ_BYTES", 4)
+    monkeypatch.setattr(anepy.text.prepare, "_READ_BYTES", 4)
     (tmp_path / "a.txt").write_text("0123456789")
     (tmp_path / "b.txt").write_text("abc")
     seen: list[tuple[int, int]] = []
@@ -437,7 +439,7 @@ def test_prepare_reports_progress_to_the_end(
 def test_prepare_bad_utf8_names_file_and_offset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, raw: bytes, offset: int
 ) -> None:
-    monkeypatch.setattr(anepy.text.data, "_READ_BYTES", block)
+    monkeypatch.setattr(anepy.text.prepare, "_READ_BYTES", block)
     text = tmp_path / "a.txt"
     text.write_bytes(raw)
     with pytest.raises(DataError, match=rf"not UTF-8 text: bad byte at offset {offset};") as caught:

@@ -14,7 +14,8 @@ import tolerances
 import anepy.training.demo
 from anepy.cli.plan import DEMO_SETTINGS
 from anepy.models.model import Model
-from anepy.text.data import SEPARATOR, Sampler
+from anepy.text.data import Sampler
+from anepy.text.prepare import SEPARATOR
 from anepy.text.tokenizer import Tokenizer
 from anepy.training import demo
 from anepy.training.config import TrainConfig, config_from

@@ -224,7 +224,7 @@ def test_save_interrupted_keeps_the_old_file(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_module, "_rotary_tables", interrupt)
+    monkeypatch.setattr("anepy.models.llama2c._rotary_tables", interrupt)
     with pytest.raises(KeyboardInterrupt):
         Model.init(SMALL).save(path)
     unchanged(path, old)

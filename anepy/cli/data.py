@@ -134,8 +134,9 @@ def evaluate(
 def _tokens(
     data: Path | None, text: Path | None, tokenizer: Path | None, vocab_size: int, model: Path
 ) -> Iterator[TokenData]:
-    from ..text.data import TokenData, prepare
+    from ..text.data import TokenData
     from ..text.generation import resolve_tokenizer
+    from ..text.prepare import prepare
 
     if data is not None:
         yield TokenData(data)
@@ -203,7 +204,7 @@ def prepare(
     """
     from ..system.download import progress_bar
     from ..system.words import quantity
-    from ..text.data import prepare as prepare_data
+    from ..text.prepare import prepare as prepare_data
     from ..text.tokenizer import Tokenizer
 
     words: Tokenizer = Tokenizer.bytes() if tokenizer == BYTES else Tokenizer.load(tokenizer)

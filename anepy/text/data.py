@@ -1,19 +1,17 @@
 """Training data: flat token files, random windows for training, fixed windows for evaluation.
 
 A token file is nothing but uint16 or uint32 ids, little-endian, the documents one after another,
-each begun by BOS. `prepare` writes one from text, with a small JSON file beside it that says how;
-files of other programs (llama2.c, nanoGPT) work without that.
+each begun by BOS. A small JSON file beside it, which `anepy prepare` writes, may say how it was
+made; files of other programs (llama2.c, nanoGPT) work without that.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import operator
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -21,21 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError, ConfigError, DataError
-from ..system.files import replacing, write_failure
-from .tokenizer import Tokenizer
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 Window: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
-SEPARATOR = "<|endoftext|>"
 SIDECAR_FORMAT = "anepy-tokens-1"
 
-_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_UINT16_IDS = 1 << 16
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 # Large enough to be fast, small enough that checking many gigabytes stays cheap in memory.
 _CHECK_TOKENS = 1 << 22
-_READ_BYTES = 1 << 20
 
 
 class TokenData:
@@ -70,22 +63,22 @@ class TokenData:
 
     def __init__(self, path: PathLike, dtype: str = "auto") -> None:
         path = Path(path)
-        if dtype != "auto" and dtype not in _DTYPES:
+        if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"unknown token type {dtype!r}; use auto, uint16 or uint32")
-        nbytes = _size(path)
+        nbytes = file_size(path)
         vocab_size = None
         if dtype == "auto":
             sidecar = _read_sidecar(path)
             dtype = sidecar["dtype"] if sidecar else "uint16"
             if sidecar:
                 vocab_size = sidecar["vocab_size"]
-                expected = sidecar["tokens"] * _DTYPES[dtype].itemsize
+                expected = sidecar["tokens"] * DTYPES[dtype].itemsize
                 if nbytes != expected:
                     raise DataError(
-                        f"{path} has {nbytes} bytes, but {_sidecar(path).name} says {expected};"
+                        f"{path} has {nbytes} bytes, but {sidecar_path(path).name} says {expected};"
                         " run anepy prepare again"
                     )
-        kind = _DTYPES[dtype]
+        kind = DTYPES[dtype]
         if nbytes == 0:
             raise DataError(f"{path} is empty; write token data with anepy prepare")
         if nbytes % kind.itemsize:
@@ -96,7 +89,7 @@ class TokenData:
         try:
             tokens = np.memmap(path, dtype=kind, mode="r")
         except OSError as error:
-            raise DataError(f"cannot read token file {path}: {_reason(error)}") from error
+            raise DataError(f"cannot read token file {path}: {reason_of(error)}") from error
         self._set(tokens, path, str(path), vocab_size)
 
     @classmethod
@@ -262,158 +255,6 @@ def windows(data: TokenData, seq_len: int, count: int) -> Iterator[Window]:
     return (_window(data, start, seq_len) for start in starts)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What `prepare` wrote.
-
-    Attributes:
-        path: the token file.
-        sidecar: the JSON file beside it.
-        tokens: ids in the file.
-        documents: documents, each begun by BOS.
-        vocab_size: vocabulary of the tokenizer.
-        dtype: "uint16" or "uint32".
-    """
-
-    path: Path
-    sidecar: Path
-    tokens: int
-    documents: int
-    vocab_size: int
-    dtype: str
-
-
-def prepare(
-    texts: PathLike | Iterable[PathLike],
-    tokenizer: Tokenizer | PathLike,
-    out: PathLike,
-    separator: str | None = SEPARATOR,
-    progress: Callable[[int, int], None] | None = None,
-) -> Prepared:
-    """Tokenize UTF-8 text files into one token file and its JSON sidecar.
-
-    Documents end at the separator and at the end of a file, lose surrounding white space, and
-    begin with BOS; empty ones are left out. Only one document is held in memory at a time.
-
-    Args:
-        texts: one text file or several.
-        tokenizer: a tokenizer, or a llama2.c `tokenizer.bin`.
-        out: token file to write; replaced only when everything has worked.
-        separator: text between documents; None or "" makes every file one document.
-        progress: called now and then with text bytes read and their total.
-
-    Returns:
-        Where the tokens are and how many.
-
-    Raises:
-        TokenizerError: the tokenizer file is unusable.
-        DataError: a text is missing, not UTF-8 or empty, or the output cannot be written; nothing
-            is left behind then.
-
-    Example:
-        >>> prepare("stories.txt", "tok512.bin", "stories.bin").tokens  # doctest: +SKIP
-        1809
-    """
-    paths = [Path(p) for p in ([texts] if isinstance(texts, (str, os.PathLike)) else texts)]
-    out = Path(out)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
-    sidecar = _sidecar(out)
-    total = 0
-    for path in paths:
-        total += _size(path, "text")
-        for target in (out, sidecar):
-            if target.exists() and os.path.samefile(path, target):
-                raise DataError(f"{path} would be overwritten; write the tokens to another file")
-    dtype = "uint16" if tokenizer.vocab_size <= _UINT16_IDS else "uint32"
-    count = documents = read = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal read
-        read += nbytes
-        if progress:
-            progress(read, total)
-
-    try:
-        # Both files are complete on disk before either old one is replaced.
-        with replacing(sidecar) as note, replacing(out) as file:
-            for path in paths:
-                for document in _documents(path, separator, advance):
-                    documents += 1
-                    for ids in tokenizer.encode_parts(document):
-                        count += len(ids)
-                        file.write(np.array(ids, dtype=_DTYPES[dtype]).tobytes())
-            if not documents:
-                names = ", ".join(map(str, paths)) or "no file given"
-                raise DataError(f"there is no text to tokenize in {names}; give files with text")
-            facts = {
-                "format": SIDECAR_FORMAT,
-                "tokenizer": tokenizer.name,
-                "vocab_size": tokenizer.vocab_size,
-                "dtype": dtype,
-                "tokens": count,
-                "files": [path.name for path in paths],
-                "documents": documents,
-            }
-            note.write(json.dumps(facts, indent=2).encode() + b"\n")
-            note.flush()
-            os.fsync(note.fileno())
-    except OSError as error:
-        raise DataError(write_failure(out, "token file", error)) from error
-    return Prepared(out, sidecar, count, documents, tokenizer.vocab_size, dtype)
-
-
-def _documents(path: Path, separator: str | None, advance: Callable[[int], None]) -> Iterator[str]:
-    """Yield the stripped, non-empty documents of one file, reading it block by block."""
-    # A separator may straddle two blocks: this many characters wait for the next one.
-    overlap = len(separator) - 1 if separator else 0
-    parts: list[str] = []
-    waiting = ""
-    for block in _text(path, advance):
-        waiting += block
-        if separator:
-            *ended, waiting = waiting.split(separator)
-            for end in ended:
-                document = "".join([*parts, end]).strip()
-                parts.clear()
-                if document:
-                    yield document
-        if len(waiting) > overlap:
-            at = len(waiting) - overlap
-            parts.append(waiting[:at])
-            waiting = waiting[at:]
-    document = "".join([*parts, waiting]).strip()
-    if document:
-        yield document
-
-
-def _text(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
-    """Yield a UTF-8 file in blocks, without its byte order mark; line ends stay as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = unfinished = 0
-    at_start = True
-    try:
-        with path.open("rb") as file:
-            while True:
-                raw = file.read(_READ_BYTES)
-                unfinished = len(decoder.getstate()[0])
-                text = decoder.decode(raw, final=not raw)
-                if text:
-                    yield text.removeprefix("\ufeff") if at_start else text
-                    at_start = False
-                if not raw:
-                    return
-                offset += len(raw)
-                advance(len(raw))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: bad byte at offset {offset - unfinished + error.start};"
-            " convert the file to UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read text file {path}: {_reason(error)}") from error
-
-
 def _draw(count: int, seed: int, index: int) -> int:
     """Return one of 0..count-1, all equally likely, from Philox keyed by seed at block `index`.
 
@@ -453,38 +294,38 @@ def _counter(value: SupportsIndex, what: str) -> int:
     return number
 
 
-def _size(path: Path, kind: str = "token") -> int:
+def file_size(path: Path, kind: str = "token") -> int:
     """Return the bytes of a regular file."""
     try:
         info = path.stat()
     except OSError as error:
-        raise DataError(f"cannot read {kind} file {path}: {_reason(error)}") from error
+        raise DataError(f"cannot read {kind} file {path}: {reason_of(error)}") from error
     if not stat.S_ISREG(info.st_mode):
         what = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
         raise DataError(f"cannot read {kind} file {path}: it is {what}; give a file")
     return info.st_size
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_path(path: Path) -> Path:
     """Return the path of the JSON file beside a token file."""
     return path.with_name(path.name + ".json")
 
 
 def _read_sidecar(path: Path) -> dict[str, Any] | None:
     """Return the checked facts beside a token file, None if there are none."""
-    sidecar = _sidecar(path)
+    sidecar = sidecar_path(path)
     try:
         facts = json.loads(sidecar.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"cannot read {sidecar}: {_reason(error)}") from error
+        raise DataError(f"cannot read {sidecar}: {reason_of(error)}") from error
     except ValueError:
         facts = None
     if (
         isinstance(facts, dict)
         and facts.get("format") == SIDECAR_FORMAT
-        and facts.get("dtype") in tuple(_DTYPES)
+        and facts.get("dtype") in tuple(DTYPES)
         and all(type(facts.get(key)) is int and facts[key] > 0 for key in ("tokens", "vocab_size"))
     ):
         return facts
@@ -494,6 +335,6 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
     )
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """Return what the operating system said, in one line."""
     return error.strerror or str(error)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..text.data import SEPARATOR, TokenData
+from ..text.data import TokenData
+from ..text.prepare import SEPARATOR
 from ..text.tokenizer import BOS_ID, FIRST_BYTE_ID, MIN_VOCAB
 
 if TYPE_CHECKING:

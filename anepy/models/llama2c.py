@@ -1,0 +1,146 @@
+"""llama2.c's `.bin` files, version 0: seven dimensions, then the weights in float32.
+
+The format is that of `legacy_export` in llama2.c's export.py; a negative vocabulary size marks a
+separate classifier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ModelError
+from ..system import files
+from .model import Array, Model, ModelConfig, PathLike, parameters
+
+_HEADER = struct.Struct("<7i")
+_ROPE_THETA = 10000.0
+
+
+def load(path: PathLike) -> Model:
+    """Read a file, tied or with a separate classifier.
+
+    Raises:
+        ModelError: no such file, not such a file, or its size does not fit its header.
+    """
+    path = Path(path)
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # a pipe would block
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+    except OSError as error:
+        raise ModelError(
+            f"cannot read model {path}: {error.strerror or error}; pass a llama2.c .bin file"
+        ) from None
+    config, tables = _read_header(path, head, info.st_size)
+    model = Model(config)
+    try:
+        data = np.memmap(path, dtype="<f4", mode="r", offset=_HEADER.size)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot map model {path}: {error}") from None
+    at = 0
+    for name in _file_order(config):
+        if name is None:
+            at += tables
+            continue
+        weight = model.weights[name]
+        weight[...] = data[at : at + weight.size].reshape(weight.shape)
+        at += weight.size
+    if not np.isfinite(model.arena).all():
+        raise ModelError(f"model {path} contains NaN or infinite weights: it is damaged")
+    model.path = path
+    return model
+
+
+def save(model: Model, path: PathLike) -> int:
+    """Write a file, complete or not at all.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        ModelError: the file cannot be written; an older file of that name is unchanged.
+    """
+    c = model.config
+    vocab = c.vocab_size if c.tied else -c.vocab_size
+    header = (c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.seq_len)
+    try:
+        with files.replacing(path) as file:
+            file.write(_HEADER.pack(*header))
+            for name in _file_order(c):
+                part = _rotary_tables(c) if name is None else model.weights[name]
+                file.write(np.ascontiguousarray(part, dtype="<f4").data)
+            return file.tell()
+    except OSError as error:
+        raise ModelError(files.write_failure(path, "model", error)) from None
+
+
+def _file_order(config: ModelConfig) -> Iterator[str | None]:
+    """Yield tensor names in the order of llama2.c's version 0; None stands for the RoPE tables."""
+    yield "tok_embeddings.weight"
+    for part in (
+        "attention_norm",
+        "attention.wq",
+        "attention.wk",
+        "attention.wv",
+        "attention.wo",
+        "ffn_norm",
+        "feed_forward.w1",
+        "feed_forward.w2",
+        "feed_forward.w3",
+    ):
+        for layer in range(config.n_layers):
+            yield f"layers.{layer}.{part}.weight"
+    yield "norm.weight"
+    yield None
+    if not config.tied:
+        yield "output.weight"
+
+
+def _rotary_tables(config: ModelConfig) -> Array:
+    """Return the legacy cos and sin tables, float32 (2, seq_len, head_dim / 2)."""
+    pairs = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    angles = np.outer(np.arange(config.seq_len), _ROPE_THETA**-pairs)
+    return np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
+
+
+def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:
+    """Validate a header against the file size; also return the floats in its RoPE tables."""
+    if len(head) < _HEADER.size:
+        raise ModelError(
+            f"model {path} has {size} bytes, less than a llama2.c header: it is truncated or not a "
+            "model"
+        )
+    dim, hidden, layers, heads, kv_heads, vocab, seq_len = _HEADER.unpack(head)
+    config = ModelConfig(dim, hidden, layers, heads, kv_heads, abs(vocab), seq_len, vocab > 0)
+    limits = (1 << 15, 1 << 16, 1 << 10, 1 << 10, 1 << 10, 1 << 22, 1 << 20)
+    names = [f.name for f in dataclasses.fields(ModelConfig)][:7]
+    for name, limit in zip(names, limits, strict=True):
+        if not 1 <= getattr(config, name) <= limit:
+            raise ModelError(
+                f"model {path} has {name} {getattr(config, name)} in its header, expected 1 to "
+                f"{limit}: it is not a llama2.c .bin file of version 0"
+            )
+    if config.dim % config.n_heads or config.n_heads % config.n_kv_heads or config.head_dim % 2:
+        raise ModelError(
+            f"model {path} has dim {config.dim}, {config.n_heads} heads, {config.n_kv_heads} KV "
+            "heads in its header, which do not divide: it is not a llama2.c .bin file of version 0"
+        )
+    tables = config.seq_len * config.head_dim
+    expected = _HEADER.size + 4 * (parameters(config) + tables)
+    if size == expected:
+        return config, tables
+    if size == expected - 4 * tables:  # written by a tool that drops the legacy tables
+        return config, 0
+    raise ModelError(
+        f"model {path} has {size} bytes, its header asks for {expected}: it is "
+        f"{'truncated' if size < expected else 'longer than it says'}; get it again"
+    )

@@ -149,7 +149,7 @@ typedef struct anepy_step_stats {
     uint32_t skipped;      /* 1: a gradient was not finite, nothing was accumulated */
     double loss;           /* mean cross-entropy in nats */
     double loss_scale;     /* gradients carry this factor; 1 without fp16 */
-    double flops;          /* ane-facts.md 7.1 */
+    double flops;          /* as docs/neural-engine.md#flops counts them */
     double step_ms;        /* all of it */
     double device_ms;      /* programs on the device, forward and backward */
     double io_ms;          /* to and from surfaces */

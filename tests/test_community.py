@@ -48,7 +48,7 @@ def test_submission_is_schema_1() -> None:
     on_ane = record["benchmarks"]["training_ane_classifier"]
     assert on_cpu["ms_per_step"] == pytest.approx(100, rel=0.01)
     assert on_ane["ms_per_step"] == pytest.approx(80, rel=0.01)
-    # 93,013 MFLOP on the engine in 100 ms, of 15.8 TFLOPS (ane-facts 7.1)
+    # 93,013 MFLOP on the engine in 100 ms, of 15.8 TFLOPS (docs/neural-engine.md#flops)
     assert on_cpu["ane_tflops_sustained"] == pytest.approx(0.930, rel=0.01)
     assert on_cpu["ane_util_pct"] == pytest.approx(5.89, rel=0.01)
     assert on_ane["ane_tflops_sustained"] == pytest.approx((93.013 + 12.583) / 80, rel=0.01)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 
@@ -35,6 +36,8 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 README_BYTES = 8192
+# Names of notes that never shipped, as comments once had them without an ending.
+OLD = ("ane-facts", "cpu-performance")
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,21 @@ def test_paths_in_documents_exist(document: str) -> None:
     assert faults == []
 
 
-def tracked() -> Iterator[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if listed.returncode != 0:
-        pytest.skip("needs a git checkout")
-    for name in listed.stdout.splitlines():
-        if not name.endswith(".md") and (ROOT / name).is_file():
-            yield ROOT / name
+NAMED = re.compile(r"[\w./-]*\w\.md\b(?:#[\w-]+)?")
+
+
+def test_documents_that_sources_name_exist() -> None:
+    """A document, and its section behind a #, in the root or beside the file that names it."""
+    faults = []
+    for path in needs.git_checkout():
+        if path.suffix == ".md" or path.name == Path(__file__).name:
+            continue
+        text = path.read_bytes().decode("utf-8", "ignore")
+        for name in NAMED.findall(text):
+            if fault := missing(path.parent, name.lstrip("/")):
+                faults.append(f"{path.relative_to(ROOT)}: {fault}")
+        faults += [f"{path.relative_to(ROOT)}: {old}" for old in OLD if old in text]
+    assert faults == []
 
 
 def test_links_are_checked_against_sections(tmp_path: Path) -> None:

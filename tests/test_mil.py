@@ -282,7 +282,7 @@ HEADERS = {
     '{"coremltools-component-milinternal", ""}, {"coremltools-version", "9.0"}})]\n{\n'
     "    func main<ios16>(tensor<fp16, [1, ",
 }
-# What both dialects have and every generation compiles (ane-facts 2.2, the trainers' own list).
+# What both dialects have and every generation compiles (docs/neural-engine.md#operations).
 OPERATIONS = {
     *("const", "conv", "matmul", "softmax", "pow", "sigmoid", "mul", "add", "sub"),
     *("slice_by_size", "concat", "reshape", "transpose"),

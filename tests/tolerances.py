@@ -20,7 +20,7 @@ FLOAT64_GRADIENT = 1e-11
 
 # --- fp32 products: eps is 6e-8; sums of 1e3..1e4 terms through 12 layers lose about three digits
 
-# Per-tensor relative error of gradients; the bar of docs/design.md, PyTorch fp32 shows 2e-6..5e-6.
+# Per-tensor relative error of gradients (docs/architecture.md#numerics); PyTorch has 2e-6..5e-6.
 FP32_GRADIENT = 5e-5
 # Nothing is chained backwards: ten times closer than gradients; PyTorch fp32 shows 5e-7.
 FP32_LOGITS = 5e-6
@@ -33,7 +33,7 @@ FP32_UPDATE = 1e-6
 
 # --- bf16 product inputs, fp32 sums: 8 bits of mantissa, 0.4 % per factor, growing with depth
 
-BF16_GRADIENT = 0.06  # per-tensor relative error; the bar of docs/design.md
+BF16_GRADIENT = 0.06  # per-tensor relative error, as in docs/architecture.md#numerics
 BF16_COSINE = 0.998  # a random 6 % error lowers the cosine by 0.0018: no bias hides under it
 # Relative: of one token's large random logits; over a real text 1e-4 of it.
 BF16_LOSS = 2e-3
@@ -42,7 +42,7 @@ BF16_HELD_OUT = 5e-3
 
 # --- fp16 surfaces and products: 11 bits, 0.05 % per rounding, at every program boundary
 
-FP16_GRADIENT = 0.02  # per-tensor relative error; the bar of docs/design.md
+FP16_GRADIENT = 0.02  # per-tensor relative error, as in docs/architecture.md#numerics
 FP16_COSINE = 0.999  # a random 2 % error lowers it by 0.0002; the rest is room for underflow
 
 # --- side-by-side benchmarks: both programs are fp32, so this only finds mistakes, not rounding

@@ -227,7 +227,8 @@ class Measured:
         update_share: mean time of updates per step; `compile_share` likewise.
         compile_share: see `update_share`.
         tokens_per_s: tokens per second at the median time per step; None without one.
-        tflops: 10^12 operations per second at the median step, counted as in ane-facts 7.1.
+        tflops: 10^12 operations per second at the median step, counted as in
+            docs/neural-engine.md#flops.
         utilization: share of the peak at the median step; None without a peak.
         allocations: most heap operations of a timed step.
         memory: bytes.

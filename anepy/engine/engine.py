@@ -30,7 +30,8 @@ class StepStats:
     Attributes:
         loss: mean cross-entropy in nats.
         step_ms: the whole step.
-        tflops: 10^12 floating-point operations per second, counted as in ane-facts 7.1.
+        tflops: 10^12 floating-point operations per second, counted as in
+            docs/neural-engine.md#flops.
         allocations: heap operations during the step.
         loss_scale: factor the gradients carry; 1 unless losses are scaled (fp16).
         skipped: a gradient was not finite and nothing was accumulated (fp16).

@@ -162,7 +162,7 @@ def op(out: str, dims: Sequence[int], call: str) -> str:
 
 
 def weight_file(*arrays: Array) -> tuple[bytes, list[int]]:
-    """Make a weight file (ane-facts 3); return it and the offset of each record."""
+    """Make a weight file (docs/neural-engine.md#weight-file); return it and its offsets."""
     data = bytearray(struct.pack("<II56x", len(arrays), 2))
     offsets = []
     for array in arrays:

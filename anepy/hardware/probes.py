@@ -1,7 +1,7 @@
 """The probes: one assumption about the hardware each, with what is expected of a chip.
 
 Each runs programs of its own and returns what it found as plain values; what the library cannot do
-without raises `WrongError`. The assumptions are those of ane-facts.md, section 10 above all.
+without raises `WrongError`. The facts behind them are in docs/neural-engine.md#facts.
 """
 
 from __future__ import annotations

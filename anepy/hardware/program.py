@@ -24,7 +24,7 @@ FOLDER = "@model_path/weights/"
 _ACTIONS: tuple[Action, ...] = ("off", "report", "error")
 _DTYPES = {"fp16": "float16", "fp32": "float32"}
 _RECORD_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4}
-_SURFACE = 65536  # every surface is a multiple of it (ane-facts 4.1)
+_SURFACE = 65536  # every surface is a multiple of it: docs/neural-engine.md#surfaces
 _E_PROGRAM = -13
 _REPORT, _ERROR, _DEFAULT = 1, 2, 255
 
@@ -73,7 +73,8 @@ class _Function:
     def surfaces(self) -> list[list[Array]]:
         """Return input and output surfaces by slot, all of one size on each side, as on a device.
 
-        Equal sizes, rounded up to 64 KiB, are what every chip accepts (ane-facts 4.1, 4.4).
+        Equal sizes, rounded up to 64 KiB, are what every chip accepts
+        (docs/neural-engine.md#surfaces).
         """
         if self._surfaces is None:
             self._surfaces = []
@@ -360,7 +361,7 @@ def _file_options(files: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _record(array: Array, name: str) -> bytes:
-    """Make a weight file of one record (ane-facts 3)."""
+    """Make a weight file of one record (docs/neural-engine.md#weight-file)."""
     kind = _RECORD_TYPES.get(str(array.dtype))
     if kind is None:
         raise ConfigError(

@@ -21,7 +21,7 @@ _FRAMEWORKS = {
     "MetalPerformanceShaders": "/System/Library/Frameworks/MetalPerformanceShaders.framework",
     "Accelerate": "/System/Library/Frameworks/Accelerate.framework",
 }
-# Compiler families of the engine, by generation (ane-facts 1.1).
+# Compiler families of the engine, by generation (docs/neural-engine.md#framework).
 _FAMILIES = {"M1": "h13", "M2": "h14", "M3": "h15", "M4": "h16"}
 _M5 = {"M5": "h16", "M5 Max": "h17"}
 _OLDEST = 13  # functions of the older dialect came with it, those of the newer one with 15

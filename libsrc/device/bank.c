@@ -5,9 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SURFACE_STEP                                                                               \
-    65536              /* by default: smaller surfaces fail on some chips (ane-facts.md 4.1)       \
-                        */
+/* By default: smaller surfaces fail on some chips (docs/neural-engine.md#surfaces). */
+#define SURFACE_STEP 65536
 #define WEIGHT_ROWS 64 /* rows of a live weight per piece */
 
 /* One compiled text. */

@@ -1,8 +1,8 @@
 /* device/bank.h - what all devices that run MIL have in common.
  *
  * All programs of one compilation are functions of one text with one weight file: a bank, so that a
- * weight update costs one compile (ane-facts.md 1.5), unless the traits want a text for each.
- * Hardware that refuses that gets the older dialect, then a text for each program.
+ * weight update costs one compile (docs/neural-engine.md#procedures), unless the traits want a text
+ * for each. Hardware that refuses that gets the older dialect, then a text for each program.
  * Programs of the same text share a function.
  * Each has one packed input and one packed output surface; live weights have surfaces of their own,
  * which all programs that read the same weight share. A backend gives memory and executes. */

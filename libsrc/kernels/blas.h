@@ -1,9 +1,10 @@
 /* kernels/blas.h - large float32 products by the system's library instead of the own kernels.
  *
  * ANEPY_BLAS says which: "own", or "accelerate", the default on macOS, where it alone reaches the
- * matrix units (cpu-performance.md 1.4, 1.7). A product is cut into blocks of rows that do not
- * depend on the number of threads, one call each; every call runs on the thread that makes it, so
- * products in the background and in the foreground share the cores as those of the own kernels do.
+ * matrix units (docs/performance.md#how-products-are-built). A product is cut into blocks of rows
+ * that do not depend on the number of threads, one call each; every call runs on the thread that
+ * makes it, so products in the background and in the foreground share the cores as those of the own
+ * kernels do.
  */
 #ifndef ANEPY_KERNELS_BLAS_H
 #define ANEPY_KERNELS_BLAS_H

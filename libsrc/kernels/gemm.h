@@ -2,8 +2,8 @@
  *
  * All products of the step are C (+)= A . B with the weights (or output gradients) as A, whose
  * elements are broadcast, and activations as B, whose rows are vectors. Blocking and its reasons:
- * cpu-performance.md 1.3 and 1.5. Every element of C is summed by one thread in a fixed order, so
- * results do not depend on the number of threads.
+ * docs/performance.md#how-products-are-built. Every element of C is summed by one thread in a fixed
+ * order, so results do not depend on the number of threads.
  *
  * With bf16 kernels the factors are rounded to bf16 as they are packed and multiplied in pairs of
  * steps; sums and C stay float32. A unit is 32 bits: a float, or such a pair. */

@@ -442,7 +442,7 @@ SIMD_TARGET static void SIMD_FN(softmax_gradient)(float *x, const float *lse, fl
 
 /* -------------------------------------------------------------------------------------- AdamW */
 
-/* Exact square root and division: memory-bound either way, and safe at zero (5.3 no. 7). */
+/* Exact square root and division: memory-bound either way, and safe at zero. */
 V_INLINE void adam_loop(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a,
                         const int clear) {
     vf b1 = v_set(a->beta1), b2 = v_set(a->beta2), lr = v_set(a->lr), eps = v_set(a->eps);

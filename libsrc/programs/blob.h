@@ -1,8 +1,8 @@
 /* programs/blob.h - the weight file MIL programs name: written, and read back without trust.
  *
  * A 64-byte header (count of records, version 2), then per record 64 bytes of description and the
- * data, both starting at multiples of 64; little endian (ane-facts.md 3). An offset is always that
- * of the description, as BLOBFILE wants it. */
+ * data, both starting at multiples of 64; little endian (docs/neural-engine.md#weight-file). An
+ * offset is always that of the description, as BLOBFILE wants it. */
 #ifndef ANEPY_PROGRAMS_BLOB_H
 #define ANEPY_PROGRAMS_BLOB_H
 

@@ -1,5 +1,5 @@
 /* programs/mil_blocks.c - norms, projections, RoPE and attention as operations that compile on
- * every generation and keep their range in fp16. Facts: ane-facts.md 2.3, 2.4, 5.1. */
+ * every generation and keep their range in fp16. Facts: docs/neural-engine.md#numerics. */
 #include <math.h>
 
 #include "kernels/kernels.h"

@@ -3,7 +3,7 @@
  * A function has one packed input "a_in" [1, C, 1, W] and one packed output "z_out", both with the
  * channel ranges of the program table; where weights are live it has one more input per weight
  * ("w0_wq", see anepy_program_weight). Both dialects say the same; 1.0 is for old systems. What the
- * generator avoids, and why, stands in ane-facts.md 2.3 to 2.5 and 5.1. */
+ * generator avoids, and why, stands in docs/neural-engine.md#wrong-results. */
 #ifndef ANEPY_PROGRAMS_MIL_GENERATE_H
 #define ANEPY_PROGRAMS_MIL_GENERATE_H
 

@@ -2,8 +2,8 @@
  *
  * A program reads named ranges of channels [C, S] and writes others; weights are baked or live. The
  * step engine, the devices and the MIL generator take names, channel counts, offsets in a packed
- * surface and weights from here and nowhere else (ane-facts.md 6.1; RoPE and grouped-query
- * attention, which the research programs lack, included).
+ * surface and weights from here and nowhere else (docs/neural-engine.md#research-programs; RoPE and
+ * grouped-query attention, which the research programs lack, included).
  *
  * Programs from ANEPY_RMSNORM_BWD on are offloads: the step may do their work on the host instead.
  * Set `live` of a described program to have its weights passed as inputs. */

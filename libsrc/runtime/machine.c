@@ -1,7 +1,7 @@
 /* runtime/machine.c - cores, affinity and cgroup quota.
  *
  * os.cpu_count() is the wrong default in containers: eight threads on a quota of four CPUs are many
- * times slower than four (style.md section 4, item 10). */
+ * times slower than four. */
 #define _GNU_SOURCE
 #include "runtime/machine.h"
 

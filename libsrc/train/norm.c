@@ -27,8 +27,7 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
 
 void anepy_final_norm(anepy_engine *e) { anepy_engine_run(e, e->run.columns / COLS, norm_panel); }
 
-/* With r = rstd: dx = r (w dy) - x r^3/D sum(w dy x); dw = sum over tokens of dy x r
- * (ane-facts.md 5.3 no. 1 has the form to avoid). */
+/* With r = rstd: dx = r (w dy) - x r^3/D sum(w dy x); dw = sum over tokens of dy x r. */
 static void stats_panel(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const norm_task *t = context;

@@ -37,7 +37,7 @@ int anepy_input_gradient_finite(anepy_engine *e) {
 }
 
 /* Every gradient that enters a weight gradient, as the host will use it: the ANE does not promise
- * that a NaN further up shows further down (ane-facts.md 2.4). */
+ * that a NaN further up shows further down (docs/neural-engine.md#wrong-results). */
 int anepy_gradients_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     if (!anepy_input_gradient_finite(e)) return 0;

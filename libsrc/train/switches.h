@@ -1,4 +1,4 @@
-/* train/switches.h - the switch table and the named variants (design.md 1). */
+/* train/switches.h - the switch table and the named variants (docs/compare.md#variants). */
 #ifndef ANEPY_TRAIN_SWITCHES_H
 #define ANEPY_TRAIN_SWITCHES_H
 

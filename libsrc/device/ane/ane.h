@@ -1,10 +1,10 @@
 /* device/ane/ane.h - the Apple Neural Engine through the private framework, as plain C.
  *
  * MIL text and weight file are written to a folder of their own, compiled, loaded and evaluated on
- * IOSurfaces (ane-facts.md 1 to 4). Nothing is taken on trust: classes and selectors are looked up
- * and checked, every BOOL, NSError and exception becomes a status with a sentence, every call has a
- * time limit, and how a loaded program orders its surfaces is read back and compared by name. What
- * never returns poisons the device: all later calls say why.
+ * IOSurfaces (docs/neural-engine.md#calls). Nothing is taken on trust: classes and selectors are
+ * looked up and checked, every BOOL, NSError and exception becomes a status with a sentence, every
+ * call has a time limit, and how a loaded program orders its surfaces is read back and compared by
+ * name. What never returns poisons the device: all later calls say why.
  *
  * Only builds for macOS have this; elsewhere none.c stands for the device. Threads: programs may be
  * compiled in one thread while another evaluates; a program and a surface belong to one at a time,

@@ -2,8 +2,9 @@
  * guessed.
  *
  * Symbols are numbered over all procedures; a procedure names its own by number, and the attributes
- * name each number (ane-facts.md 1.2, 4.4). The wrong order would give wrong numbers without an
- * error, so a program that does not say what is what is refused unless there is only one choice. */
+ * name each number (docs/neural-engine.md#order-of-surfaces). The wrong order would give wrong
+ * numbers without an error, so a program that does not say what is what is refused unless there is
+ * only one choice. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -8,7 +8,7 @@
 #include "device/ane/ane.h"
 #include "device/bank.h"
 
-#define BUDGET 100 /* compilations that are safe in one process (ane-facts.md 1.4) */
+#define BUDGET 100 /* safe in one process: docs/neural-engine.md#compile-budget */
 
 typedef struct {
     anepy_bank_device base;

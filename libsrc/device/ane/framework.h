@@ -1,5 +1,5 @@
 /* device/ane/framework.h - the private classes, described so that the compiler checks every message
- * (ane-facts.md 1.2), and the calls into them under a time limit. Objective-C only. */
+ * (docs/neural-engine.md#calls), and the calls into them under a time limit. Objective-C only. */
 #ifndef ANEPY_DEVICE_ANE_FRAMEWORK_H
 #define ANEPY_DEVICE_ANE_FRAMEWORK_H
 

@@ -11,7 +11,7 @@
 #include "device/ane/folder.h"
 
 #define FRAMEWORK "/System/Library/PrivateFrameworks/AppleNeuralEngine.framework/AppleNeuralEngine"
-#define FIRST_FAMILY 13 /* M1: older engines take no MIL (ane-facts.md 1.1) */
+#define FIRST_FAMILY 13 /* M1: older ones take no MIL (docs/neural-engine.md#framework) */
 
 typedef struct {
     const char *class_name, *selector;

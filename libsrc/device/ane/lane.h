@@ -1,8 +1,8 @@
 /* device/ane/lane.h - a thread for calls that may never return.
  *
- * A wedged driver keeps its caller for ever (ane-facts.md 1.3). So every call into the private
- * framework is a job of a lane: the caller waits a bounded time, then goes on without it. What the
- * job uses is its own, because the thread may come back to it at any time, or never. */
+ * A wedged driver keeps its caller for ever (docs/neural-engine.md#errors). So every call into the
+ * private framework is a job of a lane: the caller waits a bounded time, then goes on without it.
+ * What the job uses is its own, because the thread may come back to it at any time, or never. */
 #ifndef ANEPY_DEVICE_ANE_LANE_H
 #define ANEPY_DEVICE_ANE_LANE_H
 

@@ -7,7 +7,7 @@
 
 #include "device/ane/folder.h"
 
-#define QOS 21             /* every value runs equally fast (ane-facts.md 1.2) */
+#define QOS 21             /* every value was equally fast: docs/neural-engine.md#calls */
 #define LOAD_ATTEMPTS 4    /* loading fails now and then while memory is being reclaimed */
 #define FIRST_PAUSE_MS 50L /* doubled each time */
 

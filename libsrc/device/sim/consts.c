@@ -190,7 +190,7 @@ static int32_t parse_text(mil_build *b, mil_value *v) {
 /* ------------------------------------------------------------------------------- weight files */
 
 static const uint8_t TAGS[ANEPY_MIL_TYPE_N] = {
-    /* as in the records, ane-facts.md 3 */
+    /* as in the records: docs/neural-engine.md#weight-file */
     [ANEPY_MIL_F16] = 1, [ANEPY_MIL_F32] = 2, [ANEPY_MIL_U8] = 3,   [ANEPY_MIL_I8] = 4,
     [ANEPY_MIL_I16] = 6, [ANEPY_MIL_U16] = 7, [ANEPY_MIL_I32] = 14, [ANEPY_MIL_U32] = 15,
 };

@@ -2,9 +2,10 @@
  *
  * The text may come from anywhere: every error names line, column and the offending words, and
  * memory and work are bounded before anything runs. Values are fp16 after every operation; conv and
- * matmul accumulate in fp32, elementwise operations and reduce_sum do not (ane-facts.md 5.1). What
- * the hardware refuses or silently gets wrong is a named rule that can be off, reported, or an
- * error. Surfaces, the compile budget and training are sim.c's. */
+ * matmul accumulate in fp32, elementwise operations and reduce_sum do not
+ * (docs/neural-engine.md#numerics). What the hardware refuses or silently gets wrong is a named
+ * rule that can be off, reported, or an error. Surfaces, the compile budget and training are
+ * sim.c's. */
 #ifndef ANEPY_DEVICE_SIM_INTERPRETER_H
 #define ANEPY_DEVICE_SIM_INTERPRETER_H
 

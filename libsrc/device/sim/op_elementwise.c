@@ -373,7 +373,7 @@ static void run_pair(mil_run *r, const mil_op *op) {
     mil_each_group(r, op->out[0]->n, pair_group, &job);
 }
 
-/* 2.4: what the M1 gets wrong, and a multiplication that fails. */
+/* What the M1 gets wrong, and a multiplication that fails. */
 static int32_t check_pair_rules(mil_build *b, const mil_op *op, const mil_shape *out) {
     for (int32_t k = 0; k < 2; k++) {
         const mil_value *v = op->arg[k], *other = op->arg[1 - k];

@@ -1,8 +1,8 @@
 /* device/sim/op_reduce.c - reductions, softmax, layer_norm.
  *
- * A sum is kept in fp16 after every addition, as the engine's elementwise units do (ane-facts.md
- * 5.1), in ascending order; what is one operation of the hardware (softmax, layer_norm,
- * reduce_l2_norm, reduce_log_sum_exp) is computed in fp32 and rounded once. */
+ * A sum is kept in fp16 after every addition, as the ANE's elementwise units do, in ascending
+ * order (docs/neural-engine.md#numerics); what is one operation of the hardware (softmax,
+ * layer_norm, reduce_l2_norm, reduce_log_sum_exp) is computed in fp32 and rounded once. */
 #include "device/sim/interpreter_internal.h"
 
 #include <math.h>

@@ -238,7 +238,7 @@ typedef struct {
     float *p;
 } crop_job;
 
-/* 2.4: the M1 and M2 crop along the last axis in fixed point. */
+/* The M1 and M2 crop along the last axis in fixed point. */
 static void crop_group(void *context, int64_t first, int64_t n) {
     const crop_job *job = context;
     uint64_t wrong = 0;

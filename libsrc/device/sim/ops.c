@@ -24,7 +24,7 @@ const char *anepy_mil_op_name(int32_t index) {
     return NULL;
 }
 
-/* ane-facts.md 2.2: names of MIL that the engine does not have. */
+/* Names of MIL that the ANE does not have: docs/neural-engine.md#operations. */
 const char *mil_op_refused(mil_span name) {
     static const struct {
         const char *names, *why;

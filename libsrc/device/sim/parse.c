@@ -1,4 +1,5 @@
-/* device/sim/parse.c - MIL text to functions of checked operations (grammar: ane-facts.md 2.1).
+/* device/sim/parse.c - MIL text to functions of checked operations
+ * (docs/neural-engine.md#mil-text).
  *
  * One pass: a statement is bound, inferred and checked as soon as it is read, so that an error
  * points at what is being read. */
@@ -325,7 +326,7 @@ static int32_t parse_outputs(mil_build *b, mil_function *f) {
     return mil_expect(b, ";", NULL);
 }
 
-/* 2.2: cast works as the first or last operation, on M3 and later. */
+/* cast works as the first or last operation, on M3 and later. */
 static int32_t check_casts(mil_build *b, const mil_function *f) {
     for (int32_t i = 0; i < f->op_n; i++) {
         const mil_op *op = f->ops[i];

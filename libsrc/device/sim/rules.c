@@ -1,10 +1,11 @@
 /* device/sim/rules.c - the rules of the hardware: names, defaults, reports; and error sentences.
  *
  * A rule is an error by default where several independent projects saw the compiler or the driver
- * refuse (tag [V] in ane-facts.md, or a number that was probed). It is a report where the program
- * runs but may be wrong or slow, where one project alone says so ([R]), or where reports conflict
- * ([C]): refusing would reject programs that others run. Errors of the language itself (syntax,
- * unknown names, types, missing weights) are no rules: nothing could be run. */
+ * refuse, or a number was probed (mark V in docs/neural-engine.md#facts). It is a report where the
+ * program runs but may be wrong or slow, where one project alone says so (R), or where reports
+ * conflict (C): refusing would reject programs that others run. Each comment begins with the mark.
+ * Errors of the language itself (syntax, unknown names, types, missing weights) are no rules:
+ * nothing could be run. */
 #include "device/sim/interpreter_internal.h"
 
 #include <stdarg.h>
@@ -20,98 +21,98 @@ static const struct {
     uint8_t action;
     const char *meaning;
 } RULES[ANEPY_RULE_N] = {
-    /* 2.1: ios18 functions inside program(1.0) are InvalidMILProgram (one commit, found by the
+    /* V: ios18 functions inside program(1.0) are InvalidMILProgram (one commit, found by the
      * compiler's own message). */
     [ANEPY_RULE_DIALECT] = {"dialect", ERROR, "an ios18 function needs program(1.3)"},
-    /* 2.1: the old dialect writes every scalar as a rank-0 tensor; nobody tried otherwise. */
+    /* V: the old dialect writes every scalar as a rank-0 tensor; nobody tried otherwise. */
     [ANEPY_RULE_SCALAR_TYPE] = {"scalar_type", REPORT,
                                 "program(1.0) writes scalars as tensor<type, []>"},
-    /* 2.1 [C]: accepted for some operations, refused for matmul's transposes in one project. */
+    /* C: accepted for some operations, refused for matmul's transposes in one project. */
     [ANEPY_RULE_INLINE_LITERAL] = {"inline_literal", REPORT,
                                    "matmul's transposes may have to be named constants"},
-    /* Trap 2 [V]: runs, but the surfaces are bound by name. Harmless to who binds by name. */
+    /* V: runs, but the surfaces are bound by name. Harmless to who binds by name. */
     [ANEPY_RULE_IO_ORDER] = {"io_order", REPORT,
                              "inputs or outputs are declared in another order than by name, in "
                              "which surfaces are bound"},
-    /* 2.1, 4.2 [V]: fp16 I/O is mandatory on M1 and M2, works with a cast on M3 and later. */
+    /* V: fp16 I/O is mandatory on M1 and M2, works with a cast on M3 and later. */
     [ANEPY_RULE_IO_FP32] = {"io_fp32", ERROR, "M1 and M2 take fp16 inputs and outputs only"},
-    /* 2.2 [V]: no fp32, bf16 or int32 compute. */
+    /* V: no fp32, bf16 or int32 compute. */
     [ANEPY_RULE_FP32_COMPUTE] = {"fp32_compute", ERROR, "the engine computes in fp16 only"},
-    /* 2.1 [V]. */
+    /* V: read in several projects. */
     [ANEPY_RULE_RETURN_VALUE] = {"return_value", ERROR,
                                  "returned names must be results of operations"},
-    /* 1.3 [V]: evaluation fails with status 0x1d. */
+    /* V: evaluation fails with status 0x1d. */
     [ANEPY_RULE_SURFACE_SIZE] = {"surface_size", ERROR,
                                  "a surface is smaller than the tensor bound to it"},
-    /* Trap 11: 48 KiB can fail, but 4 to 8 KiB worked in M4 and M5 probes. */
+    /* V: 48 KiB can fail, but 4 to 8 KiB worked in M4 and M5 probes. */
     [ANEPY_RULE_SURFACE_FLOOR] = {"surface_floor", REPORT, "a surface is smaller than 48 KiB"},
-    /* 4.4 [C]: one project demands it, another runs different sizes. */
+    /* C: one project demands it, another runs different sizes. */
     [ANEPY_RULE_SURFACE_EQUAL] = {"surface_equal", REPORT,
                                   "the inputs' (or outputs') surfaces differ in size"},
-    /* 2.3: probed; exact on M3 Ultra. */
+    /* V: exact on M3 Ultra. */
     [ANEPY_RULE_EXTENT] = {"extent", ERROR,
                            "a spatial or contraction extent is above 16384 (M1 to M3) or 65536"},
     [ANEPY_RULE_CHANNELS] = {"channels", ERROR, "a tensor has more than 65536 channels"},
-    /* 2.3: rejected at 32000 on every chip; 16384 is the largest contraction that all allow. */
+    /* V: rejected at 32000 on every chip; 16384 is the largest contraction that all allow. */
     [ANEPY_RULE_CONV_INPUTS] = {"conv_inputs", ERROR, "a conv reads more than 16384 channels"},
-    /* 2.3, 1.3: InvalidMILProgram in two projects; a plain runtime weight works. */
+    /* V: InvalidMILProgram in two projects; a plain runtime weight works. */
     [ANEPY_RULE_CONV_RUNTIME_GROUPS] = {"conv_runtime_groups", ERROR,
                                         "a grouped conv needs a constant weight"},
-    /* 2.3: probed on M1 and M4; M2 and M3 are taken as M1. */
+    /* V: probed on M1 and M4; M2 and M3 are taken as M1. */
     [ANEPY_RULE_KERNEL_WIDTH] = {"kernel_width", ERROR,
                                  "a conv kernel is wider than 13 (M1 to M3) or 15"},
     [ANEPY_RULE_RANK] = {"rank", ERROR, "transpose and matmul take at most 4 dimensions"},
-    /* 1.3, 2.3 [R]: zeros without an error. */
+    /* R: zeros without an error. */
     [ANEPY_RULE_MATMUL_K] = {"matmul_k", REPORT,
                              "M1: the reduction of a runtime matmul is no multiple of 32: zeros"},
-    /* 1.3 [R]: unsupported broadcasts give zeros without an error. */
+    /* R: unsupported broadcasts give zeros without an error. */
     [ANEPY_RULE_MATMUL_BROADCAST] = {"matmul_broadcast", REPORT,
                                      "a matmul broadcasts its batch dimensions: may give zeros"},
-    /* 2.4 [R]. */
+    /* R: one report. */
     [ANEPY_RULE_RUNTIME_BROADCAST] = {"runtime_broadcast", REPORT,
                                       "M1: broadcasting a runtime operand along the last axis "
                                       "gives zeros"},
-    /* 2.3 [R]: silent corruption; also 2.5 for a width of 1. */
+    /* R: silent corruption; also for a width of 1. */
     [ANEPY_RULE_WIDTH] = {"width", REPORT, "the last axis is no multiple of 16"},
-    /* 2.4 [R]: beyond 4094 becomes infinite on M1 and M2 (applied); refused on M3 Ultra by one. */
+    /* R: beyond 4094 becomes infinite on M1 and M2 (applied); refused on M3 Ultra by one. */
     [ANEPY_RULE_LAST_AXIS_SLICE] = {"last_axis_slice", REPORT,
                                     "M1 to M3: a slice at a non-zero offset of the last axis"},
     [ANEPY_RULE_LAST_AXIS_CONCAT] = {"last_axis_concat", REPORT,
                                      "M1: a concat of slices at offsets of the last axis picks "
                                      "wrong elements"},
-    /* Trap 8, 5.1 [R]: infinite from about 32752 on M2 and M5 (applied), a risk on all. */
+    /* R: infinite from about 32752 on M2 and M5 (applied), a risk on all. */
     [ANEPY_RULE_SATURATION] = {"saturation", REPORT, "a result is beyond 32752"},
     [ANEPY_RULE_SUBNORMAL] = {"subnormal", REPORT, "results below 2^-14 become zero"},
-    /* Trap 7 [V]: runs, ignoring the mask (applied). */
+    /* V: runs, ignoring the mask (applied). */
     [ANEPY_RULE_SDPA_MASK] = {"sdpa_mask", REPORT, "scaled_dot_product_attention ignores its mask"},
     [ANEPY_RULE_SDPA_LENGTH] = {"sdpa_length", REPORT,
                                 "scaled_dot_product_attention is wrong from lengths of 512"},
-    /* 2.2: refused on M1 and M2; elsewhere works at the boundary. */
+    /* V: refused on M1 and M2; elsewhere works at the boundary. */
     [ANEPY_RULE_CAST] = {"cast", ERROR,
                          "cast is refused on M1 and M2, and away from inputs and outputs"},
-    /* 2.2: compile failure in two projects. */
+    /* V: compile failure in two projects. */
     [ANEPY_RULE_ROOT_AFTER_REDUCE] = {"root_after_reduce", ERROR,
                                       "sqrt or rsqrt of a reduction does not compile; use "
                                       "pow(x, -0.5)"},
-    /* 5.1 [R]: integers are exact to about 2048. */
+    /* R: integers are exact to about 2048. */
     [ANEPY_RULE_REDUCE_LONG] = {"reduce_long", REPORT,
                                 "a sum of more than 512 elements is done in fp16; use a matmul or "
                                 "conv with ones"},
-    /* 2.4 [R]. */
+    /* R: one report. */
     [ANEPY_RULE_SQUARE] = {"square", REPORT,
                            "square may be wrong for these widths; write mul(x, x)"},
     [ANEPY_RULE_REDUCE_TIMES_ZERO] = {"reduce_times_zero", REPORT, "a reduction times zero fails"},
     [ANEPY_RULE_LAYER_NORM] = {"layer_norm", ERROR,
                                "layer_norm fails from 10240 channels on, on M1 and M2 also for "
                                "1024, 1536, 2560 and 4096"},
-    /* 2.3. */
+    /* V: read in several projects. */
     [ANEPY_RULE_WEIGHTS_SIZE] = {"weights_size", ERROR, "a program has more than 2 GiB of weights"},
-    /* Section 3 [I]: int8 data under an fp16 tag runs; the tag seems to be ignored. */
+    /* An inference: int8 data under an fp16 tag runs; the tag seems to be ignored. */
     [ANEPY_RULE_WEIGHT_TYPE] = {"weight_type", REPORT,
                                 "a weight record has another type than its constant"},
     [ANEPY_RULE_WEIGHT_UNUSED] = {"weight_unused", REPORT,
                                   "a weight file that the program does not name"},
-    /* 1.4 [C]: 119 to 132 seen, but 169 and 250 as well. Off, because it is about the process and
+    /* C: 119 to 132 seen, but 169 and 250 as well. Off, because it is about the process and
      * not about the program. */
     [ANEPY_RULE_COMPILE_BUDGET] = {"compile_budget", OFF,
                                    "the process has compiled more than 119 programs"},

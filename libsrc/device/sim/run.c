@@ -68,7 +68,7 @@ void mil_round(mil_run *r, float *p, int64_t n) {
     const anepy_mil *mil = r->mil;
     int flush = mil_rule_on(mil, ANEPY_RULE_SUBNORMAL);
     int saturate = mil_rule_on(mil, ANEPY_RULE_SATURATION);
-    /* 5.1: seen on M2 Pro and M5. */
+    /* Seen on M2 Pro and M5. */
     int apply = mil->options.chip == ANEPY_CHIP_M2 || mil->options.chip == ANEPY_CHIP_M5;
     uint64_t flushed = 0, saturated = 0;
     uint16_t h[ROUND_N];

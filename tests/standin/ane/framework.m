@@ -1,5 +1,5 @@
 /* framework.m - AppleNeuralEngine.framework for Linux: the private classes, as strict as the real
- * ones are known to be (ane-facts.md 0, 1), and stricter where those fail silently. */
+ * ones are known to be (docs/neural-engine.md#calls), and stricter where those fail silently. */
 #import <Foundation/Foundation.h>
 #import <IOSurface/IOSurface.h>
 

@@ -50,10 +50,31 @@ ANEPY_API const char *anepy_status_name(int32_t status); /* static text, never N
  * returns its full length without the zero. */
 ANEPY_API int32_t anepy_last_error(char *buf, uint64_t cap);
 
-/* sizeof of the struct with this index: 0 config, 1 tensor, 2 engine options, 3 engine info,
- * 4 step stats, 5 update options, 6 update stats, 7 library info, 8 device info, 9 program options,
- * 10 program info, 11 program port, 12 sim options, 13 sim tensor, 14 sim report,
- * 15 peaks, 16 bench options, 17 bench result; -1 beyond. */
+/* The structs of this header, for anepy_struct_size. */
+enum {
+    ANEPY_STRUCT_CONFIG,
+    ANEPY_STRUCT_TENSOR,
+    ANEPY_STRUCT_ENGINE_OPTIONS,
+    ANEPY_STRUCT_ENGINE_INFO,
+    ANEPY_STRUCT_STEP_STATS,
+    ANEPY_STRUCT_UPDATE_OPTIONS,
+    ANEPY_STRUCT_UPDATE_STATS,
+    ANEPY_STRUCT_LIBRARY_INFO,
+    ANEPY_STRUCT_DEVICE_INFO,
+    ANEPY_STRUCT_PROGRAM_OPTIONS,
+    ANEPY_STRUCT_PROGRAM_INFO,
+    ANEPY_STRUCT_PROGRAM_PORT,
+    ANEPY_STRUCT_SIM_OPTIONS,
+    ANEPY_STRUCT_SIM_TENSOR,
+    ANEPY_STRUCT_SIM_REPORT,
+    ANEPY_STRUCT_PEAKS,
+    ANEPY_STRUCT_BENCH_OPTIONS,
+    ANEPY_STRUCT_BENCH_RESULT,
+    ANEPY_STRUCT_FLOPS
+};
+
+/* sizeof of a struct, for callers that declare the structs in another language; -1 beyond the last.
+ */
 ANEPY_API int32_t anepy_struct_size(int32_t index);
 
 /* --------------------------------------------------------------------------- model, tensors */
@@ -93,6 +114,27 @@ ANEPY_API int32_t anepy_model_tensor(const anepy_model *model, int32_t index, an
 /* Elements (float32) of one arena: the number of parameters. */
 ANEPY_API int64_t anepy_model_arena_n(const anepy_model *model);
 
+/* Radians per position by which RoPE turns pair `pair` of a head, 0 <= pair < head size / 2: its
+ * channels 2 pair and 2 pair + 1. */
+ANEPY_API double anepy_rope_frequency(const anepy_model *model, int32_t pair);
+
+/* Floating-point operations of one step in matrix products, two per multiply-add. Counted as the
+ * research programs do (docs/neural-engine.md#flops): attention counts in the backward pass alone,
+ * with five products of [tokens, tokens] per head. */
+typedef struct anepy_flops {
+    uint32_t struct_size;
+    uint32_t flags;
+    double forward; /* products of the layers with their weights */
+    double backward_dx;
+    double backward_dw;
+    double attention;
+    double classifier; /* logits and both gradients */
+    double total;
+} anepy_flops;
+
+ANEPY_API int32_t anepy_step_flops(const anepy_model *model, anepy_flops *out, int32_t sequences,
+                                   int32_t tokens);
+
 /* Zeroed, 64 KiB aligned memory, on large pages where the system has them. The pages are backed
  * when first touched. Free with the same size. */
 ANEPY_API int32_t anepy_memory_alloc(void **out, uint64_t nbytes);
@@ -102,7 +144,8 @@ ANEPY_API void anepy_memory_free(void *memory, uint64_t nbytes); /* accepts NULL
 
 typedef struct anepy_engine anepy_engine;
 
-/* Programs are compiled when first needed, not at once: for who goes on with restore. */
+/* Programs are compiled when first needed, not at once: for callers that will call
+ * anepy_engine_restore, which compiles them for the weights it is told of. */
 #define ANEPY_ENGINE_DEFER 1u
 
 /* The arenas are float32[anepy_model_arena_n], 64-byte aligned, owned by the caller and alive until
@@ -149,7 +192,7 @@ typedef struct anepy_step_stats {
     uint32_t skipped;      /* 1: a gradient was not finite, nothing was accumulated */
     double loss;           /* mean cross-entropy in nats */
     double loss_scale;     /* gradients carry this factor; 1 without fp16 */
-    double flops;          /* as docs/neural-engine.md#flops counts them */
+    double flops;          /* total of anepy_step_flops */
     double step_ms;        /* all of it */
     double device_ms;      /* programs on the device, forward and backward */
     double io_ms;          /* to and from surfaces */

@@ -24,6 +24,7 @@ _Static_assert(sizeof(anepy_engine_info) == 144, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 128, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 56, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
+_Static_assert(sizeof(anepy_flops) == 56, "flops");
 
 int32_t anepy_abi_version(void) { return ANEPY_ABI_VERSION; }
 
@@ -31,12 +32,25 @@ const char *anepy_build_id(void) { return ANEPY_BUILD_ID; }
 
 int32_t anepy_struct_size(int32_t index) {
     static const int32_t sizes[] = {
-        sizeof(anepy_config),          sizeof(anepy_tensor),        sizeof(anepy_engine_options),
-        sizeof(anepy_engine_info),     sizeof(anepy_step_stats),    sizeof(anepy_update_options),
-        sizeof(anepy_update_stats),    sizeof(anepy_library_info),  sizeof(anepy_device_info),
-        sizeof(anepy_program_options), sizeof(anepy_program_info),  sizeof(anepy_program_port),
-        sizeof(anepy_sim_options),     sizeof(anepy_sim_tensor),    sizeof(anepy_sim_report),
-        sizeof(anepy_peaks),           sizeof(anepy_bench_options), sizeof(anepy_bench_result),
+        [ANEPY_STRUCT_CONFIG] = sizeof(anepy_config),
+        [ANEPY_STRUCT_TENSOR] = sizeof(anepy_tensor),
+        [ANEPY_STRUCT_ENGINE_OPTIONS] = sizeof(anepy_engine_options),
+        [ANEPY_STRUCT_ENGINE_INFO] = sizeof(anepy_engine_info),
+        [ANEPY_STRUCT_STEP_STATS] = sizeof(anepy_step_stats),
+        [ANEPY_STRUCT_UPDATE_OPTIONS] = sizeof(anepy_update_options),
+        [ANEPY_STRUCT_UPDATE_STATS] = sizeof(anepy_update_stats),
+        [ANEPY_STRUCT_LIBRARY_INFO] = sizeof(anepy_library_info),
+        [ANEPY_STRUCT_DEVICE_INFO] = sizeof(anepy_device_info),
+        [ANEPY_STRUCT_PROGRAM_OPTIONS] = sizeof(anepy_program_options),
+        [ANEPY_STRUCT_PROGRAM_INFO] = sizeof(anepy_program_info),
+        [ANEPY_STRUCT_PROGRAM_PORT] = sizeof(anepy_program_port),
+        [ANEPY_STRUCT_SIM_OPTIONS] = sizeof(anepy_sim_options),
+        [ANEPY_STRUCT_SIM_TENSOR] = sizeof(anepy_sim_tensor),
+        [ANEPY_STRUCT_SIM_REPORT] = sizeof(anepy_sim_report),
+        [ANEPY_STRUCT_PEAKS] = sizeof(anepy_peaks),
+        [ANEPY_STRUCT_BENCH_OPTIONS] = sizeof(anepy_bench_options),
+        [ANEPY_STRUCT_BENCH_RESULT] = sizeof(anepy_bench_result),
+        [ANEPY_STRUCT_FLOPS] = sizeof(anepy_flops),
     };
     return index >= 0 && index < (int32_t)(sizeof sizes / sizeof sizes[0]) ? sizes[index] : -1;
 }

@@ -23,7 +23,7 @@ from .._version import __version__
 from ..engine.engine import Engine
 from ..engine.variants import switch_names, variant_switches
 from ..errors import ConfigError, UnsupportedError
-from ..models.model import PRESETS, Model, ModelConfig, parameters, sequence_length
+from ..models.model import PRESETS, Model, ModelConfig, TensorTable, sequence_length
 from ..native import find
 from ..native.info import library_info
 from ..system import machine
@@ -123,7 +123,7 @@ def _load(model: Model | str | Path | None, preset: str, seed: int) -> Model:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     shape = PRESETS[preset]
     # Refused before gigabytes of random numbers are drawn: weights here and four arenas each.
-    _check_room(int(machine.available_memory() * _MEMORY_SHARE), 16 * parameters(shape))
+    _check_room(int(machine.available_memory() * _MEMORY_SHARE), 16 * TensorTable(shape).size)
     return Model.init(shape, seed=seed)
 
 

@@ -6,7 +6,6 @@ separate classifier.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import stat
 import struct
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..system import files
-from .model import Array, Model, ModelConfig, PathLike, parameters
+from .model import Array, Model, ModelConfig, PathLike, TensorTable
 
 _HEADER = struct.Struct("<7i")
-_ROPE_THETA = 10000.0
 
 
 def load(path: PathLike) -> Model:
@@ -76,7 +74,7 @@ def save(model: Model, path: PathLike) -> int:
         with files.replacing(path) as file:
             file.write(_HEADER.pack(*header))
             for name in _file_order(c):
-                part = _rotary_tables(c) if name is None else model.weights[name]
+                part = _rotary_tables(model.table) if name is None else model.weights[name]
                 file.write(np.ascontiguousarray(part, dtype="<f4").data)
             return file.tell()
     except OSError as error:
@@ -105,10 +103,9 @@ def _file_order(config: ModelConfig) -> Iterator[str | None]:
         yield "output.weight"
 
 
-def _rotary_tables(config: ModelConfig) -> Array:
+def _rotary_tables(table: TensorTable) -> Array:
     """Return the legacy cos and sin tables, float32 (2, seq_len, head_dim / 2)."""
-    pairs = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    angles = np.outer(np.arange(config.seq_len), _ROPE_THETA**-pairs)
+    angles = np.outer(np.arange(table.config.seq_len), table.frequencies())
     return np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
 
 
@@ -121,21 +118,15 @@ def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:
         )
     dim, hidden, layers, heads, kv_heads, vocab, seq_len = _HEADER.unpack(head)
     config = ModelConfig(dim, hidden, layers, heads, kv_heads, abs(vocab), seq_len, vocab > 0)
-    limits = (1 << 15, 1 << 16, 1 << 10, 1 << 10, 1 << 10, 1 << 22, 1 << 20)
-    names = [f.name for f in dataclasses.fields(ModelConfig)][:7]
-    for name, limit in zip(names, limits, strict=True):
-        if not 1 <= getattr(config, name) <= limit:
-            raise ModelError(
-                f"model {path} has {name} {getattr(config, name)} in its header, expected 1 to "
-                f"{limit}: it is not a llama2.c .bin file of version 0"
-            )
-    if config.dim % config.n_heads or config.n_heads % config.n_kv_heads or config.head_dim % 2:
+    try:
+        parameters = TensorTable(config).size
+    except ConfigError as error:
         raise ModelError(
-            f"model {path} has dim {config.dim}, {config.n_heads} heads, {config.n_kv_heads} KV "
-            "heads in its header, which do not divide: it is not a llama2.c .bin file of version 0"
-        )
+            f"model {path} has a header of which {error}: it is not a llama2.c .bin file of "
+            "version 0"
+        ) from None
     tables = config.seq_len * config.head_dim
-    expected = _HEADER.size + 4 * (parameters(config) + tables)
+    expected = _HEADER.size + 4 * (parameters + tables)
     if size == expected:
         return config, tables
     if size == expected - 4 * tables:  # written by a tool that drops the legacy tables

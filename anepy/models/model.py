@@ -100,6 +100,11 @@ class TensorTable:
             shape = (tensor.rows, tensor.cols) if tensor.is_matrix else (tensor.cols,)
             self.places[tensor.name.decode()] = (tensor.offset, shape)
 
+    def frequencies(self) -> npt.NDArray[np.float64]:
+        """Return the radians per position by which RoPE turns each pair, (head_dim / 2,)."""
+        pairs = range(self.config.head_dim // 2)
+        return np.array([self.lib.anepy_rope_frequency(self.handle, pair) for pair in pairs])
+
     def arena(self) -> Array:
         """Return zeroed float32 (size,) memory for one value per parameter.
 
@@ -212,13 +217,6 @@ def _rebuild(config: ModelConfig, weights: Array) -> Model:
     model = Model(config)
     model.arena[...] = weights
     return model
-
-
-def parameters(c: ModelConfig) -> int:
-    """Count the weights of a model of these dimensions; a tied classifier counts once."""
-    kv = c.head_dim * c.n_kv_heads
-    layer = 2 * c.dim * c.dim + 2 * kv * c.dim + 3 * c.hidden_dim * c.dim + 2 * c.dim
-    return (1 if c.tied else 2) * c.vocab_size * c.dim + c.n_layers * layer + c.dim
 
 
 def sequence_length(wanted: int | None, context: int) -> int:

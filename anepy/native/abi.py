@@ -328,6 +328,21 @@ class BenchResult(_Sized):
     )
 
 
+class Flops(_Sized):
+    """anepy_flops."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("flags", c_uint32),
+        ("forward", c_double),
+        ("backward_dx", c_double),
+        ("backward_dw", c_double),
+        ("attention", c_double),
+        ("classifier", c_double),
+        ("total", c_double),
+    )
+
+
 # In the order of anepy_struct_size.
 STRUCTS: tuple[type[_Sized], ...] = (
     Config,
@@ -348,6 +363,7 @@ STRUCTS: tuple[type[_Sized], ...] = (
     Peaks,
     BenchOptions,
     BenchResult,
+    Flops,
 )
 
 _ids = POINTER(c_int32)
@@ -357,6 +373,7 @@ _floats = POINTER(c_float)
 CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_model_create": (POINTER(handle), POINTER(Config)),
     "anepy_model_tensor": (handle, c_int32, POINTER(Tensor)),
+    "anepy_step_flops": (handle, POINTER(Flops), c_int32, c_int32),
     "anepy_memory_alloc": (POINTER(handle), u64),
     "anepy_engine_create": (POINTER(handle), handle, POINTER(EngineOptions)),
     "anepy_engine_get_info": (handle, POINTER(EngineInfo)),
@@ -420,6 +437,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_model_free": (None, (handle,)),
     "anepy_model_tensor_n": (c_int32, (handle,)),
     "anepy_model_arena_n": (c_int64, (handle,)),
+    "anepy_rope_frequency": (c_double, (handle, c_int32)),
     "anepy_memory_free": (None, (handle, u64)),
     "anepy_engine_free": (None, (handle,)),
     "anepy_decoder_free": (None, (handle,)),

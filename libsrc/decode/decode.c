@@ -138,10 +138,10 @@ static int32_t forward(anepy_decoder *d, float *logits, int32_t token, int32_t p
                           d->max_len);
     uint64_t fpmode = anepy_fpmode_enter();
     d->position = position;
-    for (int32_t i = 0; i < d->model->head_dim; i += 2) {
-        double angle = position * pow(ANEPY_ROPE_THETA, -(double)i / d->model->head_dim);
-        d->rotation[i] = (float)cos(angle);
-        d->rotation[i + 1] = (float)sin(angle);
+    for (int32_t i = 0; i < d->model->head_dim / 2; i++) {
+        double angle = position * anepy_rope_frequency(d->model, i);
+        d->rotation[2 * i] = (float)cos(angle);
+        d->rotation[2 * i + 1] = (float)sin(angle);
     }
     memcpy(d->x, d->params + anepy_model_embedding(d->model) + (int64_t)token * c->dim,
            (size_t)c->dim * sizeof(float));

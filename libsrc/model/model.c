@@ -1,10 +1,12 @@
 /* model/model.c - validates dimensions before anything is allocated; builds the tensor table. */
 #include "model/model.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#define VECTOR 0 /* as a row count: a norm weight, not a matrix of one row */
+#define ROPE_THETA 10000.0 /* what Llama 2 and llama2.c use */
+#define VECTOR 0           /* as a row count: a norm weight, not a matrix of one row */
 
 static int32_t check(const char *name, int32_t value, int32_t largest) {
     if (value >= 1 && value <= largest) return ANEPY_OK;
@@ -108,11 +110,24 @@ int64_t anepy_model_classifier(const anepy_model *model) {
     return model->tensors[model->config.tied ? 0 : model->tensor_n - 1].offset;
 }
 
-double anepy_step_flops(const anepy_model *model, int32_t tokens) {
+/* RoPE turns pair i by position * theta^(-2i/head_dim) (Su et al. 2021, arXiv 2104.09864). */
+double anepy_rope_frequency(const anepy_model *model, int32_t pair) {
+    return pow(ROPE_THETA, -2.0 * (double)pair / model->head_dim);
+}
+
+int32_t anepy_step_flops(const anepy_model *model, anepy_flops *out, int32_t sequences,
+                         int32_t tokens) {
     const anepy_config *c = &model->config;
-    double s = tokens, dim = c->dim, hidden = c->hidden_dim, kv = model->kv_dim;
-    double forward =
-        c->n_layers * (2 * 2 * dim * dim + 2 * 2 * dim * kv + 3 * 2 * dim * hidden) * s;
-    double attention = (double)c->n_layers * 2 * c->n_heads * 5 * s * s * model->head_dim;
-    return 3 * forward + attention + 3 * 2 * (double)c->vocab_size * dim * s;
+    if (out->struct_size < sizeof *out)
+        return anepy_fail(ANEPY_E_ARGUMENT, "flops have %u bytes, expected %zu", out->struct_size,
+                          sizeof *out);
+    double n = (double)sequences * tokens, dim = c->dim, hidden = c->hidden_dim;
+    double heads = (double)c->n_heads * model->head_dim;
+    double products = 2 * dim * heads + 2 * dim * model->kv_dim + 3 * dim * hidden;
+    out->forward = out->backward_dx = out->backward_dw = 2 * c->n_layers * products * n;
+    out->attention = 2.0 * 5 * c->n_layers * heads * tokens * n;
+    out->classifier = 3.0 * 2 * c->vocab_size * dim * n;
+    out->total =
+        out->forward + out->backward_dx + out->backward_dw + out->attention + out->classifier;
+    return ANEPY_OK;
 }

@@ -7,8 +7,6 @@
 
 #include "runtime/status.h"
 
-#define ANEPY_ROPE_THETA 10000.0 /* Su et al. 2021; what llama2.c uses */
-
 /* Tensors of one layer, in arena order. */
 enum {
     ANEPY_ATTENTION_NORM,
@@ -37,10 +35,5 @@ int64_t anepy_model_embedding(const anepy_model *model);
 int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t tensor);
 int64_t anepy_model_final_norm(const anepy_model *model);
 int64_t anepy_model_classifier(const anepy_model *model); /* the embedding when tied */
-
-/* Operations of a step of one sequence, two per multiply-add: forward and backward products and
- * attention, whose scores are computed again in the backward pass; nothing for what is elementwise.
- */
-double anepy_step_flops(const anepy_model *model, int32_t tokens);
 
 #endif

@@ -189,7 +189,7 @@ mil_tensor anepy_emit_angles(mil_writer *w, int sine) {
     mil_record *record =
         find(w, (mil_key){sine ? SINE : COSINE, head, width, 0}, head * width, &fresh);
     for (int64_t i = 0; fresh != NULL && i < head; i++) {
-        double frequency = pow(ANEPY_ROPE_THETA, -2.0 * (double)(i / 2) / (double)head);
+        double frequency = anepy_rope_frequency(w->model, (int32_t)i / 2);
         for (int64_t s = 0; s < width; s++) {
             double angle = (double)s * frequency;
             fresh[i * width + s] = anepy_to_half((float)(sine ? sin(angle) : cos(angle)));

@@ -5,7 +5,8 @@
 
 #define COLS ANEPY_COLUMNS
 
-/* vector_embed off: element by element, as the research programs did. */
+/* Without vector_embed: element by element, as the research programs do
+ * (docs/neural-engine.md#research-programs). */
 static void gather_scalar(anepy_engine *e) {
     const float *table = e->room->effective + anepy_model_embedding(e->model);
     float *x = e->room->layers[0].x.data;
@@ -31,7 +32,7 @@ static void scatter_scalar(anepy_engine *e) {
     }
 }
 
-/* On: 64 rows x 64 channels are copied together and transposed as a block. */
+/* With vector_embed: 64 rows x 64 channels are copied together and transposed as a block. */
 static void gather_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;

@@ -55,7 +55,7 @@ void anepy_loss_targets(anepy_engine *e) {
             (float)anepy_token_scale(e);
 }
 
-/* Gradients of the logits in chunks, by anepy_classifier_backward? */
+/* Whether the gradients of the logits are computed by anepy_classifier_backward, in chunks. */
 static int in_chunks(const anepy_engine *e) {
     return e->room->gemm.bf16 != NULL && e->room->tail[ANEPY_SOFTMAX] == NULL &&
            e->room->tail[ANEPY_CLASSIFIER_BWD] == NULL;
@@ -221,7 +221,7 @@ void anepy_classifier_backward(anepy_engine *e) {
 
 void anepy_classifier_dw(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
-    if (in_chunks(e)) return; /* done with dX */
+    if (in_chunks(e)) return; /* computed together with dX */
     anepy_product product = {.c = e->grads + anepy_model_classifier(e->model),
                              .ldc = dim,
                              .a = e->room->logits,

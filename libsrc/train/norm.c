@@ -48,7 +48,7 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
         t->gradient[c] = e->kernels->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row,
                                                  e->room->rstd, e->room->coef,
                                                  e->room->effective[t->weight + c], e->run.columns);
-        if (t->through != NULL) /* the device's dx in place of that one */
+        if (t->through != NULL) /* the device has computed dx, rmsnorm_row only dw */
             e->kernels->add(t->dx + row, residual, t->through + row, e->run.columns);
     }
 }

@@ -36,8 +36,8 @@ int anepy_input_gradient_finite(anepy_engine *e) {
            finite(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim);
 }
 
-/* Every gradient that enters a weight gradient, as the host will use it: the ANE does not promise
- * that a NaN further up shows further down (docs/neural-engine.md#wrong-results). */
+/* Every gradient that enters a weight gradient, as the host will use it: on the ANE a NaN that goes
+ * into a program may come out as a number (docs/neural-engine.md#wrong-results). */
 int anepy_gradients_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     if (!anepy_input_gradient_finite(e)) return 0;

@@ -110,7 +110,9 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
     e->run.added = 0;
     if (!stats->skipped) e->accumulated++;
     if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
-    stats->flops = sequences * anepy_step_flops(e->model, tokens);
+    anepy_flops flops = {.struct_size = sizeof flops};
+    ANEPY_TRY(anepy_step_flops(e->model, &flops, sequences, tokens));
+    stats->flops = flops.total;
     stats->allocations = anepy_heap_operations() - heap;
     anepy_count(&mark, &stats->backward_ms);
     stats->step_ms = mark - start;

@@ -171,7 +171,7 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
         return ANEPY_E_MEMORY;
     }
     for (int64_t i = 0; i < half; i++) {
-        double frequency = pow(ANEPY_ROPE_THETA, -2.0 * (double)i / m->head_dim);
+        double frequency = anepy_rope_frequency(m, (int32_t)i);
         for (int64_t s = 0; s < positions; s++) {
             cpu->cosine[i * positions + s] = (float)cos((double)s * frequency);
             cpu->sine[i * positions + s] = (float)sin((double)s * frequency);

@@ -95,7 +95,7 @@ def anchors(document: Path) -> set[str]:
 def missing(base: Path, name: str) -> str:
     """Say what is wrong with a path, or a path and a section, named in a file in `base`."""
     path, _, section = name.partition("#")
-    places = [base / path, ROOT / path]
+    places = [base / path, ROOT / path, ROOT / "docs" / path]
     target = next((p.resolve() for p in places if p.exists()), None)
     if target is None:
         return f"{path} does not exist"
@@ -157,6 +157,19 @@ def test_links_are_checked_against_sections(tmp_path: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) < README_BYTES
+
+
+@pytest.mark.parametrize(("title", "most"), [("token", 10), ("weight", 10)])
+def test_hands_of_a_walk_are_where_it_says(title: str, most: int) -> None:
+    """Each row names a file and something that this file defines; no hand comes twice."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    section = text.split(f"\n## The walk of a {title}\n")[1].split("\n## ")[0]
+    hands = re.findall(r"^\| \d+\w? \| `([\w./]+)` `(\w+)` \|", section, re.MULTILINE)
+    assert 5 < len(hands) <= most and len(hands) == len(set(hands))
+    assert len(hands) == len(re.findall(r"^\| \d", section, re.MULTILINE))
+    for path, name in hands:
+        defined = rf"^(?:\s*(?:def|class) {name}\b|\w[^\n;=]*\b{name}\()"
+        assert re.search(defined, (ROOT / path).read_text("utf-8"), re.MULTILINE), (path, name)
 
 
 # ------------------------------------------------------------------- messages and environment

@@ -129,5 +129,5 @@ def test_bf16_reaches_the_held_out_loss_of_fp32(seed: int) -> None:
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(anepy.demo).attempted > 0
-    assert doctest.testmod(anepy.demo).failed == 0
+    assert doctest.testmod(anepy.training.demo).attempted > 0
+    assert doctest.testmod(anepy.training.demo).failed == 0

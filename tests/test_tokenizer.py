@@ -148,7 +148,7 @@ def made_up(rng: random.Random) -> tuple[list[bytes], list[float]]:
 def test_encode_made_up_vocabularies_equals_rescanning(
     monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(anepy.tokenizer, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(anepy.text.tokenizer, "_BLOCK_BYTES", block)
     rng = random.Random(block)
     for _ in range(60):
         entries, scores = made_up(rng)
@@ -217,7 +217,7 @@ def test_encode_twice_gives_the_same_ids_and_fresh_lists() -> None:
 
 
 def test_encode_beyond_the_cache_bound_stays_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anepy.tokenizer, "_CACHED_PIECES", 3)
+    monkeypatch.setattr(anepy.text.tokenizer, "_CACHED_PIECES", 3)
     tokenizer = Tokenizer.bytes()
     text = "the quick brown fox jumps over the lazy dog"
     assert tokenizer.encode(text) == [1, 35, *(byte + 3 for byte in text.encode())]
@@ -238,7 +238,7 @@ def test_encode_argument_bytes_come_back_and_half_surrogate_is_refused() -> None
 
 
 def test_encode_parts_joined_equal_encode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anepy.tokenizer, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(anepy.text.tokenizer, "_BLOCK_BYTES", 10)
     tokenizer = Tokenizer.bytes()
     parts = list(tokenizer.encode_parts("some words in several blocks", eos=True))
     assert len(parts) > 2
@@ -382,5 +382,5 @@ def test_constructor_bad_vocabulary_raises() -> None:
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(anepy.tokenizer).attempted > 0
-    assert doctest.testmod(anepy.tokenizer).failed == 0
+    assert doctest.testmod(anepy.text.tokenizer).attempted > 0
+    assert doctest.testmod(anepy.text.tokenizer).failed == 0

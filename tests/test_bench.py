@@ -19,6 +19,7 @@ from cases import GQA, message
 from native import toolchain
 
 from anepy.bench import cases as bench
+from anepy.bench import peaks
 from anepy.engine.flops import flops_per_step
 from anepy.errors import ConfigError
 from anepy.models.model import PRESETS, Model, ModelConfig, TensorTable
@@ -30,34 +31,34 @@ ODD = ModelConfig(52, 44, 2, 2, 1, 600, 70, tied=False)
 
 def test_peaks_of_every_instruction_set_are_numbers_of_that_set() -> None:
     for isa in library_info()["isa_available"]:
-        found = bench.peaks(isa, 1)
+        found = peaks.peaks(isa, 1)
         assert (found.isa, found.threads) == (isa, 1)
         numbers = [found.fp32_gflops, found.read_gbs, found.copy_gbs, found.triad_gbs]
         assert all(0.0 < n < 1e7 and math.isfinite(n) for n in numbers), found
 
 
 def test_peak_without_arguments_is_that_of_an_engine() -> None:
-    found = bench.peaks()
+    found = peaks.peaks()
     info = library_info()
     assert (found.isa, found.threads) == (info["isa"], info["threads"])
-    assert bench.peaks() is found  # measured once
-    assert bench.peaks(again=True).fp32_gflops >= found.fp32_gflops
-    found = bench.peaks()
-    assert bench.machine_peak() == found.fp32_gflops
+    assert peaks.peaks() is found  # measured once
+    assert peaks.peaks(again=True).fp32_gflops >= found.fp32_gflops
+    found = peaks.peaks()
+    assert peaks.machine_peak() == found.fp32_gflops
     if found.bf16_gflops is None:
-        assert math.isnan(bench.machine_peak("bf16"))
+        assert math.isnan(peaks.machine_peak("bf16"))
     else:
-        assert bench.machine_peak("bf16") == found.bf16_gflops
+        assert peaks.machine_peak("bf16") == found.bf16_gflops
 
 
 def test_peaks_that_nobody_can_measure_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"fp16.*fp32, bf16"):
-        bench.machine_peak("fp16")
+        peaks.machine_peak("fp16")
     with pytest.raises(ConfigError, match=r"avx1024.*scalar"):
-        bench.peaks("avx1024")
+        peaks.peaks("avx1024")
     for threads in (0, -1, 2**31, 5000):
         with pytest.raises(ConfigError, match="threads"):
-            bench.peaks(threads=threads)
+            peaks.peaks(threads=threads)
 
 
 # ---------------------------------------------------------------------------------- the benchmark
@@ -79,11 +80,11 @@ def test_every_case_of_every_set_is_right(config: ModelConfig, seq: int) -> None
         names = [r.name for r in results if r.isa == isa and r.precision == "fp32"]
         assert names == [name for name in bench.cases() if name not in ("to_bf16", "from_bf16")]
         named = [r.name for r in results if r.isa == isa and r.precision == "bf16"]
-        assert bool(named) == (bench.peaks(isa, 1).bf16_gflops is not None)
+        assert bool(named) == (peaks.peaks(isa, 1).bf16_gflops is not None)
     for result in results:
         assert len(result.seconds) == 1 and result.seconds[0] > 0.0
         assert result.error < 0.03 and (result.error > 0.0) <= (result.isa != "scalar")
-        assert result.limit in bench.LIMITS and result.peak > 0.0
+        assert result.limit in peaks.LIMITS and result.peak > 0.0
         assert result.bytes > 0.0 and result.operations > 0.0
         assert result.share == pytest.approx(result.rate / result.peak)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from anepy.bench.peaks import device_peak
 from anepy.console import train as console
 from anepy.console.text import (
     Header,
@@ -214,10 +215,12 @@ def test_plain_summary_names_the_peak_of_its_utilization() -> None:
 
 
 def test_summary_shares_a_peak_only_where_there_is_one() -> None:
-    ane = summary().with_peak("ane", "fp16", 8)
+    ane = summary().with_peak(device_peak("ane", "fp16", 8))
     assert ane.utilization == pytest.approx(0.191 / 15.8) and ane.peak is not None
-    assert summary().with_peak("sim", "fp16", 2) == summary(), "a simulator has no speed"
-    assert summary(steps=0).with_peak("ane", "fp16", 8).peak is None
+    assert summary().with_peak(device_peak("sim", "fp16", 2)) == summary(), (
+        "a simulator has no speed"
+    )
+    assert summary(steps=0).with_peak(ane.peak).peak is None
 
 
 def test_plain_resumed_run_says_where() -> None:

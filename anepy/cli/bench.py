@@ -55,11 +55,12 @@ def bench(
     Each case is checked against the scalar kernels before it is timed.
     """
     from ..bench import cases as measuring
+    from ..bench.peaks import PRECISIONS
 
     if list_cases:
         print("\n".join(measuring.cases()))
         return
-    precisions = measuring.PRECISIONS if precision == "all" else (precision,)
+    precisions = PRECISIONS if precision == "all" else (precision,)
     settings = measuring.Settings(
         seq=seq,
         only=tuple(only or ()),
@@ -144,7 +145,7 @@ def _heading_of(job: object) -> tuple[object, ...]:
 
 
 def _print(group: Sequence[Result]) -> None:
-    from ..bench.cases import LIMITS, peaks
+    from ..bench.peaks import LIMITS, peaks
     from ..console.bench import print_columns
 
     first = group[0]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from .._version import __version__
+from ..bench.peaks import device_peak
 from ..engine.engine import Engine
 from ..engine.variants import switch_names, variant_switches
 from ..errors import ConfigError, UnsupportedError
@@ -28,7 +29,6 @@ from ..native import find
 from ..native.info import library_info
 from ..system import machine
 from ..text.data import TokenData
-from ..training.reports import device_peak
 from .config import CompareConfig
 from .estimates import TRUSTED_ROUNDS
 from .result import Ablation, Comparison, Group, Run

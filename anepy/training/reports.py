@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.flops import ANE_PEAK_TFLOPS
-
 if TYPE_CHECKING:
     from ..engine.engine import StepStats
 
@@ -147,10 +145,9 @@ class Summary:
     peak: Mapping[str, Any] | None = None
     utilization: float | None = None
 
-    def with_peak(self, device: str, precision: str, threads: int) -> Summary:
-        """Return the same with the peak of what the run was on; measures a CPU's for 0.2 s."""
-        peak = device_peak(device, precision, threads) if self.steps else None
-        if peak is None:
+    def with_peak(self, peak: Mapping[str, Any] | None) -> Summary:
+        """Return the same with the peak of what the run was on (`bench.peaks.device_peak`)."""
+        if peak is None or not self.steps:
             return self
         return replace(self, peak=peak, utilization=self.tflops * 1e3 / peak["gflops"])
 
@@ -319,28 +316,6 @@ class Measurements:
             held_out_before=self.held_out_before,
             held_out_after=self.held_out_after,
         )
-
-
-def device_peak(device: str, precision: str, threads: int) -> dict[str, Any] | None:
-    """Return what utilization on a device refers to; None for a simulator, which has no speed.
-
-    Args:
-        device: of the engine; `precision` and `threads` too.
-        precision: see `device`.
-        threads: see `device`.
-
-    Returns:
-        `gflops` and its `name`: Apple's figure for the Neural Engine, and for a CPU what its
-        multiply-adds in registers do at most, measured once per process.
-    """
-    if device == "ane":
-        return {"gflops": ANE_PEAK_TFLOPS * 1e3, "name": "Apple's figure for the Neural Engine"}
-    if device != "cpu":
-        return None
-    from ..bench.cases import machine_peak
-
-    gflops = machine_peak(precision, threads)
-    return {"gflops": gflops, "name": "measured FMA peak"} if gflops > 0 else None
 
 
 def peak_memory() -> int:

@@ -147,9 +147,9 @@ LIMIT_TORCH = {
 
 def measured_peaks(threads: int) -> dict[str, float | None]:
     """Measure what this machine can do with the instruction set in use; the best so far."""
-    from anepy.bench import cases as bench
+    from anepy.bench import peaks
 
-    found = bench.peaks(threads=threads, again=True)
+    found = peaks.peaks(threads=threads, again=True)
     return {
         "fp32": found.fp32_gflops,
         "bf16": found.bf16_gflops,
@@ -161,9 +161,9 @@ def measured_peaks(threads: int) -> dict[str, float | None]:
 
 def read_speed(threads: int) -> float:
     """Measure how fast this machine reads memory just now, in GB/s."""
-    from anepy.bench import cases as bench
+    from anepy.bench import peaks
 
-    return bench._measure_peaks(None, threads).read_gbs
+    return peaks._measure_peaks(None, threads).read_gbs
 
 
 def describe_machine(result: dict[str, Any]) -> str:

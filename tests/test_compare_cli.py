@@ -93,7 +93,6 @@ def test_compare_without_model_and_data(run: Run) -> None:
         ["--load", "a.json", "--steps", "3"],
         ["--load", "a.json", "--model", "m.bin"],
         ["--load", "a.json", "--json", "b.json"],
-        ["--load", "a.json", "--submit", "b.json"],
     ],
 )
 def test_compare_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:
@@ -118,8 +117,6 @@ def test_compare_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:
         (["baseline", "opt", "--json", "m.bin"], ["same file"]),
         (["baseline", "opt", "--report", "no/r.html"], ["no/r.html", "no folder"]),
         (["baseline", "opt", "--report", "x", "--json", "x"], ["same file"]),
-        (["baseline", "opt", "--submit", "no/s.json"], ["no/s.json"]),
-        (["baseline", "opt", "--submit", "s.json"], ["Neural Engine", "device cpu", "--json"]),
     ],
 )
 def test_compare_bad_input_is_one_line_and_writes_nothing(

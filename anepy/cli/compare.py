@@ -76,14 +76,6 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE.html", help="Write a page with charts.", show_default=False),
     ] = None,
-    submit: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="Write a Mac's Neural Engine figures in the form of the public tables.",
-            show_default=False,
-        ),
-    ] = None,
 ) -> None:
     """Measure what variants are worth, in turns, with intervals.
 
@@ -97,10 +89,10 @@ def compare(
         if name in CompareConfig.__dataclass_fields__ and value is not None and value is not False
     }
     inputs = {"model": model, "data": data, "preset": preset}
-    outputs = {"results": as_json, "report": report, "submission": submit}
+    outputs = {"results": as_json, "report": report}
     if load:
         given = [*settings, *(name for name, value in inputs.items() if value is not None)]
-        given += [name for name, path in (("json", as_json), ("submit", submit)) if path]
+        given += ["json"] if as_json else []
         if given:
             raise typer.BadParameter(f"--load measures nothing: leave out --{given[0]}")
         _compare_files(words, report)
@@ -138,7 +130,6 @@ def _measure(
             config,
             preset=inputs["preset"] or DEFAULT_PRESET,
             progress=display.turn,
-            begin=_check_submission if "submission" in files else lambda _: None,
             stop=lambda: stop.signal is not None,
             command=["anepy", *sys.argv[1:]],
         )
@@ -157,12 +148,6 @@ def _measure(
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _check_submission(comparison: Comparison) -> None:
-    from ..comparing.submission import check
-
-    check(comparison.engine, comparison.machine, comparison.model["shape"])
-
-
 def _finish(comparison: Comparison, quiet: bool, outputs: Mapping[str, Path]) -> None:
     from ..comparing import file as comparison_file
 
@@ -178,13 +163,6 @@ def _finish(comparison: Comparison, quiet: bool, outputs: Mapping[str, Path]) ->
     if "report" in outputs:
         _write_report([("", comparison)], outputs["report"])
         _say(quiet, f"report written: {outputs['report']}")
-    if "submission" in outputs:
-        from ..comparing.submission import submission
-        from ..system.files import dumps
-
-        record = dumps(submission(comparison), indent=2) + "\n"
-        comparison_file.write(outputs["submission"], "submission", record)
-        _say(quiet, f"submission written: {outputs['submission']}")
 
 
 def _say(quiet: bool, text: str) -> None:

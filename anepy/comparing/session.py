@@ -70,7 +70,6 @@ def compare(
     *,
     preset: str = DEFAULT_PRESET,
     progress: Callable[[Progress], None] = lambda _: None,
-    begin: Callable[[Comparison], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     command: Sequence[str] = (),
 ) -> Comparison:
@@ -85,7 +84,6 @@ def compare(
         config: settings.
         preset: shape of the model if there is none.
         progress: told before every turn.
-        begin: shown what will be measured, before the first turn; what it raises ends everything.
         stop: asked after every step; true ends the comparison with what has been measured.
         command: what was typed, for the record.
 
@@ -111,7 +109,7 @@ def compare(
     elif not isinstance(data, TokenData):
         data = TokenData(data)
     data.check(base.config.vocab_size)
-    return _Session(config, base, data, plan, progress, stop).run(begin, list(command))
+    return _Session(config, base, data, plan, progress, stop).run(list(command))
 
 
 def _load(model: Model | str | Path | None, preset: str, seed: int) -> Model:
@@ -254,7 +252,7 @@ class _Session:
         self._job = Job(config, base, data, self._seq)
         self._done = self._total = 0
 
-    def run(self, begin: Callable[[Comparison], None], command: list[str]) -> Comparison:
+    def run(self, command: list[str]) -> Comparison:
         """Measure everything, or what there was time for."""
         free = int(machine.available_memory() * _MEMORY_SHARE)
         _check_room(free, 4 * self._base.arena.nbytes)
@@ -264,7 +262,6 @@ class _Session:
         self._job = replace(self._job, config=self._config)
         try:
             result = self._describe(first.engine, command)
-            begin(result)
             room = _check_room(free, first.run.memory)
             budget = first.engine.compile_budget
             if budget:

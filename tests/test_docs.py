@@ -29,7 +29,7 @@ import pytest
 
 import anepy
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = needs.CHECKOUT
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "findings/*.md", "tests/**/*.md")

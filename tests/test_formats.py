@@ -12,12 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 
 import anepy
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
+PAGE = needs.CHECKOUT / "docs" / "formats.md"
 
 
 def section(title: str) -> str:

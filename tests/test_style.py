@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import import_rooms
 import needs
 import pytest
 
@@ -105,6 +106,44 @@ def test_c_includes_point_down() -> None:
             if include not in below[parts[1]]:
                 offenders.append(f"{path}: {include}")
     assert offenders == []
+
+
+def test_python_imports_point_down() -> None:
+    """No room of `anepy/` imports one on its own floor or above; new rooms get a floor first."""
+    plan = import_rooms.survey(ROOT)
+    assert plan.floors == import_rooms.FLOORS, plan.rooms
+    assert {arrow: plan.arrows[arrow] for arrow in plan.upward} == {}
+    assert plan.circles == [] and len(plan.rooms) <= 16
+    # The three ways to write an import are all seen.
+    assert {("cli", "training"), ("comparing", "native"), ("__init__", "_version")} <= set(
+        plan.arrows
+    )
+
+
+def test_python_imports_that_climb_are_found(tmp_path: Path) -> None:
+    for path, text in {
+        "__init__.py": "from .upper import thing as shown",
+        "low.py": "def late():\n    from . import shown",
+        "middle/__init__.py": "",
+        "middle/a.py": "import anepy.low\nfrom . import b",
+        "middle/b.py": "import typing\nif typing.TYPE_CHECKING:\n    from .. import upper",
+        "upper.py": "from .middle.a import x\nfrom anepy import low",
+    }.items():
+        (tmp_path / "anepy" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "anepy" / path).write_text(text)
+    plan = import_rooms.survey(tmp_path)
+    assert plan.floors == (("low",), ("middle",), ("upper",), ("__init__",))
+    assert plan.arrows[("low", "__init__")] == ["anepy/low.py:2"]
+    assert set(plan.arrows) == {
+        ("__init__", "upper"),
+        ("low", "__init__"),
+        ("middle", "low"),
+        ("middle", "upper"),
+        ("upper", "middle"),
+        ("upper", "low"),
+    }
+    assert sorted(plan.upward) == [("low", "__init__"), ("middle", "upper")]
+    assert plan.circles == [("middle", "upper")]
 
 
 def test_no_two_headers_of_the_library_share_a_name() -> None:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..engine.flops import ANE_PEAK_TFLOPS
 from ..errors import ConfigError
 from ..native import abi, find
+from ..system.mac import ANE_PEAK_TFLOPS
 
 PRECISIONS = ("fp32", "bf16")
 LIMITS: Mapping[str, str] = MappingProxyType(

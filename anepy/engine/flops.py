@@ -1,4 +1,4 @@
-"""How much arithmetic a step is, and what the Neural Engine could do in the time."""
+"""How much arithmetic a step is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import ctypes
 
 from ..models.model import ModelConfig, TensorTable
 from ..native import abi
-
-# Apple's figure for one Neural Engine; the research programs' utilization refers to it too.
-ANE_PEAK_TFLOPS = 15.8
 
 
 def flops_per_step(config: ModelConfig, seq: int, batch: int = 1) -> dict[str, int]:

@@ -24,6 +24,8 @@ _FRAMEWORKS = {
 # Compiler families of the engine, by generation (docs/neural-engine.md#framework).
 _FAMILIES = {"M1": "h13", "M2": "h14", "M3": "h15", "M4": "h16"}
 _M5 = {"M5": "h16", "M5 Max": "h17"}
+# Apple's figure for one Neural Engine; the research programs' utilization refers to it too.
+ANE_PEAK_TFLOPS = 15.8
 _OLDEST = 13  # functions of the older dialect came with it, those of the newer one with 15
 _NEWER_DIALECT = 15
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..engine.flops import ANE_PEAK_TFLOPS
 from ..system.files import dumps
+from ..system.mac import ANE_PEAK_TFLOPS
 from .reports import StepReport, Summary
 
 

@@ -422,7 +422,7 @@ typedef struct anepy_library_info {
     uint32_t struct_size;
     uint32_t flags;
     char isa[32];       /* instruction set in use */
-    char isa_all[128];  /* all this machine can run, best first, separated by spaces */
+    char isa_all[128];  /* all that can be used here, best first, separated by spaces */
     char compiler[128]; /* what built the library */
     char gemm[64];      /* name of the matrix kernel in use */
     int32_t threads;    /* what "0 threads" means here */

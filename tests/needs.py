@@ -155,6 +155,12 @@ def macos_sdk() -> str:
 # ----------------------------------------------------------------------------------- the processor
 
 
+def x86() -> None:
+    """Ask for an x86-64 processor."""
+    if not X86_64:
+        _missing("an x86-64 processor")
+
+
 def kernel_set(name: str) -> None:
     """Ask for a kernel set that this processor can run and ANEPY_CPU_MASK does not hide."""
     if name not in library_info()["isa_available"]:

@@ -16,7 +16,7 @@ import needs
 import numpy as np
 import pytest
 from cases import GQA, message
-from native import toolchain
+from native import mutate, toolchain
 
 from anepy.bench import cases as bench
 from anepy.bench import peaks
@@ -150,43 +150,16 @@ def test_only_selects_by_the_beginning_of_a_name() -> None:
 
 # ------------------------------------------------------------------------------ a kernel is wrong
 
-# Called in the place of the right ones, they spoil one number.
-WRONG = {
-    "gemm_tile": """(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_step,
-        const float *b, int64_t ldb, int32_t k, int32_t rows, int32_t accumulate,
-        anepy_lines next) {
-        SIMD_FN(gemm_tile)(c, ldc, a, a_row, a_step, b, ldb, k, rows, accumulate, next);
-        c[(rows - 1) * ldc + 3] *= 1.01f; }""",
-    "adam": """(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a) {
-        SIMD_FN(adam)(p, g, m, v, n, a);
-        v[n / 2] *= 2.0f; }""",
-    "to_half": """(uint16_t *dst, const float *src, int64_t n) {
-        SIMD_FN(to_half)(dst, src, n);
-        dst[n - 1] ^= 1; }""",
-    "swiglu": """(float *gate, const float *h1, const float *h3, int64_t n) {
-        SIMD_FN(swiglu)(gate, h1, h3, n);
-        gate[0] = NAN; }""",
-}
-
 
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the library with a mistake in some vector kernels; the scalar ones stay right."""
     needs.compiler()
     root = tmp_path_factory.mktemp("broken")
-    shutil.copytree(toolchain.ROOT / "libsrc", root / "libsrc")
+    shutil.copytree(mutate.LIBSRC, root / "libsrc")
     shutil.copy(toolchain.SCRIPT, root)
-    source = root / "libsrc" / "kernels" / "vector_impl.h"
-    text = source.read_text()
-    functions = ""
-    for name, body in WRONG.items():
-        entry = f".{name} = SIMD_FN({name})"
-        assert text.count(entry) == 1, entry
-        text = text.replace(entry, f".{name} = SIMD_FN(wrong_{name})")
-        functions += f"SIMD_TARGET static void SIMD_FN(wrong_{name}){body}\n"
-    place = "#define VECTOR_KERNELS("
-    assert text.count(place) == 1
-    source.write_text(text.replace(place, functions + place))
+    for mutation in mutate.of("bench"):
+        mutate.mutate(root / "libsrc", mutation)
     toolchain.run([root / "build_lib.sh", "--quiet", "--out", root / "out"])
     return next((root / "out").glob("libanepy.*"))
 

@@ -14,17 +14,16 @@ from pathlib import Path
 
 import needs
 import pytest
-from native import toolchain
+from native import mutate, toolchain
 
 from anepy.native.info import library_info
 
 pytestmark = needs.LINUX  # a Mac has the real one
 
 PROVIDER = toolchain.ROOT / "libsrc" / "kernels" / "blas_accelerate.c"
-SPLIT = PROVIDER.with_name("blas.c")
-PIECES = PROVIDER.with_name("gemm.c")
 STANDIN = toolchain.ROOT / "tests" / "standin" / "accelerate.c"
 NAMES = [f"-D{name}=accelerate_{name}" for name in ("dlopen", "dlsym", "dlerror")]
+APPLE = ["-D__APPLE__", *NAMES]
 GROUPS = ("gemm", "engine", "handles")
 
 
@@ -46,8 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     flags = toolchain.script_flags(folder, "--werror")
     sources = [path for path in toolchain.library_sources() if path != PROVIDER]
     made = toolchain.compile_files(compiler, flags, sources, folder / "library")
-    apple = ["-D__APPLE__", *NAMES]
-    made += toolchain.compile_files(compiler, [*flags, *apple], [PROVIDER], folder / "library")
+    made += toolchain.compile_files(compiler, [*flags, *APPLE], [PROVIDER], folder / "library")
     made += toolchain.compile_files(compiler, flags, [STANDIN], folder / "library")
     objects = dict(zip([*sources, PROVIDER, STANDIN], made, strict=True))
     checks = toolchain.compile_checks(compiler, flags, folder / "checks")
@@ -142,29 +140,13 @@ def test_choice_elsewhere_is_refused(wanted: str, words: str) -> None:
     assert "_tile_" in library_info()["gemm"]
 
 
-# file, what stands there, what stands there instead
-MUTATIONS = [
-    (PROVIDER, "if (before != SINGLE_THREADED) set_threading(SINGLE_THREADED);", ""),
-    (PROVIDER, "if (before != SINGLE_THREADED) set_threading(before);", ""),
-    (PROVIDER, "transpose_b ? TRANSPOSED : AS_IT_IS", "AS_IT_IS"),
-    (SPLIT, "s->accumulate ? 1.0f : 0.0f", "0.0f"),
-    (SPLIT, "s->a + first * s->a_row", "s->a + first"),
-    (PIECES, "s->m + pieces - 1", "s->m"),
-    (SPLIT, "anepy_gemm_row_squares(job->gemm, s, first, rows);", ""),
-]
-
-
-@pytest.mark.parametrize(("source", "old", "new"), MUTATIONS)
+@pytest.mark.parametrize("mutation", mutate.of("blas"), ids=lambda mutation: mutation.name)
 def test_checks_of_a_broken_provider_fail(
-    built: Build, tmp_path: Path, source: Path, old: str, new: str
+    built: Build, tmp_path: Path, mutation: mutate.Mutation
 ) -> None:
-    text = source.read_text()
-    assert text.count(old) == 1, f"{source.name} has changed: break something else there"
-    broken = tmp_path / source.name
-    broken.write_text(text.replace(old, new))
-    apple = ["-D__APPLE__", *NAMES] if source == PROVIDER else []
-    flags = [flag for flag in built.flags if flag != "-Werror"]
-    made = toolchain.compile_files(built.compiler, [*flags, *apple], [broken], tmp_path)[0]
-    objects = {**built.objects, source: made}.values()
-    program = toolchain.link(built.compiler, [], objects, tmp_path / "run")
-    assert toolchain.run([program, "gemm", "engine"], check=False).returncode != 0
+    def flags(source: Path) -> list[str]:
+        return [*built.flags, *(APPLE if source == PROVIDER else [])]
+
+    made = mutate.rebuilt(mutation, built.objects, built.compiler, flags, tmp_path)
+    program = toolchain.link(built.compiler, [], made, tmp_path / "run")
+    assert toolchain.run([program, *mutation.groups], check=False).returncode != 0

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import needs
 import pytest
-from native import toolchain
+from native import mutate, toolchain
 
 THREADED = ("gemm", "pool", "runtime", "engine", "batch", "handles", "weights")
 ARM = ["neonbf16", "neon", "scalar"]
+UNMASKED = {"ANEPY_CPU_MASK": ""}  # whatever mask the tests run under
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,19 @@ def assert_passes(*command: str | Path, env: dict[str, str] | None = None) -> st
 def test_checks_optimized_as_released_pass(
     program: Callable[[Build], Program], build: Build
 ) -> None:
-    output = assert_passes(program(build).path)
-    main = (toolchain.ROOT / "tests" / "native" / "main.c").read_text()
-    groups = re.findall(r'{"(\w+)", checks_\w+}', main)
-    assert len(groups) > 10
-    for group in groups:
-        assert re.search(rf"^{group} +[1-9]\d* checks, 0 failures$", output, re.MULTILINE), group
+    """And each group has checks, each kernel is called by one, on every set that is here."""
+    path = program(build).path
+    output = assert_passes(path, "--kernels")
+    groups = re.findall(r"^(\w+) +(\d+) checks, 0 failures$", output, re.MULTILINE)
+    assert len(groups) > 10 and all(int(count) > 0 for _, count in groups), groups
+    header = (toolchain.ROOT / "libsrc" / "kernels" / "kernels.h").read_text()
+    bf16, _, plain = header.partition("} anepy_bf16_kernels;")
+    names = set(re.findall(r"\(\*(\w+)\)\(", plain))
+    assert len(names) > 25
+    if "bf16" in toolchain.run([path, "--list"]).stdout:
+        names |= set(re.findall(r"\(\*(\w+)\)\(", bf16))
+    called = re.search(r"^kernels: (.+)$", output, re.MULTILINE)
+    assert called and names - set(called[1].split()) == set()
 
 
 def test_checks_under_address_and_undefined_sanitizers_pass(
@@ -120,19 +127,12 @@ def test_checks_on_emulated_aarch64_pass(program: Callable[[Build], Program]) ->
     emulator = needs.program("qemu-aarch64", "qemu-aarch64-static")
     path = program(AARCH64).path
     for processor, sets in (("max", ARM), ("cortex-a72", ARM[1:])):
-        listed = toolchain.run([emulator, "-cpu", processor, path, "--list"]).stdout
+        command = [emulator, "-cpu", processor, path, "--list"]
+        listed = toolchain.run(command, env=UNMASKED).stdout
         assert listed.split() == sets, f"{processor} is taken for something else"
-    assert_passes(emulator, "-cpu", "cortex-a72", path, "--isa", "neon", "table")
-    assert_passes(emulator, "-cpu", "max", path, "--emulated")
-
-
-def test_every_kernel_has_a_check() -> None:
-    """The checks run over all instruction sets, here and emulated; so each kernel is in them."""
-    header = (toolchain.ROOT / "libsrc" / "kernels" / "kernels.h").read_text()
-    kernels = re.findall(r"\(\*(\w+)\)\(", header)
-    assert len(kernels) > 25
-    checks = "".join(path.read_text() for path in toolchain.CHECKS)
-    assert [name for name in kernels if f"->{name}(" not in checks] == []
+    command = [emulator, "-cpu", "cortex-a72", path, "--isa", "neon", "table"]
+    assert_passes(*command, env=UNMASKED)
+    assert_passes(emulator, "-cpu", "max", path, "--emulated", env=UNMASKED)
 
 
 # ------------------------------------------------------------------------------ choices at run time
@@ -143,18 +143,21 @@ def test_checks_with_a_mask_run_that_set_or_the_best_below(
     program: Callable[[Build], Program], mask: str
 ) -> None:
     path = program(PLAIN).path
-    available = toolchain.run([path, "--list"]).stdout.split()
+    available = toolchain.run([path, "--list"], env=UNMASKED).stdout.split()
     assert available[-1] == "scalar"
     allowed = needs.KERNEL_SETS[needs.KERNEL_SETS.index(mask) :]
     expected = next(name for name in allowed if name in available)
+    masked = {"ANEPY_CPU_MASK": mask}
+    listed = toolchain.run([path, "--list"], env=masked).stdout.split()
+    assert listed == available[available.index(expected) :]
     groups = ("table", "engine", "batch", "handles")
-    assert_passes(path, "--isa", expected, *groups, env={"ANEPY_CPU_MASK": mask})
+    assert_passes(path, "--isa", expected, *groups, env=masked)
 
 
 def test_checks_without_a_mask_run_the_best_set(program: Callable[[Build], Program]) -> None:
     path = program(PLAIN).path
-    best = toolchain.run([path, "--list"]).stdout.split()[0]
-    assert_passes(path, "--isa", best, "table", env={"ANEPY_CPU_MASK": ""})
+    best = toolchain.run([path, "--list"], env=UNMASKED).stdout.split()[0]
+    assert_passes(path, "--isa", best, "table", env=UNMASKED)
 
 
 @pytest.mark.parametrize(("wanted", "threads"), [("1", "1"), ("3", "3"), ("100000", "256")])
@@ -178,82 +181,22 @@ def test_default_threads_respect_affinity(program: Callable[[Build], Program]) -
 
 # ---------------------------------------------------------------------------- the checks can fail
 
-# group that must notice, file, what stands there, what stands there instead
-VECTORS = "kernels/vector_impl.h"
-MUTATIONS = [
-    ("elementwise", VECTORS, "left >= VL ? v_load(p) : v_load_n(p, left)", "v_load(p)"),
-    ("elementwise", VECTORS, "    else v_store_n(p, v, left);", "    else v_store(p, v);"),
-    (
-        "products",
-        VECTORS,
-        "j < rows ? src[j * ld + p] : 0.0f",
-        "j <= rows ? src[j * ld + p] : 0.0f",
-    ),
-    ("exp", VECTORS, "0x1.fffffcp-2f", "0x1.ffffp-2f"),
-    ("adam", VECTORS, "v_fma(v_sqrt(var), c2, eps)", "v_mul(v_sqrt(var), c2)"),
-    ("gemm", "kernels/gemm.c", "whole->accumulate || p > 0", "whole->accumulate"),
-    ("gemm", "kernels/gemm.c", "if (p + s.k < whole->k) s.squares = NULL;", "s.squares = NULL;"),
-    (
-        "gemm",
-        "kernels/gemm.c",
-        "sum_squares(c + r * s->ldc, p.columns)",
-        "sum_squares(c, p.columns)",
-    ),
-    ("gemm", "kernels/gemm.c", "if (k % 2 != 0) row[k] = 0;", ""),
-    ("gemm", "kernels/gemm.c", "pairs[(n - 1) * COLS + j] &= 0xffff;", "(void)pairs;"),
-    ("bf16", "kernels/bf16_impl.h", "(uint32_t)*high << 16 : 0)", "(uint32_t)*high << 16 : 1)"),
-    ("bf16", "kernels/bf16_impl.h", "pack_pair(dst, src, NULL, n)", "pack_pair(dst, src, src, n)"),
-    ("pool", "runtime/threads.c", "if (pool->serial) return NULL;", "if (0) return NULL;"),
-    ("model", "model/model.c", "arena_n += t->rows * cols;", "arena_n += t->rows * cols + 1;"),
-    (
-        "batch",
-        "train/engine.h",
-        "token / e->run.tokens * e->run.padded + token % e->run.tokens",
-        "token",
-    ),
-    ("batch", "train/loss.c", "e->room->lse[start + s] = INFINITY;", "e->room->lse[s] = INFINITY;"),
-    (
-        "batch",
-        "train/squares.c",
-        "t < anepy_running_tokens(e) && c->tied",
-        "t < e->run.tokens && c->tied",
-    ),
-    ("handles", "runtime/fpmode.h", "(uint32_t)saved);", "(uint32_t)saved | 0x8040);"),
-]
 
-
-def depends(source: Path, name: str, tree: Path) -> bool:
-    """Whether a source file is `name` of the tree or includes it, through other headers or not."""
-    if source == tree / name:
-        return True
-    included = re.findall(r'#include "([^"]+)"', source.read_text())
-    return any(depends(tree / path, name, tree) for path in included if (tree / path).is_file())
-
-
-@needs.X86
-@pytest.mark.parametrize(("group", "name", "old", "new"), MUTATIONS)
+@pytest.mark.parametrize("mutation", mutate.of("native"), ids=lambda mutation: mutation.name)
 def test_checks_of_a_broken_library_fail(
-    program: Callable[[Build], Program], tmp_path: Path, group: str, name: str, old: str, new: str
+    program: Callable[[Build], Program], tmp_path: Path, mutation: mutate.Mutation
 ) -> None:
+    mutation.ask()
     good = program(PLAIN)
-    tree = tmp_path / "libsrc"
-    shutil.copytree(toolchain.ROOT / "libsrc", tree)
-    text = (tree / name).read_text()
-    assert text.count(old) == 1, f"{name} has changed: break something else there"
-    (tree / name).write_text(text.replace(old, new))
-    users = [
-        source
-        for source in good.objects
-        if source.is_relative_to(toolchain.ROOT / "libsrc")
-        and depends(source, name, toolchain.ROOT / "libsrc")
-    ]
-    assert users
-    flags = [f"-I{tree}" if flag == "-Ilibsrc" else flag for flag in good.flags]
-    broken = [tree / source.relative_to(toolchain.ROOT / "libsrc") for source in users]
-    objects = toolchain.compile_files(good.compiler, flags, broken, tmp_path / "objects")
-    others = [good.objects[source] for source in good.objects if source not in users]
-    path = toolchain.link(good.compiler, (), [*objects, *others], tmp_path / "run")
-    assert toolchain.run([path, group], check=False).returncode != 0
+    made = mutate.rebuilt(mutation, good.objects, good.compiler, lambda _: good.flags, tmp_path)
+    path = toolchain.link(good.compiler, (), made, tmp_path / "run")
+    assert toolchain.run([path, *mutation.groups], check=False).returncode != 0
+
+
+def test_every_marker_has_one_mutation() -> None:
+    names = [mutation.name for mutation in mutate.MUTATIONS]
+    assert sorted(mutate.markers()) == sorted(names)
+    assert len(set(names)) == len(names) > 20
 
 
 # --------------------------------------------------------------------------------------- warnings

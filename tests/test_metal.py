@@ -6,14 +6,16 @@ aligned, or was described wrongly. `check.c` there holds the checks.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import needs
 import pytest
-from native import gnustep, toolchain
+from native import gnustep, mutate, toolchain
 
 from anepy import Engine, Model, ModelConfig
 from anepy.errors import AnepyError
@@ -106,50 +108,24 @@ def test_checks_leak_nothing_and_execute_every_line(tmp_path: Path) -> None:
     assert unknown == []
 
 
-# group that must notice, file, what stands there, what stands there instead
-MUTATIONS = [
-    ("numbers", "device/metal/metal.m", "p->accumulate ? 1.0 : 0.0", "1.0"),
-    ("numbers", "device/metal/metal.m", "if (e->k != p->k) drop_kernels(e);", ""),
-    ("numbers", "device/metal/metal.m", "interiorColumns:(NSUInteger)p->k", "interiorColumns:1"),
-    ("steady", "device/metal/metal.m", "[m->ranges[i].buffer release]", "(void)i"),
-    ("faults", "device/metal/metal.m", "m->broken |= status != ANEPY_OK;", ""),
-    ("faults", "device/metal/metal.m", "[m->group release];", ""),
-    (
-        "steady",
-        "device/metal/metal.m",
-        "anepy_round_up((int64_t)nbytes, ANEPY_METAL_PAGE)",
-        "nbytes",
-    ),
-    ("steady", "device/metal/metal.m", "memory % ANEPY_METAL_PAGE != 0", "memory % 4 != 0"),
-    ("numbers", "train/dw.c", "which == DW_QKV", "which == DW_W2"),
-    ("numbers", "train/dw.c", "status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);", ""),
-    ("numbers", "train/dw.c", " || anepy_on(e, ANEPY_METAL_DW);", ";"),
-    (
-        "faults",
-        "train/step.c",
-        "if ((e->run.dw_started > 0 || e->run.added > 0) && e->accumulated > 0) "
-        "e->scaling.damaged = 1;",
-        "",
-    ),
-]
+def flags_of(program: Program, source: Path) -> list[str]:
+    return [*program.flags, *([*program.objc, *NAMES] if source == METAL else [])]
 
 
-@pytest.mark.parametrize(("group", "name", "old", "new"), MUTATIONS)
+def broken(program: Program, made: list[Path], folder: Path) -> Path:
+    objects = dict(zip(program.objects, made, strict=True))
+    return finish(dataclasses.replace(program, path=folder / "run", objects=objects)).path
+
+
+@pytest.mark.parametrize("mutation", mutate.of("metal"), ids=lambda mutation: mutation.name)
 def test_checks_of_a_broken_library_fail(
-    program: Program, tmp_path: Path, group: str, name: str, old: str, new: str
+    program: Program, tmp_path: Path, mutation: mutate.Mutation
 ) -> None:
-    text = (LIBSRC / name).read_text()
-    assert text.count(old) == 1, f"{name} has changed: break something else there"
-    source = tmp_path / Path(name).name
-    source.write_text(text.replace(old, new))
-    more = [*program.objc, *NAMES] if source.suffix == ".m" else []
-    flags = [flag for flag in program.flags if flag != "-Werror"]
-    made = toolchain.compile_files(program.compiler, [*flags, *more], [source], tmp_path)
-    objects = {**program.objects, LIBSRC / name: made[0]}
-    broken = finish(
-        Program(tmp_path / "run", program.compiler, flags, program.objc, objects, program.link)
+    made = mutate.rebuilt(
+        mutation, program.objects, program.compiler, partial(flags_of, program), tmp_path
     )
-    assert toolchain.run([broken.path, group], check=False).returncode != 0
+    path = broken(program, made, tmp_path)
+    assert toolchain.run([path, *mutation.groups], check=False).returncode != 0
 
 
 # --------------------------------------------------------------------------- without a Metal GPU

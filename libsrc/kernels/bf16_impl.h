@@ -50,11 +50,11 @@ SIMD_TARGET static void SIMD_FN(pack_pairs)(uint32_t *dst, int64_t dst_ld, const
         }
         pack_pair(dst, src, src + ld, n);
     }
-    if (k > 0) pack_pair(dst, src, NULL, n);
+    if (k > 0) pack_pair(dst, src, /* mutate: pack-odd-row */ NULL, n);
 }
 
 V_INLINE uint32_t pair_of(const uint16_t *low, const uint16_t *high) {
-    return *low | (high != NULL ? (uint32_t)*high << 16 : 0);
+    return *low | (high != NULL ? (uint32_t)*high << 16 : /* mutate: zip-odd-row */ 0);
 }
 
 SIMD_TARGET static void SIMD_FN(zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src,

@@ -40,9 +40,11 @@ void anepy_blas_rows(const anepy_blas *blas, const anepy_product *s, int32_t fir
     int64_t lda = by_columns ? s->a_step : s->a_row;
     /* A single row or column may have any stride; the library wants one that could be. */
     int32_t least = by_columns ? rows : s->k, least_b = s->b_transposed ? s->k : s->n;
-    blas->sgemm(by_columns, s->b_transposed, rows, s->n, s->k, s->a + first * s->a_row,
+    blas->sgemm(by_columns, s->b_transposed, rows, s->n, s->k,
+                s->a + /* mutate: blas-first-row */ first * s->a_row,
                 anepy_max_i32((int32_t)lda, least), s->b, anepy_max_i32((int32_t)s->ldb, least_b),
-                s->accumulate ? 1.0f : 0.0f, s->c + first * s->ldc, (int32_t)s->ldc);
+                /* mutate: blas-accumulate */ s->accumulate ? 1.0f : 0.0f, s->c + first * s->ldc,
+                (int32_t)s->ldc);
 }
 
 static void multiply_block(void *context, int32_t index, int32_t worker) {
@@ -51,7 +53,7 @@ static void multiply_block(void *context, int32_t index, int32_t worker) {
     const anepy_product *s = &job->product;
     int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
     anepy_blas_rows(job->gemm->blas, s, first, rows);
-    anepy_gemm_row_squares(job->gemm, s, first, rows);
+    /* mutate: blas-row-squares */ anepy_gemm_row_squares(job->gemm, s, first, rows);
 }
 
 void anepy_blas_run(const anepy_gemm *gemm, const anepy_product *product) {

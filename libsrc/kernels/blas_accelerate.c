@@ -42,11 +42,11 @@ static void sgemm(int transpose_a, int transpose_b, int m, int n, int k, const f
                   const float *b, int ldb, float beta, float *c, int ldc) {
     int can = get_threading != NULL && set_threading != NULL;
     unsigned before = can ? get_threading() : SINGLE_THREADED;
-    if (before != SINGLE_THREADED) set_threading(SINGLE_THREADED);
+    if (/* mutate: blas-one-thread */ before != SINGLE_THREADED) set_threading(SINGLE_THREADED);
     cblas_sgemm_found(ROW_MAJOR, transpose_a ? TRANSPOSED : AS_IT_IS,
-                      transpose_b ? TRANSPOSED : AS_IT_IS, m, n, k, 1.0f, a, lda, b, ldb, beta, c,
-                      ldc);
-    if (before != SINGLE_THREADED) set_threading(before);
+                      /* mutate: blas-transposed-b */ transpose_b ? TRANSPOSED : AS_IT_IS, m, n, k,
+                      1.0f, a, lda, b, ldb, beta, c, ldc);
+    if (/* mutate: blas-threads-given-back */ before != SINGLE_THREADED) set_threading(before);
 }
 
 static const anepy_blas ACCELERATE = {"Accelerate sgemm", sgemm};

@@ -106,7 +106,7 @@ static void round_rows(const anepy_bf16_kernels *bf16, float *dst, const float *
     for (int32_t i = 0; i < rows; i++) {
         uint16_t *row = (uint16_t *)(void *)(dst + (int64_t)i * n);
         bf16->to_bf16(row, src + i * ld, k);
-        if (k % 2 != 0) row[k] = 0;
+        if (/* mutate: gemm-odd-row */ k % 2 != 0) row[k] = 0;
     }
 }
 
@@ -129,7 +129,8 @@ static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *
     } else if (s->b16 != NULL) {
         gemm->kernels->transpose_panel(panel, (const float *)(const void *)(s->b16 + first),
                                        s->ldb / 2, columns, n);
-        for (int32_t j = 0; j < COLS && s->k % 2 != 0; j++) pairs[(n - 1) * COLS + j] &= 0xffff;
+        for (int32_t j = 0; j < COLS && /* mutate: gemm-odd-column */ s->k % 2 != 0; j++)
+            pairs[(n - 1) * COLS + j] &= 0xffff;
     } else {
         round_rows(bf16, rounded, s->b + first, s->ldb, columns, s->k, n);
         gemm->kernels->transpose_panel(panel, rounded, n, columns, n);
@@ -189,8 +190,8 @@ static anepy_product part_of(const anepy_product *whole, int32_t p, int32_t k) {
     if (s.b16 != NULL) s.b16 += b;
     else if (s.b != NULL) s.b += b; /* B may be packed already */
     s.k = anepy_min_i32(k, whole->k - p);
-    s.accumulate = whole->accumulate || p > 0;
-    if (p + s.k < whole->k) s.squares = NULL;
+    s.accumulate = whole->accumulate || /* mutate: gemm-later-part-adds */ p > 0;
+    if (/* mutate: gemm-squares-of-last-part */ p + s.k < whole->k) s.squares = NULL;
     return s;
 }
 
@@ -300,7 +301,8 @@ static area area_of(const anepy_gemm *gemm, const anepy_product *s, int32_t inde
     int32_t panels = (s->n + COLS - 1) / COLS, pieces = row_pieces(s) * panels;
     int32_t row = index / panels * PIECE_ROWS, column = index % panels * COLS;
     if (by_blas(gemm)) {
-        int32_t rows = (int32_t)anepy_round_up((s->m + pieces - 1) / pieces, BLAS_ROUND);
+        int32_t most = (s->m + /* mutate: blas-last-piece */ pieces - 1) / pieces;
+        int32_t rows = (int32_t)anepy_round_up(most, BLAS_ROUND);
         row = anepy_min_i32(s->m, index * rows);
         return (area){row, anepy_min_i32(rows, s->m - row), 0, s->n};
     }
@@ -317,7 +319,7 @@ void anepy_gemm_piece_squares(void *context, int32_t index, int32_t worker) {
     double sum = 0.0;
     for (int32_t r = 0; r < p.rows; r++)
         sum += job->gemm->kernels->sum_squares(c + r * s->ldc, p.columns);
-    s->squares[index] = sum;
+    s->squares[index] = /* mutate: gemm-piece-squares */ sum;
 }
 
 /* A is read where it is, or a block at a time. */

@@ -30,28 +30,30 @@ static const struct {
 #define SET_N ((int32_t)(sizeof SETS / sizeof SETS[0]))
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static const anepy_kernels *chosen;
+static const anepy_kernels *allowed[SET_N]; /* best first, then NULL */
 static char unknown_mask[32];
 
-/* The mask can only lower: a set above what the machine has is skipped, never forced. */
+/* ANEPY_CPU_MASK can only take away: a set that the machine lacks is skipped, never forced. */
 static void choose(void) {
     uint32_t features = anepy_cpu_features();
     const char *mask = getenv("ANEPY_CPU_MASK");
-    int32_t first = 0;
+    int32_t first = 0, n = 0;
     if (mask != NULL && mask[0] != '\0') {
         while (first < SET_N && strcmp(SETS[first].set->isa, mask) != 0) first++;
-        if (first == SET_N) {
-            strncpy(unknown_mask, mask, sizeof unknown_mask - 1);
-            return;
-        }
+        if (first == SET_N) strncpy(unknown_mask, mask, sizeof unknown_mask - 1);
     }
-    for (int32_t i = first; i < SET_N && chosen == NULL; i++)
-        if ((features & SETS[i].needs) == SETS[i].needs) chosen = SETS[i].set;
+    for (int32_t i = first; i < SET_N; i++)
+        if ((features & SETS[i].needs) == SETS[i].needs) allowed[n++] = SETS[i].set;
+}
+
+const anepy_kernels *anepy_kernels_at(int32_t index) {
+    pthread_once(&once, choose);
+    return index >= 0 && index < SET_N ? allowed[index] : NULL;
 }
 
 const anepy_kernels *anepy_kernels_get(void) {
-    pthread_once(&once, choose);
-    if (chosen == NULL) {
+    const anepy_kernels *best = anepy_kernels_at(0);
+    if (best == NULL) {
         char names[96] = "";
         for (int32_t i = 0; i < SET_N; i++) {
             strcat(names, i > 0 ? ", " : "");
@@ -60,21 +62,16 @@ const anepy_kernels *anepy_kernels_get(void) {
         anepy_fail(ANEPY_E_NAME, "ANEPY_CPU_MASK=%s is unknown: use one of %s", unknown_mask,
                    names);
     }
-    return chosen;
+    return best;
 }
 
 const anepy_kernels *anepy_kernels_scalar(void) { return &anepy_kernels_scalar_set; }
 
-const anepy_kernels *anepy_kernels_at(int32_t index) {
-    uint32_t features = anepy_cpu_features();
-    for (int32_t i = 0; i < SET_N; i++)
-        if ((features & SETS[i].needs) == SETS[i].needs && index-- == 0) return SETS[i].set;
-    return NULL;
-}
-
 int32_t anepy_kernels_named(const anepy_kernels **out, const char *isa) {
     char names[96] = "";
-    if (isa == NULL) return (*out = anepy_kernels_get()) != NULL ? ANEPY_OK : ANEPY_E_NAME;
+    *out = anepy_kernels_get();
+    if (*out == NULL) return ANEPY_E_NAME;
+    if (isa == NULL) return ANEPY_OK;
     for (int32_t i = 0; (*out = anepy_kernels_at(i)) != NULL; i++) {
         if (strcmp((*out)->isa, isa) == 0) return ANEPY_OK;
         strcat(names, i > 0 ? ", " : "");

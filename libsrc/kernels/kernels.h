@@ -143,14 +143,14 @@ typedef struct anepy_kernels {
     const anepy_bf16_kernels *bf16; /* NULL: the instruction set has no bf16 products */
 } anepy_kernels;
 
-/* The best set this machine and ANEPY_CPU_MASK allow; NULL with an error sentence if the mask names
- * no known set. Decided once per process. */
+/* The best set that this machine and ANEPY_CPU_MASK allow; NULL with an error sentence if the mask
+ * names no known set. Always the same in one process. */
 const anepy_kernels *anepy_kernels_get(void);
 
 /* The plain reference. */
 const anepy_kernels *anepy_kernels_scalar(void);
 
-/* All sets this machine can run, best first, mask ignored; NULL beyond the last. */
+/* All sets that this machine and ANEPY_CPU_MASK allow, best first; NULL beyond the last. */
 const anepy_kernels *anepy_kernels_at(int32_t index);
 
 /* The set with this name, NULL: the one in use; ANEPY_E_NAME with the list of all. */

@@ -11,7 +11,7 @@ V_INLINE void TILE_ROWS(float *c, int64_t ldc, const TILE_UNIT *a, int64_t a_row
     ANEPY_UNROLL
     for (int i = 0; i < rows; i++) {
         ANEPY_UNROLL
-        for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(0.0f);
+        for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(/* mutate: tile-start */ 0.0f);
     }
     for (; k > 0; k--) {
         TILE_VECTOR col[TILE_VECTORS];

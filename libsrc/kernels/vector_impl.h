@@ -10,10 +10,10 @@
 
 /* Full or partial vector, by what is left. */
 V_INLINE vf load_left(const float *p, int64_t left) {
-    return left >= VL ? v_load(p) : v_load_n(p, left);
+    return /* mutate: vector-load-tail */ left >= VL ? v_load(p) : v_load_n(p, left);
 }
 V_INLINE void store_left(float *p, vf v, int64_t left) {
-    if (left >= VL) v_store(p, v);
+    if (/* mutate: vector-store-tail */ left >= VL) v_store(p, v);
     else v_store_n(p, v, left);
 }
 
@@ -38,7 +38,7 @@ SIMD_TARGET static void SIMD_FN(transpose_panel)(float *dst, const float *src, i
         for (int32_t p = full_n; p < n; p++) dst[p * COLS + j] = src[j * ld + p];
     for (int32_t p = 0; p < n && full_rows < COLS; p++)
         for (int32_t j = full_rows; j < COLS; j++)
-            dst[p * COLS + j] = j < rows ? src[j * ld + p] : 0.0f;
+            dst[p * COLS + j] = /* mutate: transpose-row-limit */ j < rows ? src[j * ld + p] : 0.0f;
 }
 
 /* Row after row, so that the matrix is read in one stream. */
@@ -116,7 +116,7 @@ V_INLINE vf v_exp(vf x) {
     vf q = v_fma(v_set(0x1.6a23cep-10f), r, v_set(0x1.123a2p-7f));
     q = v_fma(q, r, v_set(0x1.5558f2p-5f));
     q = v_fma(q, r, v_set(0x1.555492p-3f));
-    q = v_fma(q, r, v_set(0x1.fffffcp-2f));
+    q = v_fma(q, r, v_set(/* mutate: exp-coefficient */ 0x1.fffffcp-2f));
     vf e = v_fma(v_mul(q, r), r, v_add(r, v_set(1.0f)));
     return v_zero_below(v_mul(e, v_pow2(n)), x, low);
 }
@@ -153,7 +153,7 @@ SIMD_TARGET static float SIMD_FN(sum)(const float *x, int64_t n) {
 
 SIMD_TARGET static void SIMD_FN(to_half)(uint16_t *dst, const float *src, int64_t n) {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL) v_store_half(dst + i, v_load(src + i));
+    for (; i + VL <= n; i += VL) v_store_half(dst + i, /* mutate: half-value */ v_load(src + i));
     for (; i < n; i++) dst[i] = anepy_to_half(src[i]);
 }
 
@@ -171,7 +171,7 @@ V_INLINE vf v_sigmoid(vf x) {
 SIMD_TARGET static void SIMD_FN(swiglu)(float *gate, const float *h1, const float *h3, int64_t n) {
     for (int64_t i = 0; i < n; i += VL) {
         vf h = load_left(h1 + i, n - i);
-        vf silu = v_mul(h, v_sigmoid(h));
+        vf silu = /* mutate: swiglu-gate */ v_mul(h, v_sigmoid(h));
         store_left(gate + i, v_mul(silu, load_left(h3 + i, n - i)), n - i);
     }
 }
@@ -453,9 +453,9 @@ V_INLINE void adam_loop(float *p, float *g, float *m, float *v, int64_t n, const
         vf grad = v_mul(load_left(g + i, left), gs);
         vf mean = v_fma(b1, load_left(m + i, left), v_mul(o1, grad));
         vf var = v_fma(b2, load_left(v + i, left), v_mul(v_mul(o2, grad), grad));
-        vf step = v_div(v_mul(lr, mean), v_fma(v_sqrt(var), c2, eps));
+        vf step = v_div(v_mul(lr, mean), v_fma(v_sqrt(var), c2, /* mutate: adam-eps */ eps));
         store_left(m + i, mean, left);
-        store_left(v + i, var, left);
+        store_left(v + i, /* mutate: adam-variance */ var, left);
         store_left(p + i, v_sub(v_mul(load_left(p + i, left), decay), step), left);
         if (clear) store_left(g + i, zero, left);
     }

@@ -53,7 +53,7 @@ static void append(anepy_model *model, int32_t layer, const char *name, int64_t 
     t->is_matrix = rows != VECTOR;
     t->rows = t->is_matrix ? rows : 1;
     t->cols = cols;
-    model->arena_n += t->rows * cols;
+    model->arena_n += /* mutate: arena-size */ t->rows * cols;
 }
 
 int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {

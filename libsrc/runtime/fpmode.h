@@ -14,7 +14,9 @@ static inline uint64_t anepy_fpmode_enter(void) {
     _mm_setcsr(saved | 0x8040); /* FTZ | DAZ */
     return saved;
 }
-static inline void anepy_fpmode_leave(uint64_t saved) { _mm_setcsr((uint32_t)saved); }
+static inline void anepy_fpmode_leave(uint64_t saved) {
+    _mm_setcsr(/* mutate: fpmode-given-back */ (uint32_t)saved);
+}
 #elif defined(__aarch64__)
 static inline uint64_t anepy_fpmode_enter(void) {
     uint64_t saved;

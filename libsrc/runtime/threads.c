@@ -89,7 +89,7 @@ static anepy_loop *find_loop(anepy_pool *pool) {
     drop_finished(pool);
     for (anepy_loop *loop = pool->head; loop != NULL; loop = loop->link) {
         if (!exhausted(loop)) return loop;
-        if (pool->serial) return NULL; /* the oldest is still being finished */
+        if (/* mutate: pool-serial */ pool->serial) return NULL; /* the oldest is not finished */
     }
     return NULL;
 }

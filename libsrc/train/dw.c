@@ -123,7 +123,7 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     e->run.dw_started++;
     if (e->room->metal != NULL)
         return anepy_gpu.multiply(e->room->metal, layer * DW_N + which, &dw->job.product,
-                                  which == DW_QKV);
+                                  /* mutate: dw-last-of-layer */ which == DW_QKV);
     dw->engine = e;
     dw->conversions = conversions(e, &dw->dy) + conversions(e, &dw->x);
     atomic_store(&dw->converted, 0);
@@ -167,7 +167,8 @@ int32_t anepy_dw_start_all(anepy_engine *e) {
 int32_t anepy_dw_wait(anepy_engine *e) {
     int32_t status = ANEPY_OK;
     anepy_pool_wait(e->pool);
-    if (e->room->metal != NULL) status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);
+    if (/* mutate: dw-wait-for-gpu */ e->room->metal != NULL)
+        status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);
     if (anepy_keeps_captures(e)) return status;
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
@@ -183,7 +184,8 @@ int32_t anepy_dw_wait(anepy_engine *e) {
 }
 
 int anepy_keeps_captures(const anepy_engine *e) {
-    return anepy_on(e, ANEPY_PREALLOC) || anepy_on(e, ANEPY_METAL_DW);
+    return anepy_on(e, ANEPY_PREALLOC) ||
+           /* mutate: dw-keeps-captures */ anepy_on(e, ANEPY_METAL_DW);
 }
 
 /* Memory of a surface that is read where it is, without a capture buffer. */

@@ -205,7 +205,7 @@ static inline int32_t anepy_running_tokens(const anepy_engine *e) {
 }
 
 static inline int32_t anepy_column(const anepy_engine *e, int32_t token) {
-    return token / e->run.tokens * e->run.padded + token % e->run.tokens;
+    return /* mutate: token-column */ token / e->run.tokens * e->run.padded + token % e->run.tokens;
 }
 
 /* What weight gradients are summed over: all columns to the last token. */

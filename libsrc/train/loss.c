@@ -46,7 +46,8 @@ static void logits_gradient(void *context, int32_t index, int32_t worker) {
 
 void anepy_loss_padding(anepy_engine *e) {
     for (int32_t start = 0; start < e->run.columns; start += e->run.padded)
-        for (int32_t s = e->run.tokens; s < e->run.padded; s++) e->room->lse[start + s] = INFINITY;
+        for (int32_t s = e->run.tokens; s < e->run.padded; s++)
+            e->room->lse[/* mutate: loss-padding */ start + s] = INFINITY;
 }
 
 void anepy_loss_targets(anepy_engine *e) {

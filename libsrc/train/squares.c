@@ -21,7 +21,7 @@ void anepy_squares_end(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     const float *matrix = e->grads + anepy_model_embedding(e->model);
     if (!e->squares.taking) return;
-    for (int32_t t = 0; t < anepy_running_tokens(e) && c->tied; t++)
+    for (int32_t t = 0; t < /* mutate: squares-tokens */ anepy_running_tokens(e) && c->tied; t++)
         e->squares.rows[e->run.ids[t]] =
             e->kernels->sum_squares(matrix + (int64_t)e->run.ids[t] * c->dim, c->dim);
     e->squares.known = 1;

@@ -50,7 +50,9 @@ static int32_t abandon(anepy_engine *e, int32_t status) {
     char sentence[512];
     anepy_last_error(sentence, sizeof sentence);
     anepy_dw_wait(e);
-    if ((e->run.dw_started > 0 || e->run.added > 0) && e->accumulated > 0) e->scaling.damaged = 1;
+    if (/* mutate: step-damaged */ (e->run.dw_started > 0 || e->run.added > 0) &&
+        e->accumulated > 0)
+        e->scaling.damaged = 1;
     e->run.added = 0;
     return anepy_fail(status, "%s", sentence);
 }

@@ -192,7 +192,7 @@ static void check_squares(const anepy_gemm *gemm, const problem *q, int form) {
         wrong += !(squares[i] >= 0.0);
     }
     for (int32_t i = 0; i < s->m; i++) {
-        double row = gemm->kernels->sum_squares(q->c + i * s->ldc, s->n);
+        double row = KERNEL(gemm->kernels, sum_squares)(q->c + i * s->ldc, s->n);
         expected += row;
         wrong += form == RUN && row != squares[i];
     }

@@ -12,6 +12,10 @@ extern const int32_t SIZE_N;
 extern const char *expected_isa;
 extern int32_t expected_threads;
 
+/* Function `name` of a kernel table, which then counts as checked. */
+#define KERNEL(table, name) (note_kernel(#name), (table)->name)
+void note_kernel(const char *name);
+
 void checks_harness(void);
 void checks_table(void);
 void checks_products(void);

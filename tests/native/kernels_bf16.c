@@ -45,8 +45,8 @@ static void check_all_halves(const anepy_kernels *set) {
     static float x[HALVES];
     int values = 1, round_trip = 1;
     for (uint32_t h = 0; h < HALVES; h++) halves[h] = (uint16_t)h;
-    set->bf16->from_bf16(x, halves, HALVES);
-    set->bf16->to_bf16(back, x, HALVES);
+    KERNEL(set->bf16, from_bf16)(x, halves, HALVES);
+    KERNEL(set->bf16, to_bf16)(back, x, HALVES);
     for (uint32_t h = 0; h < HALVES; h++) {
         values &= equal(x[h], value_of(h));
         round_trip &= equal(value_of(back[h]), value_of(h));
@@ -58,7 +58,7 @@ static void check_all_halves(const anepy_kernels *set) {
 static int converts(const anepy_kernels *set, const float *x, int32_t n) {
     uint16_t halves[BATCH];
     int right = 1;
-    set->bf16->to_bf16(halves, x, n);
+    KERNEL(set->bf16, to_bf16)(halves, x, n);
     for (int32_t i = 0; i < n; i++) right &= equal(value_of(halves[i]), nearest(x[i]));
     return right;
 }
@@ -85,9 +85,9 @@ static void check_bounds(const anepy_kernels *set, int32_t n, int place) {
     float *x = guard_matrix(1, n, n, place, random_wild), *y = guard_take(n, place);
     uint16_t *halves = guard_halves(n, place);
     int right = 1;
-    set->bf16->to_bf16(halves, x, n);
+    KERNEL(set->bf16, to_bf16)(halves, x, n);
     for (int32_t i = 0; i < n; i++) right &= equal(value_of(halves[i]), nearest(x[i]));
-    set->bf16->from_bf16(y, halves, n);
+    KERNEL(set->bf16, from_bf16)(y, halves, n);
     for (int32_t i = 0; i < n; i++) right &= equal(y[i], value_of(halves[i]));
     CHECK(right && guard_intact(), "bf16 %s: %s, n %d, place %d", set->isa,
           right ? "wrote elsewhere" : "wrong", n, place);
@@ -105,9 +105,9 @@ static void check_packing(const anepy_kernels *set, int32_t k, int32_t n, int64_
     float *packed = guard_take(span(pairs, n, dst_ld), place);
     float *zipped = guard_take(span(pairs, n, dst_ld), place);
     uint16_t *halves = guard_halves(span(k, n, ld), place);
-    for (int32_t p = 0; p < k; p++) set->bf16->to_bf16(halves + p * ld, src + p * ld, n);
-    set->bf16->pack_pairs((uint32_t *)(void *)packed, dst_ld, src, ld, k, n);
-    set->bf16->zip_pairs((uint32_t *)(void *)zipped, dst_ld, halves, ld, k, n);
+    for (int32_t p = 0; p < k; p++) KERNEL(set->bf16, to_bf16)(halves + p * ld, src + p * ld, n);
+    KERNEL(set->bf16, pack_pairs)((uint32_t *)(void *)packed, dst_ld, src, ld, k, n);
+    KERNEL(set->bf16, zip_pairs)((uint32_t *)(void *)zipped, dst_ld, halves, ld, k, n);
     int right = 1, equal_bits = 1;
     for (int32_t q = 0; q < pairs; q++) {
         for (int32_t j = 0; j < n; j++) {
@@ -164,9 +164,9 @@ static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, in
         anepy_gemm_small(set, set->bf16, c, ldc, a, a_row, a_step, b, COLS, rows, COLS, pairs,
                          accumulate);
     else
-        set->bf16->dot_tile(c, ldc, (const uint32_t *)(const void *)a, a_row, a_step,
-                            (const uint32_t *)(const void *)b, COLS, pairs, rows, accumulate,
-                            (anepy_lines){b, place % 3 * 64});
+        KERNEL(set->bf16, dot_tile)(c, ldc, (const uint32_t *)(const void *)a, a_row, a_step,
+                                    (const uint32_t *)(const void *)b, COLS, pairs, rows,
+                                    accumulate, (anepy_lines){b, place % 3 * 64});
     int right = 1;
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < cols; j++) right &= (double)c[i * ldc + j] == expected[i][j];
@@ -181,7 +181,7 @@ static float dot(const anepy_kernels *set, uint32_t a, uint32_t b, float start) 
     uint32_t panel[COLS] = {0};
     float c[COLS] = {start};
     panel[0] = b;
-    set->bf16->dot_tile(c, COLS, &a, 1, 1, panel, COLS, 1, 1, 1, (anepy_lines){panel, 0});
+    KERNEL(set->bf16, dot_tile)(c, COLS, &a, 1, 1, panel, COLS, 1, 1, 1, (anepy_lines){panel, 0});
     return c[0];
 }
 

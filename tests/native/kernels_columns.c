@@ -37,7 +37,7 @@ static void check_rmsnorm(const anepy_kernels *set, int32_t channels, int64_t ld
     float *y = guard_take(span(channels, COLS, ld), place), *rstd = guard_take(COLS, place);
     int right = 1;
     vary_columns(x, channels, ld);
-    set->rmsnorm(y, ld, rstd, x, w, channels, ld);
+    KERNEL(set, rmsnorm)(y, ld, rstd, x, w, channels, ld);
     for (int32_t s = 0; s < COLS; s++) {
         double r = reciprocal_rms(x, channels, ld, s);
         right &= is_close(rstd[s], r, channels + 4.0, r);
@@ -59,7 +59,7 @@ static void check_rmsnorm_stats(const anepy_kernels *set, int32_t channels, int6
     float *rstd = guard_take(COLS, place), *coef = guard_take(COLS, place);
     int right = 1;
     vary_columns(x, channels, ld);
-    set->rmsnorm_stats(rstd, coef, dy, x, w, channels, ld);
+    KERNEL(set, rmsnorm_stats)(rstd, coef, dy, x, w, channels, ld);
     for (int32_t s = 0; s < COLS; s++) {
         double r = reciprocal_rms(x, channels, ld, s), cube = r * r * r / channels;
         double dot = 0.0, size = 0.0;
@@ -84,7 +84,7 @@ static void check_rmsnorm_row(const anepy_kernels *set, int32_t n, int place, in
     float *rstd = guard_matrix(1, n, n, place, random_signed);
     float *coef = guard_matrix(1, n, n, place, random_signed);
     float *dx = in_place ? residual : guard_take(n, place), w = random_signed();
-    float dw = set->rmsnorm_row(dx, residual, dy, x, rstd, coef, w, n);
+    float dw = KERNEL(set, rmsnorm_row)(dx, residual, dy, x, rstd, coef, w, n);
     double sum = 0.0, sum_size = 0.0;
     int right = 1;
     for (int32_t s = 0; s < n; s++) {
@@ -132,9 +132,9 @@ static void check_softmax_step(const anepy_kernels *set, int32_t rows, float sca
     }
     for (int32_t i = 0; i < rows * COLS; i++) /* what does not count may be anything */
         x[n + i] = i % COLS < i / COLS ? (i % 2 ? NAN : INFINITY) : start[n + i];
-    set->softmax_step(x, max, sum, shrink[0], rows, scale, 0);
+    KERNEL(set, softmax_step)(x, max, sum, shrink[0], rows, scale, 0);
     for (int32_t j = 0; j < COLS; j++) first[j] = max[j];
-    set->softmax_step(x + n, max, sum, shrink[1], rows, scale, 1);
+    KERNEL(set, softmax_step)(x + n, max, sum, shrink[1], rows, scale, 1);
     for (int32_t j = 0; j < COLS; j++) {
         double largest[2] = {-INFINITY, -INFINITY}, total = 0.0;
         int32_t seen = rows + anepy_min_i32(rows, j + 1);
@@ -174,7 +174,7 @@ static void check_softmax_again(const anepy_kernels *set, int32_t rows, int32_t 
             else x[r * COLS + j] = dp[r * COLS + j] = j % 2 ? NAN : INFINITY;
         }
     }
-    set->softmax_again(x, dp, lse, dot, rows, (float)scale, (float)factor, causal);
+    KERNEL(set, softmax_again)(x, dp, lse, dot, rows, (float)scale, (float)factor, causal);
     for (int32_t r = 0; r < rows; r++) {
         for (int32_t j = 0; j < COLS; j++) {
             int32_t i = r * COLS + j;
@@ -201,7 +201,7 @@ static void check_scale_columns(const anepy_kernels *set, int32_t rows, int64_t 
     float *dst = in_place ? src : guard_take(span(rows, COLS, ld), place);
     int right = 1;
     if (in_place) ld = COLS;
-    set->scale_columns(dst, ld, src, factor, rows);
+    KERNEL(set, scale_columns)(dst, ld, src, factor, rows);
     for (int32_t r = 0; r < rows; r++)
         for (int32_t j = 0; j < COLS; j++)
             right &= dst[r * ld + j] == start[r * COLS + j] * factor[j];
@@ -216,7 +216,7 @@ static void check_dot_columns(const anepy_kernels *set, int32_t rows, int64_t ld
     float *b = guard_matrix(rows, COLS, ld, place, random_signed), *y = guard_take(COLS, place);
     int right = 1;
     vary_columns(b, rows, ld);
-    set->dot_columns(y, a, b, ld, rows);
+    KERNEL(set, dot_columns)(y, a, b, ld, rows);
     for (int32_t j = 0; j < COLS; j++) {
         double expected = 0.0, size = 0.0;
         for (int32_t r = 0; r < rows; r++) {
@@ -239,7 +239,7 @@ static void check_softmax_row(const anepy_kernels *set, int32_t valid, int32_t p
     for (int32_t i = valid; i < padded; i++) x[i] = i % 2 ? NAN : INFINITY; /* must not matter */
     for (int32_t i = 0; i < valid; i++) max = fmax(max, start[i]);
     for (int32_t i = 0; i < valid; i++) sum += exp((start[i] - max) * scale);
-    set->softmax_row(x, valid, padded, scale);
+    KERNEL(set, softmax_row)(x, valid, padded, scale);
     for (int32_t i = 0; i < valid; i++) {
         double z = (start[i] - max) * scale, expected = exp(z) / sum;
         right &= is_close(x[i], expected, 2.0 * fabs(z) + valid + 64.0, expected);
@@ -261,7 +261,7 @@ static void check_softmax_row_backward(const anepy_kernels *set, int32_t n, int 
         dot += (double)p[i] * dp[i];
         size += fabs((double)p[i] * dp[i]);
     }
-    set->softmax_row_backward(ds, p, dp, (float)scale, n);
+    KERNEL(set, softmax_row_backward)(ds, p, dp, (float)scale, n);
     for (int32_t i = 0; i < n; i++)
         right &= is_close(ds[i], p[i] * (d[i] - dot) * scale, n + 6.0,
                           fabs(p[i]) * (fabs(d[i]) + size) * scale);
@@ -276,7 +276,7 @@ static void check_logsumexp(const anepy_kernels *set, int32_t rows, int64_t ld, 
     float *x = guard_matrix(rows, COLS, ld, place, random_score);
     float *max = guard_take(COLS, place), *sum = guard_take(COLS, place);
     int right = 1;
-    set->logsumexp_columns(max, sum, x, ld, rows);
+    KERNEL(set, logsumexp_columns)(max, sum, x, ld, rows);
     for (int32_t s = 0; s < COLS; s++) {
         float largest = -INFINITY;
         double expected = 0.0;
@@ -296,7 +296,7 @@ static void check_softmax_gradient(const anepy_kernels *set, int32_t rows, int64
     int right = 1;
     for (int32_t s = 0; s < COLS; s++) lse[s] = random_float(2.0f, 30.0f);
     lse[63] = INFINITY; /* how the caller asks for zeros in padding */
-    set->softmax_gradient(x, lse, scale, ld, rows);
+    KERNEL(set, softmax_gradient)(x, lse, scale, ld, rows);
     for (int32_t r = 0; r < rows; r++) {
         for (int32_t s = 0; s < COLS; s++) {
             double z = (double)start[r * ld + s] - lse[s], e = exp(z);
@@ -317,8 +317,8 @@ static void check_nan(const anepy_kernels *set) {
         for (int32_t i = 0; i < 67; i++) row[i] = i == at ? NAN : 0.5f;
         for (int32_t i = 0; i < 67 * COLS; i++)
             column[i] = i / COLS == at && i % COLS == 5 ? NAN : 0.5f;
-        set->softmax_row(row, 67, 67, 1.0f);
-        set->logsumexp_columns(max, sum, column, COLS, 67);
+        KERNEL(set, softmax_row)(row, 67, 67, 1.0f);
+        KERNEL(set, logsumexp_columns)(max, sum, column, COLS, 67);
         int lost = 0;
         for (int32_t i = 0; i < 67; i++) lost |= !isnan(row[i]);
         CHECK(!lost, "softmax_row %s: NaN at %d is lost", set->isa, at);
@@ -326,11 +326,11 @@ static void check_nan(const anepy_kernels *set) {
               "logsumexp_columns %s: NaN in row %d is lost or spread", set->isa, at);
         float shrink[COLS];
         for (int32_t i = 0; i < COLS; i++) max[i] = sum[i] = 0.0f;
-        set->softmax_step(column, max, sum, shrink, 67, 1.0f, 0);
+        KERNEL(set, softmax_step)(column, max, sum, shrink, 67, 1.0f, 0);
         CHECK(isnan(sum[5]) && !isnan(sum[4]) && !isnan(sum[6]),
               "softmax_step %s: NaN in row %d is lost or spread", set->isa, at);
         for (int32_t i = 0; i < COLS; i++) column[i] = 0.5f; /* which cannot mend it */
-        set->softmax_step(column, max, sum, shrink, 1, 1.0f, 0);
+        KERNEL(set, softmax_step)(column, max, sum, shrink, 1, 1.0f, 0);
         CHECK(isnan(sum[5]) && !isnan(sum[4]), "softmax_step %s: NaN in row %d is forgotten",
               set->isa, at);
     }

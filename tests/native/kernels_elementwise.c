@@ -17,7 +17,7 @@ static void check_add(const anepy_kernels *set, int32_t n, int place) {
         float *expected = guard_take(n, GUARD_START);
         float *dst = alias == 0 ? guard_take(n, place) : alias == 2 ? b : a;
         for (int32_t i = 0; i < n; i++) expected[i] = a[i] + b[i];
-        set->add(dst, a, b, n);
+        KERNEL(set, add)(dst, a, b, n);
         CHECK(all_same(dst, expected, n) && guard_intact(), "add %s: n %d, place %d, alias %d",
               set->isa, n, place, alias);
         guard_reset();
@@ -30,7 +30,7 @@ static void check_scale(const anepy_kernels *set, int32_t n, int place) {
         float *x = guard_matrix(1, n, n, place, random_wild);
         float *expected = guard_take(n, GUARD_START);
         for (int32_t i = 0; i < n; i++) expected[i] = x[i] * factors[f];
-        set->scale(x, factors[f], n);
+        KERNEL(set, scale)(x, factors[f], n);
         CHECK(all_same(x, expected, n) && guard_intact(), "scale %s: n %d, place %d, factor %g",
               set->isa, n, place, (double)factors[f]);
         guard_reset();
@@ -51,14 +51,14 @@ static void check_rope(const anepy_kernels *set, int32_t n, int place) {
         sine[i] = sinf(cosine[i]);
         cosine[i] = cosf(cosine[i]);
     }
-    set->rope(a, b, cosine, sine, 1.0f, n);
+    KERNEL(set, rope)(a, b, cosine, sine, 1.0f, n);
     int right = 1, back = 1;
     for (int32_t i = 0; i < n; i++) {
         double re = a0[i], im = b0[i], co = cosine[i], si = sine[i], size = fabs(re) + fabs(im);
         right &= is_close(a[i], re * co - im * si, 3.0, size);
         right &= is_close(b[i], re * si + im * co, 3.0, size);
     }
-    set->rope(a, b, cosine, sine, -1.0f, n);
+    KERNEL(set, rope)(a, b, cosine, sine, -1.0f, n);
     for (int32_t i = 0; i < n; i++)
         back &= is_close(a[i], a0[i], 8.0, 6.0) && is_close(b[i], b0[i], 8.0, 6.0);
     CHECK(right && back && guard_intact(), "rope %s: %s, n %d, place %d", set->isa,
@@ -96,7 +96,7 @@ static void check_swiglu(const anepy_kernels *set, int32_t n, int place, int in_
     float *h3 = guard_matrix(1, n, n, place, random_any);
     float *h = guard_copy(h1, n, GUARD_START);
     float *gate = in_place ? h1 : guard_take(n, place);
-    set->swiglu(gate, h1, h3, n);
+    KERNEL(set, swiglu)(gate, h1, h3, n);
     int right = 1;
     for (int32_t i = 0; i < n; i++) {
         double expected = h[i] * sigmoid(h[i]) * h3[i];
@@ -113,7 +113,7 @@ static void check_swiglu_backward(const anepy_kernels *set, int32_t n, int place
     float *ds = guard_matrix(1, n, n, place, random_any);
     float *d = guard_copy(ds, n, GUARD_START);
     float *dh1 = in_place ? ds : guard_take(n, place), *dh3 = guard_take(n, place);
-    set->swiglu_backward(dh1, dh3, ds, h1, h3, n);
+    KERNEL(set, swiglu_backward)(dh1, dh3, ds, h1, h3, n);
     int right = 1;
     for (int32_t i = 0; i < n; i++) {
         double h = h1[i], sig = sigmoid(h), up = (double)d[i] * h3[i];
@@ -131,8 +131,8 @@ static void check_swiglu_backward(const anepy_kernels *set, int32_t n, int place
 static void check_swiglu_nan(const anepy_kernels *set) {
     float h1[3] = {NAN, 1.0f, 1.0f}, h3[3] = {1.0f, NAN, 1.0f}, ds[3] = {1.0f, 1.0f, NAN};
     float gate[3], dh1[3], dh3[3];
-    set->swiglu(gate, h1, h3, 3);
-    set->swiglu_backward(dh1, dh3, ds, h1, h3, 3);
+    KERNEL(set, swiglu)(gate, h1, h3, 3);
+    KERNEL(set, swiglu_backward)(dh1, dh3, ds, h1, h3, 3);
     CHECK(isnan(gate[0]) && isnan(gate[1]) && !isnan(gate[2]), "swiglu %s: NaN is lost", set->isa);
     CHECK(isnan(dh1[0]) && isnan(dh3[0]) && isnan(dh1[1]) && !isnan(dh3[1]) && isnan(dh1[2]) &&
               isnan(dh3[2]),

@@ -30,7 +30,7 @@ static void sweep(const anepy_kernels *set, float from, float to, uint32_t strid
     for (uint32_t bits = to_bits(from); bits < to_bits(to);) {
         int32_t n = 0;
         for (; n < BATCH && bits < to_bits(to); bits += stride) x[n++] = from_bits(bits);
-        set->exp(y, x, n);
+        KERNEL(set, exp)(y, x, n);
         for (int32_t i = 0; i < n; i++) {
             double off = ulps(y[i], exp(x[i]));
             if (!(off <= worst)) worst = off, worst_x = x[i];
@@ -45,7 +45,7 @@ static void check_exp_values(const anepy_kernels *set) {
                               -1e30f,  -INFINITY, NAN,        89.0f,  INFINITY};
     enum { N = sizeof x / sizeof x[0] };
     float y[N];
-    set->exp(y, x, N);
+    KERNEL(set, exp)(y, x, N);
     CHECK(y[0] == 1.0f && y[1] == 1.0f, "exp %s of zero is %.9g", set->isa, (double)y[0]);
     CHECK(y[4] == 1.0f && y[5] == 1.0f && y[6] == 1.0f, "exp %s of a subnormal is not 1", set->isa);
     for (int i = 8; i < 14; i++)
@@ -58,11 +58,11 @@ static void check_exp_bounds(const anepy_kernels *set, int32_t n, int place) {
     float *x = guard_take(n, place), *y = guard_take(n, place);
     int right = 1;
     for (int32_t i = 0; i < n; i++) x[i] = random_float(-90.0f, 20.0f);
-    set->exp(y, x, n);
+    KERNEL(set, exp)(y, x, n);
     for (int32_t i = 0; i < n; i++)
         right &= x[i] < ZERO_BELOW ? y[i] == 0.0f : x[i] < SMALLEST || ulps(y[i], exp(x[i])) <= 2.0;
     CHECK(right && guard_intact(), "exp %s: n %d, place %d", set->isa, n, place);
-    set->exp(x, x, n);
+    KERNEL(set, exp)(x, x, n);
     CHECK(all_same(x, y, n) && guard_intact(), "exp %s in place: n %d, place %d", set->isa, n,
           place);
     guard_reset();
@@ -145,7 +145,7 @@ static void check_adam(const anepy_kernels *set, int32_t n, int place, int t, in
                      : make(n, place, random_gradient, random_moment, random_square);
     state before = copy(&s, n);
     int right = 1;
-    set->adam(s.p, s.g, s.m, s.v, n, &a);
+    KERNEL(set, adam)(s.p, s.g, s.m, s.v, n, &a);
     for (int32_t i = 0; i < n; i++) right &= adam_right(&s, &before, i, &a);
     CHECK(right && guard_intact(), "adam %s: %s, n %d, place %d, t %d, clear %d", set->isa,
           right ? "wrote elsewhere" : "wrong", n, place, t, clear);
@@ -157,7 +157,7 @@ static void check_adam_zero(const anepy_kernels *set, int32_t n, int place, doub
     anepy_adam a = options(1e-3, decay, 1);
     state s = make(n, place, zero, zero, zero), before = copy(&s, n);
     int right = 1;
-    set->adam(s.p, s.g, s.m, s.v, n, &a);
+    KERNEL(set, adam)(s.p, s.g, s.m, s.v, n, &a);
     for (int32_t i = 0; i < n; i++)
         right &= same(s.p[i], before.p[i] * a.decay) && s.m[i] == 0.0f && s.v[i] == 0.0f;
     CHECK(right && guard_intact(), "adam %s: not exact at zero gradients, n %d, decay %g", set->isa,
@@ -170,7 +170,7 @@ static void check_adam_decay(const anepy_kernels *set, int32_t n, int place) {
     anepy_adam a = options(1e-3, 0.0, 100);
     state s = make(n, place, zero, random_moment, random_square), before = copy(&s, n);
     int right = 1;
-    set->adam(s.p, s.g, s.m, s.v, n, &a);
+    KERNEL(set, adam)(s.p, s.g, s.m, s.v, n, &a);
     for (int32_t i = 0; i < n; i++)
         right &= same(s.m[i], a.beta1 * before.m[i]) && same(s.v[i], a.beta2 * before.v[i]) &&
                  adam_right(&s, &before, i, &a);
@@ -189,7 +189,7 @@ static void check_adam_odd(const anepy_kernels *set, float odd, int t) {
         s.g[at] = odd;
         state before = copy(&s, N), expected = copy(&s, N);
         int right = 1;
-        set->adam(s.p, s.g, s.m, s.v, N, &a);
+        KERNEL(set, adam)(s.p, s.g, s.m, s.v, N, &a);
         scalar->adam(expected.p, expected.g, expected.m, expected.v, N, &a);
         for (int32_t i = 0; i < N; i++)
             if (i != at) right &= adam_right(&s, &before, i, &a);

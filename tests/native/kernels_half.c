@@ -37,8 +37,8 @@ static void check_all_halves(const anepy_kernels *set) {
     static float x[HALVES];
     int values = 1, round_trip = 1;
     for (uint32_t h = 0; h < HALVES; h++) halves[h] = (uint16_t)h;
-    set->from_half(x, halves, HALVES);
-    set->to_half(back, x, HALVES);
+    KERNEL(set, from_half)(x, halves, HALVES);
+    KERNEL(set, to_half)(back, x, HALVES);
     for (uint32_t h = 0; h < HALVES; h++) {
         double expected = value_of(h);
         values &= equal(x[h], expected);
@@ -51,7 +51,7 @@ static void check_all_halves(const anepy_kernels *set) {
 static int converts(const anepy_kernels *set, const float *x, int32_t n) {
     uint16_t halves[BATCH];
     int right = 1;
-    set->to_half(halves, x, n);
+    KERNEL(set, to_half)(halves, x, n);
     for (int32_t i = 0; i < n; i++) right &= equal(value_of(halves[i]), nearest(x[i]));
     return right;
 }
@@ -91,9 +91,9 @@ static void check_bounds(const anepy_kernels *set, int32_t n, int place) {
     float *x = guard_matrix(1, n, n, place, random_wild), *y = guard_take(n, place);
     uint16_t *halves = guard_halves(n, place);
     int right = 1;
-    set->to_half(halves, x, n);
+    KERNEL(set, to_half)(halves, x, n);
     for (int32_t i = 0; i < n; i++) right &= equal(value_of(halves[i]), nearest(x[i]));
-    set->from_half(y, halves, n);
+    KERNEL(set, from_half)(y, halves, n);
     for (int32_t i = 0; i < n; i++) right &= equal(y[i], value_of(halves[i]));
     CHECK(right && guard_intact(), "half %s: %s, n %d, place %d", set->isa,
           right ? "wrote elsewhere" : "wrong", n, place);

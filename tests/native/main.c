@@ -1,7 +1,8 @@
 /* main.c - runs groups of native checks.
  *
- * usage: checks [--list] [--emulated] [--isa NAME] [--threads N] [group ...]
+ * usage: checks [--list] [--kernels] [--emulated] [--isa NAME] [--threads N] [group ...]
  *   --list       print the instruction sets this machine can run, best first, and stop
+ *   --kernels    at the end print which functions of the kernel tables the groups called
  *   --isa NAME   the library must have chosen this instruction set (see ANEPY_CPU_MASK)
  *   --emulated   this runs in an emulator: fewer combinations, no threads in forked children
  *   --threads N  "0 threads" must mean N (see ANEPY_NUM_THREADS)
@@ -72,6 +73,25 @@ void checks_harness(void) {
     CHECK(!same(0.0f, -0.0f) && !same(1.0f, from_bits(to_bits(1.0f) + 1)), "sameness is too kind");
 }
 
+/* ---------------------------------------------------------------------------- kernels called */
+
+#define KERNEL_MAX 64
+
+static const char *kernels[KERNEL_MAX];
+
+void note_kernel(const char *name) {
+    int32_t i = 0;
+    while (i < KERNEL_MAX && kernels[i] != NULL && strcmp(kernels[i], name) != 0) i++;
+    if (i == KERNEL_MAX) abort();
+    kernels[i] = name;
+}
+
+static void print_kernels(void) {
+    printf("kernels:");
+    for (int32_t i = 0; i < KERNEL_MAX && kernels[i] != NULL; i++) printf(" %s", kernels[i]);
+    printf("\n");
+}
+
 /* --------------------------------------------------------------------------------- command line */
 
 static const struct {
@@ -98,7 +118,7 @@ static int is_group(const char *name) {
 }
 
 int main(int argc, char **argv) {
-    int first = 1;
+    int first = 1, names = 0;
     setvbuf(stdout, NULL, _IOLBF, 0); /* a fork must not print anything twice */
     for (; first < argc && strncmp(argv[first], "--", 2) == 0; first++) {
         if (strcmp(argv[first], "--list") == 0) {
@@ -107,6 +127,7 @@ int main(int argc, char **argv) {
             return 0;
         }
         if (strcmp(argv[first], "--emulated") == 0) emulated = 1;
+        else if (strcmp(argv[first], "--kernels") == 0) names = 1;
         else if (strcmp(argv[first], "--isa") == 0 && first + 1 < argc)
             expected_isa = argv[++first];
         else if (strcmp(argv[first], "--threads") == 0 && first + 1 < argc)
@@ -124,5 +145,6 @@ int main(int argc, char **argv) {
         GROUPS[g].run();
         guard_reset();
     }
+    if (names) print_kernels();
     return check_summary();
 }

@@ -147,9 +147,9 @@ static int32_t finish(anepy_metal *m, double *busy_ms) {
         [group release];
     }
     m->running_n = 0;
-    [m->group release];
+    /* mutate: metal-release-group */ [m->group release];
     m->group = nil;
-    m->broken |= status != ANEPY_OK;
+    /* mutate: metal-broken */ m->broken |= status != ANEPY_OK;
     return status;
 }
 
@@ -162,7 +162,8 @@ static void metal_close(anepy_metal *m) {
             drop_matrices(&m->entries[i]);
             drop_kernels(&m->entries[i]);
         }
-        for (int32_t i = 0; i < m->range_n; i++) [m->ranges[i].buffer release];
+        for (int32_t i = 0; i < m->range_n; i++)
+            /* mutate: metal-release-buffer */ [m->ranges[i].buffer release];
         [m->queue release];
         [m->device release];
     }
@@ -224,7 +225,7 @@ static int32_t make_buffer(anepy_metal *m, void *memory, uint64_t nbytes, id<MTL
 }
 
 static int32_t metal_share(anepy_metal *m, void *memory, uint64_t nbytes) {
-    if ((uintptr_t)memory % ANEPY_METAL_PAGE != 0)
+    if (/* mutate: metal-aligned */ (uintptr_t)memory % ANEPY_METAL_PAGE != 0)
         return anepy_fail(ANEPY_E_ARGUMENT,
                           "metal_dw needs memory that starts a page of %d bytes, as that of "
                           "anepy_memory_alloc does",
@@ -238,7 +239,8 @@ static int32_t metal_share(anepy_metal *m, void *memory, uint64_t nbytes) {
         m->range_cap = cap;
     }
     range added = {.base = memory,
-                   .nbytes = (uint64_t)anepy_round_up((int64_t)nbytes, ANEPY_METAL_PAGE)};
+                   .nbytes = (uint64_t)anepy_round_up(
+                       (int64_t)nbytes, /* mutate: metal-round-up */ ANEPY_METAL_PAGE)};
     ANEPY_TRY(make_buffer(m, memory, added.nbytes, &added.buffer));
     m->ranges[m->range_n++] = added;
     return ANEPY_OK;
@@ -280,7 +282,7 @@ static int32_t prepare(anepy_metal *m, entry *e, const anepy_product *p) {
         drop_kernels(e);
         e->made_for = *p;
     }
-    if (e->k != p->k) drop_kernels(e);
+    if (/* mutate: metal-new-depth */ e->k != p->k) drop_kernels(e);
     e->k = p->k;
     MPSMatrixMultiplication **kernel = &e->kernels[p->accumulate != 0];
     if (*kernel == nil)
@@ -290,9 +292,9 @@ static int32_t prepare(anepy_metal *m, entry *e, const anepy_product *p) {
              transposeRight:YES
                  resultRows:(NSUInteger)p->m
               resultColumns:(NSUInteger)p->n
-            interiorColumns:(NSUInteger)p->k
+            interiorColumns:/* mutate: metal-depth */ (NSUInteger)p->k
                       alpha:1.0
-                       beta:p->accumulate ? 1.0 : 0.0];
+                       beta:/* mutate: metal-accumulate */ p->accumulate ? 1.0 : 0.0];
     return *kernel != nil ? ANEPY_OK : nothing("MPSMatrixMultiplication initWithDevice");
 }
 

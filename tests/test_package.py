@@ -11,14 +11,16 @@ import shutil
 import stat
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
+import children
 import needs
 import pytest
 
 import anepy
-from anepy.native import build
+from anepy.native import build, find
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 HOME = str(Path(anepy.__file__).resolve().parents[1])
@@ -184,3 +186,88 @@ def test_wheel_script_without_out_asks_for_a_folder(installed: Path) -> None:
     script = ["bash", str(installed / "anepy" / "_src" / "build_lib.sh")]
     result = subprocess.run(script, check=False, capture_output=True, text=True)
     assert result.returncode == 2 and "give --out DIR" in result.stderr
+
+
+# ------------------------------------------------------------------- as a user has it: installed
+
+
+@pytest.fixture(scope="session")
+def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel with pip into a fresh environment and return its `anepy`.
+
+    The five packages that the wheel needs come from the environment of these tests, which comes
+    later on the path and from which no other .pth file is read: an editable anepy stays unseen.
+    """
+    needs.module("ensurepip")
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel]
+    subprocess.run(install, check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages / "shared.pth").write_text("\n".join(shared))
+    return folder / "bin" / "anepy"
+
+
+def use(command: Path, folder: Path, *words: object) -> str:
+    """Run the installed command in a folder outside the checkout and return what it printed."""
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings |= {"ANEPY_LIB": find.library()._name, "ANEPY_CACHE": str(folder / "cache")}
+    result = subprocess.run(
+        [command, *map(str, words)],
+        cwd=folder,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=children.PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_installed_command_is_that_of_the_wheel(command: Path, tmp_path: Path) -> None:
+    assert use(command, tmp_path, "--version") == f"anepy {anepy.__version__}\n"
+    code = "import anepy.native.find as find; print(find.__file__, find.Layout.detect().sources)"
+    python = command.with_name("python")
+    home = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    packages = next(command.parents[1].glob("lib/python*/site-packages"))
+    assert home.stdout.split() == [
+        str(packages / "anepy" / "native" / "find.py"),
+        str(packages / "anepy" / "_src"),
+    ], home.stderr
+
+
+def test_installed_train_then_generate(command: Path, tmp_path: Path) -> None:
+    quick = ["--eval-windows", 2, "--no-checkpoint", "--save", "m.bin", "--json"]
+    run = json.loads(use(command, tmp_path, "train", "--steps", 3, *quick))
+    assert run["summary"]["step"] == 3 and run["saved"] == "m.bin" and run["sample"]
+    words = ["generate", "m.bin", "-p", "Once", "--max-tokens", 4]
+    assert use(command, tmp_path, *words).startswith("Once")
+
+
+def test_installed_compare_measures_groups_in_processes_of_their_own(
+    command: Path, tmp_path: Path
+) -> None:
+    """Two compilations an engine: a process that may make four measures two variants."""
+    short = ["--rounds", 1, "--steps", 1, "--warmup", 0, "--seq", 16, "--preset", "stories260K"]
+    device = ["--device", "sim:m4,budget=4"]
+    variants = ["baseline", "opt", "dynamic"]
+    files = ["--json", "r.json", "--report", "r.html"]
+    use(command, tmp_path, "compare", *variants, *short, *device, *files)
+    groups = json.loads((tmp_path / "r.json").read_text())["groups"]
+    assert [[run["label"] for run in group["runs"]] for group in groups] == [
+        ["baseline", "opt"],
+        ["baseline", "dynamic"],
+    ]
+    assert all(run["rounds"] == 1 and not run["error"] for g in groups for run in g["runs"])
+    assert "<style>" in (tmp_path / "r.html").read_text()
+
+
+def test_installed_probe_asks_in_processes_of_its_own(command: Path, tmp_path: Path) -> None:
+    words = ["probe", "dialect", "surface", "--device", "sim:m4", "--json"]
+    record = json.loads(use(command, tmp_path, *words))
+    assert [(probe["name"], probe["verdict"]) for probe in record["probes"]] == [
+        ("dialect", "ok"),
+        ("surface", "ok"),
+    ]

@@ -163,14 +163,20 @@ def x86() -> None:
 
 def kernel_set(name: str) -> None:
     """Ask for a kernel set that this processor can run and ANEPY_CPU_MASK does not hide."""
-    if name not in library_info()["isa_available"]:
+    if name not in _kernel_sets():
         _missing(f"a processor that has {name}, and no ANEPY_CPU_MASK that hides it")
 
 
 def vector_sets() -> list[str]:
     """Return the kernel sets that have vectors, best first; there is at least one."""
-    found = [name for name in library_info()["isa_available"] if name != "scalar"]
+    found = [name for name in _kernel_sets() if name != "scalar"]
     return found or _missing("a processor with vectors, and no ANEPY_CPU_MASK that hides them")
+
+
+def _kernel_sets() -> list[str]:
+    """Return the sets from the one in use down, best first."""
+    info = library_info()
+    return info["isa_available"][info["isa_available"].index(info["isa"]) :]
 
 
 def precision(name: str) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import children
 import needs
@@ -426,16 +425,10 @@ def test_default_threads_respect_the_affinity() -> None:
     assert default_threads() <= len(os.sched_getaffinity(0))
 
 
-@cache
-def processor_sets() -> list[str]:
-    """Return the kernel sets of this processor, best first, whatever ANEPY_CPU_MASK is here."""
-    return run("print(*library_info()['isa_available'])", ANEPY_CPU_MASK="").split()
-
-
 @pytest.mark.parametrize("mask", needs.KERNEL_SETS)
 def test_anepy_cpu_mask_chooses_this_instruction_set_or_a_lower_one(mask: str) -> None:
     allowed = needs.KERNEL_SETS[needs.KERNEL_SETS.index(mask) :]
-    expected = next(isa for isa in allowed if isa in processor_sets())
+    expected = next(isa for isa in allowed if isa in library_info()["isa_available"])
     code = (
         "info = library_info()\n"
         "assert info['gemm'].endswith(info['isa'])\n"
@@ -465,7 +458,7 @@ def test_precision_bf16_without_its_instructions_is_refused_never_emulated(mask:
 
 def test_anepy_cpu_mask_empty_is_none() -> None:
     isa = run("print(library_info()['isa'])", ANEPY_CPU_MASK="").strip()
-    assert isa == processor_sets()[0]
+    assert isa == library_info()["isa_available"][0]
 
 
 @pytest.mark.parametrize("mask", ["mmx", "AVX2", "avx2 ", "x" * 200])

@@ -90,6 +90,18 @@ def test_import_loads_only_light_modules(module: str) -> None:
     assert set(heavy) & set(loaded) == set()
 
 
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    """Importing `anepy.compare` as a module would bind it over the function of that name."""
+    code = (
+        "import importlib, pkgutil, types, anepy\n"
+        "for module in pkgutil.walk_packages(anepy.__path__, 'anepy.'):\n"
+        "    if not module.name.startswith('anepy._'): importlib.import_module(module.name)\n"
+        "values = {name: getattr(anepy, name) for name in anepy.__all__}\n"
+        "print(len(values), [n for n, v in values.items() if isinstance(v, types.ModuleType)])"
+    )
+    assert run(code) == f"{len(anepy.__all__)} []\n"
+
+
 def test_release_record_is_complete_and_of_this_version() -> None:
     record = json.loads((CHECKOUT / "anepy" / "native" / "release.json").read_text("utf-8"))
     assert record["version"] == anepy.__version__

@@ -22,12 +22,12 @@ _HOMES = {
     "PRESETS": "models.model",
     "Program": "hardware.program",
     "StepReport": "training.reports",
-    "StepStats": "engine.engine",
+    "StepStats": "engine.stats",
     "TokenData": "text.data",
     "Tokenizer": "text.tokenizer",
     "TrainConfig": "training.config",
     "Trainer": "training.trainer",
-    "UpdateStats": "engine.engine",
+    "UpdateStats": "engine.stats",
     "compare": "comparing.session",
     "devices": "engine.device",
     "generate": "text.generation",
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from .comparing.result import Comparison
     from .comparing.session import compare
     from .engine.device import devices
-    from .engine.engine import Engine, StepStats, UpdateStats
+    from .engine.engine import Engine
+    from .engine.stats import StepStats, UpdateStats
     from .engine.variants import variants
     from .errors import AnepyError, CompileBudgetError, MilError
     from .hardware.program import Program

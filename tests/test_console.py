@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from anepy.console.text import (
     summary_rows,
 )
 from anepy.console.train import Live, Plain
+from anepy.engine.stats import PHASES, StepStats, UpdateStats
 from anepy.system import words
 from anepy.system.files import dumps
 from anepy.system.words import duration, milliseconds, quantity
 from anepy.training.config import TrainConfig
-from anepy.training.reports import PHASES, StepReport, Summary
+from anepy.training.reports import StepReport, Summary
 from anepy.training.run_log import RunLog
 
-PHASE_MS = {name: 0.5 for name in PHASES}
+PHASE_MS = {phase.key: 0.5 for phase in PHASES}
 
 
 def header(**changes: Any) -> Header:
@@ -69,25 +71,29 @@ def header(**changes: Any) -> Header:
 
 
 def report(step: int = 1, **changes: Any) -> StepReport:
+    stats = StepStats(
+        loss=10.0 / step,
+        step_ms=900.0,
+        tflops=0.19,
+        flops=1.7e11,
+        allocations=0,
+        loss_scale=1.0,
+        skipped=False,
+        **{phase.field: 0.5 for phase in PHASES},
+    )
+    stats = replace(stats, **{n: changes.pop(n) for n in ("loss", "skipped") if n in changes})
     values: dict[str, Any] = {
         "step": step,
         "total": 20,
-        "loss": 10.0 / step,
+        "stats": stats,
         "lr": 3e-4,
         "ms_per_step": 912.3,
         "tokens_per_s": 280.6,
         "gflops": 191.0,
-        "updated": step % 10 == 0,
+        "update": UpdateStats(math.nan, 70.0, 0.0, False) if step % 10 == 0 else None,
         "updates": step // 10,
         "accumulated": step % 10,
-        "skipped": False,
-        "loss_scale": 1.0,
-        "grad_norm": None,
-        "update_ms": 70.0 if step % 10 == 0 else 0.0,
-        "compile_ms": 0.0,
         "compiles": 0,
-        "allocations": 0,
-        "phases": PHASE_MS,
         "held_out_loss": 2.5 if step == 20 else None,
     }
     return StepReport(**(values | changes))
@@ -238,7 +244,7 @@ def test_plain_long_run_prints_about_a_hundred_steps() -> None:
     plain = Plain(out)
     plain.header(header(settings=dict(header().settings) | {"steps": 5000}))
     for step in range(1, 5001):
-        plain.step(report(step, total=5000, updated=False, held_out_loss=None))
+        plain.step(report(step, total=5000, update=None, held_out_loss=None))
     lines = re.findall(r"^step (\d+)", out.getvalue(), re.MULTILINE)
     assert 90 <= len(lines) <= 110 and lines[0] == "1" and lines[-1] == "5000"
 
@@ -338,6 +344,13 @@ def test_log_has_the_keys_of_the_research_programs(tmp_path: Path) -> None:
     perf = next(record for record in records if record["type"] == "perf")
     assert (perf["ane_tflops"], perf["ane_util_pct"]) == (0.0, 0.0), "the CPU is no ANE"
     assert perf["tflops"] == pytest.approx(0.191)
+
+
+def test_report_survives_json() -> None:
+    for step in (3, 10):
+        for stats in (report(step), report(step, held_out_loss=1.5)):
+            record = json.loads(json.dumps(asdict(stats)))
+            assert repr(StepReport.from_record(record)) == repr(stats), "NaN equals no NaN"
 
 
 def test_log_append_continues_and_default_replaces(tmp_path: Path) -> None:

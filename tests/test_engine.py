@@ -22,6 +22,7 @@ from reference import llama64 as ref
 from tolerances import relative_error
 
 from anepy.engine import Decoder, Engine, StepStats
+from anepy.engine.stats import PART, PHASES
 from anepy.errors import ClosedError
 from anepy.models.model import PRESETS, Model, ModelConfig
 from anepy.native.info import library_info
@@ -112,15 +113,7 @@ def test_step_heap_operations_fall_with_each_saving_switch() -> None:
 @pytest.mark.parametrize("variant", ["baseline", "opt"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_step_phases_are_parts_of_the_step(variant: str, threads: int) -> None:
-    phases = (
-        "device_ms",
-        "io_ms",
-        "classifier_ms",
-        "softmax_ms",
-        "norm_ms",
-        "elementwise_ms",
-        "dw_wait_ms",
-    )
+    phases = [phase.field for phase in PHASES if phase.kind == PART]
     with make_engine(GQA, variant, threads=threads) as engine:
         for length in (129, 1, 64):
             stats = engine.step(*sequence(GQA, length))

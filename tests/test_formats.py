@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import anepy
+from anepy.engine.stats import PHASES
 
 PAGE = needs.CHECKOUT / "docs" / "formats.md"
 
@@ -134,6 +135,7 @@ def test_log(folder: Path) -> None:
     named = {kind: {n for n in re.findall(r"`([^`]+)`", rest)} for kind, rest in rows}
     named["summary"] = documented("Train", "field of `summary`")
     del named["type"]  # the head of the table
+    named["step"] |= {log for _, log in phases()}
     named["perf"] -= {"ane"}  # a device, no field
     assert set(named) == {"run", "step", "batch", "perf", "eval", "restart", "summary"}
     # With a budget of two programs the third step needs a new process.
@@ -147,6 +149,27 @@ def test_log(folder: Path) -> None:
         seen.add(kind)
         assert_described(record, named[kind])
     assert seen == set(named)
+
+
+def phases() -> list[tuple[str, str]]:
+    """Return what docs/compare.md says: the name of each phase and that in the log."""
+    page = PAGE.with_name("compare.md").read_text("utf-8")
+    return re.findall(r"^\| `(\w+)` \| `(t_\w+)` \|", page, re.MULTILINE)
+
+
+def test_phases_are_those_of_the_table() -> None:
+    assert sorted(phases()) == sorted((phase.key, phase.log) for phase in PHASES)
+    times = {f.name for f in fields(anepy.StepStats) if f.name.endswith("_ms")}
+    assert times == {"step_ms", *(phase.field for phase in PHASES)}
+
+
+def test_every_number_of_stats_is_in_the_log(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "t.jsonl").read_text().splitlines()]
+    names = {phase.field: phase.log for phase in PHASES}
+    for kind, record in ((anepy.StepStats, "step"), (anepy.UpdateStats, "batch")):
+        expected = {names.get(f.name, f.name) for f in fields(kind)}
+        found = [line for line in lines if line["type"] == record]
+        assert found and all(expected <= set(line) for line in found)
 
 
 def test_checkpoint(folder: Path) -> None:

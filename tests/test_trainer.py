@@ -160,7 +160,7 @@ def test_trainer_learns_and_reports_every_step() -> None:
 
 def test_trainer_updates_every_accum_steps_and_at_the_end() -> None:
     _, reports = trained(settings(steps=10, accum=4))
-    assert [report.step for report in reports if report.updated] == [4, 8, 10]
+    assert [report.step for report in reports if report.update] == [4, 8, 10]
     assert [report.updates for report in reports][-1] == 3
     assert [report.accumulated for report in reports] == [1, 2, 3, 0, 1, 2, 3, 0, 1, 0]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.stats import PART, PHASES
 from .estimates import (
     LOSS_TOLERANCE,
     LOSS_WINDOW,
@@ -25,20 +26,6 @@ from .estimates import (
     spread,
     unpaired_ratio,
 )
-
-# Columns of `Run.steps` that are parts of a step, in the order they are told; `forward_ms` and
-# `backward_ms` are the same time cut the other way, `dw_ms` is busy time of other threads.
-HALVES = {"forward_ms": "forward", "backward_ms": "backward"}
-PARTS = {
-    "device_ms": "device",
-    "io_ms": "io",
-    "classifier_ms": "classifier",
-    "softmax_ms": "softmax + loss",
-    "norm_ms": "norms",
-    "elementwise_ms": "elementwise",
-    "dw_wait_ms": "dW, waited for",
-}
-BESIDE = {"dw_ms": "dW, busy threads"}
 
 
 @dataclass
@@ -260,13 +247,14 @@ class Measured:
     def of(cls, run: Run, peak: Mapping[str, Any] | None, seq: int) -> Measured:
         """Sum up the samples of a run."""
         column = run.timed
-        titles = {**HALVES, **PARTS, **BESIDE}
-        phases = [(title, spread(column(name))) for name, title in titles.items()]
+        phases = [(phase.title, spread(column(phase.field))) for phase in PHASES]
         step_ms = column("step_ms")
         count = max(1, len(step_ms))
         step = spread(step_ms)
         means = {
-            title: math.fsum(column(name)) / count for name, title in PARTS.items() if column(name)
+            phase.title: math.fsum(column(phase.field)) / count
+            for phase in PHASES
+            if phase.kind == PART and column(phase.field)
         }
         if step is not None:
             means["other"] = max(0.0, math.fsum(step_ms) / count - math.fsum(means.values()))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..engine.stats import PHASES
 from ..engine.variants import gradients_lag
 from ..system.words import engine_text, quantity
 from .estimates import Ratio, Spread, spread
-from .result import HALVES, PARTS, Column, Comparison, Measured, same_load
+from .result import Column, Comparison, Measured, same_load
 
 _GAP = "  "
 _VERDICTS = {"faster": "helps", "slower": "costs", "no difference shown": "none", "unknown": "?"}
@@ -120,9 +121,8 @@ def metrics(columns: Sequence[Column]) -> Table:
         add("  change", [percent(ratio.value) if ratio else "" for ratio in ratios])
         add("  95 % interval", [interval(ratio) if ratio else "" for ratio in ratios])
     spreads("forward + backward", lambda m: m.step, "step")
-    titles = [*HALVES.values(), *PARTS.values(), "dW, busy threads"]
-    for title in titles:
-        spreads(f"  {title}", lambda m, t=title: m.phases.get(t))  # type: ignore[misc]
+    for phase in PHASES:
+        spreads(f"  {phase.title}", lambda m, t=phase.title: m.phases.get(t))  # type: ignore[misc]
     spreads("update", lambda m: m.update, "update")
     spreads("compile", lambda m: m.compile)
 

@@ -180,17 +180,17 @@ class Plain(Reporter):
             self._line(
                 f"step {report.step:<6d} loss={report.loss:.4f}  lr={report.lr:.2e}  "
                 f"{report.ms_per_step:.1f}ms/step  {report.tokens_per_s:.0f}tok/s"
-                + ("  skipped" if report.skipped else "")
+                + ("  skipped" if report.stats.skipped else "")
             )
-        if report.updated:
+        if report.update is not None:
             # A batch of one step would only repeat the line above.
             if shown and len(self._batch_ms) > 1:
                 train = sum(self._batch_ms)
                 self._line(
-                    f"[batch {len(self._batch_ms)}: compile={report.compile_ms:.0f}ms "
+                    f"[batch {len(self._batch_ms)}: compile={report.update.compile_ms:.0f}ms "
                     f"train={train:.1f}ms ({train / len(self._batch_ms):.1f}ms/step) "
                     f"compiles={report.compiles}] "
-                    f"update={report.update_ms:.1f}ms"
+                    f"update={report.update.update_ms:.1f}ms"
                 )
             self._batch_ms.clear()
         if report.held_out_loss is not None:

@@ -1,6 +1,7 @@
 """The public objects over the native step engine."""
 
 from .decoder import Decoder
-from .engine import Engine, StepStats, UpdateStats
+from .engine import Engine
+from .stats import StepStats, UpdateStats
 
 __all__ = ["Decoder", "Engine", "StepStats", "UpdateStats"]

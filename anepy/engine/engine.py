@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,70 +17,10 @@ from .device import AUTO, open_device
 from .gradients import Gradients
 from .handle import Owner, address, check_counts, encoded, float_pointer, id_pointer
 from .ids import as_ids, pair
+from .stats import StepStats, UpdateStats
 from .variants import named_switches
 
 _DEFER = 1
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What one step did; times are milliseconds of the calling thread unless said otherwise.
-
-    Attributes:
-        loss: mean cross-entropy in nats.
-        step_ms: the whole step.
-        tflops: 10^12 floating-point operations per second, counted as in
-            docs/neural-engine.md#flops.
-        allocations: heap operations during the step.
-        loss_scale: factor the gradients carry; 1 unless losses are scaled (fp16).
-        skipped: a gradient was not finite and nothing was accumulated (fp16).
-        device_ms: programs on the device, forward and backward.
-        io_ms: to and from surfaces.
-        classifier_ms: logits and their gradients.
-        softmax_ms: soft-max and loss.
-        norm_ms: RMSNorm outside the programs.
-        elementwise_ms: embedding and residuals.
-        dw_ms: weight gradients, busy time summed over threads.
-        dw_wait_ms: the step waited for weight gradients.
-        flops: floating-point operations.
-        forward_ms: from the embedding to the loss.
-        backward_ms: the rest of the step.
-    """
-
-    loss: float
-    step_ms: float
-    tflops: float
-    allocations: int
-    loss_scale: float
-    skipped: bool
-    device_ms: float
-    io_ms: float
-    classifier_ms: float
-    softmax_ms: float
-    norm_ms: float
-    elementwise_ms: float
-    dw_ms: float
-    dw_wait_ms: float
-    flops: float
-    forward_ms: float
-    backward_ms: float
-
-
-@dataclass(frozen=True)
-class UpdateStats:
-    """What one update did.
-
-    Attributes:
-        grad_norm: global norm of the mean gradient before clipping; NaN when clipping is off.
-        update_ms: time of the update in milliseconds.
-        compile_ms: time to compile the programs for the new weights, where they are baked.
-        skipped: a gradient was not finite; the weights are untouched, the gradients dropped.
-    """
-
-    grad_norm: float
-    update_ms: float
-    compile_ms: float
-    skipped: bool
 
 
 class Engine(Owner):
@@ -200,25 +139,7 @@ class Engine(Owner):
             )
             self._gradients.stale &= bool(stats.skipped)
             self._gradients.exposed = self._gradients.seen
-        return StepStats(
-            loss=stats.loss,
-            step_ms=stats.step_ms,
-            tflops=stats.flops / stats.step_ms / 1e9,
-            allocations=stats.allocations,
-            loss_scale=stats.loss_scale,
-            skipped=bool(stats.skipped),
-            device_ms=stats.device_ms,
-            io_ms=stats.io_ms,
-            classifier_ms=stats.classifier_ms,
-            softmax_ms=stats.softmax_ms,
-            norm_ms=stats.norm_ms,
-            elementwise_ms=stats.elementwise_ms,
-            dw_ms=stats.dw_ms,
-            dw_wait_ms=stats.dw_wait_ms,
-            flops=stats.flops,
-            forward_ms=stats.forward_ms,
-            backward_ms=stats.backward_ms,
-        )
+        return StepStats.read(stats)
 
     def update(
         self,
@@ -261,7 +182,7 @@ class Engine(Owner):
                 self._lib.anepy_engine_update(handle, ctypes.byref(stats), ctypes.byref(options))
             finally:
                 self._gradients.stale |= leave and self.accumulated == 0
-        return UpdateStats(stats.grad_norm, stats.update_ms, stats.compile_ms, bool(stats.skipped))
+        return UpdateStats.read(stats)
 
     def logits(self, tokens: npt.ArrayLike) -> Array:
         """Return the logits of every position, float32 (n, vocab_size), without gradients."""

@@ -7,30 +7,14 @@ import sys
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..engine.engine import StepStats
+from ..engine.stats import PHASES, StepStats, UpdateStats
 
-# Attributes of the engine's StepStats, in milliseconds, under the names reports use.
-PHASES = {
-    "forward": "forward_ms",
-    "backward": "backward_ms",
-    "device": "device_ms",
-    "io": "io_ms",
-    "classifier": "classifier_ms",
-    "softmax": "softmax_ms",
-    "norm": "norm_ms",
-    "elementwise": "elementwise_ms",
-    "dw": "dw_ms",
-    "dw_wait": "dw_wait_ms",
-}
 LOSS_TAIL = 200
-
-
 # Step times that go to the next process of a run: enough for quartiles, little for a file.
 _TIMES_KEPT = 4096
 # Losses of single sequences are noisy: first and last loss are means over up to this many steps.
@@ -39,49 +23,55 @@ _LOSS_WINDOW = 10
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """What one step of a run did.
 
     Attributes:
-        step: number of the step, from 1; `total` is the last one of the run.
-        total: see `step`.
-        loss: mean cross-entropy of this sequence, in nats per token.
+        step: number of the step, from 1.
+        total: number of the last step of the run.
+        stats: what the engine says of the step.
         lr: learning rate of the update this step belongs to.
         ms_per_step: wall time of forward and backward; update and evaluation excluded.
         tokens_per_s: tokens of this step per second of that time.
         gflops: GFLOP/s of that time, by the formula of `flops_per_step`.
-        updated: whether the weights were updated after this step.
+        update: what the engine says of the update that followed; None if there was none.
         updates: updates done so far.
         accumulated: steps waiting for the next update.
-        skipped: whether half-precision gradients overflowed and this step counts for nothing.
-        loss_scale: factor on the gradients, 1 unless half precision needs one.
-        grad_norm: global norm of the mean gradient; None unless an update computed it.
-        update_ms: wall time of the update; 0 if there was none.
-        compile_ms: wall time to compile programs for the new weights, not in `update_ms`.
         compiles: compilations so far, where weights are baked into programs.
-        allocations: allocations of the step engine during this step.
-        phases: busy time in ms by phase (keys of `PHASES`).
         held_out_loss: mean loss on held-out data after this step; None if not evaluated.
     """
 
     step: int
     total: int
-    loss: float
+    stats: StepStats
     lr: float
     ms_per_step: float
     tokens_per_s: float
     gflops: float
-    updated: bool
+    update: UpdateStats | None
     updates: int
     accumulated: int
-    skipped: bool
-    loss_scale: float
-    grad_norm: float | None
-    update_ms: float
-    compile_ms: float
     compiles: int
-    allocations: int
-    phases: Mapping[str, float]
     held_out_loss: float | None
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of the step in nats per token."""
+        return self.stats.loss
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Milliseconds by phase, under the keys of `anepy.engine.stats.PHASES`."""
+        return self.stats.phases
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> StepReport:
+        """Return the report that `dataclasses.asdict` made a record of."""
+        update = record["update"]
+        nested = {
+            "stats": StepStats(**record["stats"]),
+            "update": None if update is None else UpdateStats(**update),
+        }
+        return cls(**{**record, **nested})
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,8 @@ class Summary:
     """What a run did so far, from its start or resume.
 
     Attributes:
-        step: last step done; `total` is the one the run stops at.
-        total: see `step`.
+        step: last step done.
+        total: the step the run stops at.
         steps: steps done by this object.
         updates: updates done since the very first step.
         skipped: steps that counted for nothing (half-precision overflow).
@@ -99,9 +89,9 @@ class Summary:
         train_ms: sum of step times.
         update_ms: mean time of an update; None if there was none.
         compile_ms: sum of the times to compile programs for new weights.
-        ms_per_step: median step time; q1 and q3 are its quartiles.
-        ms_q1: see `ms_per_step`.
-        ms_q3: see `ms_per_step`.
+        ms_per_step: median step time.
+        ms_q1: first quartile of the step times.
+        ms_q3: third quartile of the step times.
         tokens_per_s: tokens per second of steps, updates and compiling together.
         tflops: TFLOP/s at the median step time.
         phases: mean busy time in ms per step, by phase.
@@ -152,6 +142,49 @@ class Summary:
         return replace(self, peak=peak, utilization=self.tflops * 1e3 / peak["gflops"])
 
 
+@dataclass
+class Sums:
+    """What the steps of a run add up to: all that its next process needs to go on adding.
+
+    Attributes:
+        held_out_before: held-out loss before the first step; None until known.
+        held_out_after: the latest one after it.
+        compiles: compilations of earlier processes of this run.
+        restarts: how many of them there were.
+        started: `time.perf_counter` at the first step, which all processes of a machine share.
+        wall_s: seconds from then to the end of the last step.
+        step_ms: times of the last steps.
+        update_ms: times of the last updates.
+        compile_ms: sum of the times to compile programs for new weights.
+        phase_ms: sums by phase.
+        skipped: steps that counted for nothing.
+        allocations: most allocations any step but the first made.
+        first_losses: losses of the first steps.
+        steps: how many there were.
+        train_ms: sum of their times.
+        updating_ms: sum of the times of updates.
+        peak_memory: largest resident size of an earlier process, in bytes.
+    """
+
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    compiles: int = 0
+    restarts: int = 0
+    started: float | None = None
+    wall_s: float = 0.0
+    step_ms: array[float] = field(default_factory=lambda: array("d"))
+    update_ms: array[float] = field(default_factory=lambda: array("d"))
+    compile_ms: float = 0.0
+    phase_ms: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    allocations: int = 0
+    first_losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    train_ms: float = 0.0
+    updating_ms: float = 0.0
+    peak_memory: int = 0
+
+
 class Measurements:
     """Add up what the steps of one run took.
 
@@ -162,132 +195,89 @@ class Measurements:
 
     Attributes:
         losses: the last losses, oldest first.
-        held_out_before: held-out loss before the first step, None until known.
-        held_out_after: the latest one after it.
-        compiles: compilations of earlier processes of this run.
-        restarts: see `Summary`.
+        sums: everything else.
     """
 
     def __init__(self, tokens: int, flops: int, losses: Sequence[float] = ()) -> None:
         self.losses = [float(loss) for loss in losses[-LOSS_TAIL:]]
-        self.held_out_before: float | None = None
-        self.held_out_after: float | None = None
-        self.compiles = 0
-        self.restarts = 0
+        self.sums = Sums()
         self._tokens = tokens
         self._flops = flops
-        self._started: float | None = None
-        self._wall_s = 0.0
-        self._step_ms = array("d")
-        self._update_ms = array("d")
-        self._compile_ms = 0.0
-        self._phase_ms = dict.fromkeys(PHASES, 0.0)
-        self._skipped = 0
-        self._allocations = 0
-        self._first_losses: list[float] = []
         self._warm = False
-        self._steps = 0
-        self._train_ms = 0.0
-        self._updating_ms = 0.0
-        self._peak_memory = 0
 
     def state(self, compiles: int) -> dict[str, Any]:
-        """Return what the next process of this run needs to go on adding up.
+        """Return what the next process of this run passes to `restore`, as JSON can hold it.
 
         Args:
             compiles: compilations of this process.
         """
-        return {
-            "held_out_before": self.held_out_before,
-            "held_out_after": self.held_out_after,
-            "compiles": self.compiles + compiles,
-            "restarts": self.restarts + 1,
-            "started": self._started,
-            "wall_s": self._wall_s,
-            "step_ms": list(self._step_ms[-_TIMES_KEPT:]),
-            "update_ms": list(self._update_ms[-_TIMES_KEPT:]),
-            "compile_ms": self._compile_ms,
-            "phase_ms": self._phase_ms,
-            "skipped": self._skipped,
-            "allocations": self._allocations,
-            "first_losses": self._first_losses,
-            "steps": self._steps,
-            "train_ms": self._train_ms,
-            "updating_ms": self._updating_ms,
+        sums = self.sums
+        return asdict(sums) | {
+            "compiles": sums.compiles + compiles,
+            "restarts": sums.restarts + 1,
+            "step_ms": list(sums.step_ms[-_TIMES_KEPT:]),
+            "update_ms": list(sums.update_ms[-_TIMES_KEPT:]),
             "peak_memory": self._largest_memory(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the `state` of an earlier process; its clock goes on as well."""
-        self.held_out_before = state["held_out_before"]
-        self.held_out_after = state["held_out_after"]
-        self.compiles, self.restarts = state["compiles"], state["restarts"]
-        self._started, self._wall_s = state["started"], state["wall_s"]
-        self._step_ms = array("d", state["step_ms"])
-        self._update_ms = array("d", state["update_ms"])
-        self._compile_ms = state["compile_ms"]
-        self._phase_ms = dict.fromkeys(PHASES, 0.0) | dict(state["phase_ms"])
-        self._skipped, self._allocations = state["skipped"], state["allocations"]
-        self._first_losses = list(state["first_losses"])
-        self._steps, self._train_ms = state["steps"], state["train_ms"]
-        self._updating_ms = state["updating_ms"]
-        self._peak_memory = state["peak_memory"]
+        times = {name: array("d", state[name]) for name in ("step_ms", "update_ms")}
+        self.sums = Sums(**{**state, **times})
 
     def _largest_memory(self) -> int:
-        return max(self._peak_memory, peak_memory())
+        return max(self.sums.peak_memory, peak_memory())
 
     def start(self) -> None:
         """Start the clock; later calls do nothing."""
-        if self._started is None:
-            self._started = time.perf_counter()
+        if self.sums.started is None:
+            self.sums.started = time.perf_counter()
 
-    def step(self, ms: float, stats: StepStats) -> dict[str, float]:
-        """Add a step and return its times by phase."""
+    def add_step(self, ms: float, stats: StepStats) -> None:
+        """Add a step that took so long."""
+        sums = self.sums
         # The first step of a process allocates on purpose: buffers, worker threads.
         if self._warm:
-            self._allocations = max(self._allocations, int(stats.allocations))
+            sums.allocations = max(sums.allocations, stats.allocations)
         self._warm = True
-        self._steps += 1
-        self._train_ms += ms
-        self._step_ms.append(ms)
-        phases = {name: float(getattr(stats, key)) for name, key in PHASES.items()}
-        for name, value in phases.items():
-            self._phase_ms[name] += value
-        self._skipped += bool(stats.skipped)
-        self.losses.append(float(stats.loss))
+        sums.steps += 1
+        sums.train_ms += ms
+        sums.step_ms.append(ms)
+        for key, value in stats.phases.items():
+            sums.phase_ms[key] = sums.phase_ms.get(key, 0.0) + value
+        sums.skipped += stats.skipped
+        self.losses.append(stats.loss)
         del self.losses[:-LOSS_TAIL]
-        if len(self._first_losses) < _LOSS_WINDOW:
-            self._first_losses.append(float(stats.loss))
-        return phases
+        if len(sums.first_losses) < _LOSS_WINDOW:
+            sums.first_losses.append(stats.loss)
 
-    def update(self, ms: float, compile_ms: float) -> None:
+    def add_update(self, stats: UpdateStats) -> None:
         """Add an update."""
-        self._update_ms.append(ms)
-        self._updating_ms += ms
-        self._compile_ms += compile_ms
+        self.sums.update_ms.append(stats.update_ms)
+        self.sums.updating_ms += stats.update_ms
+        self.sums.compile_ms += stats.compile_ms
 
     def stop(self) -> None:
         """Take the time at the end of a step."""
-        if self._started is not None:
-            self._wall_s = time.perf_counter() - self._started
+        if self.sums.started is not None:
+            self.sums.wall_s = time.perf_counter() - self.sums.started
 
     def summary(self, step: int, total: int, updates: int, compiles: int) -> Summary:
-        """Return it all.
+        """Return what all steps so far come to.
 
         Args:
-            step: last step done; `total` is the one the run stops at.
-            total: see `step`.
+            step: last step done.
+            total: the step the run stops at.
             updates: updates done since the very first step.
             compiles: compilations of this process.
         """
-        steps = self._steps
+        sums, steps = self.sums, self.sums.steps
         q1, median, q3 = (
-            [float(value) for value in np.percentile(np.frombuffer(self._step_ms), [25, 50, 75])]
+            [float(value) for value in np.percentile(np.frombuffer(sums.step_ms), [25, 50, 75])]
             if steps
             else [0.0] * 3
         )
-        train_ms = self._train_ms
-        busy_s = (train_ms + self._updating_ms + self._compile_ms) / 1e3
+        busy_s = (sums.train_ms + sums.updating_ms + sums.compile_ms) / 1e3
         few = min(_LOSS_WINDOW, max(1, steps // 2))
         last_losses = self.losses[-few:] if steps else []
         return Summary(
@@ -295,26 +285,28 @@ class Measurements:
             total=total,
             steps=steps,
             updates=updates,
-            skipped=self._skipped,
+            skipped=sums.skipped,
             tokens=steps * self._tokens,
-            wall_s=self._wall_s,
-            train_ms=train_ms,
-            update_ms=_mean(self._update_ms),
-            compile_ms=self._compile_ms,
+            wall_s=sums.wall_s,
+            train_ms=sums.train_ms,
+            update_ms=_mean(sums.update_ms),
+            compile_ms=sums.compile_ms,
             ms_per_step=median,
             ms_q1=q1,
             ms_q3=q3,
             tokens_per_s=steps * self._tokens / busy_s if busy_s else 0.0,
             tflops=self._flops / median / 1e9 if median else 0.0,
-            phases={name: ms / max(1, steps) for name, ms in self._phase_ms.items()},
-            allocations=self._allocations,
-            compiles=self.compiles + compiles,
-            restarts=self.restarts,
+            phases={
+                phase.key: sums.phase_ms.get(phase.key, 0.0) / max(1, steps) for phase in PHASES
+            },
+            allocations=sums.allocations,
+            compiles=sums.compiles + compiles,
+            restarts=sums.restarts,
             peak_memory=self._largest_memory(),
-            first_loss=_mean(self._first_losses[:few]),
+            first_loss=_mean(sums.first_losses[:few]),
             last_loss=_mean(last_losses),
-            held_out_before=self.held_out_before,
-            held_out_after=self.held_out_after,
+            held_out_before=sums.held_out_before,
+            held_out_after=sums.held_out_after,
         )
 
 

@@ -1,9 +1,7 @@
-"""The log of a run: one JSON object per line, with the keys of the research programs and more.
+"""The log of a run: one JSON object per line (docs/formats.md#log).
 
-Records: `run` (settings), `step`, `batch` (one per update), `perf`, `eval`, `restart` (the run goes
-on in a new process) and `summary`. Of the
-step's times `t_elem` includes softmax and loss, as in the research programs; `t_softmax` is that
-part alone. Times are in milliseconds.
+Times of a step have the keys of the research programs, and `t_elem` includes soft-max and loss as
+it does there; `t_softmax` is that part alone.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..engine.stats import UpdateStats
 from ..system.files import dumps
 from ..system.mac import ANE_PEAK_TFLOPS
 from .reports import StepReport, Summary
@@ -64,52 +63,38 @@ class RunLog:
         """Write a step, and its update and evaluation if it had them."""
         if self._file is None:
             return
-        phases = report.phases
+        stats = report.stats.logged()
+        stats["t_elem"] += stats["t_softmax"]
         self._write(
             {
                 "type": "step",
                 "step": report.step,
-                "loss": report.loss,
-                "t_ane": phases["device"],
-                "t_io": phases["io"],
-                "t_cls": phases["classifier"],
-                "t_elem": phases["elementwise"] + phases["softmax"],
-                "t_rms": phases["norm"],
-                "t_cblas_wait": phases["dw_wait"],
+                **stats,
                 "compiles": report.compiles,
-                "t_softmax": phases["softmax"],
-                "t_dw": phases["dw"],
-                "t_fwd": phases["forward"],
-                "t_bwd": phases["backward"],
                 "ms": report.ms_per_step,
                 "tokens_per_s": report.tokens_per_s,
                 "gflops": report.gflops,
                 "lr": report.lr,
-                "skipped": report.skipped,
-                "loss_scale": report.loss_scale,
-                "allocations": report.allocations,
             }
         )
         self._batch_ms.append(report.ms_per_step)
-        if report.updated:
-            self._update(report)
+        if report.update is not None:
+            self._update(report, report.update)
         if report.held_out_loss is not None:
             self._write({"type": "eval", "step": report.step, "loss": report.held_out_loss})
 
-    def _update(self, report: StepReport) -> None:
+    def _update(self, report: StepReport, update: UpdateStats) -> None:
         steps, train_ms = len(self._batch_ms), sum(self._batch_ms)
         self._batch_ms.clear()
         self._write(
             {
                 "type": "batch",
                 "batch": steps,
-                "compile_ms": report.compile_ms,
+                **asdict(update),
                 "train_ms": train_ms,
                 "ms_per_step": train_ms / steps,
                 "step": report.step,
                 "update": report.updates,
-                "update_ms": report.update_ms,
-                "grad_norm": report.grad_norm,
                 "lr": report.lr,
             }
         )

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
-from ..engine.engine import Engine, UpdateStats
+from ..engine.engine import Engine
 from ..engine.flops import flops_per_step
+from ..engine.stats import UpdateStats
 from ..errors import CheckpointError, ClosedError, ConfigError, DivergedError, NativeError
 from ..models.model import Model, sequence_length
 from ..text.data import Sampler, TokenData, windows
@@ -148,8 +149,8 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepReport]:
         """Train until `config.steps`; iterating again after a break goes on."""
-        if self.held_out is not None and self._measured.held_out_before is None:
-            self._measured.held_out_before = self.evaluate()
+        if self.held_out is not None and self._measured.sums.held_out_before is None:
+            self._measured.sums.held_out_before = self.evaluate()
         while self._step < self.config.steps or self._unevaluated is not None:
             yield self.run_step()
 
@@ -186,26 +187,19 @@ class Trainer:
         last = step >= config.steps
         updated = engine.accumulated >= config.accum or (last and engine.accumulated > 0)
         update = self._update(lr, step) if updated else None
-        phases = measured.step(step_ms, stats)
+        measured.add_step(step_ms, stats)
         report = StepReport(
             step=step,
             total=config.steps,
-            loss=float(stats.loss),
+            stats=stats,
             lr=lr,
             ms_per_step=step_ms,
             tokens_per_s=self._tokens / step_ms * 1e3,
             gflops=self._flops / step_ms / 1e6,
-            updated=updated,
+            update=update,
             updates=engine.updates,
             accumulated=engine.accumulated,
-            skipped=bool(stats.skipped),
-            loss_scale=float(stats.loss_scale),
-            grad_norm=None if update is None or math.isnan(update.grad_norm) else update.grad_norm,
-            update_ms=update.update_ms if update else 0.0,
-            compile_ms=update.compile_ms if update else 0.0,
-            compiles=measured.compiles + engine.compiles,
-            allocations=int(stats.allocations),
-            phases=phases,
+            compiles=measured.sums.compiles + engine.compiles,
             held_out_loss=None,
         )
         due = last or (config.eval_every and step % config.eval_every == 0)
@@ -217,7 +211,7 @@ class Trainer:
     def _evaluated(self, report: StepReport) -> StepReport:
         """Complete a report, now or, if there are no programs, in the next process."""
         self._unevaluated = report
-        loss = self._measured.held_out_after = self.evaluate()
+        loss = self._measured.sums.held_out_after = self.evaluate()
         self._unevaluated = None
         self._measured.stop()
         return replace(report, held_out_loss=loss)
@@ -248,7 +242,7 @@ class Trainer:
         )
         if stats.skipped:
             raise self._diverged(step, "gradient")
-        self._measured.update(stats.update_ms, stats.compile_ms)
+        self._measured.add_update(stats)
         return stats
 
     def _diverged(self, step: int, what: str) -> DivergedError:
@@ -343,7 +337,7 @@ class Trainer:
         self._measured = Measurements(self._tokens, self._flops, meta.losses)
         try:
             if "report" in meta.run:
-                self._unevaluated = StepReport(**meta.run["report"])
+                self._unevaluated = StepReport.from_record(meta.run["report"])
             if restarted:
                 self._measured.restore(meta.run["measured"])
         except (KeyError, TypeError) as error:

@@ -113,7 +113,7 @@ def share(work: dict[str, float], ms: float, precision: str, peaks: dict[str, An
 def measure_step(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Time steps and updates; phases are means over the middle half of the steps."""
     from anepy.engine import Engine
-    from anepy.training.reports import PHASES
+    from anepy.engine.stats import HALF, PHASES
 
     tokens, targets = random_tokens(model.config, options.seq, options.seed)
     rows, updates = [], []
@@ -127,9 +127,9 @@ def measure_step(options: argparse.Namespace, model: Any) -> dict[str, Any]:
             update_ms, _ = timed(lambda: engine.update(lr=1e-4, weight_decay=0.1))
             if turn >= 0:
                 phases = {
-                    name: getattr(stats, key)
-                    for name, key in PHASES.items()
-                    if name not in ("forward", "backward")  # what the others add up to
+                    phase.key: getattr(stats, phase.field)
+                    for phase in PHASES
+                    if phase.kind != HALF  # what the others add up to
                 }
                 rows.append({"step": stats.step_ms, **phases})
                 updates.append(update_ms)

@@ -112,6 +112,41 @@ def test_load_file_without_legacy_tables(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "again.bin").stat().st_size == len(raw), "run.c expects the tables"
 
 
+def test_weights_take_arrays_of_their_shape() -> None:
+    model = Model.init(SMALL, seed=1)
+    view, name = model.weights["norm.weight"], "norm.weight"
+    for values in (np.arange(24.0), [1] * 24, np.arange(24, dtype=np.int64)[::-1], view * 2):
+        model.weights[name] = values
+        assert np.array_equal(view, np.asarray(values, np.float32)), "the view that was there"
+    model.weights["tok_embeddings.weight"] = np.full((29, 24), 0.1)
+    assert model.arena[0] == np.float32(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("norm.weight", np.ones(23), "shape (24,), not (23,)"),
+        ("norm.weight", 1.0, "shape (24,), not ()"),
+        ("norm.weight", np.ones((1, 24)), "not (1, 24)"),
+        ("norm.weight", ["a"] * 24, "real numbers"),
+        ("norm.weight", np.ones(24, complex), "real numbers"),
+        ("norm.weight", [[1.0], [1.0, 2.0]], "real numbers"),
+        ("norm.weigth", np.ones(24), "did you mean 'norm.weight'?"),
+        ("x", np.ones(24), "there is no tensor 'x'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_refuse_what_does_not_fit(name: str, values: object, said: str) -> None:
+    model = Model.init(SMALL, seed=1)
+    before = model.arena.copy()
+    with pytest.raises(ConfigError) as caught:
+        model.weights[name] = values  # type: ignore[assignment]
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert np.array_equal(model.arena, before)
+    with pytest.raises(KeyError):
+        model.weights["x"]
+
+
 def test_save_and_load_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     """Signed zeros and subnormals included."""
     model = Model.init(SMALL)
@@ -422,8 +457,6 @@ def test_weights_are_writable_views_that_fill_the_arena() -> None:
     model.arena[...] = 7.0
     assert all((weight == 7.0).all() for weight in model.weights.values())
     assert model.arena.ctypes.data % 64 == 0
-    with pytest.raises(TypeError):
-        model.weights["new"] = model.arena  # type: ignore[index]
 
 
 def test_views_outlive_the_model() -> None:

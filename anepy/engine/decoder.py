@@ -7,7 +7,8 @@ import ctypes
 import numpy as np
 
 from ..errors import ConfigError
-from ..models.model import Array, Model
+from ..models.model import Model
+from ..models.tensors import Array
 from .handle import Owner, address, check_counts, float_pointer
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
-from ..models.model import Array, Model
+from ..models.model import Model
+from ..models.tensors import Array, Tensors
 from ..native import abi
 from .adapt import adapted
 from .device import AUTO, open_device
@@ -26,7 +26,9 @@ _DEFER = 1
 class Engine(Owner):
     """Trains a model: one sequence or several per step, gradients accumulate until `update`.
 
-    Use one engine from one thread at a time. The model's weights are updated in place.
+    Use one engine from one thread at a time. The model's weights are updated in place. `gradients`
+    (sums since the last update, times the loss scale), `adam_m` and `adam_v` are float32 views by
+    the names of `Model.weights`; assigning to a name copies into the view.
     `device` and `device_note` say where it runs and, if that was left to anepy, why there.
 
     Args:
@@ -34,14 +36,15 @@ class Engine(Owner):
         variant: a named set of switches, with any of +switch and -switch behind it.
         device: "auto", "cpu", "ane", or "sim", the simulated Neural Engine; "sim:m1" to "sim:m5"
             choose its chip, and "sim:m1,budget=20" lets a process compile 20 programs.
-        precision: "auto", or what the device computes in: "fp32" or "bf16" on cpu, "fp16" on sim.
+        precision: "auto", or what the device computes in: "fp32" or "bf16" on cpu, "fp16" on
+            sim and ane.
             "bf16" rounds the factors of matrix products; sums, and everything else, stay float32.
             It needs a processor with bf16 dot products, where "auto" takes it.
         seq_len: longest sequence; default the model's.
         threads: default from CPU affinity, cgroup quota and physical cores.
         loss_scale: what dynamic loss scaling starts with (fp16 only); default 4096.
-        defer: compile programs when they are first needed, not at once; for who goes on with
-            `restore`, so that weights that are replaced at once cost no compilation.
+        defer: compile programs when they are first needed, not at once. For callers that will call
+            `restore`: programs for weights about to be replaced would be wasted.
 
     Raises:
         ConfigError: a name is unknown, a value out of range, or a device not usable here.
@@ -70,8 +73,8 @@ class Engine(Owner):
         self.variant = variant
         self._lib = model.table.lib
         self._grads, self._m, self._v = (model.table.arena() for _ in range(3))
-        self.adam_m: Mapping[str, Array] = model.table.views(self._m)
-        self.adam_v: Mapping[str, Array] = model.table.views(self._v)
+        self.adam_m: Tensors = model.table.views(self._m)
+        self.adam_v: Tensors = model.table.views(self._v)
         options = abi.EngineOptions(
             flags=_DEFER if defer else 0,
             params=address(model.arena),
@@ -96,7 +99,7 @@ class Engine(Owner):
         handle, self.device_note = open_device(device, create)
         self._own(handle, self._lib.anepy_engine_free)
         self._gradients = Gradients(model.table, self._grads, self._guard)
-        self.gradients: Mapping[str, Array] = self._gradients
+        self.gradients: Gradients = self._gradients
         info = self._info()
         self.device: str = info.device.decode()
         self.precision: str = info.precision.decode()

@@ -8,8 +8,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
-from ..models.model import Array, TensorTable
+from ..models.model import TensorTable
+from ..models.tensors import Array, assign
 
 
 class Gradients(Mapping[str, Array]):
@@ -42,6 +44,10 @@ class Gradients(Mapping[str, Array]):
                 root = np.frombuffer(self._arena.data, dtype=np.float32)
                 self._root = weakref.ref(root)
         return root[offset : offset + math.prod(shape)].reshape(shape)
+
+    def __setitem__(self, name: str, values: npt.ArrayLike) -> None:
+        """Copy values into a gradient, as `assign` does."""
+        assign(self, name, values)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import ClosedError, ConfigError, NativeError
-from ..models.model import Array
+from ..models.tensors import Array
 from .ids import Ids
 
 _O = TypeVar("_O", bound="Owner")

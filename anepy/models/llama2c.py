@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import ConfigError, ModelError
 from ..system import files
-from .model import Array, Model, ModelConfig, PathLike, TensorTable
+from .model import Model, ModelConfig, PathLike, TensorTable
+from .tensors import Array
 
 _HEADER = struct.Struct("<7i")
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..native import abi, find
+from .tensors import Array, Tensors
 
-Array = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
 
 DEFAULT_SEQ = 256
@@ -121,9 +121,9 @@ class TensorTable:
         finalizer.atexit = False
         return np.frombuffer(memoryview(memory), dtype=np.float32)
 
-    def views(self, arena: Array) -> Mapping[str, Array]:
+    def views(self, arena: Array) -> Tensors:
         """Name the tensors of an arena, without copying."""
-        return MappingProxyType(
+        return Tensors(
             {
                 name: arena[offset : offset + math.prod(shape)].reshape(shape)
                 for name, (offset, shape) in self.places.items()
@@ -137,7 +137,9 @@ class Model:
     Attributes:
         config: the dimensions.
         weights: name -> writable float32 view; matrices are (out, in). Names as in Meta's Llama and
-            llama2.c's model.py, e.g. `layers.0.attention.wq.weight`.
+            llama2.c's model.py, e.g. `layers.0.attention.wq.weight`. `weights[name] = array` copies
+            into it. An `Engine` on sim or ane that exists already goes on with programs for the old
+            values until its next `update` or `restore`.
         arena: float32 (n_parameters,), all weights in the order of the native tensor table.
         path: the file it was loaded from, if any.
     """

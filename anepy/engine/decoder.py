@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..models.model import Model
-from ..models.tensors import Array
+from ..models.views import Array
 from .handle import Owner, address, check_counts, float_pointer
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..models.model import Model
-from ..models.tensors import Array, Tensors
+from ..models.views import Array, Tensors
 from ..native import abi
 from .adapt import adapted
 from .device import AUTO, open_device

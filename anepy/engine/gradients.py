@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.model import TensorTable
-from ..models.tensors import Array, assign
+from ..models.views import Array, assign
 
 
 class Gradients(Mapping[str, Array]):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import ClosedError, ConfigError, NativeError
-from ..models.tensors import Array
+from ..models.views import Array
 from .ids import Ids
 
 _O = TypeVar("_O", bound="Owner")

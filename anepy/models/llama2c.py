@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ConfigError, ModelError
 from ..system import files
 from .model import Model, ModelConfig, PathLike, TensorTable
-from .tensors import Array
+from .views import Array
 
 _HEADER = struct.Struct("<7i")
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..native import abi, find
-from .tensors import Array, Tensors
+from .views import Array, Tensors
 
 PathLike = str | os.PathLike[str]
 

@@ -21,6 +21,7 @@ _HOMES = {
     "ModelConfig": "models.model",
     "PRESETS": "models.model",
     "Program": "hardware.program",
+    "RopeScaling": "models.model",
     "StepReport": "training.reports",
     "StepStats": "engine.stats",
     "TokenData": "text.data",
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from .engine.variants import variants
     from .errors import AnepyError, CompileBudgetError, MilError
     from .hardware.program import Program
-    from .models.model import PRESETS, Model, ModelConfig
+    from .models.model import PRESETS, Model, ModelConfig, RopeScaling
     from .text.data import TokenData
     from .text.generation import generate, stream
     from .text.prepare import prepare

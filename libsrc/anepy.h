@@ -79,7 +79,16 @@ ANEPY_API int32_t anepy_struct_size(int32_t index);
 
 /* --------------------------------------------------------------------------- model, tensors */
 
-/* Llama-2 dimensions, as in the header of llama2.c's .bin v0. */
+/* How rope_scaling changes the frequencies of RoPE, each given as f here (Python: RopeScaling). */
+enum {
+    ANEPY_ROPE_PLAIN,
+    ANEPY_ROPE_LINEAR, /* f / rope_factor: positions interpolated (Chen et al. 2023, 2306.15595) */
+    ANEPY_ROPE_LLAMA3, /* Llama 3.1: with t = rope_original_max_position * f / 2 pi, the turns
+                        * within the original context: f where t >= rope_high_freq_factor, f /
+                        * rope_factor where t <= rope_low_freq_factor, linear in t between */
+};
+
+/* Dimensions of a model of the Llama family. All zero behind `tied`: Llama 2. */
 typedef struct anepy_config {
     uint32_t struct_size;
     uint32_t flags;
@@ -87,10 +96,21 @@ typedef struct anepy_config {
     int32_t hidden_dim; /* F, feed-forward width */
     int32_t n_layers;
     int32_t n_heads;
-    int32_t n_kv_heads; /* divides n_heads; head h reads KV head h / (n_heads / n_kv_heads) */
-    int32_t vocab_size; /* V */
-    int32_t seq_len;    /* longest position the model knows */
-    int32_t tied;       /* 1: the classifier is tok_embeddings; 0: separate output.weight */
+    int32_t n_kv_heads;   /* divides n_heads; head h reads KV head h / (n_heads / n_kv_heads) */
+    int32_t vocab_size;   /* V */
+    int32_t seq_len;      /* longest position the model knows */
+    int32_t tied;         /* 1: the classifier is tok_embeddings; 0: separate output.weight */
+    int32_t head_dim;     /* channels of a head, even; 0: dim / n_heads */
+    int32_t qkv_bias;     /* 1: wq, wk and wv add a bias */
+    int32_t qk_norm;      /* 1: each head of q and k goes through an RMSNorm before RoPE */
+    int32_t rope_scaling; /* ANEPY_ROPE_PLAIN ... */
+    int32_t rope_original_max_position;
+    int32_t reserved;
+    double norm_eps;   /* added to the mean square in every RMSNorm; 0: 1e-5 */
+    double rope_theta; /* base of the frequencies of RoPE; 0: 10000 */
+    double rope_factor;
+    double rope_low_freq_factor;
+    double rope_high_freq_factor;
 } anepy_config;
 
 /* One row of the tensor table: a named view into each of the four arenas. */
@@ -114,8 +134,8 @@ ANEPY_API int32_t anepy_model_tensor(const anepy_model *model, int32_t index, an
 /* Elements (float32) of one arena: the number of parameters. */
 ANEPY_API int64_t anepy_model_arena_n(const anepy_model *model);
 
-/* Radians per position by which RoPE turns pair `pair` of a head, 0 <= pair < head size / 2: its
- * channels 2 pair and 2 pair + 1. */
+/* Radians per position by which RoPE turns pair `pair` of a head, 0 <= pair < head_dim / 2: its
+ * channels 2 pair and 2 pair + 1. Scaling included. */
 ANEPY_API double anepy_rope_frequency(const anepy_model *model, int32_t pair);
 
 /* Floating-point operations of one step in matrix products, two per multiply-add. Counted as the

@@ -18,7 +18,7 @@
 #endif
 
 /* The layout that Python declares for ctypes: no padding the compiler could choose differently. */
-_Static_assert(sizeof(anepy_config) == 40, "config");
+_Static_assert(sizeof(anepy_config) == 104, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
 _Static_assert(sizeof(anepy_engine_info) == 144, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 128, "step stats");

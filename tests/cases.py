@@ -16,10 +16,20 @@ from reference import llama64 as ref
 
 from anepy.engine import Engine
 from anepy.errors import AnepyError, ConfigError
-from anepy.models.model import Model, ModelConfig
+from anepy.models.model import Model, ModelConfig, RopeScaling
 
 GQA = ModelConfig(40, 70, 3, 10, 2, 523, 129)
 SEPARATE = ModelConfig(52, 44, 2, 2, 1, 600, 70, tied=False)
+# Heads whose channels together are more, or fewer, than those of the model, and what else Llama 3
+# and Qwen do differently. Every share of the pairs is scaled: none, some, all.
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+LINEAR = RopeScaling("linear", 2.5)
+WIDE_HEADS = ModelConfig(
+    36, 52, 2, 3, 1, 97, 129, head_dim=20, norm_eps=0.01, rope_theta=500.0, rope_scaling=LLAMA3
+)
+NARROW_HEADS = ModelConfig(
+    44, 70, 2, 6, 2, 523, 129, 6, 1e-6, rope_theta=1e6, rope_scaling=LINEAR, tied=False
+)
 # Large enough that a step lasts while another thread does something.
 BUSY = ModelConfig(256, 1024, 3, 4, 4, 4000, 256)
 

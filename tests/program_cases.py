@@ -112,10 +112,10 @@ def _tensors(
         o = ref.sdpa_fwd(x64, w, config)
         return {"x": x}, {**o, "out": o["o_out"]}
     if name == "ffn_fwd":
-        o = ref.ffn_fwd(x64, w)
+        o = ref.ffn_fwd(x64, w, config.norm_eps)
         return {"x": x}, {**o, "out": o["ffn_out"], "xnorm": o["x2norm"]}
     if name == "ffn_bwd":
-        o = ref.ffn_fwd(x64, w)
+        o = ref.ffn_fwd(x64, w, config.norm_eps)
         ins = {"dy": dy, "h1": _half(o["h1"]), "h3": _half(o["h3"])}
         dx, dh1, dh3 = ref.ffn_bwd(dy64, f64(ins["h1"]), f64(ins["h3"]), w)
         return ins, {"dx": dx, "dh1": dh1, "dh3": dh3}
@@ -138,9 +138,11 @@ def _tensors(
     if name.startswith("rmsnorm_bwd"):
         norm = {"rmsnorm_bwd": "attention_norm", "rmsnorm_bwd_ffn": "ffn_norm"}.get(name)
         scale = final if norm is None else w[norm]
-        return {"dy": dy, "x": x}, {"dx": ref.rmsnorm_backward(dy64, x64, scale)[0]}
+        return {"dy": dy, "x": x}, {
+            "dx": ref.rmsnorm_backward(dy64, x64, scale, config.norm_eps)[0]
+        }
     if name == "final_rmsnorm":
-        return {"x": x}, {"xnorm": ref.rmsnorm(x64, final)}
+        return {"x": x}, {"xnorm": ref.rmsnorm(x64, final, config.norm_eps)}
     classifier = weights["tok_embeddings.weight" if config.tied else "output.weight"]
     if name == "classifier_fwd":
         rows = slice(program.first_row, program.first_row + program.output_channels)

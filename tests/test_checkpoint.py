@@ -213,6 +213,14 @@ def test_load_of_another_model_names_the_difference(tmp_path: Path) -> None:
         load(path, arenas(1), dim=8)
 
 
+def test_load_of_a_checkpoint_older_than_a_field_takes_its_default(tmp_path: Path) -> None:
+    path, into = tmp_path / "c.npz", arenas(1)
+    save(path, arenas(0))
+    load(path, into, head_dim=None, norm_eps=1e-5, rope_scaling=None, qk_norm=False)
+    with pytest.raises(CheckpointError, match=r"norm_eps 1e-05 instead of 0\.001"):
+        load(path, into, norm_eps=0.001)
+
+
 def test_load_accepts_a_compressed_copy(tmp_path: Path) -> None:
     path, copy, into = tmp_path / "c.npz", tmp_path / "copy.npz", arenas(1)
     save(path, arenas(0))

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tolerances
-from cases import GQA, SEPARATE, make_engine, make_model, message, sequence
+from cases import (
+    GQA,
+    NARROW_HEADS,
+    SEPARATE,
+    WIDE_HEADS,
+    make_engine,
+    make_model,
+    message,
+    sequence,
+)
 from tolerances import relative_error
 
 from anepy.engine import Decoder
@@ -13,7 +22,11 @@ from anepy.errors import AnepyError, ClosedError
 from anepy.models.model import ModelConfig
 
 
-@pytest.mark.parametrize("config", [GQA, SEPARATE], ids=["gqa", "separate"])
+@pytest.mark.parametrize(
+    "config",
+    [GQA, SEPARATE, WIDE_HEADS, NARROW_HEADS],
+    ids=["gqa", "separate", "wide-heads", "narrow-heads"],
+)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_decoder_logits_are_those_of_the_engine(config: ModelConfig, threads: int) -> None:
     tokens, _ = sequence(config, 70)

@@ -165,9 +165,9 @@ def test_step_phases_are_parts_of_the_step(variant: str, threads: int) -> None:
 
 def flops(c: ModelConfig, n: int) -> float:
     """Count as the research programs do (docs/neural-engine.md#flops), K/V heads as they are."""
-    d, h, kv = c.dim, c.hidden_dim, c.head_dim * c.n_kv_heads
+    d, h, kv = c.dim, c.hidden_dim, c.head_width * c.n_kv_heads
     forward = c.n_layers * n * (2 * 2 * d * d + 2 * 2 * d * kv + 3 * 2 * d * h)
-    attention = c.n_layers * 2 * c.n_heads * 5 * n * n * c.head_dim
+    attention = c.n_layers * 2 * c.n_heads * 5 * n * n * c.head_width
     return 3 * forward + attention + 3 * 2 * c.vocab_size * d * n
 
 

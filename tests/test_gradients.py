@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tolerances
-from cases import bits, make_model, mapped, sequence, weights_of
+from cases import NARROW_HEADS, WIDE_HEADS, bits, make_model, mapped, sequence, weights_of
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 
@@ -29,6 +29,8 @@ CONFIGS = {
     "gqa": ModelConfig(40, 70, 3, 10, 2, 523, 129),
     "mqa-separate": ModelConfig(52, 45, 1, 2, 1, 600, 129, tied=False),
     "wide": ModelConfig(132, 198, 1, 6, 3, 1031, 129, tied=False),
+    "wide-heads": WIDE_HEADS,
+    "narrow-heads": NARROW_HEADS,
 }
 # Sums beyond what products hold of a factor at once: 1024 terms, 2048, in bf16 4096.
 BLOCKED = {

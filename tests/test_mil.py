@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import needs
 import numpy as np
 import pytest
-from cases import message
+from cases import LINEAR, LLAMA3, message
 from program_cases import Array, Case, f64, join_groups, make_case, random_model
 from reference import llama64 as ref
 from tolerances import relative_error
@@ -47,6 +47,8 @@ SHAPES: dict[str, tuple[ModelConfig, int, int]] = {
     "five heads": (ModelConfig(60, 50, 1, 5, 5, 40000, 64), 64, 64),
     "group of four": (ModelConfig(256, 300, 1, 8, 2, 9000, 192), 150, 192),
     "one head": (ModelConfig(32, 64, 1, 1, 1, 40, 64, tied=False), 1, 64),
+    "wide heads": (ModelConfig(64, 96, 1, 4, 2, 160, 128, 32, 1e-6, 1e6, LLAMA3), 100, 128),
+    "narrow heads": (ModelConfig(100, 80, 1, 3, 1, 97, 64, 20, 0.01, 500.0, LINEAR), 33, 64),
 }
 FORMS = {
     "1.3": ("1.3", False),

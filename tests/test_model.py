@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import children
 import needs
@@ -24,7 +25,7 @@ from reference import llama64 as ref
 
 from anepy.errors import ConfigError, ModelError, NativeError
 from anepy.models import model as model_module
-from anepy.models.model import PRESETS, Model, ModelConfig
+from anepy.models.model import PRESETS, Model, ModelConfig, RopeScaling
 from anepy.native import find
 
 CONFIGS = {
@@ -86,7 +87,7 @@ def test_save_file_is_that_of_the_reference_writer(tmp_path: Path, name: str) ->
     start = HEADER.size + 4 * (
         model.n_parameters - (0 if model.config.tied else model.weights["output.weight"].size)
     )
-    end = start + 4 * model.config.seq_len * model.config.head_dim
+    end = start + 4 * model.config.seq_len * model.config.head_width
     assert ours[:start] + ours[end:] == reference[:start] + reference[end:]
     tables = np.frombuffer(ours[start:end], "<f4"), np.frombuffer(reference[start:end], "<f4")
     np.testing.assert_allclose(*tables, atol=1e-6, rtol=0)
@@ -102,7 +103,7 @@ def test_load_file_without_legacy_tables(tmp_path: Path, name: str) -> None:
     raw = written(tmp_path / "m.bin", name).read_bytes()
     model = Model.load(tmp_path / "m.bin")
     output = 0 if config.tied else model.weights["output.weight"].nbytes
-    tables = 4 * config.seq_len * config.head_dim
+    tables = 4 * config.seq_len * config.head_width
     start = len(raw) - output - tables
     (tmp_path / "short.bin").write_bytes(raw[:start] + raw[start + tables :])
     short = Model.load(tmp_path / "short.bin")
@@ -201,6 +202,27 @@ def failure(model: Model, path: Path) -> str:
     text = str(caught.value)
     assert str(path) in text and "\n" not in text
     return text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"head_dim": 6}, "head_dim"),
+        ({"head_dim": 6, "n_heads": 2}, "head_dim"),
+        ({"norm_eps": 1e-6}, "norm_eps"),
+        ({"rope_scaling": RopeScaling("linear", 2.0)}, "rope_scaling"),
+        ({"rope_theta": 5e5, "norm_eps": 1e-6}, "norm_eps and rope_theta"),
+    ],
+)
+def test_save_what_the_format_has_no_place_for_is_refused(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    path = tmp_path / "m.bin"
+    Model.init(SMALL).save(path)
+    old = path.read_bytes()
+    text = failure(Model.init(dataclasses.replace(SMALL, **changes)), path)
+    assert f"cannot hold this model's {named}" in text
+    unchanged(path, old)
 
 
 def test_save_missing_folder_says_so(tmp_path: Path) -> None:
@@ -528,7 +550,7 @@ def test_init_has_the_documented_deviations() -> None:
         ({"hidden_dim": -1}, "hidden_dim is -1"),
         ({"n_layers": 0}, "n_layers is 0"),
         ({"n_heads": 5}, "not a multiple of n_heads 5"),
-        ({"n_heads": 24}, "head size 1 is odd"),
+        ({"n_heads": 24}, "head_dim 1 is odd"),
         ({"n_kv_heads": 4}, "not a multiple of n_kv_heads 4"),
         ({"n_kv_heads": 0}, "n_kv_heads is 0"),
         ({"vocab_size": 1 << 23}, "vocab_size is 8388608"),
@@ -536,11 +558,11 @@ def test_init_has_the_documented_deviations() -> None:
         ({"dim": 2**32 + 24}, "dim is 4294967320"),
         ({"dim": -(2**40)}, "dim is -1099511627776"),
         ({"tied": 2}, "tied is 2"),
-        ({"dim": "wide"}, "whole numbers"),
-        ({"dim": None}, "whole numbers"),
-        ({"dim": 24.5}, "whole numbers"),
-        ({"dim": float("inf")}, "whole numbers"),
-        ({"dim": float("nan")}, "whole numbers"),
+        ({"dim": "wide"}, "whole number"),
+        ({"dim": None}, "whole number"),
+        ({"dim": 24.5}, "whole number"),
+        ({"dim": float("inf")}, "whole number"),
+        ({"dim": float("nan")}, "whole number"),
     ],
 )
 def test_model_of_impossible_dimensions(change: dict[str, int], says: str) -> None:

@@ -13,7 +13,7 @@ from tolerances import FP16_COSINE, FP16_GRADIENT, assert_tensors_close
 
 from anepy.engine import Engine
 from anepy.errors import ConfigError
-from anepy.models.model import Model, ModelConfig
+from anepy.models.model import Model, ModelConfig, RopeScaling
 from anepy.text.data import Sampler, TokenData
 from anepy.text.tokenizer import Tokenizer
 from anepy.training.config import TrainConfig
@@ -21,6 +21,12 @@ from anepy.training.trainer import Trainer
 
 GQA = ModelConfig(64, 96, 2, 8, 4, 160, 128)
 ODD_HEADS = ModelConfig(96, 80, 1, 3, 1, 97, 64, tied=False)
+WIDE_HEADS = ModelConfig(
+    64, 96, 2, 4, 2, 160, 128, 32, 1e-6, 1e6, RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+)
+NARROW_HEADS = ModelConfig(
+    100, 80, 1, 3, 1, 97, 64, 20, 1e-3, 500.0, RopeScaling("linear", 2.5), tied=False
+)
 WIDE = ModelConfig(768, 2048, 2, 12, 12, 1000, 256)
 
 
@@ -58,11 +64,18 @@ def check_gradients(
     assert_tensors_close(gradients, expected, FP16_GRADIENT, min_cosine=FP16_COSINE)
 
 
-@pytest.mark.parametrize(
-    ("config", "n"),
-    [(GQA, 128), (GQA, 33), (GQA, 7), (ODD_HEADS, 64), (WIDE, 256)],
-    ids=["gqa", "gqa-33-tokens", "gqa-7-tokens", "odd-heads-untied", "dim-768"],
-)
+STEPS = {
+    "gqa": (GQA, 128),
+    "gqa-33-tokens": (GQA, 33),
+    "gqa-7-tokens": (GQA, 7),
+    "odd-heads-untied": (ODD_HEADS, 64),
+    "dim-768": (WIDE, 256),
+    "wide-heads": (WIDE_HEADS, 100),
+    "narrow-heads": (NARROW_HEADS, 64),
+}
+
+
+@pytest.mark.parametrize(("config", "n"), STEPS.values(), ids=STEPS)
 def test_step_gradients_match_float64(config: ModelConfig, n: int) -> None:
     model, weights = make(config)
     check_gradients(model, weights, *sequence(config, n))
@@ -78,7 +91,7 @@ OFFLOADS = ("offload_rmsnorm", "offload_classifier", "offload_softmax")
     + [f"dynamic+{switch}" for switch in OFFLOADS],
 )
 def test_step_gradients_of_every_variant_match_float64(variant: str) -> None:
-    for config in (GQA, ODD_HEADS):
+    for config in (GQA, ODD_HEADS, WIDE_HEADS, NARROW_HEADS):
         model, weights = make(config)
         check_gradients(model, weights, *sequence(config, 50), variant)
 

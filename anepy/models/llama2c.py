@@ -66,9 +66,11 @@ def save(model: Model, path: PathLike) -> int:
         Its size in bytes.
 
     Raises:
-        ModelError: the file cannot be written; an older file of that name is unchanged.
+        ModelError: the file cannot be written, or cannot hold such a model; an older file of that
+            name is unchanged.
     """
     c = model.config
+    _check_held(path, c)
     vocab = c.vocab_size if c.tied else -c.vocab_size
     header = (c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.seq_len)
     try:
@@ -80,6 +82,18 @@ def save(model: Model, path: PathLike) -> int:
             return file.tell()
     except OSError as error:
         raise ModelError(files.write_failure(path, "model", error)) from None
+
+
+def _check_held(path: PathLike, c: ModelConfig) -> None:
+    """Refuse what the header has no place for and no reader would know of."""
+    faults = [] if c.head_width * c.n_heads == c.dim else ["head_dim"]
+    names = ("norm_eps", "rope_theta", "rope_scaling", "qkv_bias", "qk_norm")
+    faults += [name for name in names if getattr(c, name) != getattr(ModelConfig, name)]
+    if faults:
+        raise ModelError(
+            f"cannot write model {path}: a llama2.c .bin file cannot hold this model's "
+            f"{' and '.join(faults)}"
+        )
 
 
 def _file_order(config: ModelConfig) -> Iterator[str | None]:
@@ -118,7 +132,7 @@ def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:
             "model"
         )
     dim, hidden, layers, heads, kv_heads, vocab, seq_len = _HEADER.unpack(head)
-    config = ModelConfig(dim, hidden, layers, heads, kv_heads, abs(vocab), seq_len, vocab > 0)
+    config = ModelConfig(dim, hidden, layers, heads, kv_heads, abs(vocab), seq_len, tied=vocab > 0)
     try:
         parameters = TensorTable(config).size
     except ConfigError as error:
@@ -126,7 +140,7 @@ def _read_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int]:
             f"model {path} has a header of which {error}: it is not a llama2.c .bin file of "
             "version 0"
         ) from None
-    tables = config.seq_len * config.head_dim
+    tables = config.seq_len * config.head_width
     expected = _HEADER.size + 4 * (parameters + tables)
     if size == expected:
         return config, tables

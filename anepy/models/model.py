@@ -1,4 +1,4 @@
-"""Llama-2 models: dimensions and named weights."""
+"""Models of the Llama family: dimensions and named weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,12 +26,67 @@ PathLike = str | os.PathLike[str]
 DEFAULT_SEQ = 256
 
 
+_ROPE_TYPES = ("default", "linear", "llama3")  # by number in C
+
+
 @dataclass(frozen=True)
-class ModelConfig:
-    """Dimensions of a Llama-2 model.
+class RopeScaling(Mapping[str, Any]):
+    """How the frequencies of RoPE are scaled, under the names of transformers' `config.json`.
+
+    Hashable, and a mapping of the settings that its type has: `dict(scaling)` is what a
+    `config.json` holds.
 
     Attributes:
-        dim: model width; a multiple of `n_heads`, head size even.
+        rope_type: "linear" divides all frequencies by `factor`: positions are interpolated (Chen
+            et al. 2023, arXiv 2306.15595). "llama3" is that of Llama 3.1: a pair that turns
+            `high_freq_factor` times or more within the original context keeps its frequency, one
+            that turns `low_freq_factor` times or less is divided by `factor`, and between the two
+            the share that is kept is linear in the turns.
+        factor: above 1 for contexts longer than the original.
+        low_freq_factor: llama3 only.
+        high_freq_factor: llama3 only; above `low_freq_factor`.
+        original_max_position_embeddings: tokens of the original context; llama3 only.
+
+    Raises:
+        ConfigError: another type, a setting that the type needs is missing, or one that it does
+            not have is given.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in _ROPE_TYPES[1:]:
+            raise ConfigError(f"rope_type is {self.rope_type!r}, expected linear or llama3")
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            given = getattr(self, name) is not None
+            if given != (self.rope_type == "llama3"):
+                raise ConfigError(
+                    f"rope_type {self.rope_type} {'has no' if given else 'needs'} {name}"
+                )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in set(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (field.name for field in dataclasses.fields(self))
+        return (name for name in names if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions of a model of the Llama family; the defaults are Llama 2's.
+
+    Attributes:
+        dim: model width.
         hidden_dim: width of the feed-forward layers.
         n_layers: number of layers.
         n_heads: query heads.
@@ -39,6 +94,12 @@ class ModelConfig:
             h // (n_heads // n_kv_heads).
         vocab_size: number of token ids.
         seq_len: longest sequence in tokens.
+        head_dim: channels of a head, even; None: `dim / n_heads`. `head_width` is the number.
+        norm_eps: added to the mean square in every RMSNorm, 1e-12 to 0.1.
+        rope_theta: base of RoPE's frequencies, theta^(-2i / head_dim) for pair i.
+        rope_scaling: None or a `RopeScaling`; another mapping of its settings becomes one.
+        qkv_bias: wq, wk and wv add a bias (Qwen 2).
+        qk_norm: each head of q and k goes through an RMSNorm of its own before RoPE (Qwen 3).
         tied: the classifier is the embedding matrix; otherwise `output.weight` is separate.
     """
 
@@ -49,12 +110,27 @@ class ModelConfig:
     n_kv_heads: int
     vocab_size: int
     seq_len: int
+    head_dim: int | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tied: bool = True
 
+    def __post_init__(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is None or isinstance(scaling, RopeScaling):
+            return
+        try:
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        except TypeError as error:
+            raise ConfigError(f"rope_scaling {dict(scaling)} is no RopeScaling: {error}") from None
+
     @property
-    def head_dim(self) -> int:
-        """Channels per head."""
-        return self.dim // self.n_heads
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.dim // self.n_heads
 
 
 # The public TinyStories models of llama2.c.
@@ -66,6 +142,43 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
         "stories110M": ModelConfig(768, 2048, 12, 12, 12, 32000, 1024),
     }
 )
+
+
+def _native(config: ModelConfig) -> abi.Config:
+    """Return the struct of a configuration; what its numbers may be is judged by the library."""
+    scaling: Mapping[str, Any] = config.rope_scaling or {"rope_type": "default"}
+    whole = {
+        "head_dim": 0 if config.head_dim is None else config.head_dim,
+        "rope_scaling": _ROPE_TYPES.index(scaling["rope_type"]),
+        "rope_original_max_position": scaling.get("original_max_position_embeddings", 0),
+    }
+    for field in dataclasses.fields(config):
+        if field.type in ("int", "bool"):
+            whole[field.name] = getattr(config, field.name)
+    real = {
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_factor": scaling.get("factor", 0.0),
+        "rope_low_freq_factor": scaling.get("low_freq_factor", 0.0),
+        "rope_high_freq_factor": scaling.get("high_freq_factor", 0.0),
+    }
+    for values, convert, kind in (
+        (whole, operator.index, "a whole number"),
+        (real, float, "a number"),
+    ):
+        for name, value in values.items():
+            try:
+                values[name] = convert(value)
+            except (TypeError, ValueError):
+                raise ConfigError(f"{name} is {value!r}, expected {kind}") from None
+    native = abi.Config(**whole, **real)
+    for name, value in whole.items():
+        if getattr(native, name) != value:
+            raise ConfigError(f"{name} is {value}, far beyond what a model can have")
+    for name in ("norm_eps", "rope_theta"):
+        if real[name] == 0.0:  # the library would take it for the default
+            raise ConfigError(f"{name} is 0, expected a number above")
+    return native
 
 
 class TensorTable:
@@ -80,14 +193,7 @@ class TensorTable:
         self.config = config
         self.lib = find.library()
         handle = ctypes.c_void_p()
-        try:
-            fields = {k: operator.index(v) for k, v in dataclasses.asdict(config).items()}
-            native = abi.Config(**fields)
-        except TypeError as error:
-            raise ConfigError(f"model dimensions must be whole numbers: {error}") from None
-        for name, value in fields.items():
-            if getattr(native, name) != value:
-                raise ConfigError(f"{name} is {value}, far beyond what a model can have")
+        native = _native(config)
         self.lib.anepy_model_create(ctypes.byref(handle), ctypes.byref(native))
         self.handle = handle
         finalizer = weakref.finalize(self, self.lib.anepy_model_free, handle)
@@ -102,7 +208,7 @@ class TensorTable:
 
     def frequencies(self) -> npt.NDArray[np.float64]:
         """Return the radians per position by which RoPE turns each pair, (head_dim / 2,)."""
-        pairs = range(self.config.head_dim // 2)
+        pairs = range(self.config.head_width // 2)
         return np.array([self.lib.anepy_rope_frequency(self.handle, pair) for pair in pairs])
 
     def arena(self) -> Array:

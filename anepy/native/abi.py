@@ -44,6 +44,17 @@ class Config(_Sized):
         ("vocab_size", c_int32),
         ("seq_len", c_int32),
         ("tied", c_int32),
+        ("head_dim", c_int32),
+        ("qkv_bias", c_int32),
+        ("qk_norm", c_int32),
+        ("rope_scaling", c_int32),
+        ("rope_original_max_position", c_int32),
+        ("reserved", c_int32),
+        ("norm_eps", c_double),
+        ("rope_theta", c_double),
+        ("rope_factor", c_double),
+        ("rope_low_freq_factor", c_double),
+        ("rope_high_freq_factor", c_double),
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
+from ..models.model import ModelConfig
 from ..system.files import replacing, write_failure
 
 FORMAT = 1
@@ -216,10 +217,12 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
 
 
 def _check_config(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    # Older checkpoints lack fields that ModelConfig got later: they have the defaults.
+    saved = {name: getattr(ModelConfig, name, None) for name in wanted} | dict(saved)
     differences = [
-        f"{name} {saved.get(name)} instead of {value}"
+        f"{name} {saved[name]} instead of {value}"
         for name, value in wanted.items()
-        if saved.get(name) != value
+        if saved[name] != value
     ]
     if differences:
         raise CheckpointError(

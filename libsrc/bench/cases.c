@@ -24,10 +24,10 @@ enum { QKV, WO, W13, W2, CLASSIFIER };
 
 static double weight_shape(anepy_bench *b, int32_t which) {
     const anepy_config *c = &b->model->config;
-    int32_t qkv = c->dim + 2 * b->model->kv_dim;
+    int32_t q = b->model->q_dim, qkv = q + 2 * b->model->kv_dim;
     const int32_t rows[] = {qkv, c->dim, 2 * c->hidden_dim, c->dim, c->vocab_size};
     b->rows = rows[which];
-    b->cols = which == W2 ? c->hidden_dim : c->dim;
+    b->cols = which == W2 ? c->hidden_dim : which == WO ? q : c->dim;
     return which == CLASSIFIER ? 1.0 : c->n_layers;
 }
 
@@ -272,7 +272,8 @@ static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
     const anepy_bench *b = context;
     float rstd[COLS];
     int64_t j = (int64_t)index * COLS;
-    b->kernels->rmsnorm(at(b, 0) + j, b->width, rstd, at(b, 1) + j, at(b, 2), b->rows, b->width);
+    b->kernels->rmsnorm(at(b, 0) + j, b->width, rstd, at(b, 1) + j, at(b, 2), b->model->norm_eps,
+                        b->rows, b->width);
 }
 
 static void run_rmsnorm(anepy_bench *b) {
@@ -292,7 +293,7 @@ static void stats_panel(void *context, int32_t index, int32_t worker) {
     const anepy_bench *b = context;
     int64_t j = (int64_t)index * COLS;
     b->kernels->rmsnorm_stats(at(b, 6) + j, at(b, 6) + b->width + j, at(b, 2) + j, at(b, 3) + j,
-                              at(b, 4), b->rows, b->width);
+                              at(b, 4), b->model->norm_eps, b->rows, b->width);
 }
 
 static void backward_rows(void *context, int32_t index, int32_t worker) {
@@ -384,13 +385,18 @@ static void run_softmax(anepy_bench *b) {
     }
 
 #define KERNEL(name, prepare, run, tolerance, option)                                              \
-    { name, prepare, run, tolerance, option, ANEPY_BENCH_FP32, NULL, NULL, NULL }
+    {name, prepare, run, tolerance, option, ANEPY_BENCH_FP32, NULL, NULL, NULL}
 
 #define PROGRAM(name, run, option, forms)                                                          \
-    {                                                                                              \
-        name, anepy_bench_prepare_program, run, PASS_TOLERANCE, option, forms,                     \
-            anepy_bench_open_program, anepy_bench_fetch_program, anepy_bench_close_program         \
-    }
+    {name,                                                                                         \
+     anepy_bench_prepare_program,                                                                  \
+     run,                                                                                          \
+     PASS_TOLERANCE,                                                                               \
+     option,                                                                                       \
+     forms,                                                                                        \
+     anepy_bench_open_program,                                                                     \
+     anepy_bench_fetch_program,                                                                    \
+     anepy_bench_close_program}
 
 static const anepy_bench_case CASES[] = {
     PRODUCTS("forward", prepare_forward),

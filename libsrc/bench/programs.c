@@ -20,13 +20,13 @@ static int is_backward(const anepy_bench *b) {
 /* Only what has to be computed: keys up to the query, once each. */
 static double operations(const anepy_bench *b) {
     const anepy_config *c = &b->model->config;
-    double s = b->seq, dim = c->dim, kv = b->model->kv_dim;
-    double attention = dim * s * (s + 1.0); /* one product of queries with keys, all heads */
-    double feed_forward = 6.0 * s * dim * c->hidden_dim, qkv = 2.0 * s * dim * (dim + 2.0 * kv);
+    double s = b->seq, dim = c->dim, q = b->model->q_dim, kv = b->model->kv_dim;
+    double attention = q * s * (s + 1.0); /* one product of queries with keys, all heads */
+    double feed_forward = 6.0 * s * dim * c->hidden_dim, qkv = 2.0 * s * dim * (q + 2.0 * kv);
     if (is_attention(b) && !is_backward(b)) return 2.0 * attention;
     switch (b->what->option) {
-    case ANEPY_SDPA_FWD: return qkv + 2.0 * s * dim * dim + 2.0 * attention;
-    case ANEPY_SDPA_BWD1: return 2.0 * s * dim * dim;
+    case ANEPY_SDPA_FWD: return qkv + 2.0 * s * dim * q + 2.0 * attention;
+    case ANEPY_SDPA_BWD1: return 2.0 * s * dim * q;
     case ANEPY_SDPA_BWD2: return 5.0 * attention; /* scores again, and their four gradients */
     case ANEPY_QKV_BWD: return qkv;
     default: return feed_forward;
@@ -60,9 +60,9 @@ int32_t anepy_bench_prepare_program(anepy_bench *b) {
         weights += (double)m.rows * (double)m.cols;
     }
     double channels = p.input_channels + p.output_channels;
-    if (b->what->option == ANEPY_SDPA_BWD1) channels = 2.0 * config.dim;
+    if (b->what->option == ANEPY_SDPA_BWD1) channels = (double)config.dim + b->one->q_dim;
     if (b->what->option == ANEPY_SDPA_BWD2) /* q, k, v, attn and dattn; dq, dk, dv */
-        channels = 4.0 * config.dim + 4.0 * b->one->kv_dim;
+        channels = 4.0 * b->one->q_dim + 4.0 * b->one->kv_dim;
     double moved = channels * b->seq;
     anepy_bench_limit(b, anepy_bench_arithmetic(b), operations(b), 4.0 * (weights + moved),
                       b->model->config.n_layers);
@@ -74,8 +74,8 @@ int32_t anepy_bench_prepare_program(anepy_bench *b) {
     anepy_bench_add(b, surface_n(b, p.input_channels), IN, -1.0f, 1.0f);
     anepy_bench_add(b, b->one->arena_n, IN, -0.05f, 0.05f);
     if (!is_backward(b)) return ANEPY_OK;
-    anepy_bench_add(b, surface_n(b, config.dim + 2 * b->one->kv_dim), OUT, 0.0f, 0.0f);
-    anepy_bench_add(b, surface_n(b, config.dim), INOUT, -1.0f, 1.0f);
+    anepy_bench_add(b, surface_n(b, b->one->q_dim + 2 * b->one->kv_dim), OUT, 0.0f, 0.0f);
+    anepy_bench_add(b, surface_n(b, b->one->q_dim), INOUT, -1.0f, 1.0f);
     anepy_bench_add(b, surface_n(b, config.dim), IN, -1.0f, 1.0f);
     return ANEPY_OK;
 }
@@ -102,23 +102,23 @@ static int32_t open_one(anepy_bench *b, int32_t id) {
 /* The backward pass reads what sdpa_fwd left, without scores in memory, as in a step. */
 static int32_t open_backward(anepy_bench *b) {
     const anepy_device_ops *ops = b->device->ops;
-    int32_t dim = b->one->config.dim, kv = b->one->kv_dim;
+    int32_t dim = b->one->config.dim, q_dim = b->one->q_dim, kv = b->one->kv_dim;
     anepy_program fwd, p;
     describe(&fwd, b, ANEPY_SDPA_FWD);
     int32_t q = fwd.tensors[SDPA_FWD_Q].channel, k = fwd.tensors[SDPA_FWD_K].channel;
     const struct {
         int32_t program, tensor, surface, channel;
     } bound[] = {{0, SDPA_BWD1_V, 1, fwd.tensors[SDPA_FWD_V].channel},
-                 {0, SDPA_BWD1_DV, 2, dim + kv},
+                 {0, SDPA_BWD1_DV, 2, q_dim + kv},
                  {0, SDPA_BWD1_DY, 3, 0},
                  {1, SDPA_BWD2_Q, 1, q},
                  {1, SDPA_BWD2_K, 1, k},
                  {1, SDPA_BWD2_DQ, 2, 0},
-                 {1, SDPA_BWD2_DK, 2, dim}};
+                 {1, SDPA_BWD2_DK, 2, q_dim}};
     ANEPY_TRY(open_one(b, ANEPY_SDPA_FWD));
     ANEPY_TRY(compile(b, &p, ANEPY_SDPA_BWD1, &b->programs[1]));
     ANEPY_TRY(compile(b, &p, ANEPY_SDPA_BWD2, &b->programs[2]));
-    ANEPY_TRY(ops->surface_create(b->device, dim + 2 * kv, 0, &b->surfaces[2]));
+    ANEPY_TRY(ops->surface_create(b->device, q_dim + 2 * kv, 0, &b->surfaces[2]));
     ANEPY_TRY(ops->surface_create(b->device, dim, 0, &b->surfaces[3]));
     ANEPY_TRY(anepy_surface_write(b->surfaces[3], 0, dim, b->buffers[DY].data));
     for (size_t i = 0; i < sizeof bound / sizeof bound[0]; i++)

@@ -25,12 +25,13 @@ struct anepy_decoder {
     _Atomic int32_t busy; /* a call is running */
     float *memory;
     uint64_t nbytes;
-    float *x, *xnorm, *attn, *out; /* [dim] */
-    float *qkv;                    /* [dim + 2 * kv_dim]: of this position */
-    float *hidden;                 /* [2 * hidden_dim]: h1, h3 */
-    float *scores;                 /* [n_heads, max_len] */
-    float *keys, *values;          /* [n_layers, n_kv_heads, max_len, head_dim] */
-    float *rotation;               /* [head_dim]: cos, sin of this position, pair by pair */
+    float *x, *xnorm, *out; /* [dim] */
+    float *qkv;             /* [q_dim + 2 * kv_dim]: of this position */
+    float *attn;            /* [q_dim] */
+    float *hidden;          /* [2 * hidden_dim]: h1, h3 */
+    float *scores;          /* [n_heads, max_len] */
+    float *keys, *values;   /* [n_layers, n_kv_heads, max_len, head_dim] */
+    float *rotation;        /* [head_dim]: cos, sin of this position, pair by pair */
 };
 
 /* ------------------------------------------------------------------------------------ products */
@@ -60,7 +61,7 @@ static void multiply(const anepy_decoder *d, float *y, int64_t weight, const flo
 static void normalize(const anepy_decoder *d, int64_t weight) {
     int32_t dim = d->model->config.dim;
     double sum = d->kernels->sum_squares(d->x, dim);
-    float r = (float)(1.0 / sqrt(sum / dim + (double)ANEPY_RMS_EPS));
+    float r = (float)(1.0 / sqrt(sum / dim + (double)d->model->norm_eps));
     for (int32_t c = 0; c < dim; c++) d->xnorm[c] = d->params[weight + c] * (d->x[c] * r);
 }
 
@@ -107,16 +108,16 @@ static void attend_head(void *context, int32_t head, int32_t worker) {
 
 static void layer_forward(anepy_decoder *d, int32_t l) {
     const anepy_model *m = d->model;
-    int32_t dim = m->config.dim, hidden = m->config.hidden_dim, kv = m->kv_dim;
+    int32_t dim = m->config.dim, hidden = m->config.hidden_dim, q = m->q_dim, kv = m->kv_dim;
     int64_t cache = (int64_t)l * d->max_len * kv;
     normalize(d, anepy_model_layer(m, l, ANEPY_ATTENTION_NORM));
-    multiply(d, d->qkv, anepy_model_layer(m, l, ANEPY_WQ), d->xnorm, dim + 2 * kv, dim);
+    multiply(d, d->qkv, anepy_model_layer(m, l, ANEPY_WQ), d->xnorm, q + 2 * kv, dim);
     rotate(d, d->qkv, m->config.n_heads + m->config.n_kv_heads);
-    remember(d, d->keys + cache, d->qkv + dim);
-    remember(d, d->values + cache, d->qkv + dim + kv);
+    remember(d, d->keys + cache, d->qkv + q);
+    remember(d, d->values + cache, d->qkv + q + kv);
     attention a = {d, d->keys + cache, d->values + cache};
     anepy_pool_run(d->pool, m->config.n_heads, attend_head, &a);
-    multiply(d, d->out, anepy_model_layer(m, l, ANEPY_WO), d->attn, dim, dim);
+    multiply(d, d->out, anepy_model_layer(m, l, ANEPY_WO), d->attn, dim, q);
     d->kernels->add(d->x, d->x, d->out, dim);
     normalize(d, anepy_model_layer(m, l, ANEPY_FFN_NORM));
     multiply(d, d->hidden, anepy_model_layer(m, l, ANEPY_W1), d->xnorm, 2 * hidden, dim);
@@ -172,8 +173,8 @@ static int64_t lay_out(anepy_decoder *d, float *base) {
         int64_t n;
     } parts[] = {{&d->x, dim},
                  {&d->xnorm, dim},
-                 {&d->qkv, dim + 2 * (int64_t)m->kv_dim},
-                 {&d->attn, dim},
+                 {&d->qkv, m->q_dim + 2 * (int64_t)m->kv_dim},
+                 {&d->attn, m->q_dim},
                  {&d->out, dim},
                  {&d->hidden, 2 * (int64_t)m->config.hidden_dim},
                  {&d->scores, (int64_t)m->config.n_heads * d->max_len},

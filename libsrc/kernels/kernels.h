@@ -10,9 +10,8 @@
 
 #include "runtime/status.h"
 
-#define ANEPY_TILE_ROWS 6   /* rows of C a matrix kernel computes at once, on every set */
-#define ANEPY_COLUMNS 64    /* columns per panel; activations are padded to it */
-#define ANEPY_RMS_EPS 1e-5f /* of RMSNorm, as in llama2.c */
+#define ANEPY_TILE_ROWS 6 /* rows of C a matrix kernel computes at once, on every set */
+#define ANEPY_COLUMNS 64  /* columns per panel; activations are padded to it */
 
 typedef struct {
     float lr; /* already divided by 1 - beta1^t */
@@ -83,14 +82,14 @@ typedef struct anepy_kernels {
     void (*to_half)(uint16_t *dst, const float *src, int64_t n);
     void (*from_half)(float *dst, const uint16_t *src, int64_t n);
 
-    /* RMSNorm over rows c < channels of 64 columns (Zhang & Sennrich 2019; eps 1e-5 as llama2.c):
+    /* RMSNorm over rows c < channels of 64 columns (Zhang & Sennrich 2019):
      * rstd[s] = 1/sqrt(mean_c x^2 + eps); y[c][s] = w[c] * x[c][s] * rstd[s]. */
-    void (*rmsnorm)(float *y, int64_t ldy, float *rstd, const float *x, const float *w,
+    void (*rmsnorm)(float *y, int64_t ldy, float *rstd, const float *x, const float *w, float eps,
                     int32_t channels, int64_t ld);
     /* First half of its backward for 64 columns: rstd as above and
      * coef[s] = rstd^3 / channels * sum_c w[c] dy[c][s] x[c][s]. */
     void (*rmsnorm_stats)(float *rstd, float *coef, const float *dy, const float *x, const float *w,
-                          int32_t channels, int64_t ld);
+                          float eps, int32_t channels, int64_t ld);
     /* Second half for one channel of n columns: dx = residual + rstd*w*dy - coef*x; returns
      * sum_s dy*x*rstd, the gradient of w. dx may be residual. */
     float (*rmsnorm_row)(float *dx, const float *residual, const float *dy, const float *x,

@@ -80,24 +80,24 @@ static void from_half__scalar(float *dst, const uint16_t *src, int64_t n) {
 }
 
 static void rmsnorm__scalar(float *y, int64_t ldy, float *rstd, const float *x, const float *w,
-                            int32_t channels, int64_t ld) {
+                            float eps, int32_t channels, int64_t ld) {
     for (int32_t s = 0; s < COLS; s++) {
         float sum = 0.0f;
         for (int32_t c = 0; c < channels; c++) sum += x[c * ld + s] * x[c * ld + s];
-        rstd[s] = 1.0f / sqrtf(sum / (float)channels + ANEPY_RMS_EPS);
+        rstd[s] = 1.0f / sqrtf(sum / (float)channels + eps);
         for (int32_t c = 0; c < channels; c++) y[c * ldy + s] = w[c] * (x[c * ld + s] * rstd[s]);
     }
 }
 
 static void rmsnorm_stats__scalar(float *rstd, float *coef, const float *dy, const float *x,
-                                  const float *w, int32_t channels, int64_t ld) {
+                                  const float *w, float eps, int32_t channels, int64_t ld) {
     for (int32_t s = 0; s < COLS; s++) {
         float sum = 0.0f, dot = 0.0f;
         for (int32_t c = 0; c < channels; c++) {
             sum += x[c * ld + s] * x[c * ld + s];
             dot += w[c] * dy[c * ld + s] * x[c * ld + s];
         }
-        float r = 1.0f / sqrtf(sum / (float)channels + ANEPY_RMS_EPS);
+        float r = 1.0f / sqrtf(sum / (float)channels + eps);
         rstd[s] = r;
         coef[s] = r * r * r / (float)channels * dot;
     }

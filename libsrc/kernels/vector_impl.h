@@ -202,13 +202,13 @@ SIMD_TARGET static void SIMD_FN(rope)(float *a, float *b, const float *cosine, c
 
 /* ------------------------------------------------------------------------------------ RMSNorm */
 
-V_INLINE vf v_rstd(vf sum, int32_t channels) {
+V_INLINE vf v_rstd(vf sum, float eps, int32_t channels) {
     vf mean = v_div(sum, v_set((float)channels));
-    return v_div(v_set(1.0f), v_sqrt(v_add(mean, v_set(ANEPY_RMS_EPS))));
+    return v_div(v_set(1.0f), v_sqrt(v_add(mean, v_set(eps))));
 }
 
 SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, int64_t ldy, float *rstd, const float *x,
-                                         const float *w, int32_t channels, int64_t ld) {
+                                         const float *w, float eps, int32_t channels, int64_t ld) {
     vf r[COL_VECTORS];
     ANEPY_UNROLL
     for (int j = 0; j < COL_VECTORS; j++) r[j] = v_set(0.0f);
@@ -221,7 +221,7 @@ SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, int64_t ldy, float *rstd, con
     }
     ANEPY_UNROLL
     for (int j = 0; j < COL_VECTORS; j++) {
-        r[j] = v_rstd(r[j], channels);
+        r[j] = v_rstd(r[j], eps, channels);
         v_store(rstd + j * VL, r[j]);
     }
     for (int32_t c = 0; c < channels; c++) {
@@ -235,8 +235,8 @@ SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, int64_t ldy, float *rstd, con
 }
 
 SIMD_TARGET static void SIMD_FN(rmsnorm_stats)(float *rstd, float *coef, const float *dy,
-                                               const float *x, const float *w, int32_t channels,
-                                               int64_t ld) {
+                                               const float *x, const float *w, float eps,
+                                               int32_t channels, int64_t ld) {
     for (int j0 = 0; j0 < COLS; j0 += COLS / 2) { /* two halves: sums of both kinds in registers */
         vf sum[COL_VECTORS / 2], dot[COL_VECTORS / 2];
         ANEPY_UNROLL
@@ -252,7 +252,7 @@ SIMD_TARGET static void SIMD_FN(rmsnorm_stats)(float *rstd, float *coef, const f
         }
         ANEPY_UNROLL
         for (int j = 0; j < COL_VECTORS / 2; j++) {
-            vf r = v_rstd(sum[j], channels);
+            vf r = v_rstd(sum[j], eps, channels);
             vf cube = v_div(v_mul(v_mul(r, r), r), v_set((float)channels));
             v_store(rstd + j0 + j * VL, r);
             v_store(coef + j0 + j * VL, v_mul(cube, dot[j]));
@@ -487,18 +487,36 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
 
 #define VECTOR_KERNELS(name, pairs)                                                                \
     {                                                                                              \
-        .isa = SIMD_NAME, .gemm_name = (name), .gemm_cols = TILE_VECTORS * VL,                     \
-        .gemm_tile = SIMD_FN(gemm_tile), .transpose_panel = SIMD_FN(transpose_panel),              \
-        .gemv = SIMD_FN(gemv), .sum_rows = SIMD_FN(sum_rows), .add = SIMD_FN(add),                 \
-        .scale = SIMD_FN(scale), .exp = SIMD_FN(exp), .sum_squares = SIMD_FN(sum_squares),         \
-        .to_half = SIMD_FN(to_half), .from_half = SIMD_FN(from_half), .rmsnorm = SIMD_FN(rmsnorm), \
-        .rmsnorm_stats = SIMD_FN(rmsnorm_stats), .rmsnorm_row = SIMD_FN(rmsnorm_row),              \
-        .rope = SIMD_FN(rope), .swiglu = SIMD_FN(swiglu),                                          \
-        .swiglu_backward = SIMD_FN(swiglu_backward), .softmax_step = SIMD_FN(softmax_step),        \
-        .softmax_again = SIMD_FN(softmax_again), .scale_columns = SIMD_FN(scale_columns),          \
-        .dot_columns = SIMD_FN(dot_columns), .softmax_row = SIMD_FN(softmax_row),                  \
+        .isa = SIMD_NAME,                                                                          \
+        .gemm_name = (name),                                                                       \
+        .gemm_cols = TILE_VECTORS * VL,                                                            \
+        .gemm_tile = SIMD_FN(gemm_tile),                                                           \
+        .transpose_panel = SIMD_FN(transpose_panel),                                               \
+        .gemv = SIMD_FN(gemv),                                                                     \
+        .sum_rows = SIMD_FN(sum_rows),                                                             \
+        .add = SIMD_FN(add),                                                                       \
+        .scale = SIMD_FN(scale),                                                                   \
+        .exp = SIMD_FN(exp),                                                                       \
+        .sum_squares = SIMD_FN(sum_squares),                                                       \
+        .to_half = SIMD_FN(to_half),                                                               \
+        .from_half = SIMD_FN(from_half),                                                           \
+        .rmsnorm = SIMD_FN(rmsnorm),                                                               \
+        .rmsnorm_stats = SIMD_FN(rmsnorm_stats),                                                   \
+        .rmsnorm_row = SIMD_FN(rmsnorm_row),                                                       \
+        .rope = SIMD_FN(rope),                                                                     \
+        .swiglu = SIMD_FN(swiglu),                                                                 \
+        .swiglu_backward = SIMD_FN(swiglu_backward),                                               \
+        .softmax_step = SIMD_FN(softmax_step),                                                     \
+        .softmax_again = SIMD_FN(softmax_again),                                                   \
+        .scale_columns = SIMD_FN(scale_columns),                                                   \
+        .dot_columns = SIMD_FN(dot_columns),                                                       \
+        .softmax_row = SIMD_FN(softmax_row),                                                       \
         .softmax_row_backward = SIMD_FN(softmax_row_backward),                                     \
         .logsumexp_columns = SIMD_FN(logsumexp_columns),                                           \
-        .softmax_gradient = SIMD_FN(softmax_gradient), .adam = SIMD_FN(adam), .sum = SIMD_FN(sum), \
-        .fma_chains = SIMD_FN(fma_chains), .chain_n = CHAINS * VL, .bf16 = (pairs),                \
+        .softmax_gradient = SIMD_FN(softmax_gradient),                                             \
+        .adam = SIMD_FN(adam),                                                                     \
+        .sum = SIMD_FN(sum),                                                                       \
+        .fma_chains = SIMD_FN(fma_chains),                                                         \
+        .chain_n = CHAINS * VL,                                                                    \
+        .bf16 = (pairs),                                                                           \
     }

@@ -5,12 +5,65 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define ROPE_THETA 10000.0 /* what Llama 2 and llama2.c use */
-#define VECTOR 0           /* as a row count: a norm weight, not a matrix of one row */
+#define NORM_EPS 1e-5 /* defaults: Llama 2 and llama2.c */
+#define ROPE_THETA 10000.0
+#define MOST_CHANNELS 65536
+#define TWO_PI 6.283185307179586
+#define VECTOR 0 /* as a row count: a norm weight, not a matrix of one row */
 
 static int32_t check(const char *name, int32_t value, int32_t largest) {
     if (value >= 1 && value <= largest) return ANEPY_OK;
     return anepy_fail(ANEPY_E_ARGUMENT, "%s is %d, expected 1 to %d", name, value, largest);
+}
+
+/* The negated form refuses NaN as well. */
+static int32_t check_between(const char *name, double value, double least, double most) {
+    if (value >= least && value <= most) return ANEPY_OK;
+    return anepy_fail(ANEPY_E_ARGUMENT, "%s is %g, expected %g to %g", name, value, least, most);
+}
+
+static int32_t check_flag(const char *name, int32_t value) {
+    if (value == 0 || value == 1) return ANEPY_OK;
+    return anepy_fail(ANEPY_E_ARGUMENT, "%s is %d, expected 0 or 1", name, value);
+}
+
+static int32_t check_heads(const anepy_config *c) {
+    if (c->head_dim == 0 && c->dim % c->n_heads != 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "dim %d is not a multiple of n_heads %d", c->dim,
+                          c->n_heads);
+    int32_t head_dim = c->head_dim != 0 ? c->head_dim : c->dim / c->n_heads;
+    ANEPY_TRY(check("head_dim", head_dim, 32768));
+    if (head_dim % 2 != 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "head_dim %d is odd: RoPE rotates pairs of channels",
+                          head_dim);
+    if (c->n_heads * head_dim > MOST_CHANNELS)
+        return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d times head_dim %d is more than %d",
+                          c->n_heads, head_dim, MOST_CHANNELS);
+    if (c->n_heads % c->n_kv_heads != 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d is not a multiple of n_kv_heads %d",
+                          c->n_heads, c->n_kv_heads);
+    /* Rows of the scores of all heads are counted in 32 bits. */
+    if ((int64_t)c->n_heads * c->seq_len > 1 << 28)
+        return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d times seq_len %d is more than 2^28",
+                          c->n_heads, c->seq_len);
+    return ANEPY_OK;
+}
+
+static int32_t check_rope(const anepy_config *c) {
+    if (c->rope_theta != 0.0) ANEPY_TRY(check_between("rope_theta", c->rope_theta, 1.0, 1e12));
+    if (c->rope_scaling == ANEPY_ROPE_PLAIN) return ANEPY_OK;
+    if (c->rope_scaling != ANEPY_ROPE_LINEAR && c->rope_scaling != ANEPY_ROPE_LLAMA3)
+        return anepy_fail(ANEPY_E_ARGUMENT, "rope_scaling is %d, expected 0 to 2", c->rope_scaling);
+    ANEPY_TRY(check_between("rope_factor", c->rope_factor, 1e-3, 1e6));
+    if (c->rope_scaling == ANEPY_ROPE_LINEAR) return ANEPY_OK;
+    ANEPY_TRY(check("rope_original_max_position", c->rope_original_max_position, 1 << 24));
+    ANEPY_TRY(check_between("rope_low_freq_factor", c->rope_low_freq_factor, 1e-3, 1e6));
+    ANEPY_TRY(check_between("rope_high_freq_factor", c->rope_high_freq_factor, 1e-3, 1e6));
+    if (c->rope_high_freq_factor <= c->rope_low_freq_factor)
+        return anepy_fail(ANEPY_E_ARGUMENT,
+                          "rope_high_freq_factor %g is not above rope_low_freq_factor %g",
+                          c->rope_high_freq_factor, c->rope_low_freq_factor);
+    return ANEPY_OK;
 }
 
 static int32_t validate(const anepy_config *c) {
@@ -25,22 +78,16 @@ static int32_t validate(const anepy_config *c) {
     ANEPY_TRY(check("n_kv_heads", c->n_kv_heads, 1024));
     ANEPY_TRY(check("vocab_size", c->vocab_size, 1 << 22));
     ANEPY_TRY(check("seq_len", c->seq_len, 1 << 20));
-    if (c->dim % c->n_heads != 0)
-        return anepy_fail(ANEPY_E_ARGUMENT, "dim %d is not a multiple of n_heads %d", c->dim,
-                          c->n_heads);
-    if (c->dim / c->n_heads % 2 != 0)
-        return anepy_fail(ANEPY_E_ARGUMENT, "head size %d is odd: RoPE rotates pairs of channels",
-                          c->dim / c->n_heads);
-    if (c->n_heads % c->n_kv_heads != 0)
-        return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d is not a multiple of n_kv_heads %d",
-                          c->n_heads, c->n_kv_heads);
-    if ((int64_t)c->n_heads * c->seq_len >
-        1 << 28) /* rows of all heads' scores, counted in int32 */
-        return anepy_fail(ANEPY_E_ARGUMENT, "n_heads %d times seq_len %d is more than 2^28",
-                          c->n_heads, c->seq_len);
-    if (c->tied != 0 && c->tied != 1)
-        return anepy_fail(ANEPY_E_ARGUMENT, "tied is %d, expected 0 or 1", c->tied);
-    return ANEPY_OK;
+    ANEPY_TRY(check_heads(c));
+    ANEPY_TRY(check_rope(c));
+    /* Below, fp16 programs would lose it; above, nothing would be normalized. */
+    if (c->norm_eps != 0.0) ANEPY_TRY(check_between("norm_eps", c->norm_eps, 1e-12, 0.1));
+    ANEPY_TRY(check_flag("qkv_bias", c->qkv_bias));
+    ANEPY_TRY(check_flag("qk_norm", c->qk_norm));
+    if (c->qkv_bias || c->qk_norm)
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "%s is not supported yet: use a model without",
+                          c->qkv_bias ? "qkv_bias" : "qk_norm");
+    return check_flag("tied", c->tied);
 }
 
 static void append(anepy_model *model, int32_t layer, const char *name, int64_t rows,
@@ -62,16 +109,26 @@ int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
     anepy_model *m = calloc(1, sizeof *m + tensors * sizeof m->tensors[0]);
     if (m == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the tensor table");
     m->config = *config;
-    m->head_dim = config->dim / config->n_heads;
+    m->head_dim = config->head_dim != 0 ? config->head_dim : config->dim / config->n_heads;
+    m->q_dim = m->head_dim * config->n_heads;
     m->kv_dim = m->head_dim * config->n_kv_heads;
-    int64_t dim = config->dim, hidden = config->hidden_dim, kv = m->kv_dim;
+    m->norm_eps = (float)(config->norm_eps != 0.0 ? config->norm_eps : NORM_EPS);
+    m->rope = (anepy_rope){
+        .scaling = config->rope_scaling,
+        .original_max_position = config->rope_original_max_position,
+        .theta = config->rope_theta != 0.0 ? config->rope_theta : ROPE_THETA,
+        .factor = config->rope_factor,
+        .low_freq_factor = config->rope_low_freq_factor,
+        .high_freq_factor = config->rope_high_freq_factor,
+    };
+    int64_t dim = config->dim, hidden = config->hidden_dim, q = m->q_dim, kv = m->kv_dim;
     append(m, -1, "tok_embeddings", config->vocab_size, dim);
     for (int32_t layer = 0; layer < config->n_layers; layer++) {
         append(m, layer, "attention_norm", VECTOR, dim);
-        append(m, layer, "attention.wq", dim, dim);
+        append(m, layer, "attention.wq", q, dim);
         append(m, layer, "attention.wk", kv, dim);
         append(m, layer, "attention.wv", kv, dim);
-        append(m, layer, "attention.wo", dim, dim);
+        append(m, layer, "attention.wo", dim, q);
         append(m, layer, "ffn_norm", VECTOR, dim);
         append(m, layer, "feed_forward.w1", hidden, dim);
         append(m, layer, "feed_forward.w3", hidden, dim);
@@ -110,9 +167,18 @@ int64_t anepy_model_classifier(const anepy_model *model) {
     return model->tensors[model->config.tied ? 0 : model->tensor_n - 1].offset;
 }
 
-/* RoPE turns pair i by position * theta^(-2i/head_dim) (Su et al. 2021, arXiv 2104.09864). */
+/* theta^(-2i/head_dim) for pair i (Su et al. 2021, arXiv 2104.09864), and what scaling makes of it.
+ */
 double anepy_rope_frequency(const anepy_model *model, int32_t pair) {
-    return pow(ROPE_THETA, -2.0 * (double)pair / model->head_dim);
+    const anepy_rope *r = &model->rope;
+    double plain = pow(r->theta, -2.0 * (double)pair / model->head_dim);
+    if (r->scaling == ANEPY_ROPE_PLAIN) return plain;
+    double slow = plain / r->factor;
+    if (r->scaling == ANEPY_ROPE_LINEAR) return slow;
+    double turns = r->original_max_position * plain / TWO_PI;
+    double kept = (turns - r->low_freq_factor) / (r->high_freq_factor - r->low_freq_factor);
+    kept = fmin(fmax(kept, 0.0), 1.0);
+    return kept * plain + (1.0 - kept) * slow;
 }
 
 int32_t anepy_step_flops(const anepy_model *model, anepy_flops *out, int32_t sequences,
@@ -122,10 +188,9 @@ int32_t anepy_step_flops(const anepy_model *model, anepy_flops *out, int32_t seq
         return anepy_fail(ANEPY_E_ARGUMENT, "flops have %u bytes, expected %zu", out->struct_size,
                           sizeof *out);
     double n = (double)sequences * tokens, dim = c->dim, hidden = c->hidden_dim;
-    double heads = (double)c->n_heads * model->head_dim;
-    double products = 2 * dim * heads + 2 * dim * model->kv_dim + 3 * dim * hidden;
+    double products = 2 * dim * model->q_dim + 2 * dim * model->kv_dim + 3 * dim * hidden;
     out->forward = out->backward_dx = out->backward_dw = 2 * c->n_layers * products * n;
-    out->attention = 2.0 * 5 * c->n_layers * heads * tokens * n;
+    out->attention = 2.0 * 5 * c->n_layers * model->q_dim * tokens * n;
     out->classifier = 3.0 * 2 * c->vocab_size * dim * n;
     out->total =
         out->forward + out->backward_dx + out->backward_dw + out->attention + out->classifier;

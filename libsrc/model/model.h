@@ -1,4 +1,4 @@
-/* model/model.h - Llama-2 dimensions and the tensor table.
+/* model/model.h - dimensions of a model of the Llama family, and the tensor table.
  *
  * One table serves the params, grads, Adam m and Adam v arenas. Tensors that are multiplied with
  * the same input stand next to each other (wq wk wv; w1 w3), so that one product covers them. */
@@ -21,10 +21,20 @@ enum {
     ANEPY_LAYER_TENSORS
 };
 
+/* What RoPE turns pairs of channels by: rope_ of anepy_config, without the prefix. */
+typedef struct {
+    int32_t scaling, original_max_position;
+    double theta, factor, low_freq_factor, high_freq_factor;
+} anepy_rope;
+
+/* config is as it was given; what follows from it and from its defaults stands beside it. */
 struct anepy_model {
     anepy_config config;
     int32_t head_dim;
+    int32_t q_dim;  /* n_heads * head_dim: of q and attn; need not be dim */
     int32_t kv_dim; /* n_kv_heads * head_dim */
+    float norm_eps;
+    anepy_rope rope;
     int32_t tensor_n;
     int64_t arena_n;
     anepy_tensor tensors[]; /* embeddings, layers, final norm, classifier if separate */

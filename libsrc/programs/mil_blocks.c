@@ -5,6 +5,10 @@
 #include "kernels/kernels.h"
 #include "programs/mil_writer.h"
 
+/* Times dim: the smallest eps of RMSNorm for which a column of zeros, as beyond the last token, is
+ * not divided by zero: 2^-14, the smallest normal fp16 number, after r1 = 90. */
+#define SMALLEST_EPS 2e-6
+
 #define CONTRACTION 32 /* sums over runtime tensors must have a multiple of so many terms (M1) */
 
 /* --------------------------------------------------------------------------------- projections */
@@ -51,7 +55,8 @@ mil_tensor anepy_emit_linear(mil_writer *w, int32_t index, int transposed, mil_t
  * constant: those accumulate wide, reduce_sum does not. */
 mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_inverse) {
     mil_tensor sum = anepy_emit_ones_column(w, 1.0 / 256);
-    double eps = sqrt(w->model->config.dim * (double)ANEPY_RMS_EPS) / 16;
+    double dim = w->model->config.dim;
+    double eps = sqrt(dim * fmax(w->model->norm_eps, SMALLEST_EPS / dim)) / 16;
     mil_tensor t = anepy_emit_with_scalar(w, "mul", x, 0.125, "eighth");
     t = anepy_emit_binary(w, "mul", t, t, "squares");
     t = anepy_emit_conv(w, sum, t, "size");

@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
-typedef enum { DIM, KV, HIDDEN, SCORES, VOCAB } extent; /* what a channel count is made of */
+typedef enum { DIM, Q, KV, HIDDEN, SCORES, VOCAB } extent; /* what a channel count is made of */
 
 #define FACTOR 8 /* nothing but products reads this output, inside and outside */
 
@@ -37,15 +37,18 @@ static const struct {
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS];
 } TABLE[ANEPY_PROGRAM_N] = {
-    [ANEPY_SDPA_FWD] = {"sdpa_fwd",
-                        {{"x", DIM}},
-                        {{"out", DIM}, {"q", DIM}, {"k", KV}, {"v", KV}, {"attn", DIM},
-                         {"xnorm", DIM | FACTOR}},
-                        5,
-                        {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO}},
+    [ANEPY_SDPA_FWD] =
+        {"sdpa_fwd",
+         {{"x", DIM}},
+         {{"out", DIM}, {"q", Q}, {"k", KV}, {"v", KV}, {"attn", Q}, {"xnorm", DIM | FACTOR}},
+         5,
+         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO}},
     [ANEPY_FFN_FWD] = {"ffn_fwd",
                        {{"x", DIM}},
-                       {{"out", DIM}, {"h1", HIDDEN}, {"h3", HIDDEN}, {"gate", HIDDEN | FACTOR},
+                       {{"out", DIM},
+                        {"h1", HIDDEN},
+                        {"h3", HIDDEN},
+                        {"gate", HIDDEN | FACTOR},
                         {"xnorm", DIM | FACTOR}},
                        4,
                        {ANEPY_FFN_NORM, ANEPY_W1, ANEPY_W3, ANEPY_W2}},
@@ -55,50 +58,32 @@ static const struct {
                        3,
                        {ANEPY_W2, ANEPY_W1, ANEPY_W3}},
     [ANEPY_SDPA_BWD1] = {"sdpa_bwd1",
-                         {{"q", DIM}, {"k", KV}, {"v", KV}, {"dy", DIM}},
+                         {{"q", Q}, {"k", KV}, {"v", KV}, {"dy", DIM}},
                          {{"dv", KV}, {"probs", SCORES}, {"dprobs", SCORES}},
                          1,
                          {ANEPY_WO}},
     [ANEPY_SDPA_BWD2] = {"sdpa_bwd2",
-                         {{"probs", SCORES}, {"dprobs", SCORES}, {"q", DIM}, {"k", KV}},
-                         {{"dq", DIM}, {"dk", KV}},
+                         {{"probs", SCORES}, {"dprobs", SCORES}, {"q", Q}, {"k", KV}},
+                         {{"dq", Q}, {"dk", KV}},
                          0,
                          {0}},
     [ANEPY_QKV_BWD] = {"qkv_bwd",
-                       {{"dq", DIM}, {"dk", KV}, {"dv", KV}},
+                       {{"dq", Q}, {"dk", KV}, {"dv", KV}},
                        {{"dx", DIM}},
                        3,
                        {ANEPY_WQ, ANEPY_WK, ANEPY_WV}},
-    [ANEPY_RMSNORM_BWD] = {"rmsnorm_bwd",
-                           {{"dy", DIM}, {"x", DIM}},
-                           {{"dx", DIM}},
-                           1,
-                           {ANEPY_ATTENTION_NORM}},
-    [ANEPY_RMSNORM_BWD_FFN] = {"rmsnorm_bwd_ffn",
-                               {{"dy", DIM}, {"x", DIM}},
-                               {{"dx", DIM}},
-                               1,
-                               {ANEPY_FFN_NORM}},
-    [ANEPY_RMSNORM_BWD_FINAL] = {"rmsnorm_bwd_final",
-                                 {{"dy", DIM}, {"x", DIM}},
-                                 {{"dx", DIM}},
-                                 1,
-                                 {ANEPY_FINAL_NORM}},
-    [ANEPY_FINAL_RMSNORM] = {"final_rmsnorm",
-                             {{"x", DIM}},
-                             {{"xnorm", DIM}},
-                             1,
-                             {ANEPY_FINAL_NORM}},
-    [ANEPY_CLASSIFIER_FWD] = {"classifier_fwd",
-                              {{"x", DIM}},
-                              {{"logits", VOCAB}},
-                              1,
-                              {ANEPY_CLASSIFIER}},
-    [ANEPY_CLASSIFIER_BWD] = {"classifier_bwd",
-                              {{"dlogits", VOCAB}},
-                              {{"dx", DIM}},
-                              1,
-                              {ANEPY_CLASSIFIER}},
+    [ANEPY_RMSNORM_BWD] =
+        {"rmsnorm_bwd", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_ATTENTION_NORM}},
+    [ANEPY_RMSNORM_BWD_FFN] =
+        {"rmsnorm_bwd_ffn", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_FFN_NORM}},
+    [ANEPY_RMSNORM_BWD_FINAL] =
+        {"rmsnorm_bwd_final", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_FINAL_NORM}},
+    [ANEPY_FINAL_RMSNORM] =
+        {"final_rmsnorm", {{"x", DIM}}, {{"xnorm", DIM}}, 1, {ANEPY_FINAL_NORM}},
+    [ANEPY_CLASSIFIER_FWD] =
+        {"classifier_fwd", {{"x", DIM}}, {{"logits", VOCAB}}, 1, {ANEPY_CLASSIFIER}},
+    [ANEPY_CLASSIFIER_BWD] =
+        {"classifier_bwd", {{"dlogits", VOCAB}}, {{"dx", DIM}}, 1, {ANEPY_CLASSIFIER}},
     [ANEPY_SOFTMAX] = {"softmax", {{"logits", VOCAB}}, {{"probs", VOCAB}}, 0, {0}},
 };
 
@@ -125,6 +110,7 @@ static int32_t rows_of(const anepy_program *program, const anepy_model *model) {
 static int32_t channels_of(extent e, const anepy_program *program, const anepy_model *model) {
     switch (e) {
     case DIM: return model->config.dim;
+    case Q: return model->q_dim;
     case KV: return model->kv_dim;
     case HIDDEN: return model->config.hidden_dim;
     case VOCAB: return rows_of(program, model);
@@ -139,7 +125,7 @@ static int32_t fill(anepy_program *out, int32_t first, const range *list, const 
     for (*total = 0; list[n].name != NULL; n++) {
         int32_t channels = channels_of(list[n].channels & ~FACTOR, out, model);
         out->tensors[first + n] = (anepy_program_tensor){list[n].name, channels, *total,
-                                                          (list[n].channels & FACTOR) != 0};
+                                                         (list[n].channels & FACTOR) != 0};
         *total += channels;
     }
     return n;
@@ -188,12 +174,16 @@ void anepy_program_weight(anepy_program_matrix *out, const anepy_program *progra
         out->rows = rows_of(program, model);
         out->offset += (int64_t)program->first_row * dim;
         break;
+    case ANEPY_WQ: out->rows = model->q_dim; break;
     case ANEPY_WK:
     case ANEPY_WV: out->rows = model->kv_dim; break;
     case ANEPY_W1:
     case ANEPY_W3: out->rows = model->config.hidden_dim; break;
-    case ANEPY_W2: out->cols = model->config.hidden_dim; /* fall through */
-    default: out->rows = dim;
+    case ANEPY_WO:
+        out->rows = dim;
+        out->cols = model->q_dim;
+        break;
+    default: /* ANEPY_W2 */ out->rows = dim; out->cols = model->config.hidden_dim;
     }
     out->channels = (int32_t)anepy_round_up(out->rows, 32);
     out->columns = (int32_t)anepy_round_up(out->cols, 32);

@@ -96,7 +96,7 @@ typedef struct {
 
     anepy_surface x_final; /* host: residual stream after the last layer */
     anepy_surface dx;      /* host: gradient that reaches the embedding */
-    float *staging[2];     /* [max(dim, hidden), width]: read-back of program outputs */
+    float *staging[2];     /* [max(dim, q_dim, hidden), width]: read-back of program outputs */
     float *xnorm;          /* [dim, width] after the final norm */
     float *dxnorm;         /* [dim, width] */
     float *logits;         /* [vocab, width], then their gradients in place */

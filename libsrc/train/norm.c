@@ -21,8 +21,8 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
     int64_t j = (int64_t)index * COLS;
     e->kernels->rmsnorm(e->room->xnorm + j, e->room->width, rstd,
                         (const float *)e->room->x_final.data + j,
-                        e->room->effective + anepy_model_final_norm(e->model), e->model->config.dim,
-                        e->room->width);
+                        e->room->effective + anepy_model_final_norm(e->model), e->model->norm_eps,
+                        e->model->config.dim, e->room->width);
 }
 
 void anepy_final_norm(anepy_engine *e) { anepy_engine_run(e, e->run.columns / COLS, norm_panel); }
@@ -33,8 +33,8 @@ static void stats_panel(void *context, int32_t index, int32_t worker) {
     const norm_task *t = context;
     int64_t j = (int64_t)index * COLS;
     t->e->kernels->rmsnorm_stats(t->e->room->rstd + j, t->e->room->coef + j, t->dy + j, t->x + j,
-                                 t->e->room->effective + t->weight, t->e->model->config.dim,
-                                 t->e->room->width);
+                                 t->e->room->effective + t->weight, t->e->model->norm_eps,
+                                 t->e->model->config.dim, t->e->room->width);
 }
 
 static void backward_rows(void *context, int32_t index, int32_t worker) {

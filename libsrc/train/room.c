@@ -17,6 +17,7 @@ static anepy_surface carve_surface(anepy_carver *c, int32_t channels, int32_t wi
 static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *c) {
     const anepy_config *config = &e->model->config;
     int32_t dim = config->dim, width = room->width;
+    int32_t most = anepy_max_i32(anepy_max_i32(dim, e->model->q_dim), config->hidden_dim);
     for (int32_t l = 0; l < config->n_layers; l++) {
         room->layers[l].x = carve_surface(c, dim, width);
         room->layers[l].x2 = carve_surface(c, dim, width);
@@ -25,8 +26,7 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     }
     room->x_final = carve_surface(c, dim, width);
     room->dx = carve_surface(c, dim, width);
-    for (int i = 0; i < 2; i++)
-        room->staging[i] = anepy_carve(c, (int64_t)anepy_max_i32(dim, config->hidden_dim) * width);
+    for (int i = 0; i < 2; i++) room->staging[i] = anepy_carve(c, (int64_t)most * width);
     room->host_xnorm = carve_surface(c, dim, width);
     room->host_dxnorm = carve_surface(c, dim, width);
     room->host_logits = carve_surface(c, config->vocab_size, width);

@@ -226,10 +226,10 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
                                    .x = output_of(e, ffn_fwd, FFN_FWD_XNORM, dim),
                                    .gradient = anepy_model_layer(m, l, ANEPY_W1)};
     layer->dw[DW_WO] = (anepy_dw){.dy = host_dx2,
-                                  .x = output_of(e, sdpa_fwd, SDPA_FWD_ATTN, dim),
+                                  .x = output_of(e, sdpa_fwd, SDPA_FWD_ATTN, m->q_dim),
                                   .gradient = anepy_model_layer(m, l, ANEPY_WO)};
     layer->dw[DW_QKV] =
-        (anepy_dw){.dy = {layer->nodes[ANEPY_QKV_BWD]->input, 0, dim + 2 * m->kv_dim, NULL},
+        (anepy_dw){.dy = {layer->nodes[ANEPY_QKV_BWD]->input, 0, m->q_dim + 2 * m->kv_dim, NULL},
                    .x = output_of(e, sdpa_fwd, SDPA_FWD_XNORM, dim),
                    .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
 }

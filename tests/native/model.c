@@ -1,6 +1,7 @@
 /* model.c - the tensor table, refused dimensions, and the program table. */
 #include "model/model.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "check.h"
@@ -22,14 +23,20 @@ static anepy_config config_of(int32_t dim, int32_t hidden, int32_t layers, int32
                           .tied = tied};
 }
 
-/* stories260K, stories110M, Llama-3-70B's layer shape, and the smallest there is. */
-static int32_t configs(anepy_config *out) {
+#define CONFIG_N 7
+
+/* stories260K, stories110M, Llama-3-70B's layer shape, the smallest there is, and heads of more and
+ * of fewer channels than the model. */
+static void configs(anepy_config *out) {
     out[0] = config_of(64, 172, 5, 8, 4, 512, 512, 1);
     out[1] = config_of(768, 2048, 12, 12, 12, 32000, 1024, 1);
     out[2] = config_of(8192, 28672, 3, 64, 8, 128256, 4096, 0);
     out[3] = config_of(2, 1, 1, 1, 1, 1, 1, 0);
     out[4] = config_of(30, 7, LAYERS_MOST, 5, 1, 11, 3, 1);
-    return 5;
+    out[5] = config_of(64, 96, 2, 4, 2, 70000, 100, 1);
+    out[5].head_dim = 128;
+    out[6] = config_of(45, 70, 3, 6, 3, 100, 64, 0);
+    out[6].head_dim = 2;
 }
 
 /* -------------------------------------------------------------------------------------- tensors */
@@ -42,7 +49,8 @@ static void check_tensors(const anepy_config *config) {
         return;
     int32_t n = anepy_model_tensor_n(model), distinct = 1, shaped = 1, without_gaps = 1;
     int64_t next = 0, dim = config->dim, hidden = config->hidden_dim;
-    int64_t kv = dim / config->n_heads * config->n_kv_heads, layers = config->n_layers;
+    int64_t head = config->head_dim != 0 ? config->head_dim : dim / config->n_heads;
+    int64_t q = head * config->n_heads, kv = head * config->n_kv_heads, layers = config->n_layers;
     static anepy_tensor rows[LAYERS_MOST * 9 + 3];
     CHECK(n == layers * 9 + 2 + !config->tied, "%d tensors", n);
     for (int32_t i = 0; i < n; i++) {
@@ -61,7 +69,7 @@ static void check_tensors(const anepy_config *config) {
           (long long)anepy_model_arena_n(model));
     CHECK(distinct, "dim %d: a name twice", config->dim);
     int64_t expected = config->vocab_size * dim * (config->tied ? 1 : 2) + dim +
-                       layers * (2 * dim + 2 * dim * dim + 2 * kv * dim + 3 * dim * hidden);
+                       layers * (2 * dim + 2 * dim * q + 2 * kv * dim + 3 * dim * hidden);
     CHECK(next == expected, "dim %d: %lld parameters, not %lld", config->dim, (long long)next,
           (long long)expected);
     CHECK(strcmp(rows[0].name, "tok_embeddings.weight") == 0 &&
@@ -73,7 +81,10 @@ static void check_tensors(const anepy_config *config) {
               anepy_model_final_norm(model) == rows[9 * layers + 1].offset &&
               anepy_model_layer(model, (int32_t)layers - 1, ANEPY_W2) == rows[9 * layers].offset,
           "dim %d: inner offsets differ from the table", config->dim);
-    CHECK(rows[3].offset == rows[2].offset + dim * dim &&
+    CHECK(model->head_dim == head && model->q_dim == q && model->kv_dim == kv &&
+              rows[2].rows == q && rows[5].cols == q,
+          "dim %d: heads of %d channels", config->dim, model->head_dim);
+    CHECK(rows[3].offset == rows[2].offset + dim * q &&
               rows[8].offset == rows[7].offset + hidden * dim,
           "wk does not follow wq, or w3 w1");
     char text[200];
@@ -131,6 +142,15 @@ static void check_bad_dimensions(void) {
     c.n_kv_heads = 16;
     check_refused(c, "n_kv_heads");
     c = good;
+    c.head_dim = 9;
+    check_refused(c, "odd");
+    c = good;
+    c.head_dim = -8;
+    check_refused(c, "head_dim");
+    c = good;
+    c.head_dim = 8194;
+    check_refused(c, "head_dim");
+    c = good;
     c.tied = 2;
     check_refused(c, "tied");
     c = good;
@@ -143,6 +163,107 @@ static void check_bad_dimensions(void) {
     c.struct_size = 0;
     check_refused(c, "bytes");
     anepy_model_free(NULL);
+}
+
+/* Numbers that are not whole; what says nothing of a setting must not look at it. */
+static void check_bad_numbers(void) {
+    static const double bad[] = {-1.0, 1e-30, 1e30, INFINITY, -INFINITY, NAN};
+    static const struct {
+        const char *name;
+        size_t offset;
+        int32_t scaling; /* from this one on it is looked at */
+    } fields[] = {
+        {"norm_eps", offsetof(anepy_config, norm_eps), 0},
+        {"rope_theta", offsetof(anepy_config, rope_theta), 0},
+        {"rope_factor", offsetof(anepy_config, rope_factor), ANEPY_ROPE_LINEAR},
+        {"rope_low_freq_factor", offsetof(anepy_config, rope_low_freq_factor), ANEPY_ROPE_LLAMA3},
+        {"rope_high_freq_factor", offsetof(anepy_config, rope_high_freq_factor), ANEPY_ROPE_LLAMA3},
+    };
+    anepy_config good = config_of(64, 172, 5, 8, 4, 512, 512, 1), c;
+    good.rope_factor = 8.0;
+    good.rope_low_freq_factor = 1.0;
+    good.rope_high_freq_factor = 4.0;
+    good.rope_original_max_position = 8192;
+    for (size_t f = 0; f < sizeof fields / sizeof fields[0]; f++) {
+        for (size_t b = 0; b < sizeof bad / sizeof bad[0]; b++) {
+            for (int32_t scaling = 0; scaling <= ANEPY_ROPE_LLAMA3; scaling++) {
+                anepy_model *model = NULL;
+                c = good;
+                c.rope_scaling = scaling;
+                memcpy((char *)&c + fields[f].offset, &bad[b], sizeof bad[b]);
+                if (scaling >= fields[f].scaling) {
+                    check_refused(c, fields[f].name);
+                } else {
+                    CHECK(anepy_model_create(&model, &c) == ANEPY_OK, "%s of no use is refused",
+                          fields[f].name);
+                    anepy_model_free(model);
+                }
+            }
+        }
+    }
+    for (int32_t scaling = -1; scaling <= 3; scaling += 4) {
+        c = good;
+        c.rope_scaling = scaling;
+        check_refused(c, "rope_scaling");
+    }
+    c = good;
+    c.rope_scaling = ANEPY_ROPE_LLAMA3;
+    c.rope_high_freq_factor = 1.0;
+    check_refused(c, "rope_high_freq_factor");
+    c.rope_high_freq_factor = 4.0;
+    c.rope_original_max_position = 0;
+    check_refused(c, "rope_original_max_position");
+}
+
+/* Frequencies by another way: turns within the original context, each pair on its own. */
+static void check_frequencies(void) {
+    anepy_config c = config_of(64, 172, 1, 1, 1, 512, 512, 1);
+    c.rope_theta = 5e5;
+    c.rope_factor = 8.0;
+    c.rope_low_freq_factor = 1.0;
+    c.rope_high_freq_factor = 4.0;
+    c.rope_original_max_position = 8192;
+    int32_t kept = 0, divided = 0, between = 0;
+    for (c.rope_scaling = 0; c.rope_scaling <= ANEPY_ROPE_LLAMA3; c.rope_scaling++) {
+        anepy_model *model = NULL;
+        if (!CHECK(anepy_model_create(&model, &c) == ANEPY_OK, "scaling %d", c.rope_scaling))
+            return;
+        for (int32_t pair = 0; pair < 32; pair++) {
+            double plain = exp(-log(5e5) * pair / 32.0), expected = plain;
+            double length = 6.283185307179586 / plain; /* tokens per turn */
+            if (c.rope_scaling == ANEPY_ROPE_LINEAR) expected = plain / 8.0;
+            if (c.rope_scaling == ANEPY_ROPE_LLAMA3 && length > 8192.0) {
+                expected = plain / 8.0;
+                divided++;
+            } else if (c.rope_scaling == ANEPY_ROPE_LLAMA3 && length > 2048.0) {
+                double smooth = (8192.0 / length - 1.0) / 3.0;
+                expected = (1.0 - smooth) * plain / 8.0 + smooth * plain;
+                between++;
+            } else {
+                kept += c.rope_scaling == ANEPY_ROPE_LLAMA3;
+            }
+            double found = anepy_rope_frequency(model, pair);
+            CHECK(fabs(found - expected) <= 1e-13 * expected,
+                  "scaling %d, pair %d: %.17g, not %.17g", c.rope_scaling, pair, found, expected);
+        }
+        anepy_model_free(model);
+    }
+    CHECK(kept > 0 && divided > 0 && between > 0, "pairs: %d kept, %d between, %d divided", kept,
+          between, divided);
+}
+
+static void check_refused_yet(void) {
+    for (int i = 0; i < 2; i++) {
+        anepy_config c = config_of(64, 172, 5, 8, 4, 512, 512, 1);
+        anepy_model *model = NULL;
+        char text[512] = "";
+        *(i == 0 ? &c.qkv_bias : &c.qk_norm) = 2;
+        check_refused(c, i == 0 ? "qkv_bias" : "qk_norm");
+        *(i == 0 ? &c.qkv_bias : &c.qk_norm) = 1;
+        CHECK(anepy_model_create(&model, &c) == ANEPY_E_UNSUPPORTED, "flag %d is accepted", i);
+        anepy_last_error(text, sizeof text);
+        CHECK(strstr(text, "not supported yet") != NULL, "says '%s'", text);
+    }
 }
 
 /* ------------------------------------------------------------------------------------- programs */
@@ -279,8 +400,9 @@ static void check_parts(anepy_program_id id, int32_t logits, const anepy_model *
 }
 
 void checks_model(void) {
-    anepy_config c[5];
-    for (int32_t i = configs(c) - 1; i >= 0; i--) {
+    anepy_config c[CONFIG_N];
+    configs(c);
+    for (int32_t i = CONFIG_N - 1; i >= 0; i--) {
         anepy_model *model = NULL;
         check_tensors(&c[i]);
         if (anepy_model_create(&model, &c[i]) != ANEPY_OK) continue;
@@ -297,4 +419,7 @@ void checks_model(void) {
         anepy_model_free(model);
     }
     check_bad_dimensions();
+    check_bad_numbers();
+    check_frequencies();
+    check_refused_yet();
 }

@@ -158,8 +158,8 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     if ((options->dtype == ANEPY_BF16 && cpu->dgate == NULL) ||
         (cpu->cosine = own_floats(cpu, half * positions)) == NULL ||
         (cpu->sine = own_floats(cpu, half * positions)) == NULL ||
-        (cpu->dattn = own_floats(cpu, m->config.dim * width)) == NULL ||
-        (cpu->dq = own_floats(cpu, m->config.dim * width)) == NULL ||
+        (cpu->dattn = own_floats(cpu, m->q_dim * width)) == NULL ||
+        (cpu->dq = own_floats(cpu, m->q_dim * width)) == NULL ||
         (cpu->factors = own_floats(cpu, 2 * blocks * factors_n)) == NULL ||
         (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
         (cpu->turns = own(cpu, (size_t)blocks * sizeof *cpu->turns, NULL, 0)) == NULL ||

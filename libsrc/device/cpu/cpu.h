@@ -8,12 +8,12 @@ typedef struct {
     anepy_device base;
     int32_t positions;             /* columns of the longest sequence */
     float *cosine, *sine;          /* RoPE angles [head_dim / 2, positions] */
-    float *dattn;                  /* [dim, width]: gradient of attn inside sdpa_bwd1 */
+    float *dattn;                  /* [q_dim, width]: gradient of attn inside sdpa_bwd1 */
     float *dscores;                /* [positions, width]: inside sdpa_bwd2 if it is given scores */
     float *factors;                /* two per block of a head: inside attention */
     float *dot;                    /* [n_heads, width]: inside sdpa_bwd2 */
     float *dgate;                  /* [hidden, width]: inside ffn_bwd if it rounds */
-    float *dq;                     /* [dim, width], block by block: inside sdpa_bwd2 */
+    float *dq;                     /* [q_dim, width], block by block: inside sdpa_bwd2 */
     _Atomic int32_t *turns;        /* [n_heads, width / 64]: inside sdpa_bwd2 */
     const anepy_kernel **forwards; /* sdpa_fwd of each layer */
     const anepy_kernel *forward, *bwd1; /* of the layer whose sdpa_bwd1 was the last */

@@ -24,7 +24,8 @@ static void rmsnorm_bwd_panel(void *context, int32_t index, int32_t worker) {
     int64_t j = (int64_t)index * COLS;
     const float *dy = k->tensors[RMSNORM_BWD_DY] + j, *x = k->tensors[RMSNORM_BWD_X] + j;
     float *dx = k->tensors[RMSNORM_BWD_DX] + j, rstd[COLS], coef[COLS];
-    kernels_of(k)->rmsnorm_stats(rstd, coef, dy, x, k->weights[0], dim, o->width);
+    kernels_of(k)->rmsnorm_stats(rstd, coef, dy, x, k->weights[0], o->model->norm_eps, dim,
+                                 o->width);
     for (int32_t c = 0; c < dim; c++) {
         int64_t row = (int64_t)c * o->width;
         kernels_of(k)->rmsnorm_row(dx + row, ZEROS, dy + row, x + row, rstd, coef, k->weights[0][c],
@@ -44,8 +45,8 @@ static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
     int64_t j = (int64_t)index * COLS;
     float rstd[COLS];
     kernels_of(k)->rmsnorm(k->tensors[FINAL_RMSNORM_XNORM] + j, o->width, rstd,
-                           k->tensors[FINAL_RMSNORM_X] + j, k->weights[0], o->model->config.dim,
-                           o->width);
+                           k->tensors[FINAL_RMSNORM_X] + j, k->weights[0], o->model->norm_eps,
+                           o->model->config.dim, o->width);
 }
 
 void anepy_cpu_final_rmsnorm(anepy_kernel *k, int32_t n, int32_t columns) {

@@ -120,7 +120,7 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
     int32_t dim = o->model->config.dim, j = index * COLS;
     int rounds = e->rounded[0] != NULL;
     o->gemm->kernels->rmsnorm(rounds ? panel : e->out[0] + j, rounds ? COLS : o->width, rstd,
-                              e->in[0] + j, e->in[1], dim, o->width);
+                              e->in[0] + j, e->in[1], o->model->norm_eps, dim, o->width);
     if (rounds) put_rows(e->cpu, e->rounded[0], e->packed_k, 0, dim, j, COLS, panel, COLS);
 }
 
@@ -187,14 +187,14 @@ static void run_rows(elementwise *e, anepy_loop_fn fn) {
 static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_model *m = cpu->base.options.model;
-    int32_t dim = m->config.dim, kv = m->kv_dim;
+    int32_t dim = m->config.dim, q = m->q_dim, kv = m->kv_dim;
     float **t = k->tensors;
     int packed = normalize(cpu, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X],
                            k->weights[0], columns);
     project(cpu,
             (projections){.w = {k->weights[1], k->weights[2], k->weights[3]},
                           .y = {t[SDPA_FWD_Q], t[SDPA_FWD_K], t[SDPA_FWD_V]},
-                          .rows = {dim, kv, kv},
+                          .rows = {q, kv, kv},
                           .count = 3,
                           .packed = packed},
             t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], dim, columns);
@@ -203,7 +203,7 @@ static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     anepy_cpu_attention(k, n, columns);
     project(cpu,
             (projections){.w = {k->weights[4]}, .y = {t[SDPA_FWD_OUT]}, .rows = {dim}, .count = 1},
-            t[SDPA_FWD_ATTN], NULL, dim, columns);
+            t[SDPA_FWD_ATTN], NULL, q, columns);
 }
 
 static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
@@ -276,12 +276,13 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
 
 static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
-    int32_t dim = cpu->base.options.model->config.dim;
-    project_backward(
-        cpu, cpu->dattn,
-        (projections){
-            .w = {k->weights[0]}, .y = {k->tensors[SDPA_BWD1_DY]}, .rows = {dim}, .count = 1},
-        dim, columns);
+    const anepy_model *m = cpu->base.options.model;
+    project_backward(cpu, cpu->dattn,
+                     (projections){.w = {k->weights[0]},
+                                   .y = {k->tensors[SDPA_BWD1_DY]},
+                                   .rows = {m->config.dim},
+                                   .count = 1},
+                     m->q_dim, columns);
     k->cpu->bwd1 = k;
     k->cpu->forward = cpu->forwards[k->layer];
     if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
@@ -303,7 +304,7 @@ static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     project_backward(k->cpu, t[QKV_BWD_DX],
                      (projections){.w = {k->weights[0], k->weights[1], k->weights[2]},
                                    .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]},
-                                   .rows = {m->config.dim, m->kv_dim, m->kv_dim},
+                                   .rows = {m->q_dim, m->kv_dim, m->kv_dim},
                                    .count = 3},
                      m->config.dim, columns);
 }

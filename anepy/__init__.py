@@ -11,51 +11,103 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _HOMES = {
+    "AbiMismatchError": "errors",
     "AnepyError": "errors",
+    "CheckpointError": "errors",
+    "ChecksumError": "errors",
+    "ClosedError": "errors",
     "CompareConfig": "comparing.config",
     "Comparison": "comparing.result",
     "CompileBudgetError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Decoder": "engine.decoder",
+    "DeviceInfo": "engine.device",
+    "DivergedError": "errors",
+    "DownloadError": "errors",
     "Engine": "engine.engine",
+    "LibraryBuildError": "errors",
+    "LibraryNotFoundError": "errors",
+    "Measured": "comparing.result",
     "MilError": "errors",
     "Model": "models.model",
     "ModelConfig": "models.model",
+    "ModelError": "errors",
+    "NativeError": "errors",
+    "OfflineError": "errors",
+    "PHASES": "engine.stats",
     "PRESETS": "models.model",
     "Program": "hardware.program",
+    "Progress": "comparing.session",
+    "Ratio": "comparing.estimates",
+    "Sampler": "text.data",
     "RopeScaling": "models.model",
     "StepReport": "training.reports",
     "StepStats": "engine.stats",
+    "Summary": "training.reports",
     "TokenData": "text.data",
     "Tokenizer": "text.tokenizer",
+    "TokenizerError": "errors",
     "TrainConfig": "training.config",
     "Trainer": "training.trainer",
+    "UnsupportedError": "errors",
+    "UnsupportedPlatformError": "errors",
     "UpdateStats": "engine.stats",
     "compare": "comparing.session",
     "devices": "engine.device",
+    "flops_per_step": "engine.flops",
     "generate": "text.generation",
+    "library_info": "native.info",
     "prepare": "text.prepare",
     "stream": "text.generation",
+    "variant_switches": "engine.variants",
     "variants": "engine.variants",
+    "windows": "text.data",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .comparing.config import CompareConfig
-    from .comparing.result import Comparison
-    from .comparing.session import compare
-    from .engine.device import devices
+    from .comparing.estimates import Ratio
+    from .comparing.result import Comparison, Measured
+    from .comparing.session import Progress, compare
+    from .engine.decoder import Decoder
+    from .engine.device import DeviceInfo, devices
     from .engine.engine import Engine
-    from .engine.stats import StepStats, UpdateStats
-    from .engine.variants import variants
-    from .errors import AnepyError, CompileBudgetError, MilError
+    from .engine.flops import flops_per_step
+    from .engine.stats import PHASES, StepStats, UpdateStats
+    from .engine.variants import variant_switches, variants
+    from .errors import (
+        AbiMismatchError,
+        AnepyError,
+        CheckpointError,
+        ChecksumError,
+        ClosedError,
+        CompileBudgetError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        DownloadError,
+        LibraryBuildError,
+        LibraryNotFoundError,
+        MilError,
+        ModelError,
+        NativeError,
+        OfflineError,
+        TokenizerError,
+        UnsupportedError,
+        UnsupportedPlatformError,
+    )
     from .hardware.program import Program
     from .models.model import PRESETS, Model, ModelConfig, RopeScaling
-    from .text.data import TokenData
+    from .native.info import library_info
+    from .text.data import Sampler, TokenData, windows
     from .text.generation import generate, stream
     from .text.prepare import prepare
     from .text.tokenizer import Tokenizer
     from .training.config import TrainConfig
-    from .training.reports import StepReport
+    from .training.reports import StepReport, Summary
     from .training.trainer import Trainer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import needs
 import numpy as np
 import pytest
 
-from anepy.errors import ConfigError, ModelError, TokenizerError
+from anepy.engine import Decoder
+from anepy.errors import ClosedError, ConfigError, ModelError, TokenizerError
 from anepy.models.model import Model, ModelConfig
 from anepy.text.generation import Sampling, generate, resolve_tokenizer, stream
 from anepy.text.tokenizer import Tokenizer
@@ -148,6 +150,28 @@ def test_stream_bad_setting_is_refused_before_the_first_piece(setting: str, valu
 def test_stream_too_long_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="context is 32"):
         stream(Model.init(SMALL), "x" * 32, Tokenizer.bytes())
+
+
+def test_generate_with_a_decoder_is_that_with_its_model() -> None:
+    """Text after text in the same memory; the decoder stays open."""
+    model, words = Model.init(SMALL, seed=4), Tokenizer.bytes()
+    with Decoder(model, max_len=20) as decoder:
+        for seed in (1, 2):
+            text = generate(decoder, "ab", words, max_tokens=9, seed=seed)
+            assert text == generate(model, "ab", words, max_tokens=9, seed=seed)
+        cut = generate(decoder, "ab", words, max_tokens=100, seed=1)
+        assert generate(model, "ab", words, max_tokens=100, seed=1).startswith(cut)
+        with pytest.raises(ConfigError, match="leave threads out"):
+            stream(decoder, "", words, threads=1)
+        with pytest.raises(ConfigError, match="context is 20"):
+            stream(decoder, "x" * 20, words)
+    with pytest.raises(ClosedError):
+        generate(decoder, "", words)
+
+
+def test_generate_has_the_arguments_of_stream() -> None:
+    assert inspect.signature(generate) == inspect.signature(stream)
+    assert generate.__name__ == "generate" and "stream" in (generate.__doc__ or "")
 
 
 # Finding the tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import email.message
 import json
@@ -100,6 +101,24 @@ def test_no_module_takes_the_place_of_a_public_name() -> None:
         "print(len(values), [n for n, v in values.items() if isinstance(v, types.ModuleType)])"
     )
     assert run(code) == f"{len(anepy.__all__)} []\n"
+
+
+def test_names_for_type_checkers_are_those_at_run_time() -> None:
+    """The package says twice where its names live: for imports, and for tools that read types."""
+    tree = ast.parse(Path(anepy.__file__).read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert told == anepy._HOMES
+
+
+def test_every_error_is_exported() -> None:
+    errors = [name for name, value in vars(anepy.errors).items() if isinstance(value, type)]
+    assert len(errors) > 15 and set(errors) <= set(anepy.__all__)
 
 
 def test_release_record_is_complete_and_of_this_version() -> None:

@@ -18,7 +18,17 @@ class Decoder(Owner):
     Args:
         model: the model; its weights may change between tokens, not during one.
         max_len: positions to make room for; default the model's sequence length.
-        threads: as for Engine.
+        threads: default from CPU affinity, cgroup quota and physical cores.
+
+    Raises:
+        ConfigError: a value out of range.
+        NativeError: the system gives no memory.
+
+    Example:
+        >>> with Decoder(model) as decoder:
+        ...     for position, token in enumerate([1, 403, 407]):
+        ...         logits = decoder.forward(token, position)
+        ...     text = generate(decoder, "Once", "tok512.bin")  # begins anew, in the same memory
     """
 
     def __init__(
@@ -26,6 +36,7 @@ class Decoder(Owner):
     ) -> None:
         check_counts(max_len=max_len, threads=threads)
         self.model = model
+        self.max_len = model.config.seq_len if max_len is None else max_len
         self._lib = model.table.lib
         self._logits = np.zeros(model.config.vocab_size, dtype=np.float32)
         handle = ctypes.c_void_p()
@@ -42,6 +53,11 @@ class Decoder(Owner):
         """Return the logits after `token`, float32 (vocab_size,), valid until the next call.
 
         Positions run 0, 1, 2, ...; position 0 starts a new sequence.
+
+        Raises:
+            ConfigError: a token beyond the vocabulary or a position beyond `max_len`.
+            NativeError: a position that is neither the next one nor 0.
+            ClosedError: the decoder was closed.
         """
         for name, value in (("token", token), ("position", position)):
             if not 0 <= value < 2**31:

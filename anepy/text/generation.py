@@ -7,10 +7,12 @@ and BOS as the next token ends the text.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,13 @@ from ..errors import ConfigError, TokenizerError
 from ..models.model import Model
 from .tokenizer import Tokenizer
 
+P = ParamSpec("P")
 _BYTE_VOCAB = 259
 _CONTROL = frozenset(range(0x20)) - frozenset(b"\t\n\v\f\r") | {0x7F}
 
 
-def generate(
-    model: Model | str | Path,
+def stream(
+    model: Model | str | Path | Decoder,
     prompt: str = "",
     tokenizer: Tokenizer | str | Path | None = None,
     temperature: float = 1.0,
@@ -34,28 +37,113 @@ def generate(
     max_tokens: int = 256,
     seed: int = 0,
     threads: int | None = None,
-) -> str:
-    """Return the prompt and the text a model continues it with.
+) -> Iterator[str]:
+    """Yield the prompt, then what a model continues it with; never half a character.
+
+    Arguments are checked before the first piece is asked for.
 
     Args:
-        model: a `Model` or the path of one.
+        model: a `Model`, the path of one, or a `Decoder`: it is used and left open, so that many
+            texts of one model share its memory and threads.
         prompt: the beginning of the text; may be empty.
-        tokenizer: a `Tokenizer` or the path of one; None looks beside the model.
+        tokenizer: a `Tokenizer` or the path of one; None looks beside the model's file.
         temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
         top_p: sample among the likeliest tokens that together exceed this probability;
             0 or 1 samples among all.
-        max_tokens: new tokens at most; the model's context may end the text earlier.
+        max_tokens: new tokens at most; the context may end the text earlier.
         seed: of the sampling; equal settings give equal text.
-        threads: CPU threads; as many as the process may use if None.
+        threads: CPU threads, None: as many as the process may use; not with a `Decoder`.
 
     Raises:
-        ConfigError: a setting is out of range or the prompt exceeds the model's context.
+        ConfigError: a setting is out of range or the prompt exceeds the context.
         ModelError, TokenizerError: a file is missing, malformed or does not fit.
 
     Example:
-        >>> generate("stories260K.bin", "Once upon a time", "tok512.bin", temperature=0.0)
+        >>> for piece in stream("stories260K.bin", "Once", "tok512.bin", temperature=0.0):
+        ...     print(piece, end="", flush=True)
     """
-    return "".join(stream(model, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads))
+    _check_settings(temperature, top_p, max_tokens, seed)
+    decoder = model if isinstance(model, Decoder) else None
+    if decoder is not None and threads is not None:
+        raise ConfigError("a Decoder has its threads already: leave threads out")
+    loaded = _loaded(model)
+    config = loaded.config
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = resolve_tokenizer(tokenizer, config.vocab_size, loaded.path)
+    elif tokenizer.vocab_size != config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "pass the tokenizer the model was trained with"
+        )
+    context = config.seq_len if decoder is None else decoder.max_len
+    ids = tokenizer.encode(prompt, bos=True)
+    if len(ids) > context:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens, the context is {context}: shorten the prompt"
+        )
+    # The last position's logits still give a token, so one more than the context fits.
+    length = min(len(ids) + max_tokens, context + 1)
+    picks = Sampling(temperature, top_p, seed)
+    return _stream(decoder or loaded, tokenizer, ids, length, picks, threads)
+
+
+def _joined(pieces: Callable[P, Iterator[str]]) -> Callable[P, str]:
+    def generate(*args: P.args, **kwargs: P.kwargs) -> str:
+        """Return in one text what `stream` yields for the same arguments: prompt and continuation.
+
+        Raises:
+            ConfigError, ModelError, TokenizerError: as `stream` says.
+
+        Example:
+            >>> generate("stories260K.bin", "Once upon a time", "tok512.bin", temperature=0.0)
+        """
+        return "".join(pieces(*args, **kwargs))
+
+    generate.__qualname__ = "generate"
+    generate.__signature__ = inspect.signature(pieces)  # type: ignore[attr-defined]
+    return generate
+
+
+generate = _joined(stream)
+
+
+def _loaded(model: Model | str | Path | Decoder) -> Model:
+    if isinstance(model, Decoder):
+        return model.model
+    return model if isinstance(model, Model) else Model.load(model)
+
+
+def _stream(
+    model: Model | Decoder,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    length: int,
+    sampling: Sampling,
+    threads: int | None,
+) -> Iterator[str]:
+    # Characters outside the vocabulary come as single bytes: hold them until they are complete.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    token = prompt[0]
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, Decoder):
+            network = model
+        else:
+            context = min(length, model.config.seq_len)
+            network = stack.enter_context(Decoder(model, max_len=context, threads=threads))
+        for position in range(length - 1):
+            logits = network.forward(token, position)
+            if position + 1 < len(prompt):
+                following = prompt[position + 1]
+            else:
+                following = sampling.pick(logits)
+                if following == tokenizer.bos_id:
+                    break
+            text = decoder.decode(_printable(tokenizer.piece(token, following)))
+            if text:
+                yield text
+            token = following
+    if rest := decoder.decode(b"", final=True):
+        yield rest
 
 
 def choose_device(device: str) -> str:
@@ -71,71 +159,6 @@ def choose_device(device: str) -> str:
             f"text is generated on the CPU, not on device {device}: leave --device out"
         )
     return ""
-
-
-def stream(
-    model: Model | str | Path,
-    prompt: str = "",
-    tokenizer: Tokenizer | str | Path | None = None,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    max_tokens: int = 256,
-    seed: int = 0,
-    threads: int | None = None,
-) -> Iterator[str]:
-    """Yield the text of `generate` piece by piece; a piece is never half a character.
-
-    Arguments are those of `generate` and are checked before the first piece is asked for.
-    """
-    _check_settings(temperature, top_p, max_tokens, seed)
-    path = None if isinstance(model, Model) else Path(model)
-    loaded = model if isinstance(model, Model) else Model.load(model)
-    config = loaded.config
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = resolve_tokenizer(tokenizer, config.vocab_size, path)
-    elif tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
-            "pass the tokenizer the model was trained with"
-        )
-    ids = tokenizer.encode(prompt, bos=True)
-    if len(ids) > config.seq_len:
-        raise ConfigError(
-            f"the prompt has {len(ids)} tokens, the model's context is {config.seq_len}: "
-            "shorten the prompt"
-        )
-    # The last position's logits still give a token, so one more than the context fits.
-    length = min(len(ids) + max_tokens, config.seq_len + 1)
-    picks = Sampling(temperature, top_p, seed)
-    return _stream(loaded, tokenizer, ids, length, picks, threads)
-
-
-def _stream(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    length: int,
-    sampling: Sampling,
-    threads: int | None,
-) -> Iterator[str]:
-    # Characters outside the vocabulary come as single bytes: hold them until they are complete.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    token = prompt[0]
-    with Decoder(model, max_len=min(length, model.config.seq_len), threads=threads) as network:
-        for position in range(length - 1):
-            logits = network.forward(token, position)
-            if position + 1 < len(prompt):
-                following = prompt[position + 1]
-            else:
-                following = sampling.pick(logits)
-                if following == tokenizer.bos_id:
-                    break
-            text = decoder.decode(_printable(tokenizer.piece(token, following)))
-            if text:
-                yield text
-            token = following
-    if rest := decoder.decode(b"", final=True):
-        yield rest
 
 
 class Sampling:

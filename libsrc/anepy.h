@@ -1,9 +1,10 @@
 /* anepy.h - the only public header of libanepy.
  *
- * Trains Llama-2 transformers. One step engine runs on several devices; optimizations are switches.
- * The library never prints, aborts, exits, installs signal handlers or changes the caller's
- * floating-point mode. Every function returns a status (0 or a frozen negative number) unless it
- * says otherwise; anepy_last_error() gives the sentence that belongs to this thread's last failure.
+ * Trains transformers of the Llama family. One step engine runs on several devices; optimizations
+ * are switches. The library never prints, aborts, exits, installs signal handlers or changes the
+ * caller's floating-point mode. Every function returns a status (0 or a frozen negative number)
+ * unless it says otherwise; anepy_last_error() gives the sentence that belongs to this thread's
+ * last failure.
  *
  * Threads: one handle is used by one thread at a time (a second call that computes gets
  * ANEPY_E_BUSY). Pointers must not be NULL unless NULL is given a meaning.
@@ -200,13 +201,13 @@ typedef struct anepy_engine_info {
     int64_t clean_steps;    /* since the scale last changed */
     int64_t compiles;       /* compilations so far; 0 where weights are live */
     int64_t compile_budget; /* most that this process may do, all engines together; 0: no limit */
-    int32_t stale;          /* 1: there are no programs for the weights as they are yet */
+    int32_t stale;          /* 1: no programs hold the weights as they are */
     int32_t reserved;
     uint64_t memory; /* bytes of activations, surfaces and buffers, for as many sequences as ran at
                       * once so far; arenas not included */
 } anepy_engine_info;
 
-/* What one step did. Times are milliseconds of the calling thread; "busy" ones of all threads. */
+/* What one step did. Times are milliseconds of the calling thread, except dw_ms. */
 typedef struct anepy_step_stats {
     uint32_t struct_size;
     uint32_t skipped;      /* 1: a gradient was not finite, nothing was accumulated */
@@ -220,11 +221,11 @@ typedef struct anepy_step_stats {
     double softmax_ms;     /* softmax + loss */
     double norm_ms;        /* RMSNorm outside the programs */
     double elementwise_ms; /* embedding, residuals */
-    double dw_ms;          /* weight-gradient products, busy, summed over threads */
-    double dw_wait_ms;     /* the step waited for them */
+    double dw_ms;          /* weight-gradient products, summed over all threads */
+    double dw_wait_ms;     /* waiting for them at the end of the step */
     int64_t allocations;   /* heap operations during the step */
-    double forward_ms;     /* to the loss */
-    double backward_ms;
+    double forward_ms;     /* up to and with the loss */
+    double backward_ms;    /* the rest */
 } anepy_step_stats;
 
 #define ANEPY_LEAVE_GRADIENTS 1u   /* nobody reads them before the next step, which replaces them */
@@ -232,9 +233,9 @@ typedef struct anepy_step_stats {
 
 typedef struct anepy_update_options {
     uint32_t struct_size;
-    uint32_t flags; /* ANEPY_LEAVE_GRADIENTS: do not spend the time to clear them;
-                     * ANEPY_GRADIENTS_AS_LEFT: nor, from the second such update on, to read them
-                     * for their norm */
+    uint32_t flags; /* ANEPY_LEAVE_GRADIENTS saves the time to clear gradients;
+                     * ANEPY_GRADIENTS_AS_LEFT, from the second such update on, the time to read
+                     * them for their norm */
     double lr;
     double beta1;
     double beta2;
@@ -261,20 +262,21 @@ ANEPY_API int32_t anepy_engine_get_info(const anepy_engine *engine, anepy_engine
 ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
                                     const int32_t *tokens, const int32_t *targets, int32_t n);
 
-/* The same for `count` sequences of n tokens, int32[count, n], as one step: the loss is the mean
- * over all tokens and what accumulates its gradient. One that fails, or is skipped, adds nothing
- * that an update would use. A device that can computes them side by side, as many as fit into 512
- * columns (n rounded up to 64 for each): the first such step makes room for them, and where there
- * is no memory for that it fails with ANEPY_E_MEMORY and nothing has changed. */
+/* Forward + backward of `count` sequences of n tokens, int32[count, n], as one step: the loss is
+ * the mean over all tokens, and its gradient is added to what was accumulated. A step that fails or
+ * is skipped adds nothing that an update would use. Device cpu computes as many sequences side by
+ * side as fit into 512 columns, n rounded up to 64 for each. The first such step makes room for
+ * them; if there is no memory for it the step fails with ANEPY_E_MEMORY and nothing has changed. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
                                           const int32_t *tokens, const int32_t *targets,
                                           int32_t count, int32_t n);
 
 /* AdamW with the mean of the accumulated gradients (Loshchilov & Hutter 2019; PyTorch's order of
  * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. Where weights
- * are baked, compiles for the new ones. If that fails the update is complete all the same and info
- * says stale: whatever needs the programs then compiles, and fails, again; with ANEPY_E_BUDGET
- * before anything is compiled if the process may compile no more. */
+ * are baked, it compiles programs for the new ones. If that fails the update is still complete, and
+ * `stale` in the engine's info is 1: the next call that needs the programs compiles them, and tells
+ * the reason if it fails again. That is ANEPY_E_BUDGET if the process may compile no more programs.
+ */
 ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *out,
                                       const anepy_update_options *options);
 

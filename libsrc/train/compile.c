@@ -160,7 +160,7 @@ int32_t anepy_compile_settle(anepy_engine *e) {
     if (c == NULL || !c->running) return ANEPY_OK;
     int32_t status = finish(c);
     if (status == ANEPY_E_BUDGET) {
-        e->room->stale = 1; /* said when the next step needs programs */
+        e->room->stale = 1; /* the error is told when the next step needs programs */
         return ANEPY_OK;
     }
     if (status != ANEPY_OK)

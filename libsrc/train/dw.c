@@ -53,11 +53,13 @@ static const float *in_place(const anepy_operand *o) {
     return (const float *)o->source->data + (int64_t)o->channel * o->source->width;
 }
 
-/* float32 rows of an operand. A host buffer, and with fp16_cache a surface that holds float32 the
- * host can see, is used where it is. Others go to a capture buffer, which without prealloc is made
- * now and freed when the products are done: with fp16_cache as they are, to be converted by the
- * product's task, otherwise converted by the calling thread. In bf16, fp16_cache rounds in that
- * task what the device has not, and *rounded is where to. */
+/* Where the product finds a factor: *out float32 rows, *rounded bf16 ones.
+ *
+ * A host buffer is read where it is, and so is, with fp16_cache, a surface of float32 that the host
+ * can see. Other factors are copied to a capture buffer, which without prealloc is made now and
+ * freed when the products are done. With fp16_cache they are copied as they are and the product's
+ * task converts them; otherwise the calling thread converts. With bf16 products and fp16_cache the
+ * task also rounds a factor that the device has not rounded. */
 static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
                      const uint16_t **rounded) {
     anepy_surface *s = o->source;

@@ -12,7 +12,7 @@ int32_t anepy_loss_chunks(const anepy_engine *e) {
     return (e->model->config.vocab_size + CHUNK - 1) / CHUNK;
 }
 
-/* Piece -> (chunk of the vocabulary, panel of tokens). */
+/* A piece of work: a chunk of the vocabulary in a panel of 64 columns. */
 typedef struct {
     int32_t chunk, row, rows, column;
 } place;

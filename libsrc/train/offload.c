@@ -87,7 +87,7 @@ static void group_piece(void *context, int32_t index, int32_t worker) {
             e->room->logits[(int64_t)best[s] * e->room->width + p.column + s] - logf(top[s]);
 }
 
-/* dlogits = p * exp(group lse - lse) * scale; the target's one comes off later. */
+/* dlogits = p * exp(group lse - lse) * scale; anepy_loss_targets does the rest. */
 static void gradient_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const join_task *t = context;

@@ -60,7 +60,7 @@ static int same(const char *name, const char *text, size_t n) {
     return strlen(name) == n && memcmp(name, text, n) == 0;
 }
 
-/* "a, b, c" of whatever name(0), name(1)... yields. */
+/* Writes "a, b, c" of the names that name(0), name(1), ... return, up to NULL. */
 static void join(char *out, size_t cap, const char *(*name)(int32_t)) {
     size_t n = 0;
     out[0] = '\0';

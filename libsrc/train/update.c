@@ -36,7 +36,7 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
 
 int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_update_options *o) {
     double start = anepy_now_ms();
-    int baked = !anepy_can(e, ANEPY_LIVE_WEIGHTS); /* or passed to the device */
+    int baked = !anepy_can(e, ANEPY_LIVE_WEIGHTS); /* or copied to surfaces: both take time */
     stats->compile_ms = 0.0;
     ANEPY_TRY(anepy_compile_settle(e));
     if (baked) anepy_count(&start, &stats->compile_ms);
@@ -46,7 +46,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
     e->squares.step = wanted && as_left ? e->accumulated : 0;
     stats->skipped = e->scaling.damaged || (wanted && !isfinite(stats->grad_norm));
-    if (stats->skipped) { /* nothing that is not a number may reach the weights */
+    if (stats->skipped) { /* infinities and NaN must not reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
         e->accumulated = 0;
         e->scaling.damaged = 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import os
 import re
 from collections.abc import Callable
@@ -133,6 +134,25 @@ def test_checks_on_emulated_aarch64_pass(program: Callable[[Build], Program]) ->
     command = [emulator, "-cpu", "cortex-a72", path, "--isa", "neon", "table"]
     assert_passes(*command, env=UNMASKED)
     assert_passes(emulator, "-cpu", "max", path, "--emulated", env=UNMASKED)
+
+
+# ------------------------------------------------------------------------------------- the sources
+
+
+def test_no_two_files_need_each_other(program: Callable[[Build], Program]) -> None:
+    """Functions that files of the library take from others go one way, through any number."""
+    nm, owners, wanted = needs.program("nm", package="binutils"), {}, {}
+    for source, made in program(PLAIN).objects.items():
+        if source.is_relative_to(mutate.LIBSRC):
+            listed = toolchain.run([nm, "-P", "-g", made]).stdout
+            symbols = [line.split()[:2] for line in listed.splitlines()]
+            wanted[source] = {name for name, kind in symbols if kind == "U"}
+            owners.update({name: source for name, kind in symbols if kind != "U"})
+    arrows = {
+        source: {owners[name] for name in names & owners.keys()} for source, names in wanted.items()
+    }
+    assert sum(map(len, arrows.values())) > 100
+    graphlib.TopologicalSorter(arrows).prepare()  # raises over a circle
 
 
 # ------------------------------------------------------------------------------ choices at run time

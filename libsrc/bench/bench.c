@@ -17,23 +17,6 @@ _Static_assert(sizeof(anepy_bench_result) == 200, "bench result");
 #define MAX_REPETITIONS 100000.0
 #define BF16_TOLERANCE 5e-3 /* of a program that rounds between its products */
 
-int32_t anepy_bench_add(anepy_bench *b, int64_t n, anepy_bench_role role, float low, float high) {
-    b->buffers[b->buffer_n] = (anepy_bench_buffer){NULL, n, role, low, high};
-    return b->buffer_n++;
-}
-
-void anepy_bench_limit(anepy_bench *b, const char *limit, double operations, double bytes,
-                       double calls) {
-    snprintf(b->result->limit, sizeof b->result->limit, "%s", limit);
-    b->result->operations = operations;
-    b->result->bytes = bytes;
-    b->result->calls = calls;
-}
-
-const char *anepy_bench_arithmetic(const anepy_bench *b) {
-    return b->dtype == ANEPY_BF16 ? "bf16" : "fp32";
-}
-
 /* --------------------------------------------------------------------------------------- numbers
  */
 

@@ -7,6 +7,8 @@
 #ifndef ANEPY_BENCH_BENCH_H
 #define ANEPY_BENCH_BENCH_H
 
+#include <stdio.h>
+
 #include "device/device.h"
 
 #define ANEPY_BENCH_BUFFERS 8
@@ -67,13 +69,25 @@ struct anepy_bench {
 };
 
 /* Adds a buffer of n numbers in [low, high). */
-int32_t anepy_bench_add(anepy_bench *b, int64_t n, anepy_bench_role role, float low, float high);
+static inline int32_t anepy_bench_add(anepy_bench *b, int64_t n, anepy_bench_role role, float low,
+                                      float high) {
+    b->buffers[b->buffer_n] = (anepy_bench_buffer){NULL, n, role, low, high};
+    return b->buffer_n++;
+}
 
 /* What bounds the case: "fp32", "bf16" (arithmetic), "read", "copy" or "triad" (memory); operations
  * and bytes of one repetition; repetitions per step, or per update. */
-void anepy_bench_limit(anepy_bench *b, const char *limit, double operations, double bytes,
-                       double calls);
-const char *anepy_bench_arithmetic(const anepy_bench *b); /* "fp32" or "bf16" */
+static inline void anepy_bench_limit(anepy_bench *b, const char *limit, double operations,
+                                     double bytes, double calls) {
+    snprintf(b->result->limit, sizeof b->result->limit, "%s", limit);
+    b->result->operations = operations;
+    b->result->bytes = bytes;
+    b->result->calls = calls;
+}
+
+static inline const char *anepy_bench_arithmetic(const anepy_bench *b) {
+    return b->dtype == ANEPY_BF16 ? "bf16" : "fp32";
+}
 
 #define ANEPY_BENCH_SHAPE(b, ...)                                                                  \
     snprintf((b)->result->shape, sizeof(b)->result->shape, __VA_ARGS__)

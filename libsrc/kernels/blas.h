@@ -9,7 +9,7 @@
 #ifndef ANEPY_KERNELS_BLAS_H
 #define ANEPY_KERNELS_BLAS_H
 
-#include "kernels/gemm.h"
+#include "runtime/status.h"
 
 /* C[m, n] = A . B + beta * C, row-major; a factor with transpose != 0 stands as its transpose. */
 typedef struct anepy_blas {
@@ -24,11 +24,5 @@ int32_t anepy_blas_get(const anepy_blas **out);
 
 /* blas_accelerate.c; NULL with an error sentence where it is not. */
 const anepy_blas *anepy_blas_accelerate(void);
-
-/* What gemm.h promises, with gemm->blas. */
-void anepy_blas_run(const anepy_gemm *gemm, const anepy_product *product);
-/* Rows [first, first + rows) of C, on the calling thread. */
-void anepy_blas_rows(const anepy_blas *blas, const anepy_product *product, int32_t first,
-                     int32_t rows);
 
 #endif

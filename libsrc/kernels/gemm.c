@@ -10,7 +10,8 @@
 #define PART 1024      /* of which are multiplied at once */
 #define BLOCK_ROWS 48  /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
 #define PIECE_ROWS 384 /* rows of C per background piece: its rows of A stay in L2 */
-#define BLAS_ROUND 16  /* and of one by the system's library: one side of a matrix unit */
+#define BLAS_ROWS 192  /* and per call of the system's library: 4 to 170 for one of stories110M */
+#define BLAS_ROUND 16  /* its background pieces are multiples of one side of a matrix unit */
 #define LINE 64        /* bytes of a cache line */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
 
@@ -171,6 +172,32 @@ void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *s, int3
         s->squares[r] = gemm->kernels->sum_squares(s->c + r * s->ldc, s->n);
 }
 
+/* -------------------------------------------------------------------- by the system's library */
+
+/* Rows [first, first + rows) of C, on the calling thread. */
+static void blas_rows(const anepy_blas *blas, const anepy_product *s, int32_t first, int32_t rows) {
+    int by_columns = s->a_step != 1; /* A stands as its transpose */
+    int64_t lda = by_columns ? s->a_step : s->a_row;
+    /* A single row or column may have any stride; the library wants one that could be. */
+    int32_t least = by_columns ? rows : s->k, least_b = s->b_transposed ? s->k : s->n;
+    blas->sgemm(by_columns, s->b_transposed, rows, s->n, s->k,
+                s->a + /* mutate: blas-first-row */ first * s->a_row,
+                anepy_max_i32((int32_t)lda, least), s->b, anepy_max_i32((int32_t)s->ldb, least_b),
+                /* mutate: blas-accumulate */ s->accumulate ? 1.0f : 0.0f, s->c + first * s->ldc,
+                (int32_t)s->ldc);
+}
+
+static void blas_block(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const anepy_gemm_job *job = context;
+    const anepy_product *s = &job->product;
+    int32_t first = index * BLAS_ROWS, rows = anepy_min_i32(BLAS_ROWS, s->m - first);
+    blas_rows(job->gemm->blas, s, first, rows);
+    /* mutate: blas-row-squares */ anepy_gemm_row_squares(job->gemm, s, first, rows);
+}
+
+static int by_blas(const anepy_gemm *gemm) { return gemm->blas != NULL && gemm->bf16 == NULL; }
+
 /* ------------------------------------------------------------------------ on all threads, now */
 
 static void pack_panel(void *context, int32_t index, int32_t worker) {
@@ -269,11 +296,10 @@ void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_pool_run(gemm->pool, (product->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_rows, &job);
 }
 
-static int by_blas(const anepy_gemm *gemm) { return gemm->blas != NULL && gemm->bf16 == NULL; }
-
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
     if (by_blas(gemm)) {
-        anepy_blas_run(gemm, product);
+        anepy_gemm_job job = {gemm, *product};
+        anepy_pool_run(gemm->pool, (product->m + BLAS_ROWS - 1) / BLAS_ROWS, blas_block, &job);
         return;
     }
     int32_t depth = anepy_gemm_depth(gemm);
@@ -344,7 +370,7 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
     area p = area_of(gemm, &job->product, index);
     if (!by_blas(gemm))
         multiply_piece(gemm, &job->product, p, gemm->scratch + worker * gemm->scratch_n);
-    else if (p.rows > 0) anepy_blas_rows(gemm->blas, &job->product, p.row, p.rows);
+    else if (p.rows > 0) blas_rows(gemm->blas, &job->product, p.row, p.rows);
     if (job->product.squares != NULL) anepy_gemm_piece_squares(context, index, worker);
 }
 

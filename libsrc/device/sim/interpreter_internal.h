@@ -1,7 +1,8 @@
 /* device/sim/interpreter_internal.h - what the files of the interpreter share.
  *
- * lex.c reads tokens, parse.c builds functions of operations, ops.c binds arguments to the
- * parameters of an operation type, op_*.c check and run them, plan.c gives buffers, run.c executes.
+ * lex.c reads tokens, parse.c builds functions of operations, op_table.c lists their types, op_*.c
+ * check and run them, ops.c binds arguments to their parameters, plan.c gives buffers, run.c
+ * executes.
  *
  * At run time every tensor is a row-major float array whose elements are exact fp16 numbers: the
  * products want fp32 operands, and rounding after each operation is all that makes it fp16. */
@@ -166,6 +167,7 @@ struct anepy_mil {
 
 /* "line 3, column 7, at 'word': ..."; remembers the position. */
 int32_t mil_error(anepy_mil *mil, mil_span at, const char *format, ...) ANEPY_PRINTF(3, 4);
+int32_t mil_no_memory(anepy_mil *mil, mil_span at); /* fails because mil_alloc gave none */
 /* Fails or reports or does nothing, as the rule's action says. */
 int32_t mil_rule(anepy_mil *mil, anepy_mil_rule rule, mil_span at, uint64_t count,
                  const char *format, ...) ANEPY_PRINTF(5, 6);
@@ -173,7 +175,8 @@ int mil_rule_on(const anepy_mil *mil, anepy_mil_rule rule);
 
 /* 64-byte aligned, zeroed, freed with mil; NULL beyond the limit or without memory. */
 void *mil_alloc(anepy_mil *mil, uint64_t nbytes);
-int32_t mil_no_memory(anepy_mil *mil, mil_span at);
+/* Adds to a growing array of pointers in such memory; 0: there is none. */
+int mil_append(anepy_mil *mil, void ***array, int32_t *n, int32_t *cap, void *item);
 void mil_free_blocks(anepy_mil *mil);
 
 /* ----------------------------------------------------------------------------------- shape.c */
@@ -252,11 +255,12 @@ int mil_at_mark(const mil_build *b, char mark);
 mil_value *mil_new_value(mil_build *b, mil_kind kind, mil_span at);
 int32_t mil_decode(mil_build *b, mil_value *v, mil_span at);
 
+/* op_table.c */
 const mil_op_type *mil_op_find(mil_span name);
-int32_t mil_op_bind(mil_build *b, mil_op *op, const mil_argument *arguments, int32_t n);
-/* The note on why an operation of MIL is not available on the engine; NULL if it is not known. */
+/* The note on why an operation of MIL is not available on the ANE; NULL if it is not known. */
 const char *mil_op_refused(mil_span name);
 
+int32_t mil_op_bind(mil_build *b, mil_op *op, const mil_argument *arguments, int32_t n);
 int32_t mil_add_op(mil_build *b, mil_op *op); /* to the function, in the order of execution */
 
 /* The type of out[index] as inferred must be the declared one. */

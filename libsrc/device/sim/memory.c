@@ -47,10 +47,17 @@ void *mil_alloc(anepy_mil *mil, uint64_t nbytes) {
     return memory;
 }
 
-int32_t mil_no_memory(anepy_mil *mil, mil_span at) {
-    return mil_error(mil, at,
-                     "the program needs more than the %llu MiB it may have, or there is no memory",
-                     (unsigned long long)(mil->options.memory_nbytes >> 20));
+int mil_append(anepy_mil *mil, void ***array, int32_t *n, int32_t *cap, void *item) {
+    if (*n == *cap) {
+        int32_t grown = *cap > 0 ? *cap * 2 : 8;
+        void **copy = mil_alloc(mil, (uint64_t)grown * sizeof *copy);
+        if (copy == NULL) return 0;
+        if (*n > 0) memcpy(copy, *array, (size_t)*n * sizeof *copy);
+        *array = copy;
+        *cap = grown;
+    }
+    (*array)[(*n)++] = item;
+    return 1;
 }
 
 void mil_free_blocks(anepy_mil *mil) {

@@ -1,53 +1,11 @@
-/* device/sim/ops.c - the list of operations, their parameters, and checks that all of them share.
- */
+/* device/sim/ops.c - arguments bound to the parameters of an operation, and checks that all
+ * operations share. */
 #include "device/sim/interpreter_internal.h"
 
 #include <stdio.h>
 #include <string.h>
 
-static const mil_op_type *const FAMILIES[] = {MIL_ELEMENTWISE, MIL_SHAPES, MIL_PRODUCTS,
-                                              MIL_REDUCTIONS, MIL_QUANTIZERS};
-#define FAMILY_N ((int32_t)(sizeof FAMILIES / sizeof FAMILIES[0]))
-
-const mil_op_type *mil_op_find(mil_span name) {
-    for (int32_t f = 0; f < FAMILY_N; f++)
-        for (const mil_op_type *type = FAMILIES[f]; type->name != NULL; type++)
-            if (*type->name == *name.p && mil_span_is(name, type->name)) return type;
-    return NULL;
-}
-
-const char *anepy_mil_op_name(int32_t index) {
-    if (index == 0) return "const"; /* the parser's own; all others are in the families */
-    for (int32_t f = 0; f < FAMILY_N && index > 0; f++)
-        for (const mil_op_type *type = FAMILIES[f]; type->name != NULL; type++)
-            if (--index == 0) return type->name;
-    return NULL;
-}
-
-/* Names of MIL that the ANE does not have: docs/neural-engine.md#operations. */
-const char *mil_op_refused(mil_span name) {
-    static const struct {
-        const char *names, *why;
-    } LIST[] = {
-        {" gather gather_along_axis gather_nd scatter scatter_along_axis scatter_nd one_hot ",
-         "look-ups stay on the host, or become a matmul with one-hot rows"},
-        {" cumsum ", "write a matmul with a triangular constant"},
-        {" argmax argmin reduce_argmax reduce_argmin reduce_prod non_zero mod random_bernoulli "
-         "random_categorical random_normal random_uniform ",
-         "do it on the host"},
-        {" logical_and logical_or logical_xor logical_not ", "combine 0 and 1 by mul and maximum"},
-        {" slice_update band_part ", "multiply with a constant mask instead"},
-        {" gru lstm rnn ", "recurrent layers must be unrolled"},
-        {" tan sinh cosh ", "compose it from sin, cos or exp"},
-        {" cond while_loop ", "control flow does not compile"},
-    };
-    char word[40];
-    if (name.n > (int32_t)sizeof word - 3) return NULL;
-    snprintf(word, sizeof word, " %.*s ", name.n, name.p);
-    for (size_t i = 0; i < sizeof LIST / sizeof LIST[0]; i++)
-        if (strstr(LIST[i].names, word) != NULL) return LIST[i].why;
-    return NULL;
-}
+#define MAX_OPS 65536 /* per function: more than a whole training step has */
 
 /* ------------------------------------------------------------------------------------- binding */
 
@@ -236,4 +194,12 @@ int32_t mil_want_same_type(mil_build *b, const mil_op *op, int32_t slot, int32_t
     return mil_error(b->mil, op->arg_at[slot], "%s is %s, but %s is %s",
                      op->type->params[slot].name, mil_type_name(type), op->type->params[other].name,
                      mil_type_name(wanted));
+}
+
+int32_t mil_add_op(mil_build *b, mil_op *op) {
+    if (b->function->op_n == MAX_OPS)
+        return mil_error(b->mil, op->at, "a function has at most %d operations", MAX_OPS);
+    void ***ops = (void ***)(void *)&b->function->ops;
+    if (mil_append(b->mil, ops, &b->function->op_n, &b->op_cap, op)) return ANEPY_OK;
+    return mil_no_memory(b->mil, op->at);
 }

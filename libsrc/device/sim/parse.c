@@ -9,7 +9,6 @@
 #include <string.h>
 
 #define MAX_FUNCTIONS 4096
-#define MAX_OPS 65536 /* per function: more than a whole training step has */
 #define MAX_OUTS 1024
 #define MAX_ARGUMENTS 16
 
@@ -80,18 +79,8 @@ static int32_t parse_declaration(mil_build *b, mil_kind kind, mil_value **out) {
     return ANEPY_OK;
 }
 
-/* A growing array of pointers in the program's memory. */
 static int32_t append(mil_build *b, void ***array, int32_t *n, int32_t *cap, void *item) {
-    if (*n == *cap) {
-        int32_t grown = *cap > 0 ? *cap * 2 : 8;
-        void **copy = mil_alloc(b->mil, (uint64_t)grown * sizeof *copy);
-        if (copy == NULL) return out_of_memory(b);
-        if (*n > 0) memcpy(copy, *array, (size_t)*n * sizeof *copy);
-        *array = copy;
-        *cap = grown;
-    }
-    (*array)[(*n)++] = item;
-    return ANEPY_OK;
+    return mil_append(b->mil, array, n, cap, item) ? ANEPY_OK : out_of_memory(b);
 }
 
 /* ---------------------------------------------------------------------------------- operations */
@@ -181,12 +170,6 @@ static int32_t finish_const(mil_build *b, mil_span at, mil_value **outs, int32_t
     v->raw = val->raw;
     v->data = val->data;
     return ANEPY_OK;
-}
-
-int32_t mil_add_op(mil_build *b, mil_op *op) {
-    if (b->function->op_n == MAX_OPS)
-        return mil_error(b->mil, op->at, "a function has at most %d operations", MAX_OPS);
-    return append(b, (void ***)(void *)&b->function->ops, &b->function->op_n, &b->op_cap, op);
 }
 
 static int32_t finish_op(mil_build *b, mil_span at, mil_value **outs, int32_t out_n,

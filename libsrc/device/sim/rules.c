@@ -176,6 +176,12 @@ int32_t mil_error(anepy_mil *mil, mil_span at, const char *format, ...) {
     return anepy_fail(ANEPY_E_PROGRAM, "%s", text);
 }
 
+int32_t mil_no_memory(anepy_mil *mil, mil_span at) {
+    return mil_error(mil, at,
+                     "the program needs more than the %llu MiB it may have, or there is no memory",
+                     (unsigned long long)(mil->options.memory_nbytes >> 20));
+}
+
 int32_t mil_rule(anepy_mil *mil, anepy_mil_rule rule, mil_span at, uint64_t count,
                  const char *format, ...) {
     if (!mil_rule_on(mil, rule)) return ANEPY_OK;

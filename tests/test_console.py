@@ -18,6 +18,7 @@ from anepy.console import train as console
 from anepy.console.text import (
     Header,
     History,
+    run_text,
     sparkline,
     summary_rows,
 )
@@ -130,6 +131,29 @@ def summary(**changes: Any) -> Summary:
 
 
 # Words and figures
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "1,000 steps of 256 tokens, an update every 10: 100 updates"),
+        ({"steps": 95, "batch": 4}, "95 steps of 4 sequences of 256 tokens, an update every 10: 10 "
+         "updates"),
+        ({"steps": 1, "accum": 1}, "1 step of 256 tokens, an update after each: 1 update"),
+    ],
+)  # fmt: skip
+def test_header_says_how_many_updates_the_steps_are(changes: dict[str, int], text: str) -> None:
+    settings = vars(TrainConfig(steps=1000)) | {"seq": 256} | changes
+    assert run_text(settings) == text
+    assert f"\nRun: {text}\n" in plain_run(settings=settings)
+
+
+def test_header_says_why_a_precision_was_chosen() -> None:
+    engine = dict(header().engine)
+    assert "2 threads, fp32; max" in plain_run(engine=engine | {"precision_note": ""})
+    note = {"precision_note": "avx2 has no bf16 dot products"}
+    expected = "2 threads, fp32 (chosen automatically: avx2 has no bf16 dot products); max"
+    assert expected in plain_run(engine=engine | note)
 
 
 def test_summary_tells_compilations_of_a_run_over_several_processes() -> None:

@@ -28,6 +28,20 @@ from anepy.models.model import PRESETS, Model, ModelConfig
 from anepy.native.info import library_info
 from anepy.text.tokenizer import Tokenizer
 
+# ----------------------------------------------------------------------------------- precision
+
+
+def test_engine_says_why_auto_took_a_precision() -> None:
+    with Engine(make_model(), device="cpu") as engine:
+        assert engine.isa in engine.precision_note or "library" in engine.precision_note
+        has = "has bf16" if engine.precision == "bf16" else "has no bf16"
+        assert has in engine.precision_note or "library" in engine.precision_note
+    with Engine(make_model(), device="sim", seq_len=16) as engine:
+        assert engine.precision_note == "device sim computes in fp16"
+    with Engine(make_model(), device="cpu", precision="fp32") as engine:
+        assert engine.precision_note == ""
+
+
 # ----------------------------------------------------------------------------------- assignment
 
 

@@ -335,8 +335,28 @@ def test_trainer_after_close_refuses_steps() -> None:
     trainer = Trainer(Model.init(CONFIG), tokens(), settings())
     trainer.close()
     trainer.close()
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClosedError, match="make another one"):
         next(iter(trainer))
+
+
+def test_trainer_at_its_end_frees_its_engine() -> None:
+    trainer = Trainer(Model.init(CONFIG), tokens(), settings(held_out=0.2))
+    engine = trainer.engine
+    reports = list(trainer)
+    with pytest.raises(ClosedError):
+        engine.step([1], [2])
+    summary = trainer.summary()
+    assert (summary.steps, summary.updates, len(reports)) == (12, 3, 12)
+    assert len(trainer.losses) == 12 and trainer.steps_done == 12
+    for use in (trainer.evaluate, trainer.run_step, lambda: list(trainer)):
+        with pytest.raises(ClosedError, match=r"made its 12 steps .* `with Trainer") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    with Trainer(Model.init(CONFIG), tokens(), settings(held_out=0.2)) as trainer:
+        assert [report.loss for report in trainer] == [report.loss for report in reports]
+        assert trainer.evaluate() == reports[-1].held_out_loss and list(trainer) == []
+    with pytest.raises(ClosedError):
+        trainer.evaluate()
 
 
 def test_trainer_from_paths_remembers_them(tmp_path: Path) -> None:

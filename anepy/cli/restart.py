@@ -32,21 +32,21 @@ def go_on_elsewhere(
         CompileBudgetError, NativeError: earlier restarts brought no step.
     """
     following = restart.following(
-        plan.restarted, trainer.step, plan.checkpoint if plan.save_at_end else None
+        plan.restarted, trainer.steps_done, plan.checkpoint if plan.save_at_end else None
     )
     if following.futile >= restart.MOST_FUTILE:
         following.discard()
         raise _given_up(plan, trainer, failure)
     try:
         trainer.save_checkpoint(following.checkpoint, restarting=True)
-        text = f"restart step {trainer.step}, {trainer.engine.compiles} compiles"
+        text = f"restart step {trainer.steps_done}, {trainer.engine.compiles} compiles"
         if not isinstance(failure, CompileBudgetError):
             text += f", {failure.detail}"
         text += ", going on in a new process"
         if stop.signal is not None:
             return
         reporter.restart(text)
-        log.restart(trainer.step, trainer.engine.compiles, failure.detail)
+        log.restart(trainer.steps_done, trainer.engine.compiles, failure.detail)
         restart.replace_process(following, stop)
     finally:
         following.discard()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -61,7 +62,7 @@ def run(request: Request) -> None:
         summary = trainer.summary().with_peak(peak)
         log.summary(summary)
         reporter.summary(summary, saved)
-        interrupted = trainer.step < trainer.config.steps
+        interrupted = trainer.steps_done < trainer.config.steps
         sample = None
         if plan.demo and stop.signal is None:
             sample = _sample(trainer.model, reporter)
@@ -73,7 +74,7 @@ def run(request: Request) -> None:
                     "command": "train",
                     "model": plan.name,
                     "settings": asdict(trainer.config) | {"seq": trainer.seq},
-                    "engine": trainer.engine_settings(),
+                    "engine": _engine(trainer),
                     "notes": _notes(trainer),
                     "summary": asdict(summary),
                     "interrupted": interrupted,
@@ -170,7 +171,7 @@ def _introduce(
         embedding=weights["tok_embeddings.weight"].size,
         data=data,
         settings=settings,
-        engine=trainer.engine_settings(),
+        engine=_engine(trainer),
         flops=flops_per_step(trainer.model.config, trainer.seq, trainer.config.batch),
         start=trainer.start_step,
         losses=list(trainer.losses),
@@ -191,6 +192,10 @@ def _introduce(
         "notes": notes,
     }
     log.run(facts, trainer.engine.device)
+
+
+def _engine(trainer: Trainer) -> dict[str, Any]:
+    return trainer.engine_settings() | {"precision_note": trainer.engine.precision_note}
 
 
 def _notes(trainer: Trainer) -> list[str]:
@@ -234,7 +239,7 @@ def _loop(
             reporter.stop(erase=failure is not None)
         if failure is not None and stop.signal is None:
             go_on_elsewhere(plan, trainer, reporter, log, failure, stop)
-        complete = trainer.step >= trainer.config.steps
+        complete = trainer.steps_done >= trainer.config.steps
         if plan.checkpoint is not None and (plan.save_at_end or not complete):
             nbytes = trainer.save_checkpoint(plan.checkpoint)
             plan.written = plan.checkpoint
@@ -243,7 +248,7 @@ def _loop(
             trainer.model.save(request.save)
             saved.append(f"model saved: {request.save}")
     if not complete:
-        done = f"interrupted after step {trainer.step} of {trainer.config.steps}"
+        done = f"interrupted after step {trainer.steps_done} of {trainer.config.steps}"
         if plan.written is not None:
             saved += [f"{done}; continue with:", f"  {_continue_command(plan)}"]
         else:

@@ -118,12 +118,7 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
         ("data", header.data),
         ("engine", engine_text(header.engine)),
         ("variant", variant_text(header.engine)),
-        (
-            "run",
-            f"{settings['steps']:,} steps{batch_text(settings)} of {settings['seq']} tokens, "
-            "an update "
-            + ("after each" if settings["accum"] == 1 else f"every {settings['accum']}"),
-        ),
+        ("run", run_text(settings)),
         ("optimizer", f"{optimizer_text(settings)}, lr {settings['lr']:g}"),
     ]
     if header.start:
@@ -138,6 +133,17 @@ def variant_text(engine: Mapping[str, Any]) -> str:
     lag = gradients_lag(engine["switches"])
     note = " (gradients belong to the weights one update earlier)" if lag else ""
     return f"{engine['variant']}: {switches}{note}"
+
+
+def run_text(settings: Mapping[str, Any]) -> str:
+    """Say how many steps a run has, of what, and how many updates they are."""
+    steps, accum = settings["steps"], settings["accum"]
+    updates = -(-steps // accum)
+    each = "after each" if accum == 1 else f"every {accum}"
+    return (
+        f"{steps:,} step{'s' * (steps != 1)}{batch_text(settings)} of {settings['seq']} tokens, an "
+        f"update {each}: {updates:,} update{'s' * (updates != 1)}"
+    )
 
 
 def batch_text(settings: Mapping[str, Any]) -> str:

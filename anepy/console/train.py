@@ -33,6 +33,7 @@ from .text import (
     batch_text,
     header_rows,
     optimizer_text,
+    run_text,
     sparkline,
     summary_rows,
     variant_text,
@@ -156,6 +157,7 @@ class Plain(Reporter):
             "FLOPs/step: fwd={fwd} bwd_dx={bwd_dx} bwd_dW={bwd_dw} sdpa_bwd={sdpa_bwd} "
             "total={total}".format(**millions)
         )
+        self._line(f"Run: {run_text(settings)}")
         self._line(f"Data: {header.data}")
         self._line(f"Engine: {engine_text(header.engine)}; {variant_text(header.engine)}")
         for label, path in header.outputs.items():

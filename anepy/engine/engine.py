@@ -29,7 +29,8 @@ class Engine(Owner):
     Use one engine from one thread at a time. The model's weights are updated in place. `gradients`
     (sums since the last update, times the loss scale), `adam_m` and `adam_v` are float32 views by
     the names of `Model.weights`; assigning to a name copies into the view.
-    `device` and `device_note` say where it runs and, if that was left to anepy, why there.
+    `device` and `device_note` say where it runs and, if that was left to anepy, why there;
+    `precision` and `precision_note` in what.
 
     Args:
         model: the model to train.
@@ -104,6 +105,7 @@ class Engine(Owner):
         self.device: str = info.device.decode()
         self.precision: str = info.precision.decode()
         self.isa: str = info.isa.decode()
+        self.precision_note = self._why_precision() if precision == AUTO else ""
         self.threads: int = info.threads
         self.seq_len: int = info.seq_len
         self.switches = named_switches(self._lib, info.switches)
@@ -269,6 +271,15 @@ class Engine(Owner):
             self._gradients.show()
         with self._call() as handle:
             self._lib.anepy_engine_restore(handle, ctypes.byref(info))
+
+    def _why_precision(self) -> str:
+        """Say in a few words why "auto" took the precision (`choose_precision` in create.c)."""
+        if self.precision == "fp16":
+            return f"device {self.device} computes in fp16"
+        if self.precision == "bf16" or "bf16" not in self.isa:
+            has = "has" if self.precision == "bf16" else "has no"
+            return f"{self.isa} {has} bf16 dot products"
+        return "the system's library multiplies matrices in fp32"
 
     def _info(self) -> abi.EngineInfo:
         info = abi.EngineInfo()

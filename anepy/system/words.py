@@ -8,10 +8,16 @@ from typing import Any
 
 
 def engine_text(engine: Mapping[str, Any]) -> str:
-    """Describe device, instruction set, threads and precision in one line."""
+    """Describe device, instruction set, threads and precision in one line.
+
+    Args:
+        engine: these four, and perhaps `precision_note`: why "auto" took the precision.
+    """
     threads = engine["threads"]
     plural = "" if threads == 1 else "s"
-    return f"{engine['device']}, {engine['isa']}, {threads} thread{plural}, {engine['precision']}"
+    text = f"{engine['device']}, {engine['isa']}, {threads} thread{plural}, {engine['precision']}"
+    why = engine.get("precision_note")
+    return f"{text} (chosen automatically: {why})" if why else text
 
 
 def perplexity(loss: float) -> float:

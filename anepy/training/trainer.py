@@ -39,6 +39,14 @@ _MATHEMATICAL = (
 class Trainer:
     """Train a model on tokens, one `StepReport` per step.
 
+    Iterating trains until `config.steps` and then frees the engine, whose memory is three times
+    that of the weights and more. In a `with` block the engine lives until the end of the block, to
+    evaluate or save a checkpoint after the last step. The model keeps its weights either way.
+
+    A process may compile only so many programs for the Neural Engine. When it has, the iteration
+    raises `CompileBudgetError` before the step that would need more; nothing is lost then, and a
+    run that is resumed from `save_checkpoint` in a new process goes on bit for bit.
+
     Args:
         model: a `Model`, whose weights are trained in place, or the path of one.
         data: a `TokenData` or the path of one.
@@ -49,16 +57,29 @@ class Trainer:
         restarted: the checkpoint is of this very run, which goes on in a new process: times and
             counts are added to those it carries.
 
-    A process may compile only so many programs for the Neural Engine. When it has, the iteration
-    raises `CompileBudgetError` before the step that would need more; nothing is lost then, and a
-    run that is resumed from `save_checkpoint` in a new process goes on bit for bit.
+    Attributes:
+        config: the settings.
+        model: what is trained.
+        seq: tokens per sequence.
+        data: the tokens trained on.
+        held_out: the tokens kept for evaluation; None if `config.held_out` is 0.
+        source: where model and data came from, for checkpoints.
+        notes: what a resumed run does differently from the saved one, one line each.
+        start_step: steps done by the run that is resumed, else 0.
 
     Raises:
-        ConfigError, ModelError, DataError, CheckpointError: before any weight is changed.
+        ConfigError: a setting is out of range, or cannot be had on this device or with this data;
+            no weight is changed then, nor in the next case.
+        ModelError, DataError, CheckpointError: a file is unusable or does not fit.
+        CompileBudgetError: this process may compile no more programs.
+        NativeError: the system gives no memory, or the device fails.
 
     Example:
         >>> for report in Trainer("stories260K.bin", "data.bin", TrainConfig(steps=20)):
         ...     print(report.step, report.loss)
+        >>> with Trainer("stories260K.bin", "data.bin", TrainConfig(steps=20)) as trainer:
+        ...     losses = [report.loss for report in trainer]
+        ...     trainer.save_checkpoint("run.npz")
     """
 
     def __init__(
@@ -100,6 +121,8 @@ class Trainer:
             threads=self.config.threads,
             defer=meta is not None,  # the weights are not those to compile for yet
         )
+        self._in_block = False
+        self._counts = 0, 0  # updates and compilations when it was closed
         self.notes: list[str] = []
         self._step = 0
         self._unevaluated: StepReport | None = None
@@ -118,13 +141,22 @@ class Trainer:
 
     @property
     def engine(self) -> Engine:
-        """Return the engine that trains; it is closed with the trainer."""
-        if self._engine is None:
-            raise ClosedError("this Trainer is closed; create another one")
-        return self._engine
+        """Return the engine that trains; it is closed with the trainer.
+
+        Raises:
+            ClosedError: it is closed already.
+        """
+        if self._engine is not None:
+            return self._engine
+        if self._step < self.config.steps:
+            raise ClosedError("this Trainer is closed: make another one")
+        raise ClosedError(
+            f"this Trainer has made its {self.config.steps} steps and closed its engine: iterate "
+            "in `with Trainer(...) as trainer:` to evaluate or save a checkpoint after the last one"
+        )
 
     @property
-    def step(self) -> int:
+    def steps_done(self) -> int:
         """Return the number of steps done since the very first one."""
         return self._step
 
@@ -136,10 +168,12 @@ class Trainer:
     def close(self) -> None:
         """Free the engine; the model keeps its weights. May be called twice."""
         if self._engine is not None:
+            self._counts = self._engine.updates, self._engine.compiles
             self._engine.close()
             self._engine = None
 
     def __enter__(self) -> Trainer:
+        self._in_block = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,11 +182,19 @@ class Trainer:
     # Training
 
     def __iter__(self) -> Iterator[StepReport]:
-        """Train until `config.steps`; iterating again after a break goes on."""
+        """Train until `config.steps`; iterating again after a break goes on.
+
+        Raises:
+            ClosedError: the trainer was closed, or has come to its end outside of a `with` block.
+            DivergedError, CompileBudgetError, NativeError: as `run_step` says.
+        """
+        _ = self.engine
         if self.held_out is not None and self._measured.sums.held_out_before is None:
             self._measured.sums.held_out_before = self.evaluate()
         while self._step < self.config.steps or self._unevaluated is not None:
             yield self.run_step()
+        if not self._in_block:
+            self.close()
 
     def run_step(self) -> StepReport:
         """Train on the next sequences and update the weights if it is time.
@@ -252,11 +294,10 @@ class Trainer:
         )
 
     def summary(self) -> Summary:
-        """Return what this object has done and measured so far."""
-        engine = self.engine
-        return self._measured.summary(
-            self._step, self.config.steps, engine.updates, engine.compiles
-        )
+        """Return what this object has done and measured so far; also after it was closed."""
+        engine = self._engine
+        counts = self._counts if engine is None else (engine.updates, engine.compiles)
+        return self._measured.summary(self._step, self.config.steps, *counts)
 
     # Checkpoints
 

@@ -202,6 +202,7 @@ def test_train_without_data_tells_how_to_make_some(run: Run, files: dict[str, Pa
         (["--variant", "nonsense"], ["nonsense"]),
         (["--variant", "opt+nonsense"], ["nonsense"]),
         (["--device", "toaster"], ["toaster"]),
+        (["--device", "cpu:threads=4"], ["device cpu takes no details"]),
         (["--precision", "fp7"], ["fp7"]),
         (["--steps", "0"], ["steps is 0"]),
         (["--schedule", "linear"], ["constant or cosine"]),

@@ -128,13 +128,13 @@ def test_part_of_the_probes_is_not_kept(run: Run, cache: Path) -> None:  # noqa:
 
 
 def test_failure_and_adaptation_are_told(run: Run) -> None:  # noqa: F811
-    result = run("probe", "budget", "layer", "--device", "sim:m4,fails=20")
+    result = run("probe", "budget", "layer", "--device", "sim:m4,test-fails=20")
     assert result.code == 0, result
     assert "(limit 20, transient 0)" in result.out
     assert "adapts: budget=20: a process compiles no more programs than that" in result.out
-    result = run("probe", "binding", "add", "--device", "sim:m4,fails=1", "--json")
+    result = run("probe", "binding", "add", "--device", "sim:m4,test-fails=1", "--json")
     assert json.loads(result.out)["verdicts"]["ok"] == 2  # each has a process of its own
-    result = run("probe", "reuse", "--device", "sim:m4,fails=2")
+    result = run("probe", "reuse", "--device", "sim:m4,test-fails=2")
     assert result.code == 1 and "failed: rule compile_budget" in result.out, result
 
 

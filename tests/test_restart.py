@@ -94,7 +94,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("sim:m4,budget=4", 2),
         ("sim:m4,budget=2", 4),
         ("sim:m4,procedures=no,budget=46", 4),
-        ("sim:m4,fails=4", 2),
+        ("sim:m4,test-fails=4", 2),
     ],
     ids=["budget-4", "budget-2", "single-programs", "failing-compiler"],
 )

@@ -61,6 +61,20 @@ def test_unknown_details_are_refused_with_what_there_is(details: str) -> None:
         Engine(Model.init(SMALL), device=f"sim:{details}")
 
 
+@pytest.mark.parametrize("details", ["", "threads=4", "m4", "budget=3"])
+def test_device_cpu_takes_no_details(details: str) -> None:
+    """Any text was accepted and ignored."""
+    with pytest.raises(ConfigError) as caught:
+        Engine(Model.init(SMALL), device=f"cpu:{details}")
+    assert str(caught.value) == f"device cpu takes no details: use cpu, not cpu:{details}"
+
+
+def test_what_only_tests_ask_for_is_not_offered() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Engine(Model.init(SMALL), device="sim:fails=1")
+    assert "'fails=1'" in str(caught.value) and "test-" not in str(caught.value)
+
+
 def test_deferred_engine_compiles_once_for_what_is_restored() -> None:
     ids = np.arange(64)
     with Engine(Model.init(SMALL, seed=1), device="sim") as engine:
@@ -146,7 +160,7 @@ assert "{BAKED} compilations, this process has made {ALL} of" in refused(
 
 def test_failing_compilation_leaves_a_complete_update_and_is_tried_again() -> None:
     run("""
-engine = Engine(model, device="sim:m4,fails=2")
+engine = Engine(model, device="sim:m4,test-fails=2")
 engine.step(ids, ids)
 engine.update(lr=1e-2)
 engine.step(ids, ids)
@@ -169,7 +183,7 @@ text = '''program(1.3) { func main<ios18>(tensor<fp16, [1, 16]> x) {
 made = []
 try:
     for _ in range(9):
-        made.append(Program(text, device="sim:m4,budget=2,fails=5"))
+        made.append(Program(text, device="sim:m4,budget=2,test-fails=5"))
 except AnepyError as error:
     assert "rule compile_budget: compilation 6 of this process, 5 are safe" in str(error)
 assert len(made) == 5

@@ -12,7 +12,7 @@ typedef struct {
     int32_t chip;           /* m1 to m5: 1 to 5; for the simulator */
     int32_t dialect;        /* dialect=1.3 or 1.0: 13 or 10 */
     int32_t budget;         /* budget=N: texts a process may compile, the one in work included */
-    int32_t fails;          /* fails=N: compiling fails after N texts; for the simulator */
+    int32_t fails;          /* test-fails=N, for tests: the simulator compiles no more than N texts */
     int32_t surface_nbytes; /* surface=N: surfaces are multiples of it; a multiple of 64 */
     int32_t single;         /* procedures=no: one program per text */
     int32_t fresh;          /* reuse=no: nothing that an earlier run compiled is loaded */

@@ -143,6 +143,9 @@ static const anepy_device_ops OPS = {
 
 static int32_t cpu_open(anepy_device **out, const anepy_device_options *options) {
     const anepy_model *m = options->model;
+    if (options->detail != NULL)
+        return anepy_fail(ANEPY_E_NAME, "device cpu takes no details: use cpu, not cpu:%.40s",
+                          options->detail);
     int64_t width = options->width, positions = anepy_round_up(options->seq_len, ANEPY_COLUMNS);
     int64_t half = m->head_dim / 2;
     anepy_cpu *cpu = calloc(1, sizeof *cpu);

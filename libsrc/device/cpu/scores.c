@@ -1,6 +1,9 @@
-/* device/cpu/scores.c - sdpa_bwd1 and sdpa_bwd2 as the table describes them, with probabilities and
- * their gradients in memory: for whoever asks for these programs by themselves. A step computes
- * both at once without them (attention.c). One sequence; heads one after the other. */
+/* device/cpu/scores.c - sdpa_bwd1 and sdpa_bwd2 each by itself, with probabilities and their
+ * gradients in memory.
+ *
+ * Training never comes here: a step computes both programs at once in attention.c, which keeps no
+ * scores. Only anepy_program_run_native runs this form, and the tests and the probe `programs`
+ * compare the ANE's results with it. One sequence; heads one after the other. */
 #include <math.h>
 
 #include "device/cpu/cpu.h"

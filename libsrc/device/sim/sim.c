@@ -1,7 +1,7 @@
 /* device/sim/sim.c - the simulator as a device: the MIL text and weight blob the Neural Engine
  * would get are generated, parsed and interpreted in fp16. "sim:m1" ... "sim:m5" choose the chip
  * whose limits apply; "procedures=no" makes a text of each program, "budget=20" lets the process
- * compile 20 texts, and with "fails=20" the hardware refuses the next one. */
+ * compile 20 texts. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ import pytest
 from commands import Result, Run, assert_one_line_error, runner
 
 from anepy.models.model import Model, ModelConfig
+from anepy.native import find
 from anepy.text.tokenizer import Tokenizer
 
 SMALL = ModelConfig(
@@ -440,6 +442,30 @@ def test_info_describes_machine_library_and_devices(run: Run) -> None:
     assert "baseline" in record["variants"] and record["library"]
     shown = run("info")
     assert shown.code == 0 and "device cpu:" in shown.out
+
+
+def test_info_is_all_that_a_report_needs_and_names_no_home(tmp_path: Path) -> None:
+    home = tmp_path / "home" / "ada"
+    home.mkdir(parents=True)
+    shutil.copy(find.library()._name, home / "libanepy.so")
+    places = {"HOME": str(home), "ANEPY_LIB": f"{home}/libanepy.so", "ANEPY_CPU_MASK": "scalar"}
+    process = start(tmp_path, "info", "--json", ANEPY_CACHE=f"{home}/cache", **places)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert str(home) not in out
+    record = json.loads(out)
+    assert record["library"]["path"] == "~/libanepy.so" and record["library"]["isa"] == "scalar"
+    assert record["library"]["why"] == "chosen by ANEPY_LIB, not checked"
+    assert len(record["library"]["sha256"]) == 64 and record["cache"] == "~/cache"
+    assert record["environment"]["ANEPY_CPU_MASK"] == "scalar"
+    assert record["places"] == [
+        {
+            "place": "ANEPY_LIB",
+            "path": "~/libanepy.so",
+            "status": "usable",
+            "reason": "chosen by ANEPY_LIB, not checked",
+        }
+    ]
 
 
 def test_info_without_library_still_answers(tmp_path: Path) -> None:

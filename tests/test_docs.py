@@ -206,6 +206,16 @@ def test_environment_is_that_of_the_code() -> None:
     assert told == read
 
 
+def test_every_call_for_a_report_names_the_same_command() -> None:
+    prose = [(ROOT / document).read_text("utf-8") for document in DOCUMENTS]
+    asking = re.compile(r"please (?:send|report)\b[^\n]*", re.IGNORECASE)
+    calls = [call for text in [code(), *prose] for call in asking.findall(text)]
+    assert len(calls) > 5
+    assert [call for call in calls if "anepy info --json" not in call] == []
+    for path in ("CONTRIBUTING.md", ".github/ISSUE_TEMPLATE/fault.md"):
+        assert "`anepy info --json`" in (ROOT / path).read_text("utf-8")
+
+
 # ------------------------------------------------------------------------------------ commands
 
 

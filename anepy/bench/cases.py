@@ -249,12 +249,7 @@ def as_record(
         "anepy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["anepy", *sys.argv[1:]],
-        "machine": {
-            "system": machine.system(),
-            "processor": machine.processor(),
-            "cpus": machine.usable_cpus(),
-            "memory": machine.memory(),
-        },
+        "machine": machine.describe(),
         "library": library,
         "model": {"name": name, "shape": asdict(config)},
         "settings": asdict(settings),

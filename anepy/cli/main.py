@@ -28,7 +28,8 @@ from .common import (
 )
 from .compare import compare
 from .data import evaluate, prepare
-from .lib import info, lib
+from .info import info
+from .lib import lib
 from .mil import mil
 from .probe import probe
 from .train import TrainCommand, train

@@ -9,13 +9,11 @@ memory does not allow all at once they are measured in groups, each with the ref
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,8 +23,7 @@ from ..engine.engine import Engine
 from ..engine.variants import switch_names, variant_switches
 from ..errors import ConfigError, UnsupportedError
 from ..models.model import PRESETS, Model, ModelConfig, TensorTable, sequence_length
-from ..native import find
-from ..native.info import library_info
+from ..native.info import library_facts
 from ..system import machine
 from ..text.data import TokenData
 from .config import CompareConfig
@@ -336,7 +333,7 @@ class _Session:
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             command=command,
             anepy=__version__,
-            machine=machine_facts(),
+            machine=machine.describe(),
             library=library_facts(),
             engine={
                 "device": engine.device,
@@ -390,28 +387,6 @@ def synthetic(vocab_size: int, seed: int) -> TokenData:
     draws = np.random.default_rng(seed).random(_SYNTHETIC_TOKENS) * weights[-1]
     tokens = np.searchsorted(weights, draws).astype(np.int32)
     return TokenData.from_array(tokens, f"synthetic tokens (Zipf's law, seed {seed})", vocab_size)
-
-
-def machine_facts() -> dict[str, Any]:
-    """Describe this machine for a result that leaves it; nothing that names its owner."""
-    facts: dict[str, Any] = {
-        "system": machine.system(),
-        "processor": machine.processor(),
-        "cpus": machine.usable_cpus(),
-        "memory": machine.memory(),
-    }
-    version, build = machine.macos()
-    if version:
-        facts |= {"macos": version, "macos_build": build, "model": machine.sysctl("hw.model")}
-    return facts
-
-
-def library_facts() -> dict[str, Any]:
-    """Describe the native library in use, with the SHA-256 of its file."""
-    facts = dict(library_info())
-    if (found := find.loaded()) is not None and found.path is not None:
-        facts["sha256"] = hashlib.sha256(found.path.read_bytes()).hexdigest()
-    return facts
 
 
 def _shape_name(config: ModelConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from typing import Any
 
 from . import abi, find
@@ -23,3 +24,11 @@ def library_info() -> dict[str, Any]:
         "threads": info.threads,
         "cores": info.cores,
     }
+
+
+def library_facts() -> dict[str, Any]:
+    """Return `library_info()` and the SHA-256 of the file, where the file is known."""
+    facts = library_info()
+    if (found := find.loaded()) is not None and found.path is not None:
+        facts["sha256"] = hashlib.sha256(found.path.read_bytes()).hexdigest()
+    return facts

@@ -9,8 +9,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _CGROUPS = Path("/sys/fs/cgroup")
+
+
+def describe() -> dict[str, Any]:
+    """Describe this machine for a result that leaves it; nothing that names its owner.
+
+    Returns:
+        `system`, `processor`, `cpus` (usable by this process), `memory` (bytes); on a Mac also
+        `macos`, `macos_build` and `model`.
+    """
+    facts: dict[str, Any] = {
+        "system": system(),
+        "processor": processor(),
+        "cpus": usable_cpus(),
+        "memory": memory(),
+    }
+    version, build = macos()
+    if version:
+        facts |= {"macos": version, "macos_build": build, "model": sysctl("hw.model")}
+    return facts
 
 
 def system() -> str:
@@ -51,8 +71,8 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = _CGR
     half of the physical memory: the system gives no such estimate, and others need some too.
 
     Args:
-        meminfo: the kernel's table; `cgroups` where control groups are mounted.
-        cgroups: see `meminfo`.
+        meminfo: the kernel's table.
+        cgroups: where control groups are mounted.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in meminfo.read_text().splitlines():
@@ -84,6 +104,11 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
 def sysctl(name: str) -> str:
     """Return a value of macOS's sysctl; empty elsewhere or if there is no such value."""
     return _output("sysctl", "-n", name)
+
+
+def sysctl_below(name: str) -> str:
+    """Return the lines `name: value` of all values below a name of macOS's sysctl; else empty."""
+    return _output("sysctl", name)
 
 
 def macos() -> tuple[str, str]:

@@ -122,13 +122,13 @@ static int32_t check_methods(void) {
         if (class == Nil)
             return anepy_fail(ANEPY_E_UNAVAILABLE,
                               "this macOS has no class %s, so its Neural Engine interface is one "
-                              "that anepy does not know",
+                              "that anepy does not know: please send `anepy info --json`",
                               m->class_name);
         if (m->of_class ? ![class respondsToSelector:selector]
                         : ![class instancesRespondToSelector:selector])
             return anepy_fail(ANEPY_E_UNAVAILABLE,
                               "this macOS has no %c[%s %s], so its Neural Engine interface is one "
-                              "that anepy does not know",
+                              "that anepy does not know: please send `anepy info --json`",
                               m->of_class ? '+' : '-', m->class_name, m->selector);
     }
     return ANEPY_OK;

@@ -99,10 +99,11 @@ def file(path: Path | None, what: str, package: str) -> Path:
     return path
 
 
-def module(name: str) -> None:
-    """Ask for a package of the extra `test`."""
+def module(name: str) -> ModuleType:
+    """Return a package of the extra `test`."""
     if importlib.util.find_spec(name) is None:
         _missing_tool(f"{name} (pip install 'anepy[test]')")
+    return importlib.import_module(name)
 
 
 def git_checkout() -> list[Path]:

@@ -195,7 +195,7 @@ def test_train_resume_appends_to_the_log(run: Run, files: dict[str, Path]) -> No
 
 def test_train_without_data_tells_how_to_make_some(run: Run, files: dict[str, Path]) -> None:
     assert_one_line_error(run("train", "m.bin"), "--data", "anepy prepare")
-    assert_one_line_error(run("train", "--data", "d.bin"), "MODEL.bin", "anepy init")
+    assert_one_line_error(run("train", "--data", "d.bin"), "train MODEL", "anepy init")
 
 
 @pytest.mark.parametrize(

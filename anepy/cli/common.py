@@ -20,7 +20,8 @@ EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
 ModelArgument = Annotated[
-    Path | None, typer.Argument(metavar="MODEL.bin", help="llama2.c model.", show_default=False)
+    Path | None,
+    typer.Argument(metavar="MODEL", help=".bin, .gguf or Hugging Face folder.", show_default=False),
 ]
 ModelOption = Annotated[
     Path | None, typer.Option("--model", metavar="FILE", help="The same as the argument.")

@@ -128,20 +128,20 @@ def init(
         str,
         typer.Argument(help="stories260K, stories15M, stories42M or stories110M."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.bin", help="Result.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL", help="Result.")],
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a model with random weights, to be trained."""
     if output.exists() and not force:
         raise ConfigError(f"{output} exists: name another file, or add --force to replace it")
+    from ..models.formats import check_writable
     from ..models.model import PRESETS, Model
-    from ..system.files import check_writable
     from ..system.words import quantity
 
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    check_writable(output, "model")
+    check_writable(PRESETS[preset], output)
     model = Model.init(PRESETS[preset], seed=seed)
     model.save(output)
     parameters = sum(value.size for value in model.weights.values())

@@ -18,6 +18,7 @@ from ..console.train import Reporter
 from ..console.train import reporter as make_reporter
 from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ConfigError, NativeError
+from ..models import formats
 from ..models.model import Model, ModelConfig
 from ..system import restart
 from ..system.files import check_writable, discard_temporaries, write_failure
@@ -96,7 +97,7 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
     else:
         if request.model is None and plan.meta is None:
             raise ConfigError(
-                "--data needs a model: anepy train MODEL.bin --data FILE; `anepy init` makes one"
+                "--data needs a model: anepy train MODEL --data FILE; `anepy init` makes one"
             )
         assert plan.data is not None
         data = plan.data
@@ -131,7 +132,7 @@ def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
         check_writable(plan.checkpoint, "checkpoint", trainer.checkpoint_nbytes())
     if request.save is not None:
         weights = sum(value.nbytes for value in trainer.model.weights.values())
-        check_writable(request.save, "model", weights)
+        formats.check_writable(trainer.model.config, request.save, weights)
 
 
 def _log(request: Request, plan: Plan) -> RunLog:

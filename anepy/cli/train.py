@@ -39,7 +39,7 @@ def _option(name: str, *spellings: str, **more: Any) -> Any:
 def train(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL.bin", help="llama2.c model; none trains the demo."),
+        typer.Argument(metavar="MODEL", help=".bin, .gguf or folder; none trains the demo."),
     ] = None,
     model_option: Annotated[
         Path | None, typer.Option("--model", metavar="FILE", help="The same as the argument.")
@@ -96,7 +96,7 @@ def train(
     ] = 0,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL.bin", help="Write the trained model, in llama2.c's format."),
+        typer.Option(metavar="MODEL", help="Write the trained model: .bin, .gguf, else a folder."),
     ] = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Write one JSON record per event.")

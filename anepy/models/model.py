@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..native import abi, find
+from .stored_tokenizer import Pieces, StoredTokenizer
 from .views import Array, Tensors
 
 PathLike = str | os.PathLike[str]
@@ -238,7 +239,7 @@ class TensorTable:
 
 
 class Model:
-    """A Llama-2 model in memory.
+    """A model of the Llama family in memory.
 
     Attributes:
         config: the dimensions.
@@ -247,7 +248,10 @@ class Model:
             into it. An `Engine` on sim or ane that exists already goes on with programs for the old
             values until its next `update` or `restore`.
         arena: float32 (n_parameters,), all weights in the order of the native tensor table.
-        path: the file it was loaded from, if any.
+        path: the file or folder it was loaded from, if any.
+        tokenizer: what came with it, kept as it was stored; None if nothing did. `save` writes it
+            again where the format is the one it came in. A tokenizer of llama2.c's kind, which a
+            GGUF file can hold, may be assigned.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -257,13 +261,14 @@ class Model:
         self.arena = self.table.arena()
         self.weights = self.table.views(self.arena)
         self.path: Path | None = None
+        self.tokenizer: StoredTokenizer | Pieces | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.config}, {self.n_parameters:,} parameters)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles carry the weights; the native table is made anew.
-        return _rebuild, (self.config, self.arena.copy())
+        return _rebuild, (self.config, self.arena.copy(), self.tokenizer)
 
     @property
     def n_parameters(self) -> int:
@@ -298,32 +303,47 @@ class Model:
 
     @classmethod
     def load(cls, path: PathLike) -> Model:
-        """Read a llama2.c `.bin` file (version 0; tied or separate classifier).
+        """Read a model; its format is told by its content.
+
+        Args:
+            path: a llama2.c `.bin` file (version 0 or 1, float32), a GGUF file, a Hugging Face
+                folder with `config.json`, or a safetensors file in such a folder.
 
         Raises:
-            ModelError: no such file, not such a file, or its size does not fit its header.
+            ModelError: no such file, none of these, damaged, a model that anepy cannot compute, or
+                the package that reads the format is not installed.
         """
-        from . import llama2c
+        from . import formats
 
-        return llama2c.load(path)
+        return formats.load(path)
 
-    def save(self, path: PathLike) -> int:
-        """Write a llama2.c `.bin` file (version 0), complete or not at all.
+    def save(self, path: PathLike, dtype: str = "f32") -> int:
+        """Write the model, complete or not at all.
+
+        Args:
+            path: ending in `.bin`, a llama2.c file of version 0; in `.gguf`, a GGUF file; else a
+                Hugging Face folder. A folder that is there keeps its other files.
+            dtype: "f32"; "f16" and "bf16" (not `.bin`) round the weights, "q8_0" (`.gguf` only)
+                stores matrices in 8 bits with a scale for 32 values.
 
         Returns:
-            Its size in bytes.
+            The bytes written.
 
         Raises:
-            ModelError: the file cannot be written; an older file of that name is unchanged.
+            ModelError: the format cannot hold the model or its weights, or nothing can be written;
+                an older file of that name is unchanged.
         """
-        from . import llama2c
+        from . import formats
 
-        return llama2c.save(self, path)
+        return formats.save(self, path, dtype)
 
 
-def _rebuild(config: ModelConfig, weights: Array) -> Model:
+def _rebuild(
+    config: ModelConfig, weights: Array, tokenizer: StoredTokenizer | Pieces | None
+) -> Model:
     model = Model(config)
     model.arena[...] = weights
+    model.tokenizer = tokenizer
     return model
 
 

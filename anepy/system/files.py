@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,8 +50,10 @@ def probe(path: str | os.PathLike[str]) -> None:
 
 
 def discard_temporaries() -> None:
-    """Remove the files of a save in progress; for the moment before an abrupt exit."""
+    """Remove what a save in progress has written; for the moment before an abrupt exit."""
     for name in list(_temporaries):
+        if os.path.isdir(name):
+            shutil.rmtree(name, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.unlink(name)
 
@@ -153,3 +155,41 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing_in(folder: str | os.PathLike[str], stale: Iterable[str] = ()) -> Iterator[Path]:
+    """Make a temporary folder whose files go to `folder` if the block succeeds.
+
+    A folder that is not there appears with all files at once. In one that is, each file takes the
+    place of its older self after all are on the disk, and the files named `stale` go.
+
+    Raises:
+        OSError: as the operating system reports it; nothing stays behind, `folder` is unchanged.
+    """
+    target = os.path.realpath(folder)
+    if os.path.lexists(target) and not os.path.isdir(target):
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
+    there = os.path.isdir(target)
+    parent = target if there else os.path.dirname(target)
+    name = f"{parent}/.anepy-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    _temporaries.add(name)
+    try:
+        os.mkdir(name)
+        yield Path(name)
+        for path in Path(name).iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if there:
+            for path in Path(name).iterdir():
+                os.replace(path, f"{target}/{path.name}")
+            for old in stale:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{target}/{old}")
+            _sync_folder(target)
+        else:
+            os.rename(name, target)
+        _sync_folder(os.path.dirname(target))
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        _temporaries.discard(name)

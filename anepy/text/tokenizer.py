@@ -151,6 +151,10 @@ class Tokenizer:
         """Number of tokens."""
         return len(self._entries)
 
+    def pieces(self) -> tuple[list[Raw], list[float]]:
+        """Return the bytes and the score of each token, by id."""
+        return list(self._entries), self._scores.tolist()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write llama2.c's `tokenizer.bin` format, through a temporary file.
 

@@ -1,0 +1,335 @@
+"""Hugging Face folders: `config.json`, safetensors files, and the tokenizer's files beside them.
+
+Source: the file names that transformers 4.57 and 5.24 read, and safetensors' description of its
+format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelError
+from ..system import files
+from . import hf_config, tensors
+from .identify import known_as
+from .model import ModelConfig
+from .stored_tokenizer import Pieces, StoredTokenizer
+from .tensors import Stored, Tensor
+from .views import Array
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# A file larger than this is cut, as transformers 4 does.
+SHARD_BYTES = 5_000_000_000
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+# Tables that old checkpoints hold beside the weights; they follow from the configuration.
+_DERIVED = ("rotary_emb.inv_freq",)
+
+
+def open_folder(folder: Path, weights: Path | None = None) -> Stored:
+    """Find the tensors of a folder and check them against its `config.json`.
+
+    Args:
+        folder: holds `config.json` and the weights.
+        weights: a single safetensors file to read instead of what the folder names.
+
+    Raises:
+        ModelError: a file or tensor is missing, malformed or not supported.
+    """
+    config = hf_config.read(folder / CONFIG)
+    places = _places(folder, weights)
+    wanted = tensors.tensors(config)
+    for tensor in wanted:
+        place = places.get(tensor.hugging_face)
+        if place is None:
+            hint = " (tie_word_embeddings is false)" if tensor.name == "output.weight" else ""
+            raise ModelError(
+                f"model {folder} holds no tensor {tensor.hugging_face}, which its {CONFIG} asks "
+                f"for{hint}; get it again"
+            )
+        if place.dtype not in _DTYPES:
+            raise ModelError(
+                f"{place.path}: tensor {tensor.hugging_face} is {place.dtype}, which is not "
+                "supported; get the model in f32, f16 or bf16"
+            )
+        if place.shape != tensor.shape:
+            raise ModelError(
+                f"{place.path}: tensor {tensor.hugging_face} has shape {list(place.shape)}, but "
+                f"{CONFIG} asks for {list(tensor.shape)}"
+            )
+    known = {tensor.hugging_face for tensor in wanted} | {"lm_head.weight"}
+    for name in places:
+        if name not in known and not name.endswith(_DERIVED):
+            raise ModelError(
+                f"model {folder} holds tensor {name}, which {CONFIG} does not ask for; "
+                "anepy cannot compute with it"
+            )
+    second = places.get("lm_head.weight") if config.tied else None
+    return Stored(config, partial(_fill, places, wanted, second), _tokenizer(folder))
+
+
+def _places(folder: Path, weights: Path | None) -> dict[str, _Place]:
+    """Return where each tensor of a folder is, by its name."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if weights is not None and weights != single and not _in_index(index, weights.name):
+        return _header(weights)
+    if single.is_file():
+        return _header(single)
+    if not index.is_file():
+        others = sorted(p.name for p in folder.glob("*.safetensors"))
+        if len(others) == 1:
+            return _header(folder / others[0])
+        found = others or sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+        raise ModelError(
+            f"model {folder} has a {CONFIG} but no {WEIGHTS} and no {INDEX}"
+            + (f", only {', '.join(found[:3])}; save it as safetensors" if found else "")
+        )
+    listed = _weight_map(index)
+    headers: dict[str, dict[str, _Place]] = {}
+    places = {}
+    for name, file in listed.items():
+        if file not in headers:
+            if not (folder / file).is_file():
+                raise ModelError(f"model {folder} lacks {file}, which {INDEX} names; get it again")
+            headers[file] = _header(folder / file)
+        if name not in headers[file]:
+            raise ModelError(f"{folder / file} holds no tensor {name}, which {INDEX} promises")
+        places[name] = headers[file][name]
+    return places
+
+
+def _in_index(index: Path, name: str) -> bool:
+    return index.is_file() and name in _weight_map(index).values()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name of an index; files of other folders are refused."""
+    listed = hf_config.json_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ModelError(f"{index} has no weight_map; get it again")
+    for name, file in listed.items():
+        if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
+            raise ModelError(f"{index} places tensor {name} in {file!r}, which is no file name")
+    return listed
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Say whether the first bytes of a file are those of a safetensors file."""
+    return head[4:9] == b"\0\0\0\0{"  # the length of the table, then its JSON
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    """Read the table of a safetensors file; the library checks it against the file's size."""
+    package = _safetensors()
+    try:
+        with package.safe_open(path, "numpy"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(size))
+    except (OSError, ValueError, package.SafetensorError) as error:
+        what = known_as(path)
+        reason = f"is {what}" if what else f"is no whole safetensors file: {error}"
+        raise ModelError(f"{path} {reason}; get it again") from None
+    table.pop("__metadata__", None)
+    return {
+        name: _Place(path, row["dtype"], tuple(row["shape"]), 8 + size + row["data_offsets"][0])
+        for name, row in table.items()
+    }
+
+
+def _fill(
+    places: Mapping[str, _Place],
+    wanted: list[Tensor],
+    second: _Place | None,
+    weights: Mapping[str, Array],
+) -> None:
+    for tensor in wanted:
+        place = places[tensor.hugging_face]
+        values = _values(place)
+        if tensor.heads:
+            values = tensors.from_half_split(values, tensor.heads)
+        where = f"{place.path}: tensor {tensor.hugging_face}"
+        tensors.put(weights, tensor.name, values, where)
+    embedding = weights["tok_embeddings.weight"]
+    if second is not None and (
+        second.shape != embedding.shape or not np.array_equal(_values(second), embedding)
+    ):
+        raise ModelError(
+            f"{second.path}: tensor lm_head.weight differs from model.embed_tokens.weight although "
+            f"tie_word_embeddings is true; set that to false in {CONFIG}"
+        )
+
+
+def _values(place: _Place) -> npt.NDArray[Any]:
+    """Map a tensor; bfloat16 is widened."""
+    count = math.prod(place.shape)
+    try:
+        stored = np.memmap(place.path, _DTYPES[place.dtype], "r", place.offset, (count,))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot map {place.path}: {error}") from None
+    values = tensors.from_bfloat16(stored) if place.dtype == "BF16" else stored
+    return values.reshape(place.shape)
+
+
+def _tokenizer(folder: Path) -> StoredTokenizer | None:
+    try:
+        found = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename}: {error.strerror}") from None
+    given = hf_config.json_object(folder / CONFIG)
+    ids = {key: given[key] for key in _IDS if given.get(key) is not None}
+    return StoredTokenizer("huggingface", files=found, ids=ids) if found or ids else None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+    except ImportError:
+        raise ModelError(
+            "safetensors files need the package safetensors; pip install 'anepy[hf]'"
+        ) from None
+    return safetensors
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def check(config: ModelConfig) -> Any:
+    """Refuse a model that no family computes; return the package that writes weights.
+
+    Raises:
+        ModelError: the model cannot be expressed, or the package is not installed.
+    """
+    hf_config.write(config, "f32")
+    return _safetensors()
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Array],
+    dtype: str,
+    tokenizer: StoredTokenizer | Pieces | None,
+) -> int:
+    """Write a folder that transformers loads.
+
+    Args:
+        folder: is made if it is not there; other files in it stay.
+        config: the model's dimensions.
+        weights: its tensors.
+        dtype: "f32", "f16" or "bf16".
+        tokenizer: what came with the model; written only if it came from such a folder.
+
+    Returns:
+        the bytes written.
+
+    Raises:
+        ModelError: the model or a weight cannot be expressed.
+        OSError: a file cannot be written; what was there is unchanged.
+    """
+    package = check(config)
+    settings = hf_config.write(config, dtype)
+    beside: Mapping[str, bytes] = {}
+    if isinstance(tokenizer, StoredTokenizer):
+        settings |= tokenizer.ids
+        beside = tokenizer.files
+    shards = _shards(tensors.tensors(config), 4 if dtype == "f32" else 2)
+    names = [
+        WEIGHTS if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
+        for n in range(1, len(shards) + 1)
+    ]
+    with files.replacing_in(folder, stale=_stale(folder, names)) as room:
+        (room / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        for name, content in beside.items():
+            (room / name).write_bytes(content)
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(package, room / name, shard, weights, dtype)
+        if len(shards) > 1:
+            placed = {t.hugging_face: n for n, s in zip(names, shards, strict=True) for t in s}
+            total = sum(math.prod(t.shape) for shard in shards for t in shard)
+            index = {
+                "metadata": {"total_size": total * (4 if dtype == "f32" else 2)},
+                "weight_map": placed,
+            }
+            (room / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        return sum(path.stat().st_size for path in room.iterdir())
+
+
+def _shards(wanted: list[Tensor], itemsize: int) -> list[list[Tensor]]:
+    """Cut the list of tensors where a file would become larger than `SHARD_BYTES`."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in wanted:
+        nbytes = math.prod(tensor.shape) * itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards
+
+
+def _stale(folder: Path, names: list[str]) -> list[str]:
+    """Name weight files of an older save that would be taken for parts of this one."""
+    found = {path.name for path in folder.glob("model-*-of-*.safetensors")} | {WEIGHTS, INDEX}
+    return sorted(found - set(names) - ({INDEX} if len(names) > 1 else set()))
+
+
+def _write_shard(
+    package: Any, path: Path, shard: list[Tensor], weights: Mapping[str, Array], dtype: str
+) -> None:
+    stored = {}
+    for tensor in shard:
+        values = tensors.rounded(weights[tensor.name], dtype, tensor.name)
+        if tensor.heads:
+            values = np.ascontiguousarray(tensors.to_half_split(values, tensor.heads))
+        stored[tensor.hugging_face] = values
+    kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
+    table = {
+        name: package.TensorSpec(
+            dtype=kind, shape=list(v.shape), data_ptr=v.ctypes.data, data_len=v.nbytes
+        )
+        for name, v in stored.items()
+    }
+    try:
+        package.serialize_file(table, path, {"format": "pt"})
+    except package.SafetensorError as error:
+        raise OSError(str(error)) from None

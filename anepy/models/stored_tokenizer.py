@@ -1,0 +1,32 @@
+"""The tokenizer that came with a model, kept as it was stored for saving to write again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """A tokenizer as a file of a model holds it, not read.
+
+    Attributes:
+        format: "huggingface" or "gguf".
+        files: name -> content of the files beside a Hugging Face model that are its tokenizer's.
+        fields: key -> (GGUF value types, value) of a GGUF file's `tokenizer.` metadata.
+        ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of a `config.json`, as far as given.
+    """
+
+    format: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    fields: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
+    ids: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Pieces(Protocol):
+    """A tokenizer of llama2.c's kind: 0 unknown, 1 begin, 2 end, 3..258 bytes, then pieces."""
+
+    def pieces(self) -> tuple[Sequence[bytes], Sequence[float]]:
+        """Return the bytes and the score of each token, by id."""

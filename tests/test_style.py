@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import import_rooms
@@ -67,6 +71,29 @@ def test_source_files_are_short_and_plain() -> None:
             if line != line.rstrip() or "\t" in line
         ]
     assert faults == []
+
+
+def test_python_prose_does_not_send_its_reader_elsewhere() -> None:
+    """A docstring or comment says what it means: no "see x", no "likewise", no question."""
+    faults = []
+    for path in sources():
+        if path.relative_to(ROOT).parts[0] != "anepy" or path.suffix != ".py":
+            continue
+        text = path.read_text()
+        prose = [token.string for token in tokens(text) if token.type == tokenize.COMMENT]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                prose.append(ast.get_docstring(node) or "")
+        faults += [
+            f"{path}: {line}"
+            for line in "\n".join(prose).splitlines()
+            if re.search(r"\bsee `|\blikewise\b|\?$", line, re.IGNORECASE)
+        ]
+    assert faults == []
+
+
+def tokens(text: str) -> Iterator[tokenize.TokenInfo]:
+    return tokenize.generate_tokens(io.StringIO(text).readline)
 
 
 def test_apple_conditionals_stay_where_they_belong() -> None:

@@ -236,8 +236,8 @@ def as_record(
     GB/s, `share` of the peak).
 
     Args:
-        config: the model's dimensions; `name` of it.
-        name: see `config`.
+        config: the model's dimensions.
+        name: the model's name.
         settings: what was asked for.
         results: what was measured.
     """

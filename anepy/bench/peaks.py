@@ -131,9 +131,9 @@ def device_peak(device: str, precision: str, threads: int) -> dict[str, Any] | N
     """Return what utilization on a device refers to; None for a simulator, which has no speed.
 
     Args:
-        device: of the engine; `precision` and `threads` too.
-        precision: see `device`.
-        threads: see `device`.
+        device: of the engine.
+        precision: of the engine.
+        threads: of the engine.
 
     Returns:
         `gflops` and its `name`: Apple's figure for the Neural Engine, and for a CPU what its

@@ -50,7 +50,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             result = function(*args, **kwargs)
-            # Now, not at interpreter exit, where a failure could no longer be told in one line.
+            # At interpreter exit a failure could no longer be told in one line.
             sys.stdout.flush()
             return result
         except LibraryBuildError as error:
@@ -63,7 +63,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             _say("anepy: interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
-            # Whoever read our output has gone, as in `anepy info | head -1`.
+            # The reader of the output has gone, as in `anepy info | head -1`.
             _silence()
             raise typer.Exit(EXIT_FAILURE) from None
         except OSError as error:
@@ -119,8 +119,8 @@ def distinct(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Check that no output replaces an input or another output.
 
     Args:
-        outputs: label -> path or None; likewise `inputs`.
-        inputs: see `outputs`.
+        outputs: label -> path of a file that will be written, or None.
+        inputs: label -> path of a file that is read, or None.
 
     Raises:
         ConfigError: two of them are the same file.

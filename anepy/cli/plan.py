@@ -39,7 +39,7 @@ BARE_RESUME = "\0"
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, None and False where nothing was said."""
+    """The options of `anepy train` as typed; None and False where an option was not given."""
 
     model: Path | None
     data: Path | None
@@ -64,8 +64,8 @@ class Plan:
         model: file to train; None for the demo and for a resume that has only a checkpoint.
         data: token file; None for the demo.
         config: effective settings.
-        resume: checkpoint to continue from; `meta` is what it says.
-        meta: see `resume`.
+        resume: checkpoint to continue from; None if there is none.
+        meta: what that checkpoint says about its run.
         checkpoint: where to save; None never.
         save_at_end: whether a complete run writes its checkpoint, or only an interrupted one.
         written: the checkpoint, once it has been written.

@@ -55,7 +55,7 @@ def probe(
         )
     record["device_note"] = told
     stored = None
-    if not names:  # a part would hide what the others found
+    if not names:  # the answers of some would replace those of all
         try:
             stored = adapt.store(record)
         except OSError as error:

@@ -52,7 +52,7 @@ def run(request: Request) -> None:
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))
         if began is not None:
-            began.discard()  # now: the next restart leaves no time for it
+            began.discard()  # a later restart replaces this process without a clean-up
         _check_outputs(request, plan, trainer)
         reporter = make_reporter(quiet=request.as_json)
         log = stack.enter_context(_log(request, plan))
@@ -121,7 +121,7 @@ def _model(plan: Plan) -> Model | Path:
 
 
 def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
-    """Find out now what could not be written in the end."""
+    """Check before training that every file to be written at the end can be written."""
     distinct(
         {"the checkpoint": plan.checkpoint, "the model to save": request.save, "log": request.log},
         {"the data": plan.data},
@@ -182,7 +182,7 @@ def _introduce(
     if plan.restarted is not None and not trainer.notes:
         reporter.resume(header)
         return
-    reporter.header(header)  # also for a next process that differs from the last one
+    reporter.header(header)  # in a restarted process only if it differs from the last one
     facts = {
         "model": plan.name,
         "config": header.shape,

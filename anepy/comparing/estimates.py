@@ -67,8 +67,8 @@ class Ratio:
 
     Attributes:
         value: below 1 is faster.
-        low: bounds of the 95 % interval `low` to `high`; None with a single round.
-        high: see `low`.
+        low: lower bound of the 95 % interval; None with a single round.
+        high: upper bound of the 95 % interval; None with a single round.
         rounds: how many rounds stand behind it.
     """
 
@@ -105,8 +105,8 @@ def paired_ratio(first: Sequence[float], other: Sequence[float], seed: int = 0) 
     90 instead of 95 % at 8 rounds.
 
     Args:
-        first: positive times, one per round; `other` the same rounds.
-        other: see `first`.
+        first: positive times of one thing, one per round.
+        other: positive times of the other thing in the same rounds.
         seed: of the resampling; the same input gives the same interval everywhere.
 
     Returns:
@@ -127,8 +127,17 @@ def paired_ratio(first: Sequence[float], other: Sequence[float], seed: int = 0) 
 def unpaired_ratio(first: Sequence[float], other: Sequence[float], seed: int = 0) -> Ratio | None:
     """Estimate other / first from rounds that have nothing to do with each other.
 
-    As `paired_ratio`, but the median of all differences of logarithms, and both sides are resampled
-    on their own; what differed between the two sessions is not in the interval.
+    The estimate is the median of the differences of logarithms of all pairs of rounds, and the two
+    sides are resampled independently. The interval is made as in `paired_ratio`; it does
+    not hold what changed on the machine between the two sessions.
+
+    Args:
+        first: positive times of one thing, one per round.
+        other: positive times of the other thing; any number of rounds.
+        seed: of the resampling; the same input gives the same interval everywhere.
+
+    Returns:
+        The ratio; None if a side has no round.
     """
     a, b = np.log(np.asarray(first)), np.log(np.asarray(other))
     rounds = min(len(a), len(b))
@@ -183,11 +192,12 @@ class Agreement:
 
     Attributes:
         identical: every loss has the same bits.
-        agrees: the curves are nowhere further apart than the tolerance; None if there are none.
-        worst: largest relative difference of the curves; `step` where it is, from 1.
-        step: see `worst`.
+        agrees: the curves are nowhere further apart than the tolerance; None without a common
+            step.
+        worst: largest relative difference of the curves.
+        step: number of the step with that difference, from 1.
         steps: steps compared.
-        tolerance: what `agrees` means.
+        tolerance: the largest relative difference with which curves agree.
     """
 
     identical: bool
@@ -202,9 +212,9 @@ def agreement(first: Sequence[float], other: Sequence[float], tolerance: float) 
     """Compare the losses of the same steps; a loss that is not finite agrees with nothing.
 
     Args:
-        first: losses by step; `other` the same of another run.
-        other: see `first`.
-        tolerance: a value of `LOSS_TOLERANCE`.
+        first: losses of one run, by step.
+        other: losses of another run, by step.
+        tolerance: largest relative difference that counts as agreement, of `LOSS_TOLERANCE`.
     """
     steps = min(len(first), len(other))
     a, b = np.asarray(first[:steps], np.float64), np.asarray(other[:steps], np.float64)

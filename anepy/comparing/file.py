@@ -26,7 +26,7 @@ from .result import Ablation, Comparison, Group, Run, columns
 FORMAT = "anepy-compare"
 VERSION = 1
 
-# What a comparison cannot be shown without, and of which type.
+# Fields without which a comparison cannot be shown, and their types.
 _KEYS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "machine": {"system": str, "processor": str, "cpus": int, "memory": int},
     "library": {"isa": str, "build_id": str},
@@ -90,8 +90,8 @@ def write(path: str | os.PathLike[str], what: str, text: str) -> None:
     """Write a text file, complete or not at all.
 
     Args:
-        path: the file; `what` it is, in a word or two.
-        what: see `path`.
+        path: the file.
+        what: what the file is, in a word or two, for the message.
         text: its content.
 
     Raises:
@@ -180,7 +180,7 @@ def _group(record: Mapping[str, Any]) -> Group:
 
 
 def _table(given: Mapping[str, Any], needed: tuple[str, ...]) -> dict[str, list[float]]:
-    """Read columns of equal length; empty is fine, a time that is none is not."""
+    """Read columns of equal length; none at all are fine, a time that is not above 0 is not."""
     table = {
         str(name): [math.nan if value is None else float(value) for value in values]
         for name, values in given.items()

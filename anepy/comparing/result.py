@@ -39,7 +39,8 @@ class Run:
         memory: bytes of weights, gradients, moments and engine; 0 if it never started.
         steps: column -> values, one per step. `round` (-1 in the warm-up), `wall_ms` of the call,
             and every number of `StepStats`.
-        updates: likewise, one per update: `round`, `wall_ms`, every number of `UpdateStats`.
+        updates: column -> values, one per update: `round`, `wall_ms` of the call, and every number
+            of `UpdateStats`.
         rounds: timed rounds completed.
         error: why it ended early, empty if it did not.
     """
@@ -58,7 +59,7 @@ class Run:
         return _within(self.steps, name, self.rounds)
 
     def timed_updates(self, name: str) -> list[float]:
-        """Return a column of `updates`, likewise."""
+        """Return a column of `updates` without the warm-up and an incomplete last round."""
         return _within(self.updates, name, self.rounds)
 
     def by_round(self, what: str) -> list[float]:
@@ -134,7 +135,7 @@ class Comparison:
         created: when it began, UTC, like 2026-01-31T12:00:00Z.
         command: the exact command, empty from Python.
         anepy: version.
-        machine: system, processor, cpus, memory; macos and its build there.
+        machine: system, processor, cpus, memory; on a Mac also macos, macos_build, model.
         library: `anepy.native.info.library_info()` and the SHA-256 of the file.
         engine: device, precision, isa, threads, seq.
         model: name, parameters, shape.
@@ -207,12 +208,13 @@ class Measured:
     Attributes:
         per_step: time per step with updates and compiling, over rounds.
         step: forward and backward, over steps.
-        phases: forward and backward, then the parts of a step, likewise, and busy time of threads.
-        means: means over steps of the parts, and "other": what they leave of it; they add up.
-        update: time of an update over updates, compiling apart; `compile` that of compiling.
-        compile: see `update`.
-        update_share: mean time of updates per step; `compile_share` likewise.
-        compile_share: see `update_share`.
+        phases: time of each phase over steps, by its title in `anepy.PHASES`.
+        means: mean time per step of the phases that are parts of it, and of "other", the rest;
+            together the mean time of a step.
+        update: time of an update, without compiling, over updates.
+        compile: time to compile programs after an update, over updates; None if none was.
+        update_share: mean time of updates per step, without compiling.
+        compile_share: mean time of compiling per step.
         tokens_per_s: tokens per second at the median time per step; None without one.
         tflops: 10^12 operations per second at the median step, counted as in
             docs/neural-engine.md#flops.
@@ -296,8 +298,8 @@ class Column:
 
     Attributes:
         title: what it is called there.
-        comparison: where it was measured; `label` as what.
-        label: see `comparison`.
+        comparison: where it was measured.
+        label: its name there.
         measured: what its samples say.
     """
 
@@ -307,7 +309,7 @@ class Column:
     measured: Measured
 
     def ratio(self, reference: Column, what: str = "per_step") -> Ratio | None:
-        """Return a time relative to another column's; None if that was of another load."""
+        """Return a time relative to another column's; None if the two had other work to do."""
         here, there = self.comparison, reference.comparison
         if here is there:
             return here.ratio(self.label, reference.label, what)

@@ -43,10 +43,10 @@ class Progress:
     """Where a comparison is.
 
     Attributes:
-        done: turns done, of `total`; the warm-up of a variant is one.
-        total: see `done`.
-        group: number of the group, of `groups`.
-        groups: see `group`.
+        done: turns done; the warm-up of a variant is one.
+        total: turns of the whole comparison.
+        group: number of the group that is measured, from 1.
+        groups: how many groups there are.
         round: number of the round, from 1; 0 in the warm-up.
         label: the variant whose turn it is.
     """

@@ -17,7 +17,7 @@ from .train import is_live, make_console, warn
 if TYPE_CHECKING:
     from ..comparing.session import Progress
 
-# Where nobody says how wide the paper is, tables need not be cut.
+# Width of tables where output goes to a file: they need not be cut.
 _UNKNOWN_WIDTH = 200
 _STOPPING = (
     "anepy: finishing this step, then showing what was measured; Ctrl-C again to stop at once"

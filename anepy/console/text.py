@@ -23,14 +23,14 @@ class Header:
     Attributes:
         model: name of the model.
         shape: `dim`, `hidden_dim`, … of the model.
-        parameters: number of weights; `embedding` of them in the embedding.
-        embedding: see `parameters`.
+        parameters: number of weights.
+        embedding: number of weights in the embedding.
         data: name and size of the data in words.
         settings: effective settings of the run, `seq` filled in.
         engine: device, precision, variant, switches, isa, threads.
         flops: FLOPs per step by part.
-        start: steps done before (0 unless resumed); `losses` are the last ones up to there.
-        losses: see `start`.
+        start: steps done before this run; 0 unless it is resumed.
+        losses: the last losses up to there, oldest first.
         notes: things to know, one line each.
         outputs: label -> file that will be written.
     """

@@ -395,7 +395,7 @@ STOPPING = "anepy: finishing this step, then saving; press Ctrl-C again to stop 
 
 
 def warn(text: str) -> None:
-    """Print a line on standard error, if somebody is still there."""
+    """Print a line on standard error; a closed one is no error."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

@@ -1,11 +1,13 @@
 """What probes found about this machine, and what the library does differently because of it.
 
-The only place that knows which finding changes what. A finding becomes a detail of the device
-(libsrc/device/traits.h reads it there), kept in the user cache for this machine and this build of
-the system, and added when an engine is made on device "ane" and its details are not given. Findings
-not in this table change nothing: programs declare their surfaces in ascending order, so that by
-name and as declared are the same; loss scaling takes any saturation for an overflow; norms sum by a
-conv with ones; no program slices its last axis. No other device reads the cache.
+A finding becomes a detail of the device, the words behind its colon that libsrc/device/traits.h
+reads. It is kept in the user cache for this machine and this build of the system, and added when an
+engine is made on device "ane" without details; other devices do not read the cache.
+
+`ADAPTATIONS` lists all findings that change something. The others need not: programs declare their
+surfaces in ascending order of their names, so both ways to bind them agree; loss scaling counts a
+saturated value as an overflow; norms sum by a convolution with ones, not by reduce_sum; no program
+slices its last axis.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which devices there are, and which one "auto" takes: never without a word about it."""
+"""Which devices there are, and which one "auto" takes, with the reason in one line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def open_device(device: str, make: Callable[[str], T]) -> tuple[T, str]:
             continue
         try:
             return make(info.name), choice_note(info.name, refused)
-        except CompileBudgetError:  # of this process, not of the device
+        except CompileBudgetError:  # a limit of this process: another device is no answer
             raise
         except AnepyError as error:
             failure = error

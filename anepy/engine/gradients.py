@@ -1,4 +1,4 @@
-"""The gradients an engine accumulates, and what an update may leave out because nobody looks."""
+"""The gradients an engine accumulates, and work an update saves while nobody holds a view."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from ..models.views import Array, assign
 class Gradients(Mapping[str, Array]):
     """The accumulated gradients by name, zero after an update.
 
-    The first step after an update replaces what it finds. So while nobody holds a view, the
-    update need not write the zeros: an eighth of its memory traffic. And while nobody could have
-    written to what the last step left, it need not read them for their norm.
+    The first step after an update replaces the old gradients. So an update writes zeros only while
+    somebody holds a view of them; they would be an eighth of its memory traffic. And its norm is
+    that of what the steps noted, without reading the gradients, unless somebody held a view since
+    the last step and may have written to it.
     """
 
     def __init__(self, table: TensorTable, arena: Array, guard: threading.RLock) -> None:
         self._places, self._arena, self._guard = table.places, arena, guard
         self._root: Callable[[], Array | None] = lambda: None
-        self.stale = False  # the arena holds what an update left
-        self.exposed = False  # a view was there at some time since the last step
+        self.stale = False  # an update has left out the zeros
+        self.exposed = False  # somebody held a view since the last step
 
     @property
     def seen(self) -> bool:
@@ -40,7 +41,7 @@ class Gradients(Mapping[str, Array]):
             self.exposed = True
             root = self._root()
             if root is None:
-                # Views of views refer to the array over the buffer, so it lives as long as they.
+                # Each view, and each view of a view, keeps this array alive.
                 root = np.frombuffer(self._arena.data, dtype=np.float32)
                 self._root = weakref.ref(root)
         return root[offset : offset + math.prod(shape)].reshape(shape)

@@ -31,7 +31,7 @@ class Owner:
     def close(self) -> None:
         """Free the native object; a second call does nothing.
 
-        A call that another thread is in is waited for.
+        Waits for a call that is running in another thread.
         """
         self._handle = None
         with self._guard:
@@ -68,7 +68,7 @@ class Owner:
 
 
 def encoded(text: str) -> bytes:
-    """Encode a name for C; what is no name becomes one that is unknown and fits in one line."""
+    """Encode a name for C; characters outside ASCII and line breaks are escaped."""
     return text.encode("unicode_escape")
 
 

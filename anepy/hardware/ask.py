@@ -94,7 +94,7 @@ def ask_apart(
     environment = dict(os.environ)
     found = loaded()
     if found is not None and found.path is not None:
-        environment["ANEPY_LIB"] = str(found.path.absolute())  # the very one, not another search
+        environment["ANEPY_LIB"] = str(found.path.absolute())  # the library this process uses
     expected = probe.expectation(chip)
     process = subprocess.Popen(
         command,

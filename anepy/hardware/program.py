@@ -96,8 +96,8 @@ class Program(Owner):
         device: "sim", with details as "sim:m1,budget=20"; or "ane", which has the say then: rules
             are only reported.
         chip: whose limits on the simulator: "m1" to "m5"; default m4.
-        strict: True makes every broken rule an error, False only reports them; None lets each rule
-            decide (see `rules`). `compile_budget`, which is about the process, is left out.
+        strict: True makes every broken rule an error, False only reports them; None does with each
+            rule what is its default. `compile_budget`, which is about the process, is left out.
         rules: actions of single rules, which override `strict`: "off", "report" or "error".
         threads: default from CPU affinity, cgroup quota and physical cores.
 
@@ -243,7 +243,7 @@ class Program(Owner):
 
         Args:
             inputs: contiguous arrays of any type, one per slot.
-            outputs: likewise; overwritten.
+            outputs: contiguous arrays of any type, one per slot; overwritten.
             function: position in the text.
         """
         shape = list(self._functions.values())[function]

@@ -69,7 +69,7 @@ class Description:
         part: slice of the vocabulary (classifier programs of large vocabularies), of `parts`.
         live: weights are further inputs instead of baked.
         input_channels: of the packed input surface `a_in` [1, channels, 1, width].
-        output_channels: likewise of `z_out`.
+        output_channels: of the packed output surface `z_out` [1, channels, 1, width].
         ports: inputs, outputs, weights.
     """
 
@@ -262,7 +262,9 @@ def write(folder: Path, text: str, blob: bytes) -> list[str]:
     written = [f"{folder / 'model.mil'}: {len(text)} bytes"]
     weights = folder / "weights" / "weight.bin"
     if not blob:
-        weights.unlink(missing_ok=True)  # of an earlier program: the text names none
+        weights.unlink(
+            missing_ok=True
+        )  # left by an earlier program; this text names no weight file
         return written
     with replacing(weights) as file:
         file.write(blob)

@@ -18,7 +18,7 @@ _READS = "anepy reads llama2.c .bin files, GGUF files and Hugging Face folders"
 
 
 def load(path: PathLike) -> Model:
-    """Read a model of any format; see `Model.load`."""
+    """Read a model of any format, as `Model.load` says."""
     path = Path(path)
     try:
         stored = _open(path)
@@ -61,7 +61,7 @@ def _open(path: Path) -> Stored:
 
 
 def save(model: Model, path: PathLike, dtype: str = "f32") -> int:
-    """Write a model in the format of the path's ending; see `Model.save`."""
+    """Write a model in the format of the path's ending, as `Model.save` says."""
     path = Path(path)
     kind = _check(model.config, path, dtype)
     try:

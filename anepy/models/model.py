@@ -255,7 +255,7 @@ class Model:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Make a model whose weights are all zero; see `init` and `load`."""
+        """Make a model whose weights are all zero; `init` makes random ones, `load` reads them."""
         self.config = config
         self.table = TensorTable(config)
         self.arena = self.table.arena()

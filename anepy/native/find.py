@@ -470,7 +470,7 @@ def _not_found(layout: Layout, tried: list[Candidate]) -> LibraryNotFoundError:
         return LibraryNotFoundError(
             f"the library ANEPY_LIB names, {last.path}, {last.reason}; correct or unset ANEPY_LIB"
         )
-    # A reason about a download or a compiler explains itself; the others are about their file.
+    # A reason about a download or a compiler stands alone; one about a file needs its path.
     places = "; ".join(
         f"{c.place}: {c.reason}"
         if c.place in ("download", "compile")

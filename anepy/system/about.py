@@ -54,7 +54,7 @@ def computer() -> dict[str, Any]:
 
 
 def distribution() -> str:
-    """Name the Linux distribution; empty elsewhere or where nobody tells."""
+    """Name the Linux distribution; empty elsewhere, or where no file tells."""
     with contextlib.suppress(OSError):
         return platform.freedesktop_os_release().get("PRETTY_NAME", "")
     return ""

@@ -1,6 +1,6 @@
 """Fetch and install files whose size and SHA-256 are known beforehand.
 
-Serves the native library, and models and data later. A file appears under its name only when all of
+Serves the native library. A file appears under its name only when all of
 it is there and its hash is right; a failed or interrupted transfer leaves nothing behind. There is
 no resume and no switch that skips the check. `requests` and `rich` are imported on use.
 """
@@ -29,7 +29,7 @@ ProgressCallback = Callable[[int, int], None]
 """Called with the bytes received so far and the bytes there will be."""
 
 _CHUNK_NBYTES = 1 << 18
-_SLOWEST = 1024  # bytes/s over one read timeout; a server below that is as good as silent
+_SLOWEST = 1024  # bytes/s over one read timeout; a slower server counts as silent
 _LONGEST_WAIT = 8.0  # s between two attempts
 _LONGEST_RETRY_AFTER = 30.0  # s, however long the server asks for
 _sleep = time.sleep
@@ -154,7 +154,7 @@ def install_file(src: Path, dest: Path, sha256: str, size: int) -> Path:
             _check_space(dest, size)
             chunks = iter(lambda: file.read(_CHUNK_NBYTES), b"")
             _write_checked(dest, chunks, sha256, size, str(src), None)
-    except _TransientError as error:  # somebody else is writing it
+    except _TransientError as error:  # another process is writing it
         raise DownloadError(str(error)) from error
     except OSError as error:
         raise DownloadError(f"cannot read {src}: {error.strerror}; check the path") from error

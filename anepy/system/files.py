@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from ..errors import ConfigError
 
-# What an abrupt end of the process (a second Ctrl-C) must still remove.
+# Temporary files that are open now; an abrupt end of the process (a second Ctrl-C) removes them.
 _temporaries: set[str] = set()
 
 
@@ -62,8 +62,8 @@ def write_failure(path: str | os.PathLike[str], what: str, error: OSError) -> st
     """Say in one line why a file could not be written and what to do.
 
     Args:
-        path: the file; `what` it is, in a word or two.
-        what: see `path`.
+        path: the file.
+        what: what the file is, in a word or two.
         error: what `replacing` or `probe` raised.
     """
     reason = error.strerror or str(error)

@@ -31,7 +31,7 @@ _NEWER_DIALECT = 15
 
 
 class System:
-    """The questions."""
+    """The questions that are put to macOS."""
 
     name = sys.platform
     architecture = platform.machine()
@@ -60,10 +60,10 @@ class Mac:
         chip: like "Apple M4 Max".
         model: like "Mac16,5".
         memory: bytes.
-        performance_cores: physical; efficiency_cores likewise; 0 if not told.
-        efficiency_cores: see `performance_cores`.
-        macos: version; `build` of it.
-        build: see `macos`.
+        performance_cores: physical performance cores; 0 if macOS does not tell.
+        efficiency_cores: physical efficiency cores; 0 if macOS does not tell.
+        macos: its version, like "26.2".
+        build: of macOS, like "25C56".
         family: of the Neural Engine, h13 to h17; empty if unknown.
         translated: this Python is an Intel program under Rosetta.
         virtual: this is a virtual machine.

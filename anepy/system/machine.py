@@ -39,7 +39,7 @@ def system() -> str:
 
 
 def processor() -> str:
-    """Name the processor, or the architecture where nobody tells."""
+    """Name the processor, or the architecture where the system does not tell."""
     if name := sysctl("machdep.cpu.brand_string"):
         return name
     with contextlib.suppress(OSError):
@@ -58,14 +58,14 @@ def usable_cpus() -> int:
 
 
 def memory() -> int:
-    """Return the physical memory in bytes, 0 where nobody tells."""
+    """Return the physical memory in bytes, 0 where the system does not tell."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = _CGROUPS) -> int:
-    """Return the bytes a new process could use without swapping, 0 where nobody tells.
+    """Return the bytes a new process could use without swapping, 0 where they are unknown.
 
     On Linux what the kernel estimates, and not more than the control group has left. Elsewhere
     half of the physical memory: the system gives no such estimate, and others need some too.
@@ -82,7 +82,10 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = _CGR
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """Yield what the limits of this container leave, version 2 and version 1; one very large."""
+    """Yield how many bytes each limit of this container leaves; the first is no limit at all.
+
+    Control groups of version 2 and of version 1 name their files differently.
+    """
     yield 2**62
     for limit, usage, statistics in (
         ("memory.max", "memory.current", "memory.stat"),

@@ -33,7 +33,8 @@ class Restart:
     """What the next process of a run is told.
 
     Attributes:
-        pid: of the run; replacing a process keeps it, so nobody else takes this for his.
+        pid: of the run. Replacing a process keeps its number, so that another process that
+            inherits the variable knows it is not meant.
         checkpoint: where to go on from.
         temporary: the checkpoint lies in a folder of its own that goes when it has been read.
         step: how far the run has come.

@@ -222,7 +222,7 @@ def resolve_tokenizer(
                 try:
                     return Tokenizer.load(folder / name, vocab_size)
                 except TokenizerError:
-                    # Of another model in the same folder; the message below tells what to do.
+                    # It belongs to another model in this folder.
                     continue
     if vocab_size == _BYTE_VOCAB:
         return Tokenizer.bytes()
@@ -233,7 +233,7 @@ def resolve_tokenizer(
 
 
 def _printable(piece: bytes) -> bytes:
-    # Control characters can garble a terminal; run.c leaves them out as well.
+    # Control characters can garble a terminal; run.c leaves them out, too.
     return b"" if len(piece) == 1 and piece[0] in _CONTROL else piece
 
 

@@ -391,7 +391,7 @@ def _parse(raw: bytes, path: Path) -> tuple[list[bytes], list[float], int]:
 
 
 def _joinable_bytes(entries: Sequence[bytes], ids: dict[bytes, int]) -> npt.NDArray[np.bool_]:
-    """Return a (256, 256) table: may a merge ever span these two neighbouring text bytes?
+    """Return a (256, 256) table: whether a merge may span two neighbouring bytes of a text.
 
     A text byte stands in the merge as itself or, where its code point is not an entry, as the
     spelling of its byte token (`<0x..>`); both are considered.

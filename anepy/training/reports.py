@@ -103,9 +103,8 @@ class Summary:
         last_loss: mean training loss of the last steps.
         held_out_before: held-out loss before the first step; None without held-out data.
         held_out_after: held-out loss after the last evaluation.
-        peak: what `utilization` is a share of: `gflops` and `name`; None unless asked for
-            (`with_peak`).
-        utilization: share of the peak at the median step time, likewise.
+        peak: what `utilization` is a share of: `gflops` and `name`; None before `with_peak`.
+        utilization: share of the peak at the median step time, 0 to 1; None before `with_peak`.
     """
 
     step: int
@@ -136,7 +135,7 @@ class Summary:
     utilization: float | None = None
 
     def with_peak(self, peak: Mapping[str, Any] | None) -> Summary:
-        """Return the same with the peak of what the run was on (`bench.peaks.device_peak`)."""
+        """Return a summary with `peak`, of `bench.peaks.device_peak`, and `utilization`."""
         if peak is None or not self.steps:
             return self
         return replace(self, peak=peak, utilization=self.tflops * 1e3 / peak["gflops"])

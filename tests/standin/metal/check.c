@@ -108,7 +108,10 @@ static void check_alike(int which, const char *variant, const char *device) {
     if (run(&f, variant, device, host, moved) && run(&f, with, device, gpu, moved + f.n)) {
         for (int i = 0; i < STEPS; i++) {
             double off = difference(gpu + i * f.n, host + i * f.n, f.n);
-            CHECK(off <= 2e-6, "%s on %s, model %d, step %d: off by %g", with, device, which, i,
+            /* After the update weights differ in their last bits, and the simulator may round one
+             * to another fp16 number. */
+            double bar = i > 1 && strcmp(device, "sim") == 0 ? 0x1p-11 : 2e-6;
+            CHECK(off <= bar, "%s on %s, model %d, step %d: off by %g", with, device, which, i,
                   off);
         }
         CHECK(memcmp(gpu, host, STEPS * size) != 0 || which == 2,

@@ -19,8 +19,13 @@ import numpy.typing as npt
 
 
 def ask(model: Path, *requests: dict[str, Any]) -> list[Any]:
-    """Return llama.cpp's answers to `{"text"}` (its ids), `{"ids", "shown"}` (what may follow, with
-    log-probabilities) or `{"ids", "count"}` (the greedy text)."""
+    """Return llama.cpp's answers.
+
+    Args:
+        model: a GGUF file.
+        requests: `{"text"}` for its ids, `{"tokens"}` for the text of ids, `{"ids", "shown"}` for
+            what may follow, with log-probabilities, `{"ids", "count"}` for the greedy text.
+    """
     import needs
 
     needs.peer("xllamacpp")
@@ -61,15 +66,20 @@ def _main(model: str, out: str, requests: list[dict[str, Any]]) -> None:
         answer = server.handle_completions(options)
         return answer if isinstance(answer, dict) else json.loads(answer)
 
+    def post(path: str, **content: Any) -> Any:
+        address, body = f"{server.listening_address}/{path}", json.dumps(content).encode()
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)
+
     answers: list[Any] = []
     for request in requests:
         if "text" in request:
-            options = {"add_special": True, "parse_special": False}
-            body = json.dumps({"content": request["text"], **options}).encode()
-            address = f"{server.listening_address}/tokenize"
-            headers = {"Content-Type": "application/json"}
-            with urllib.request.urlopen(urllib.request.Request(address, body, headers)) as reply:
-                answers.append(json.load(reply)["tokens"])
+            content = request["text"]
+            found = post("tokenize", content=content, add_special=True, parse_special=False)
+            answers.append(found["tokens"])
+        elif "tokens" in request:
+            answers.append(post("detokenize", tokens=request["tokens"])["content"])
         elif "count" in request:
             answer = complete(request["ids"], request["count"])
             answers.append(answer["choices"][0]["text"])

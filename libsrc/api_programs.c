@@ -85,7 +85,7 @@ int32_t anepy_program_get_port(const anepy_model *model, anepy_program_port *out
     out->kind = ANEPY_PROGRAM_WEIGHT;
     out->rows = m.rows;
     out->cols = m.cols;
-    out->offset = m.offset;
+    out->offset = anepy_program_offset(&m);
     out->channels = m.channels;
     out->columns = m.columns;
     snprintf(out->name, sizeof out->name, "%s", m.name);

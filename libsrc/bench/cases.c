@@ -20,15 +20,25 @@ static int32_t pieces(int64_t n) { return (int32_t)((n + PIECE - 1) / PIECE); }
 
 /* ------------------------------------------------------------------------------------ products */
 
+/* Projections that are one product: the role of the first weight, and how many they are. */
 enum { QKV, WO, W13, W2, CLASSIFIER };
+static const struct {
+    int32_t role, count;
+} PRODUCT[] = {[QKV] = {ANEPY_WQ, 3},
+               [WO] = {ANEPY_WO, 1},
+               [W13] = {ANEPY_W1, 2},
+               [W2] = {ANEPY_W2, 1},
+               [CLASSIFIER] = {ANEPY_CLASSIFIER, 1}};
 
+/* Returns how many of them a step has. */
 static double weight_shape(anepy_bench *b, int32_t which) {
-    const anepy_config *c = &b->model->config;
-    int32_t q = b->model->q_dim, qkv = q + 2 * b->model->kv_dim;
-    const int32_t rows[] = {qkv, c->dim, 2 * c->hidden_dim, c->dim, c->vocab_size};
-    b->rows = rows[which];
-    b->cols = which == W2 ? c->hidden_dim : which == WO ? q : c->dim;
-    return which == CLASSIFIER ? 1.0 : c->n_layers;
+    b->rows = 0;
+    for (int32_t i = 0; i < PRODUCT[which].count; i++) {
+        anepy_projection p = anepy_model_projection(b->model, 0, PRODUCT[which].role + i);
+        b->rows += p.out;
+        b->cols = p.in;
+    }
+    return which == CLASSIFIER ? 1.0 : b->model->config.n_layers;
 }
 
 static int32_t prepare_product(anepy_bench *b, const anepy_product *p, int64_t a_n, int64_t b_n,

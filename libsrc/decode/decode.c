@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/kernels.h"
+#include "kernels/weights.h"
 #include "model/model.h"
 #include "runtime/fpmode.h"
 #include "runtime/memory.h"
@@ -39,23 +39,39 @@ struct anepy_decoder {
 typedef struct {
     const anepy_decoder *d;
     float *y;
-    const float *w, *x;
-    int32_t rows, cols, piece; /* piece: rows of one */
+    anepy_storage w;
+    const float *x;
+    int32_t piece; /* rows of one */
 } product;
 
 static void product_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const product *p = context;
-    int32_t first = index * p->piece, rows = anepy_min_i32(p->piece, p->rows - first);
-    p->d->kernels->gemv(p->y + first, p->w + (int64_t)first * p->cols, p->cols, p->x, rows,
-                        p->cols);
+    int32_t first = index * p->piece, rows = anepy_min_i32(p->piece, p->w.rows - first);
+    anepy_weights_gemv(p->d->kernels, p->y + first, anepy_storage_rows(p->w, first, rows), p->x);
 }
 
-static void multiply(const anepy_decoder *d, float *y, int64_t weight, const float *x, int32_t rows,
-                     int32_t cols) {
-    int32_t piece = anepy_max_i32(1, PIECE_BYTES / (int32_t)sizeof(float) / cols);
-    product p = {d, y, d->params + weight, x, rows, cols, piece};
-    anepy_pool_stream(d->pool, (rows + piece - 1) / piece, product_rows, &p);
+static void multiply(const anepy_decoder *d, float *y, anepy_storage w, const float *x) {
+    int64_t row_nbytes = w.cols * anepy_dtype_nbytes(w.dtype);
+    int32_t piece = anepy_max_i32(1, (int32_t)(PIECE_BYTES / row_nbytes));
+    product p = {d, y, w, x, piece};
+    anepy_pool_stream(d->pool, (w.rows + piece - 1) / piece, product_rows, &p);
+}
+
+/* y: the outputs of `count` projections of x, one after the other, of which the weight of the first
+ * has this role. Weights that lie behind each other are one product. */
+static void project(const anepy_decoder *d, float *y, int32_t layer, int32_t role, int32_t count,
+                    const float *x) {
+    anepy_storage w = {0};
+    for (int32_t i = 0; i < count; i++) {
+        anepy_projection p = anepy_model_projection(d->model, layer, role + i);
+        anepy_storage next = anepy_stored(p.weight, d->params);
+        if (i > 0 && anepy_storage_extend(&w, next)) continue;
+        if (i > 0) multiply(d, y, w, x);
+        y += w.rows;
+        w = next;
+    }
+    multiply(d, y, w, x);
 }
 
 static void normalize(const anepy_decoder *d, int64_t weight) {
@@ -111,18 +127,18 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     int32_t dim = m->config.dim, hidden = m->config.hidden_dim, q = m->q_dim, kv = m->kv_dim;
     int64_t cache = (int64_t)l * d->max_len * kv;
     normalize(d, anepy_model_layer(m, l, ANEPY_ATTENTION_NORM));
-    multiply(d, d->qkv, anepy_model_layer(m, l, ANEPY_WQ), d->xnorm, q + 2 * kv, dim);
+    project(d, d->qkv, l, ANEPY_WQ, 3, d->xnorm);
     rotate(d, d->qkv, m->config.n_heads + m->config.n_kv_heads);
     remember(d, d->keys + cache, d->qkv + q);
     remember(d, d->values + cache, d->qkv + q + kv);
     attention a = {d, d->keys + cache, d->values + cache};
     anepy_pool_run(d->pool, m->config.n_heads, attend_head, &a);
-    multiply(d, d->out, anepy_model_layer(m, l, ANEPY_WO), d->attn, dim, q);
+    project(d, d->out, l, ANEPY_WO, 1, d->attn);
     d->kernels->add(d->x, d->x, d->out, dim);
     normalize(d, anepy_model_layer(m, l, ANEPY_FFN_NORM));
-    multiply(d, d->hidden, anepy_model_layer(m, l, ANEPY_W1), d->xnorm, 2 * hidden, dim);
+    project(d, d->hidden, l, ANEPY_W1, 2, d->xnorm);
     d->kernels->swiglu(d->hidden, d->hidden, d->hidden + hidden, hidden);
-    multiply(d, d->out, anepy_model_layer(m, l, ANEPY_W2), d->hidden, dim, hidden);
+    project(d, d->out, l, ANEPY_W2, 1, d->hidden);
     d->kernels->add(d->x, d->x, d->out, dim);
 }
 
@@ -148,7 +164,7 @@ static int32_t forward(anepy_decoder *d, float *logits, int32_t token, int32_t p
            (size_t)c->dim * sizeof(float));
     for (int32_t l = 0; l < c->n_layers; l++) layer_forward(d, l);
     normalize(d, anepy_model_final_norm(d->model));
-    multiply(d, logits, anepy_model_classifier(d->model), d->xnorm, c->vocab_size, c->dim);
+    project(d, logits, 0, ANEPY_CLASSIFIER, 1, d->xnorm);
     anepy_fpmode_leave(fpmode);
     return ANEPY_OK;
 }

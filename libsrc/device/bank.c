@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/weights.h"
+
 /* By default: smaller surfaces fail on some chips (docs/neural-engine.md#surfaces). */
 #define SURFACE_STEP 65536
 #define WEIGHT_ROWS 64 /* rows of a live weight per piece */
@@ -26,7 +28,6 @@ static int32_t create(anepy_bank_device *d, int32_t channels, int32_t width,
     uint64_t step =
         d->traits.surface_nbytes > 0 ? (uint64_t)d->traits.surface_nbytes : SURFACE_STEP;
     s->nbytes = (nbytes + step - 1) / step * step;
-    s->weight = -1;
     int32_t status = d->backend->memory_create(d, s);
     if (status != ANEPY_OK) {
         free(s);
@@ -68,19 +69,19 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const weight_task *t = context;
     const anepy_bank_surface *s = t->surface;
-    const float *from = t->params + s->weight;
+    anepy_storage from = anepy_program_stored(&s->weight, t->params);
     int32_t first = index * WEIGHT_ROWS, end = first + WEIGHT_ROWS;
-    if (!s->is_matrix) { /* each value fills its row */
+    if (!s->weight.tensor->is_matrix) { /* each value fills its row */
         for (int32_t r = first; r < anepy_min_i32(end, s->base.channels); r++) {
             uint16_t *row = (uint16_t *)s->base.data + (int64_t)r * s->base.width;
-            t->kernels->to_half(row, from + r, 1);
+            t->kernels->to_half(row, anepy_weights_vector(from) + r, 1);
             for (int32_t i = 1; i < s->base.width; i++) row[i] = row[0];
         }
         return;
     }
-    for (int32_t r = first; r < anepy_min_i32(end, s->rows); r++)
-        t->kernels->to_half((uint16_t *)s->base.data + (int64_t)r * s->base.width,
-                            from + (int64_t)r * s->cols, s->cols);
+    for (int32_t r = first; r < anepy_min_i32(end, from.rows); r++)
+        anepy_weights_to_half(t->kernels, (uint16_t *)s->base.data + (int64_t)r * s->base.width,
+                              anepy_storage_rows(from, r, 1), 0);
 }
 
 static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const float *params) {
@@ -94,7 +95,7 @@ static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const f
 static int32_t bank_load_weights(anepy_device *device, const float *params) {
     anepy_bank_device *d = (anepy_bank_device *)device;
     for (anepy_bank_surface *s = d->surfaces; s != NULL; s = s->next)
-        if (s->weight >= 0) ANEPY_TRY(write_weight(d, s, params));
+        if (s->weight.tensor != NULL) ANEPY_TRY(write_weight(d, s, params));
     return ANEPY_OK;
 }
 
@@ -102,12 +103,10 @@ static int32_t bank_load_weights(anepy_device *device, const float *params) {
 static int32_t weight_surface(anepy_bank_device *d, const anepy_program_matrix *m,
                               const float *params, anepy_bank_surface **out) {
     for (*out = d->surfaces; *out != NULL; *out = (*out)->next)
-        if ((*out)->weight == m->offset) return ANEPY_OK;
+        if ((*out)->weight.tensor == m->tensor && (*out)->weight.first_row == m->first_row)
+            return ANEPY_OK;
     ANEPY_TRY(create(d, m->channels, m->columns, out));
-    (*out)->weight = m->offset;
-    (*out)->is_matrix = m->is_matrix;
-    (*out)->rows = m->rows;
-    (*out)->cols = m->cols;
+    (*out)->weight = *m;
     return write_weight(d, *out, params);
 }
 

@@ -20,12 +20,10 @@ typedef struct anepy_bank_device anepy_bank_device;
 
 /* Surfaces are [1, channels, 1, width] in fp16. */
 typedef struct anepy_bank_surface {
-    anepy_surface base; /* base.data: where the host sees it while it is locked */
-    uint64_t nbytes;    /* rounded up to 64 KiB */
-    int64_t weight;     /* offset in the arena of the live weight it holds; -1: none */
-    int32_t is_matrix;  /* of that weight; rows and cols as well */
-    int32_t rows, cols;
-    void *memory; /* the backend's */
+    anepy_surface base;          /* base.data: where the host sees it while it is locked */
+    uint64_t nbytes;             /* rounded up to 64 KiB */
+    anepy_program_matrix weight; /* the live weight it holds; weight.tensor NULL: none */
+    void *memory;                /* the backend's */
     struct anepy_bank_surface *next;
 } anepy_bank_surface;
 

@@ -41,12 +41,9 @@ int32_t anepy_device_get_info(int32_t index, anepy_device_info *out) {
 
 #define MOVE_ROWS 128 /* channels converted per piece */
 
-static size_t element_size(anepy_dtype dtype) { return dtype == ANEPY_F32 ? 4 : 2; }
-
 /* Where a channel begins; the surface is locked. */
 static void *channel_data(anepy_surface *surface, int32_t channel) {
-    size_t row = (size_t)surface->width * element_size(surface->dtype);
-    return (char *)surface->data + (size_t)channel * row;
+    return (char *)surface->data + anepy_dtype_nbytes(surface->dtype) * channel * surface->width;
 }
 
 /* Host rows of float32 to or from channels of a surface, converting. */
@@ -63,7 +60,7 @@ static void move_rows(void *context, int32_t index, int32_t worker) {
     const anepy_kernels *kernels = m->surface->device->options.gemm->kernels;
     int64_t first = (int64_t)index * MOVE_ROWS * m->surface->width;
     int64_t n = (int64_t)anepy_min_i32(MOVE_ROWS, m->count - index * MOVE_ROWS) * m->surface->width;
-    void *inside = (char *)m->inside + first * (int64_t)element_size(m->surface->dtype);
+    void *inside = (char *)m->inside + first * anepy_dtype_nbytes(m->surface->dtype);
     float *host = m->host + first;
     if (m->surface->dtype == ANEPY_F32)
         memcpy(m->writing ? inside : host, m->writing ? host : inside, (size_t)n * sizeof(float));
@@ -99,7 +96,7 @@ int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surfac
     ANEPY_TRY(ops->lock(src, 0));
     ANEPY_TRY(ops->lock(dst, 1));
     memcpy(channel_data(dst, dst_channel), channel_data(src, src_channel),
-           (size_t)count * (size_t)dst->width * element_size(dst->dtype));
+           (size_t)(anepy_dtype_nbytes(dst->dtype) * count * dst->width));
     ANEPY_TRY(ops->unlock(dst, 1));
     return ops->unlock(src, 0);
 }

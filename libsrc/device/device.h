@@ -10,8 +10,6 @@
 #include "kernels/gemm.h"
 #include "programs/programs.h"
 
-typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
-
 /* Capabilities: what the engine may leave out, and which switches mean something. */
 /* Tensors may be bound to channels of any surface, so nothing is packed; the scores of sdpa_bwd1
  * and sdpa_bwd2 may be bound to none, if sdpa_bwd2 follows the other programs of its layer. */

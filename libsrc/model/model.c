@@ -9,7 +9,6 @@
 #define ROPE_THETA 10000.0
 #define MOST_CHANNELS 65536
 #define TWO_PI 6.283185307179586
-#define VECTOR 0 /* as a row count: a norm weight, not a matrix of one row */
 
 static int32_t check(const char *name, int32_t value, int32_t largest) {
     if (value >= 1 && value <= largest) return ANEPY_OK;
@@ -90,6 +89,35 @@ static int32_t validate(const anepy_config *c) {
     return check_flag("tied", c->tied);
 }
 
+/* What a count of channels is made of. */
+typedef enum { VECTOR, DIM, Q, KV, HIDDEN } extent;
+
+/* The tensors of a layer, as Meta's Llama names them. A vector has one row. */
+static const struct {
+    const char *name;
+    extent rows, cols;
+} LAYER[ANEPY_LAYER_TENSORS] = {
+    [ANEPY_ATTENTION_NORM] = {"attention_norm", VECTOR, DIM},
+    [ANEPY_WQ] = {"attention.wq", Q, DIM},
+    [ANEPY_WK] = {"attention.wk", KV, DIM},
+    [ANEPY_WV] = {"attention.wv", KV, DIM},
+    [ANEPY_WO] = {"attention.wo", DIM, Q},
+    [ANEPY_FFN_NORM] = {"ffn_norm", VECTOR, DIM},
+    [ANEPY_W1] = {"feed_forward.w1", HIDDEN, DIM},
+    [ANEPY_W3] = {"feed_forward.w3", HIDDEN, DIM},
+    [ANEPY_W2] = {"feed_forward.w2", DIM, HIDDEN},
+};
+
+static int64_t extent_of(const anepy_model *model, extent e) {
+    switch (e) {
+    case DIM: return model->config.dim;
+    case Q: return model->q_dim;
+    case KV: return model->kv_dim;
+    case HIDDEN: return model->config.hidden_dim;
+    default: return VECTOR;
+    }
+}
+
 static void append(anepy_model *model, int32_t layer, const char *name, int64_t rows,
                    int64_t cols) {
     anepy_tensor *t = &model->tensors[model->tensor_n++];
@@ -101,6 +129,12 @@ static void append(anepy_model *model, int32_t layer, const char *name, int64_t 
     t->rows = t->is_matrix ? rows : 1;
     t->cols = cols;
     model->arena_n += /* mutate: arena-size */ t->rows * cols;
+}
+
+static void append_layer(anepy_model *model, int32_t layer) {
+    for (int32_t role = 0; role < ANEPY_LAYER_TENSORS; role++)
+        append(model, layer, LAYER[role].name, extent_of(model, LAYER[role].rows),
+               extent_of(model, LAYER[role].cols));
 }
 
 int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
@@ -121,21 +155,10 @@ int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
         .low_freq_factor = config->rope_low_freq_factor,
         .high_freq_factor = config->rope_high_freq_factor,
     };
-    int64_t dim = config->dim, hidden = config->hidden_dim, q = m->q_dim, kv = m->kv_dim;
-    append(m, -1, "tok_embeddings", config->vocab_size, dim);
-    for (int32_t layer = 0; layer < config->n_layers; layer++) {
-        append(m, layer, "attention_norm", VECTOR, dim);
-        append(m, layer, "attention.wq", q, dim);
-        append(m, layer, "attention.wk", kv, dim);
-        append(m, layer, "attention.wv", kv, dim);
-        append(m, layer, "attention.wo", dim, q);
-        append(m, layer, "ffn_norm", VECTOR, dim);
-        append(m, layer, "feed_forward.w1", hidden, dim);
-        append(m, layer, "feed_forward.w3", hidden, dim);
-        append(m, layer, "feed_forward.w2", dim, hidden);
-    }
-    append(m, -1, "norm", VECTOR, dim);
-    if (!config->tied) append(m, -1, "output", config->vocab_size, dim);
+    append(m, -1, "tok_embeddings", config->vocab_size, config->dim);
+    for (int32_t layer = 0; layer < config->n_layers; layer++) append_layer(m, layer);
+    append(m, -1, "norm", VECTOR, config->dim);
+    if (!config->tied) append(m, -1, "output", config->vocab_size, config->dim);
     *out = m;
     return ANEPY_OK;
 }
@@ -153,18 +176,40 @@ int32_t anepy_model_tensor(const anepy_model *model, int32_t index, anepy_tensor
 
 int64_t anepy_model_arena_n(const anepy_model *model) { return model->arena_n; }
 
-int64_t anepy_model_embedding(const anepy_model *model) { return model->tensors[0].offset; }
+const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, int32_t role) {
+    const anepy_config *c = &model->config;
+    switch (role) {
+    case ANEPY_EMBEDDING: return &model->tensors[0];
+    case ANEPY_FINAL_NORM: return &model->tensors[1 + c->n_layers * ANEPY_LAYER_TENSORS];
+    case ANEPY_CLASSIFIER: return &model->tensors[c->tied ? 0 : model->tensor_n - 1];
+    default: return &model->tensors[1 + layer * ANEPY_LAYER_TENSORS + role];
+    }
+}
 
-int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t tensor) {
-    return model->tensors[1 + layer * ANEPY_LAYER_TENSORS + tensor].offset;
+anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena) {
+    return (anepy_storage){arena + tensor->offset, ANEPY_F32, (int32_t)tensor->rows,
+                           (int32_t)tensor->cols};
+}
+
+int64_t anepy_model_embedding(const anepy_model *model) {
+    return anepy_model_find(model, 0, ANEPY_EMBEDDING)->offset;
+}
+
+int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t role) {
+    return anepy_model_find(model, layer, role)->offset;
 }
 
 int64_t anepy_model_final_norm(const anepy_model *model) {
-    return model->tensors[1 + model->config.n_layers * ANEPY_LAYER_TENSORS].offset;
+    return anepy_model_find(model, 0, ANEPY_FINAL_NORM)->offset;
 }
 
 int64_t anepy_model_classifier(const anepy_model *model) {
-    return model->tensors[model->config.tied ? 0 : model->tensor_n - 1].offset;
+    return anepy_model_find(model, 0, ANEPY_CLASSIFIER)->offset;
+}
+
+anepy_projection anepy_model_projection(const anepy_model *model, int32_t layer, int32_t role) {
+    const anepy_tensor *weight = anepy_model_find(model, layer, role);
+    return (anepy_projection){weight, (int32_t)weight->cols, (int32_t)weight->rows};
 }
 
 /* theta^(-2i/head_dim) for pair i (Su et al. 2021, arXiv 2104.09864), and what scaling makes of it.
@@ -187,11 +232,20 @@ int32_t anepy_step_flops(const anepy_model *model, anepy_flops *out, int32_t seq
     if (out->struct_size < sizeof *out)
         return anepy_fail(ANEPY_E_ARGUMENT, "flops have %u bytes, expected %zu", out->struct_size,
                           sizeof *out);
-    double n = (double)sequences * tokens, dim = c->dim, hidden = c->hidden_dim;
-    double products = 2 * dim * model->q_dim + 2 * dim * model->kv_dim + 3 * dim * hidden;
-    out->forward = out->backward_dx = out->backward_dw = 2 * c->n_layers * products * n;
+    static const int32_t ROLES[] = {ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO,
+                                    ANEPY_W1, ANEPY_W3, ANEPY_W2};
+    double n = (double)sequences * tokens;
+    anepy_projection classifier = anepy_model_projection(model, 0, ANEPY_CLASSIFIER);
+    out->forward = 0.0;
+    for (int32_t l = 0; l < c->n_layers; l++) {
+        for (size_t i = 0; i < sizeof ROLES / sizeof ROLES[0]; i++) {
+            anepy_projection p = anepy_model_projection(model, l, ROLES[i]);
+            out->forward += 2.0 * p.in * p.out * n;
+        }
+    }
+    out->backward_dx = out->backward_dw = out->forward;
     out->attention = 2.0 * 5 * c->n_layers * model->q_dim * tokens * n;
-    out->classifier = 3.0 * 2 * c->vocab_size * dim * n;
+    out->classifier = 3.0 * 2 * classifier.in * classifier.out * n;
     out->total =
         out->forward + out->backward_dx + out->backward_dw + out->attention + out->classifier;
     return ANEPY_OK;

@@ -6,8 +6,9 @@
 #define ANEPY_MODEL_H
 
 #include "runtime/status.h"
+#include "runtime/storage.h"
 
-/* Tensors of one layer, in arena order. */
+/* What a tensor is for: those of a layer, in arena order, then those of none. */
 enum {
     ANEPY_ATTENTION_NORM,
     ANEPY_WQ,
@@ -18,7 +19,10 @@ enum {
     ANEPY_W1,
     ANEPY_W3,
     ANEPY_W2,
-    ANEPY_LAYER_TENSORS
+    ANEPY_LAYER_TENSORS,
+    ANEPY_EMBEDDING = ANEPY_LAYER_TENSORS,
+    ANEPY_FINAL_NORM,
+    ANEPY_CLASSIFIER /* the embedding when tied */
 };
 
 /* What RoPE turns pairs of channels by: rope_ of anepy_config, without the prefix. */
@@ -40,10 +44,27 @@ struct anepy_model {
     anepy_tensor tensors[]; /* embeddings, layers, final norm, classifier if separate */
 };
 
+/* The tensor of a layer (ignored for those of none) for this. */
+const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, int32_t role);
+
+/* Where its weights are in an arena. */
+anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena);
+
 /* Offsets into an arena. */
 int64_t anepy_model_embedding(const anepy_model *model);
-int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t tensor);
+int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t role);
 int64_t anepy_model_final_norm(const anepy_model *model);
 int64_t anepy_model_classifier(const anepy_model *model); /* the embedding when tied */
+
+/* A linear map y = W x. All that multiplies with weights, writes their gradients or counts
+ * operations takes shapes and tensors from here. */
+typedef struct {
+    const anepy_tensor *weight; /* [out, in] */
+    int32_t in, out;            /* channels */
+} anepy_projection;
+
+/* The one whose weight this is: ANEPY_WQ, WK, WV, WO, W1, W3, W2 of a layer, or ANEPY_CLASSIFIER.
+ */
+anepy_projection anepy_model_projection(const anepy_model *model, int32_t layer, int32_t role);
 
 #endif

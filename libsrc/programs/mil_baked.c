@@ -4,13 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/kernels.h"
+#include "kernels/weights.h"
 #include "programs/mil_writer.h"
 #include "runtime/half.h"
 
 #define ONE 0x3c00u
 #define MINUS_ONE 0xbc00u
-#define TILE 64
 
 /* Far enough below any score for a weight of exactly 0 after soft-max (exp underflows fp16 at -17),
  * and near enough to 0 that scores down to -24000 stay finite where the engine saturates at 32752;
@@ -20,7 +19,7 @@
 enum {
     MATRIX,
     TRANSPOSED,
-    NORM,
+    VECTOR,
     COLUMN,
     SQUARE,
     ZEROS,
@@ -92,49 +91,31 @@ static void check_finite(mil_writer *w, const char *name, const uint16_t *data, 
                         w->layer, name);
 }
 
-/* dst[cols][rows] = src[rows][cols], in tiles that stay in the cache. */
-static void transpose_to_half(uint16_t *dst, const float *src, int32_t rows, int32_t cols) {
-    const anepy_kernels *kernels = anepy_kernels_get();
-    float tile[TILE * TILE];
-    for (int32_t i = 0; i < rows; i += TILE) {
-        int32_t m = anepy_min_i32(TILE, rows - i);
-        for (int32_t j = 0; j < cols; j += TILE) {
-            int32_t n = anepy_min_i32(TILE, cols - j);
-            kernels->transpose_panel(tile, src + (int64_t)i * cols + j, cols, m, n);
-            for (int32_t p = 0; p < n; p++)
-                kernels->to_half(dst + (int64_t)(j + p) * rows + i, tile + p * TILE, m);
-        }
-    }
-}
-
-mil_tensor anepy_emit_baked_matrix(mil_writer *w, int32_t index, int transposed, int32_t first,
-                                   int32_t rows) {
-    anepy_program_matrix m;
-    anepy_program_weight(&m, w->program, w->model, w->layer, index);
-    int64_t offset = m.offset + (int64_t)first * m.cols, n = (int64_t)rows * m.cols;
+mil_tensor anepy_emit_baked_matrix(mil_writer *w, const anepy_program_matrix *m, int transposed,
+                                   int32_t first, int32_t rows) {
+    int64_t offset = anepy_program_offset(m) + (int64_t)first * m->cols,
+            n = (int64_t)rows * m->cols;
     uint16_t *fresh;
     mil_record *record =
-        find(w, (mil_key){transposed ? TRANSPOSED : MATRIX, offset, rows, m.cols}, n, &fresh);
+        find(w, (mil_key){transposed ? TRANSPOSED : MATRIX, offset, rows, m->cols}, n, &fresh);
     if (fresh != NULL) {
-        if (transposed) transpose_to_half(fresh, w->params + offset, rows, m.cols);
-        else anepy_kernels_get()->to_half(fresh, w->params + offset, n);
-        check_finite(w, m.name, fresh, n);
+        anepy_storage part = anepy_storage_rows(anepy_program_stored(m, w->params), first, rows);
+        anepy_weights_to_half(anepy_kernels_get(), fresh, part, transposed);
+        check_finite(w, m->name, fresh, n);
     }
-    return transposed ? declare(w, record, m.cols, rows, 1, 1, m.name)
-                      : declare(w, record, rows, m.cols, 1, 1, m.name);
+    return transposed ? declare(w, record, m->cols, rows, 1, 1, m->name)
+                      : declare(w, record, rows, m->cols, 1, 1, m->name);
 }
 
-mil_tensor anepy_emit_baked_norm(mil_writer *w, int32_t index, double factor) {
-    anepy_program_matrix m;
-    anepy_program_weight(&m, w->program, w->model, w->layer, index);
+mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m, double factor) {
     uint16_t *fresh;
-    mil_record *record = find(w, (mil_key){NORM, m.offset, 0, 0}, m.cols, &fresh);
+    mil_record *record = find(w, (mil_key){VECTOR, anepy_program_offset(m), 0, 0}, m->cols, &fresh);
     if (fresh != NULL) {
-        for (int32_t i = 0; i < m.cols; i++)
-            fresh[i] = anepy_to_half((float)(w->params[m.offset + i] * factor));
-        check_finite(w, m.name, fresh, m.cols);
+        const float *values = anepy_weights_vector(anepy_program_stored(m, w->params));
+        for (int32_t i = 0; i < m->cols; i++) fresh[i] = anepy_to_half((float)(values[i] * factor));
+        check_finite(w, m->name, fresh, m->cols);
     }
-    return declare(w, record, 1, m.cols, 1, 1, m.name);
+    return declare(w, record, 1, m->cols, 1, 1, m->name);
 }
 
 /* ------------------------------------------------------------------------------------ constants */

@@ -19,6 +19,13 @@ mil_tensor anepy_emit_pad_channels(mil_writer *w, mil_tensor x, int32_t n) {
     return anepy_emit_concat(w, both, 2, "padded");
 }
 
+/* Which weight of the program this tensor is. */
+static int32_t find(mil_writer *w, const anepy_tensor *tensor, anepy_program_matrix *m) {
+    int32_t index = anepy_program_find_weight(w->program, w->model, w->layer, tensor);
+    anepy_program_weight(m, w->program, w->model, w->layer, index);
+    return index;
+}
+
 /* One layout serves both directions: the transpose is a flag, and nothing is copied. */
 static mil_tensor live_linear(mil_writer *w, int32_t index, int transposed, mil_tensor x,
                               int32_t rows, const char *hint) {
@@ -33,13 +40,14 @@ static mil_tensor live_linear(mil_writer *w, int32_t index, int transposed, mil_
     return anepy_emit_slice(w, y, 0, rows, hint);
 }
 
-mil_tensor anepy_emit_linear(mil_writer *w, int32_t index, int transposed, mil_tensor x,
+mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_tensor x,
                              const char *hint) {
+    anepy_projection p = anepy_model_projection(w->model, w->layer, role);
     anepy_program_matrix m;
-    anepy_program_weight(&m, w->program, w->model, w->layer, index);
+    int32_t index = find(w, p.weight, &m);
     if (w->program->live)
         return live_linear(w, index, transposed, x, transposed ? m.cols : m.rows, hint);
-    return anepy_emit_conv(w, anepy_emit_baked_matrix(w, index, transposed, 0, m.rows), x, hint);
+    return anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, transposed, 0, m.rows), x, hint);
 }
 
 /* --------------------------------------------------------------------------------------- norms */
@@ -74,15 +82,17 @@ mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_invers
     return n;
 }
 
-mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t index) {
+mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role) {
     double factor = sqrt(w->model->config.dim) / 16;
-    if (!w->program->live) return anepy_emit_baked_norm(w, index, factor);
+    anepy_program_matrix m;
+    int32_t index = find(w, anepy_model_find(w->model, w->layer, role), &m);
+    if (!w->program->live) return anepy_emit_baked_vector(w, &m, factor);
     return anepy_emit_with_scalar(w, "mul", w->parameters[index], factor, "weight");
 }
 
-mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t index, mil_tensor x, const char *hint) {
+mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint) {
     mil_tensor unit = anepy_emit_normalize(w, x, 0).unit;
-    return anepy_emit_binary(w, "mul", unit, anepy_emit_norm_weight(w, index), hint);
+    return anepy_emit_binary(w, "mul", unit, anepy_emit_norm_weight(w, role), hint);
 }
 
 /* --------------------------------------------------------------------------------------- heads */

@@ -28,30 +28,31 @@ static mil_tensor input(mil_writer *w, int32_t tensor) {
 
 static void sdpa_fwd(mil_writer *w) {
     const anepy_config *c = &w->model->config;
-    mil_tensor xnorm = anepy_emit_rmsnorm(w, 0, input(w, SDPA_FWD_X), "xnorm");
-    mil_tensor q = anepy_emit_rope(w, anepy_emit_linear(w, 1, 0, xnorm, "q"), c->n_heads, 0, "q");
+    mil_tensor xnorm = anepy_emit_rmsnorm(w, ANEPY_ATTENTION_NORM, input(w, SDPA_FWD_X), "xnorm");
+    mil_tensor q =
+        anepy_emit_rope(w, anepy_emit_linear(w, ANEPY_WQ, 0, xnorm, "q"), c->n_heads, 0, "q");
     mil_tensor k =
-        anepy_emit_rope(w, anepy_emit_linear(w, 2, 0, xnorm, "k"), c->n_kv_heads, 0, "k");
-    mil_tensor v = anepy_emit_linear(w, 3, 0, xnorm, "v");
+        anepy_emit_rope(w, anepy_emit_linear(w, ANEPY_WK, 0, xnorm, "k"), c->n_kv_heads, 0, "k");
+    mil_tensor v = anepy_emit_linear(w, ANEPY_WV, 0, xnorm, "v");
     mil_tensor probs = anepy_emit_probabilities(w, q, k);
     mil_tensor attn = anepy_emit_gather_keys(w, anepy_emit_keys(w, v), probs, "attn");
-    mil_tensor out[] = {anepy_emit_linear(w, 4, 0, attn, "out"), q, k, v, attn, xnorm};
+    mil_tensor out[] = {anepy_emit_linear(w, ANEPY_WO, 0, attn, "out"), q, k, v, attn, xnorm};
     anepy_emit_concat(w, out, 6, "z_out");
 }
 
 static void ffn_fwd(mil_writer *w) {
-    mil_tensor xnorm = anepy_emit_rmsnorm(w, 0, input(w, FFN_FWD_X), "xnorm");
-    mil_tensor h1 = anepy_emit_linear(w, 1, 0, xnorm, "h1");
-    mil_tensor h3 = anepy_emit_linear(w, 2, 0, xnorm, "h3");
+    mil_tensor xnorm = anepy_emit_rmsnorm(w, ANEPY_FFN_NORM, input(w, FFN_FWD_X), "xnorm");
+    mil_tensor h1 = anepy_emit_linear(w, ANEPY_W1, 0, xnorm, "h1");
+    mil_tensor h3 = anepy_emit_linear(w, ANEPY_W3, 0, xnorm, "h3");
     mil_tensor gate = anepy_emit_binary(w, "mul", h1, anepy_emit_sigmoid(w, h1, "sigmoid"), "silu");
     gate = anepy_emit_binary(w, "mul", gate, h3, "gate");
-    mil_tensor out[] = {anepy_emit_linear(w, 3, 0, gate, "out"), h1, h3, gate, xnorm};
+    mil_tensor out[] = {anepy_emit_linear(w, ANEPY_W2, 0, gate, "out"), h1, h3, gate, xnorm};
     anepy_emit_concat(w, out, 5, "z_out");
 }
 
 static void ffn_bwd(mil_writer *w) {
     mil_tensor h1 = input(w, FFN_BWD_H1), h3 = input(w, FFN_BWD_H3);
-    mil_tensor dgate = anepy_emit_linear(w, 0, 1, input(w, FFN_BWD_DY), "dgate");
+    mil_tensor dgate = anepy_emit_linear(w, ANEPY_W2, 1, input(w, FFN_BWD_DY), "dgate");
     mil_tensor s = anepy_emit_sigmoid(w, h1, "sigmoid");
     mil_tensor t = anepy_emit_binary(w, "mul", dgate, s, "through");
     mil_tensor dh3 = anepy_emit_binary(w, "mul", t, h1, "dh3");
@@ -60,15 +61,15 @@ static void ffn_bwd(mil_writer *w) {
     slope = anepy_emit_with_scalar(w, "add", slope, 1.0, "slope");
     t = anepy_emit_binary(w, "mul", t, h3, "through");
     mil_tensor dh1 = anepy_emit_binary(w, "mul", t, slope, "dh1");
-    mil_tensor a = anepy_emit_linear(w, 1, 1, dh1, "dx1"),
-               b = anepy_emit_linear(w, 2, 1, dh3, "dx3");
+    mil_tensor a = anepy_emit_linear(w, ANEPY_W1, 1, dh1, "dx1"),
+               b = anepy_emit_linear(w, ANEPY_W3, 1, dh3, "dx3");
     mil_tensor out[] = {anepy_emit_binary(w, "add", a, b, "dx"), dh1, dh3};
     anepy_emit_concat(w, out, 3, "z_out");
 }
 
 static void sdpa_bwd1(mil_writer *w) {
     int32_t scores = w->model->config.n_heads * w->width;
-    mil_tensor dattn = anepy_emit_linear(w, 0, 1, input(w, SDPA_BWD1_DY), "dattn");
+    mil_tensor dattn = anepy_emit_linear(w, ANEPY_WO, 1, input(w, SDPA_BWD1_DY), "dattn");
     mil_queries rows = anepy_emit_queries(w, dattn);
     mil_tensor v = anepy_emit_keys(w, input(w, SDPA_BWD1_V));
     mil_tensor q = input(w, SDPA_BWD1_Q), k = input(w, SDPA_BWD1_K);
@@ -106,9 +107,9 @@ static void sdpa_bwd2(mil_writer *w) {
 }
 
 static void qkv_bwd(mil_writer *w) {
-    mil_tensor a = anepy_emit_linear(w, 0, 1, input(w, QKV_BWD_DQ), "dx");
-    mil_tensor b = anepy_emit_linear(w, 1, 1, input(w, QKV_BWD_DK), "dx");
-    mil_tensor c = anepy_emit_linear(w, 2, 1, input(w, QKV_BWD_DV), "dx");
+    mil_tensor a = anepy_emit_linear(w, ANEPY_WQ, 1, input(w, QKV_BWD_DQ), "dx");
+    mil_tensor b = anepy_emit_linear(w, ANEPY_WK, 1, input(w, QKV_BWD_DK), "dx");
+    mil_tensor c = anepy_emit_linear(w, ANEPY_WV, 1, input(w, QKV_BWD_DV), "dx");
     a = anepy_emit_binary(w, "add", a, b, "dx");
     anepy_emit_binary(w, "add", a, c, "z_out");
 }
@@ -117,7 +118,7 @@ static void qkv_bwd(mil_writer *w) {
  * sqrt(dim) turns the mean into a sum over 256 and cancels otherwise. */
 static void rmsnorm_bwd(mil_writer *w) {
     mil_normalized n = anepy_emit_normalize(w, input(w, RMSNORM_BWD_X), 1);
-    mil_tensor weight = anepy_emit_norm_weight(w, 0);
+    mil_tensor weight = anepy_emit_norm_weight(w, w->program->weights[0]);
     mil_tensor dn = anepy_emit_binary(w, "mul", input(w, RMSNORM_BWD_DY), weight, "dnorm");
     mil_tensor t = anepy_emit_binary(w, "mul", dn, n.unit, "along");
     t = anepy_emit_conv(w, anepy_emit_ones_column(w, 1.0 / 256), t, "along");
@@ -127,7 +128,7 @@ static void rmsnorm_bwd(mil_writer *w) {
 }
 
 static void final_rmsnorm(mil_writer *w) {
-    anepy_emit_rmsnorm(w, 0, input(w, FINAL_RMSNORM_X), "z_out");
+    anepy_emit_rmsnorm(w, ANEPY_FINAL_NORM, input(w, FINAL_RMSNORM_X), "z_out");
 }
 
 /* Tokens as [1, 128, groups, width]: token c * groups + g is channel c of group g. */
@@ -157,7 +158,7 @@ static void classifier_fwd(mil_writer *w) {
     mil_tensor x = input(w, CLASSIFIER_FWD_X);
     int32_t vocab = w->program->output_channels;
     if (!w->program->live || vocab <= CHUNK) {
-        anepy_emit_linear(w, 0, 0, x, "z_out");
+        anepy_emit_linear(w, ANEPY_CLASSIFIER, 0, x, "z_out");
         return;
     }
     mil_tensor out[CHUNKS];
@@ -179,16 +180,18 @@ static void classifier_fwd(mil_writer *w) {
 static void classifier_bwd(mil_writer *w) {
     int32_t vocab = w->program->input_channels, dim = w->model->config.dim, n = 0;
     if (vocab <= CHUNK) {
-        anepy_emit_linear(w, 0, 1, input(w, CLASSIFIER_BWD_DLOGITS), "z_out");
+        anepy_emit_linear(w, ANEPY_CLASSIFIER, 1, input(w, CLASSIFIER_BWD_DLOGITS), "z_out");
         return;
     }
     mil_tensor parts[CHUNKS];
+    anepy_program_matrix m;
+    anepy_program_weight(&m, w->program, w->model, w->layer, 0);
     for (int32_t first = 0; first < vocab; first += CHUNK) {
         int32_t rows = anepy_min_i32(CHUNK, vocab - first);
         mil_tensor dy = anepy_emit_slice(w, w->input, first, rows, "dlogits");
         if (!w->program->live) {
             parts[n++] =
-                anepy_emit_conv(w, anepy_emit_baked_matrix(w, 0, 1, first, rows), dy, "dx");
+                anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, 1, first, rows), dy, "dx");
             continue;
         }
         int32_t padded = anepy_min_i32(CHUNK, w->parameters[0].dims[1] - first);

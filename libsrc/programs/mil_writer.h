@@ -95,11 +95,12 @@ mil_tensor anepy_emit_declare_blob(mil_writer *w, const int32_t dims[4], uint64_
 
 /* -------------------------------------------------------------------------------- mil_baked.c */
 
-/* Weight `index` of the program as conv weight [rows, cols, 1, 1], or [cols, rows, 1, 1]
- * transposed; only rows [first, first + rows) of it. */
-mil_tensor anepy_emit_baked_matrix(mil_writer *w, int32_t index, int transposed, int32_t first,
-                                   int32_t rows);
-mil_tensor anepy_emit_baked_norm(mil_writer *w, int32_t index, double factor); /* [1, dim, 1, 1] */
+/* A weight of the program as conv weight [rows, cols, 1, 1], or [cols, rows, 1, 1] transposed; only
+ * rows [first, first + rows) of it. */
+mil_tensor anepy_emit_baked_matrix(mil_writer *w, const anepy_program_matrix *m, int transposed,
+                                   int32_t first, int32_t rows);
+mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m,
+                                   double factor); /* [1, cols, 1, 1] */
 mil_tensor anepy_emit_ones_column(mil_writer *w,
                                   double value); /* [1, dim, 1, 1]: a sum over channels */
 mil_tensor anepy_emit_ones_square(mil_writer *w,
@@ -117,8 +118,9 @@ mil_tensor anepy_emit_head_padding(mil_writer *w, int32_t heads, int32_t padded,
 
 /* ------------------------------------------------------------------------------- mil_blocks.c */
 
-/* A weight of the program times x (its transpose times x with transposed != 0), baked or live. */
-mil_tensor anepy_emit_linear(mil_writer *w, int32_t index, int transposed, mil_tensor x,
+/* The projection with this weight, ANEPY_WQ..., of x; with transposed != 0 the gradient of x from
+ * that of its result. */
+mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_tensor x,
                              const char *hint);
 
 /* Channels filled up with zeros to n. */
@@ -130,8 +132,8 @@ typedef struct {
     mil_tensor unit, inverse;
 } mil_normalized;
 mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_inverse);
-mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t index); /* times sqrt(dim) / 16 */
-mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t index, mil_tensor x, const char *hint);
+mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role); /* times sqrt(dim) / 16 */
+mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint);
 
 /* RoPE of [1, heads * head_dim, 1, width]; inverse rotates back. */
 mil_tensor anepy_emit_rope(mil_writer *w, mil_tensor x, int32_t heads, int inverse,

@@ -155,38 +155,34 @@ void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy
 
 void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
                           const anepy_model *model, int32_t layer, int32_t index) {
-    int32_t weight = program->weights[index], dim = model->config.dim;
-    *out = (anepy_program_matrix){.name = WEIGHT_NAMES[weight], .is_matrix = 1, .cols = dim};
+    int32_t role = program->weights[index];
+    const anepy_tensor *t = anepy_model_find(model, layer, role);
+    *out = (anepy_program_matrix){.name = WEIGHT_NAMES[role],
+                                  .tensor = t,
+                                  .rows = (int32_t)t->rows,
+                                  .cols = (int32_t)t->cols};
     snprintf(out->parameter, sizeof out->parameter, "w%d_%s", index % 10, out->name);
-    out->offset = weight == ANEPY_FINAL_NORM   ? anepy_model_final_norm(model)
-                  : weight == ANEPY_CLASSIFIER ? anepy_model_classifier(model)
-                                               : anepy_model_layer(model, layer, weight);
-    switch (weight) {
-    case ANEPY_ATTENTION_NORM:
-    case ANEPY_FFN_NORM:
-    case ANEPY_FINAL_NORM:
-        out->is_matrix = 0;
-        out->rows = 1;
-        out->channels = dim;
-        out->columns = program->width;
-        return;
-    case ANEPY_CLASSIFIER:
+    if (role == ANEPY_CLASSIFIER) {
+        out->first_row = program->first_row;
         out->rows = rows_of(program, model);
-        out->offset += (int64_t)program->first_row * dim;
-        break;
-    case ANEPY_WQ: out->rows = model->q_dim; break;
-    case ANEPY_WK:
-    case ANEPY_WV: out->rows = model->kv_dim; break;
-    case ANEPY_W1:
-    case ANEPY_W3: out->rows = model->config.hidden_dim; break;
-    case ANEPY_WO:
-        out->rows = dim;
-        out->cols = model->q_dim;
-        break;
-    default: /* ANEPY_W2 */ out->rows = dim; out->cols = model->config.hidden_dim;
     }
-    out->channels = (int32_t)anepy_round_up(out->rows, 32);
-    out->columns = (int32_t)anepy_round_up(out->cols, 32);
+    out->channels = t->is_matrix ? (int32_t)anepy_round_up(out->rows, 32) : out->cols;
+    out->columns = t->is_matrix ? (int32_t)anepy_round_up(out->cols, 32) : program->width;
+}
+
+int32_t anepy_program_find_weight(const anepy_program *program, const anepy_model *model,
+                                  int32_t layer, const anepy_tensor *tensor) {
+    for (int32_t i = 0; i < program->weight_n; i++)
+        if (anepy_model_find(model, layer, program->weights[i]) == tensor) return i;
+    return -1;
+}
+
+anepy_storage anepy_program_stored(const anepy_program_matrix *m, const float *arena) {
+    return anepy_storage_rows(anepy_stored(m->tensor, arena), m->first_row, m->rows);
+}
+
+int64_t anepy_program_offset(const anepy_program_matrix *m) {
+    return m->tensor->offset + (int64_t)m->first_row * m->cols;
 }
 
 const char *anepy_program_name(anepy_program_id id) { return TABLE[id].name; }

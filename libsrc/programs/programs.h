@@ -29,9 +29,6 @@ typedef enum {
     ANEPY_PROGRAM_N
 } anepy_program_id;
 
-/* Weights that belong to no layer, beside ANEPY_ATTENTION_NORM... of model.h. */
-enum { ANEPY_FINAL_NORM = ANEPY_LAYER_TENSORS, ANEPY_CLASSIFIER };
-
 #define ANEPY_PROGRAM_TENSORS 8
 #define ANEPY_PROGRAM_WEIGHTS 5
 
@@ -50,7 +47,7 @@ typedef struct {
     int32_t input_channels, output_channels; /* of the packed surfaces */
     anepy_program_tensor tensors[ANEPY_PROGRAM_TENSORS];
     int32_t weight_n;
-    int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* tensors of the layer, ANEPY_WQ..., or of none */
+    int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* roles of tensors, ANEPY_WQ... */
     int32_t width;                          /* columns it was described for */
     int32_t live;                           /* 1: weights are further inputs; 0: they are baked */
     int32_t part, parts; /* classifier programs: which slice of the vocabulary, of how many */
@@ -63,10 +60,9 @@ typedef struct {
 typedef struct {
     const char *name;   /* wq */
     char parameter[24]; /* w1_wq: names sort in program order, behind a_in */
-    int64_t offset;     /* of the first row used, in the arena */
-    int32_t is_matrix;
-    int32_t rows, cols;        /* in the arena; a norm is [1, dim] */
-    int32_t channels, columns; /* of its surface */
+    const anepy_tensor *tensor;
+    int32_t first_row, rows, cols; /* the part of it that is used; a norm is [1, dim] */
+    int32_t channels, columns;     /* of its surface */
 } anepy_program_matrix;
 
 /* Positions in tensors[], inputs before outputs. */
@@ -110,6 +106,14 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
 /* Weight `index` of a described program in a layer (ignored for those that belong to none). */
 void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
                           const anepy_model *model, int32_t layer, int32_t index);
+
+/* Which of them this tensor is; -1: none. */
+int32_t anepy_program_find_weight(const anepy_program *program, const anepy_model *model,
+                                  int32_t layer, const anepy_tensor *tensor);
+
+/* Where it is in an arena, and its first element there. */
+anepy_storage anepy_program_stored(const anepy_program_matrix *matrix, const float *arena);
+int64_t anepy_program_offset(const anepy_program_matrix *matrix);
 
 /* Token v belongs to group v % G of `softmax`, G = this: up to 128 tokens each. Probabilities over
  * a vocabulary of 32000 lie around 3e-5, where the engine flushes to zero; within a group they do

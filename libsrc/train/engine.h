@@ -168,6 +168,11 @@ struct anepy_engine {
     uint64_t memory_nbytes;
 };
 
+/* The weights of a layer, or of none, that steps compute with. */
+static inline anepy_storage anepy_weights(const anepy_engine *e, int32_t layer, int32_t role) {
+    return anepy_stored(anepy_model_find(e->model, layer, role), e->room->effective);
+}
+
 static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }
 
 /* Whether the device has this capability. */

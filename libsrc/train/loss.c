@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/weights.h"
+
 #define COLS ANEPY_COLUMNS
 #define CHUNK 512 /* vocabulary rows per piece: fixed, so that sums do not depend on threads */
 
@@ -88,17 +90,12 @@ double anepy_loss(anepy_engine *e, int gradient) {
 }
 
 void anepy_classifier(anepy_engine *e) {
-    int32_t dim = e->model->config.dim;
     anepy_product product = {.c = e->room->logits,
                              .ldc = e->room->width,
-                             .a = e->room->effective + anepy_model_classifier(e->model),
-                             .a_row = dim,
-                             .a_step = 1,
                              .b = e->room->xnorm,
                              .ldb = e->room->width,
-                             .m = e->model->config.vocab_size,
-                             .n = e->run.columns,
-                             .k = dim};
+                             .n = e->run.columns};
+    anepy_weights_factor(&product, anepy_weights(e, 0, ANEPY_CLASSIFIER), 0);
     anepy_gemm_run(&e->room->gemm, &product);
 }
 
@@ -164,14 +161,10 @@ static void round_gradient(void *context, int32_t index, int32_t worker) {
 
 static void backward_in_chunks(anepy_engine *e) {
     int32_t dim = e->model->config.dim, vocab = e->model->config.vocab_size;
-    int64_t matrix = anepy_model_classifier(e->model);
+    anepy_storage matrix = anepy_weights(e, 0, ANEPY_CLASSIFIER);
+    float *gradient = e->grads + anepy_model_classifier(e->model);
     anepy_gemm for_dw = e->room->gemm;
-    anepy_product dx = {.c = e->room->dxnorm,
-                        .ldc = e->room->width,
-                        .a_row = 1,
-                        .a_step = dim,
-                        .m = dim,
-                        .n = e->run.columns};
+    anepy_product dx = {.c = e->room->dxnorm, .ldc = e->room->width, .n = e->run.columns};
     anepy_product dw = {.ldc = dim,
                         .a16 = e->room->dlogits,
                         .a_row = e->room->width,
@@ -187,14 +180,12 @@ static void backward_in_chunks(anepy_engine *e) {
     anepy_gemm_pack(&for_dw, &dw);
     for (int32_t first = 0; first < vocab; first += ANEPY_CHUNK_ROWS) {
         chunk c = {e, first, anepy_min_i32(ANEPY_CHUNK_ROWS, vocab - first)};
-        int64_t at = matrix + (int64_t)first * dim;
         anepy_pool_run(e->pool, (c.rows + COLS - 1) / COLS * (e->run.columns / COLS),
                        round_gradient, &c);
-        dx.a = e->room->effective + at;
-        dx.k = c.rows;
+        anepy_weights_factor(&dx, anepy_storage_rows(matrix, first, c.rows), 1);
         dx.accumulate = first > 0;
         anepy_gemm_multiply(&e->room->gemm, &dx);
-        dw.c = e->grads + at;
+        dw.c = gradient + (int64_t)first * dim;
         dw.m = c.rows;
         dw.squares = e->squares.taking ? e->squares.rows + first : NULL;
         anepy_gemm_multiply(&for_dw, &dw);
@@ -202,21 +193,16 @@ static void backward_in_chunks(anepy_engine *e) {
 }
 
 void anepy_classifier_backward(anepy_engine *e) {
-    int32_t dim = e->model->config.dim;
     if (in_chunks(e)) {
         backward_in_chunks(e);
         return;
     }
     anepy_product product = {.c = e->room->dxnorm,
                              .ldc = e->room->width,
-                             .a = e->room->effective + anepy_model_classifier(e->model),
-                             .a_row = 1,
-                             .a_step = dim,
                              .b = e->room->logits,
                              .ldb = e->room->width,
-                             .m = dim,
-                             .n = e->run.columns,
-                             .k = e->model->config.vocab_size};
+                             .n = e->run.columns};
+    anepy_weights_factor(&product, anepy_weights(e, 0, ANEPY_CLASSIFIER), 1);
     anepy_gemm_run(&e->room->gemm, &product);
 }
 

@@ -205,33 +205,47 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     return ANEPY_OK;
 }
 
-static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t tensor,
-                               int32_t channels) {
-    anepy_operand o = {.channels = channels};
+/* Of each weight-gradient product: the role of the first weight, and how many follow it. */
+static const struct {
+    int32_t role, count;
+} DW[DW_N] = {
+    [DW_W2] = {ANEPY_W2, 1},
+    [DW_W13] = {ANEPY_W1, 2},
+    [DW_WO] = {ANEPY_WO, 1},
+    [DW_QKV] = {ANEPY_WQ, 3},
+};
+
+/* The product whose factors begin at these channels; how many they have is the projections' matter.
+ */
+static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy_operand dy,
+                      anepy_operand x) {
+    for (int32_t i = 0; i < DW[which].count; i++) {
+        anepy_projection p = anepy_model_projection(e->model, layer, DW[which].role + i);
+        dy.channels += p.out;
+        x.channels = p.in;
+    }
+    return (anepy_dw){
+        .dy = dy, .x = x, .gradient = anepy_model_layer(e->model, layer, DW[which].role)};
+}
+
+static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t tensor) {
+    anepy_operand o = {0};
     place_output(e, node, tensor, &o.source, &o.channel);
     return o;
 }
 
-/* The factors of the weight gradients. */
 static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
     const anepy_node *sdpa_fwd = layer->nodes[ANEPY_SDPA_FWD];
     const anepy_node *ffn_fwd = layer->nodes[ANEPY_FFN_FWD], *ffn_bwd = layer->nodes[ANEPY_FFN_BWD];
-    const anepy_model *m = e->model;
-    int32_t dim = m->config.dim, hidden = m->config.hidden_dim;
-    anepy_operand host_dy = {&layer->dy, 0, dim, NULL}, host_dx2 = {&layer->dx2, 0, dim, NULL};
-    layer->dw[DW_W2] = (anepy_dw){.dy = host_dy,
-                                  .x = output_of(e, ffn_fwd, FFN_FWD_GATE, hidden),
-                                  .gradient = anepy_model_layer(m, l, ANEPY_W2)};
-    layer->dw[DW_W13] = (anepy_dw){.dy = output_of(e, ffn_bwd, FFN_BWD_DH1, 2 * hidden),
-                                   .x = output_of(e, ffn_fwd, FFN_FWD_XNORM, dim),
-                                   .gradient = anepy_model_layer(m, l, ANEPY_W1)};
-    layer->dw[DW_WO] = (anepy_dw){.dy = host_dx2,
-                                  .x = output_of(e, sdpa_fwd, SDPA_FWD_ATTN, m->q_dim),
-                                  .gradient = anepy_model_layer(m, l, ANEPY_WO)};
+    layer->dw[DW_W2] = dw_of(e, l, DW_W2, (anepy_operand){.source = &layer->dy},
+                             output_of(e, ffn_fwd, FFN_FWD_GATE));
+    layer->dw[DW_W13] = dw_of(e, l, DW_W13, output_of(e, ffn_bwd, FFN_BWD_DH1),
+                              output_of(e, ffn_fwd, FFN_FWD_XNORM));
+    layer->dw[DW_WO] = dw_of(e, l, DW_WO, (anepy_operand){.source = &layer->dx2},
+                             output_of(e, sdpa_fwd, SDPA_FWD_ATTN));
     layer->dw[DW_QKV] =
-        (anepy_dw){.dy = {layer->nodes[ANEPY_QKV_BWD]->input, 0, m->q_dim + 2 * m->kv_dim, NULL},
-                   .x = output_of(e, sdpa_fwd, SDPA_FWD_XNORM, dim),
-                   .gradient = anepy_model_layer(m, l, ANEPY_WQ)};
+        dw_of(e, l, DW_QKV, (anepy_operand){.source = layer->nodes[ANEPY_QKV_BWD]->input},
+              output_of(e, sdpa_fwd, SDPA_FWD_XNORM));
 }
 
 /* Programs are described for one sequence. */

@@ -85,12 +85,8 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
             return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
         kernel->cpu = cpu;
         kernel->program = *program;
+        kernel->params = params;
         kernel->layer = instances[i].layer;
-        for (int32_t w = 0; w < program->weight_n; w++) {
-            anepy_program_matrix matrix;
-            anepy_program_weight(&matrix, program, device->options.model, instances[i].layer, w);
-            kernel->weights[w] = params + matrix.offset;
-        }
         if (program->id == ANEPY_SDPA_FWD) ANEPY_TRY(own_lse(cpu, kernel));
         out[i] = kernel;
     }

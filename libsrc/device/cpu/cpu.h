@@ -3,6 +3,7 @@
 #define ANEPY_DEVICE_CPU_H
 
 #include "device/device.h"
+#include "kernels/weights.h"
 
 typedef struct {
     anepy_device base;
@@ -25,12 +26,17 @@ typedef struct {
 struct anepy_kernel {
     anepy_cpu *cpu;
     anepy_program program;
-    float *tensors[ANEPY_PROGRAM_TENSORS];       /* first element of each bound range */
-    uint16_t *rounded[ANEPY_PROGRAM_TENSORS];    /* in their place, where the surface is bf16 */
-    const float *weights[ANEPY_PROGRAM_WEIGHTS]; /* in the parameter arena, in program order */
+    float *tensors[ANEPY_PROGRAM_TENSORS];    /* first element of each bound range */
+    uint16_t *rounded[ANEPY_PROGRAM_TENSORS]; /* in their place, where the surface is bf16 */
+    const float *params;                      /* the arena it was compiled for */
     int32_t layer;
     float *lse; /* of sdpa_fwd: [n_heads, width] */
 };
+
+/* The weights of its layer, or of none, for this. */
+static inline anepy_storage anepy_cpu_weights(const anepy_kernel *k, int32_t role) {
+    return anepy_stored(anepy_model_find(k->cpu->base.options.model, k->layer, role), k->params);
+}
 
 static inline float *anepy_cpu_scratch(const anepy_cpu *cpu, int32_t worker) {
     return cpu->scratch + worker * cpu->scratch_n;

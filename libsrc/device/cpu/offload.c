@@ -24,12 +24,11 @@ static void rmsnorm_bwd_panel(void *context, int32_t index, int32_t worker) {
     int64_t j = (int64_t)index * COLS;
     const float *dy = k->tensors[RMSNORM_BWD_DY] + j, *x = k->tensors[RMSNORM_BWD_X] + j;
     float *dx = k->tensors[RMSNORM_BWD_DX] + j, rstd[COLS], coef[COLS];
-    kernels_of(k)->rmsnorm_stats(rstd, coef, dy, x, k->weights[0], o->model->norm_eps, dim,
-                                 o->width);
+    const float *w = anepy_weights_vector(anepy_cpu_weights(k, k->program.weights[0]));
+    kernels_of(k)->rmsnorm_stats(rstd, coef, dy, x, w, o->model->norm_eps, dim, o->width);
     for (int32_t c = 0; c < dim; c++) {
         int64_t row = (int64_t)c * o->width;
-        kernels_of(k)->rmsnorm_row(dx + row, ZEROS, dy + row, x + row, rstd, coef, k->weights[0][c],
-                                   COLS);
+        kernels_of(k)->rmsnorm_row(dx + row, ZEROS, dy + row, x + row, rstd, coef, w[c], COLS);
     }
 }
 
@@ -43,9 +42,10 @@ static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
     const anepy_kernel *k = context;
     const anepy_device_options *o = &k->cpu->base.options;
     int64_t j = (int64_t)index * COLS;
+    const float *w = anepy_weights_vector(anepy_cpu_weights(k, ANEPY_FINAL_NORM));
     float rstd[COLS];
     kernels_of(k)->rmsnorm(k->tensors[FINAL_RMSNORM_XNORM] + j, o->width, rstd,
-                           k->tensors[FINAL_RMSNORM_X] + j, k->weights[0], o->model->norm_eps,
+                           k->tensors[FINAL_RMSNORM_X] + j, w, o->model->norm_eps,
                            o->model->config.dim, o->width);
 }
 
@@ -54,36 +54,33 @@ void anepy_cpu_final_rmsnorm(anepy_kernel *k, int32_t n, int32_t columns) {
     each_panel(k, columns, rmsnorm_panel);
 }
 
+/* Of the classifier: the rows of the program's part of the vocabulary. */
+static anepy_storage classifier_rows(const anepy_kernel *k, int32_t rows) {
+    return anepy_storage_rows(anepy_cpu_weights(k, ANEPY_CLASSIFIER), k->program.first_row, rows);
+}
+
 void anepy_cpu_classifier_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_device_options *o = &k->cpu->base.options;
-    int32_t dim = o->model->config.dim;
-    anepy_gemm_run(o->gemm, &(anepy_product){.c = k->tensors[CLASSIFIER_FWD_LOGITS],
-                                             .ldc = o->width,
-                                             .a = k->weights[0],
-                                             .a_row = dim,
-                                             .a_step = 1,
-                                             .b = k->tensors[CLASSIFIER_FWD_X],
-                                             .ldb = o->width,
-                                             .m = k->program.output_channels,
-                                             .n = columns,
-                                             .k = dim});
+    anepy_product product = {.c = k->tensors[CLASSIFIER_FWD_LOGITS],
+                             .ldc = o->width,
+                             .b = k->tensors[CLASSIFIER_FWD_X],
+                             .ldb = o->width,
+                             .n = columns};
+    anepy_weights_factor(&product, classifier_rows(k, k->program.output_channels), 0);
+    anepy_gemm_run(o->gemm, &product);
 }
 
 void anepy_cpu_classifier_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_device_options *o = &k->cpu->base.options;
-    int32_t dim = o->model->config.dim;
-    anepy_gemm_run(o->gemm, &(anepy_product){.c = k->tensors[CLASSIFIER_BWD_DX],
-                                             .ldc = o->width,
-                                             .a = k->weights[0],
-                                             .a_row = 1,
-                                             .a_step = dim,
-                                             .b = k->tensors[CLASSIFIER_BWD_DLOGITS],
-                                             .ldb = o->width,
-                                             .m = dim,
-                                             .n = columns,
-                                             .k = k->program.input_channels});
+    anepy_product product = {.c = k->tensors[CLASSIFIER_BWD_DX],
+                             .ldc = o->width,
+                             .b = k->tensors[CLASSIFIER_BWD_DLOGITS],
+                             .ldb = o->width,
+                             .n = columns};
+    anepy_weights_factor(&product, classifier_rows(k, k->program.input_channels), 1);
+    anepy_gemm_run(o->gemm, &product);
 }
 
 /* One group of tokens in one panel of columns; the rows of a group lie `groups` rows apart. */

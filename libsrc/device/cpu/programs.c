@@ -7,34 +7,39 @@
 
 /* ----------------------------------------------------------------------------- building blocks */
 
-/* A run of weights [rows[i], cols] whose outputs (or output gradients) are y[i], or y16[i] if those
- * are rounded. */
+/* Projections of one input, by the roles of their weights: y[i], or y16[i] if those are rounded,
+ * are their outputs, or gradients of these. */
 typedef struct {
-    const float *w[3];
+    int32_t roles[3];
     float *y[3];
     const uint16_t *y16[3];
-    int32_t rows[3];
     int32_t count;
     int32_t packed; /* the other factor is in the panels already */
 } projections;
 
-/* Merges neighbours that follow each other in both memories, so that one product covers them. */
-static void merge(projections *p, int32_t cols, int32_t width) {
+/* What one product covers. */
+typedef struct {
+    anepy_storage w;
+    float *y;
+    const uint16_t *y16;
+} run;
+
+static int follows(const run *r, const projections *p, int32_t i, int64_t width) {
+    int64_t behind = r->w.rows * width;
+    return r->y != NULL ? p->y[i] == r->y + behind : p->y16[i] == r->y16 + behind;
+}
+
+/* Neighbours that follow each other in both memories are one run. Returns how many there are. */
+static int32_t merge(const anepy_kernel *k, const projections *p, run runs[3]) {
     int32_t n = 0;
-    for (int32_t i = 1; i < p->count; i++) {
-        int64_t behind = (int64_t)p->rows[n] * width;
-        if (p->w[i] == p->w[n] + (int64_t)p->rows[n] * cols &&
-            (p->y[n] != NULL ? p->y[i] == p->y[n] + behind : p->y16[i] == p->y16[n] + behind)) {
-            p->rows[n] += p->rows[i];
-        } else {
-            n++;
-            p->w[n] = p->w[i];
-            p->y[n] = p->y[i];
-            p->y16[n] = p->y16[i];
-            p->rows[n] = p->rows[i];
-        }
+    for (int32_t i = 0; i < p->count; i++) {
+        anepy_storage w = anepy_cpu_weights(k, p->roles[i]);
+        if (n > 0 && follows(&runs[n - 1], p, i, k->cpu->base.options.width) &&
+            anepy_storage_extend(&runs[n - 1].w, w))
+            continue;
+        runs[n++] = (run){w, p->y[i], p->y16[i]};
     }
-    p->count = n + 1;
+    return n;
 }
 
 /* Does whoever computes and rounds a factor pack it for the product that sums over its k rows? */
@@ -48,47 +53,36 @@ static void multiply(const anepy_cpu *cpu, const anepy_product *product, int pac
     else anepy_gemm_run(gemm, product);
 }
 
-/* y[i] = w[i] . x; x, or x16 if it is rounded, is [cols, width]. */
-static void project(const anepy_cpu *cpu, projections p, const float *x, const uint16_t *x16,
-                    int32_t cols, int32_t columns) {
-    int32_t width = cpu->base.options.width;
-    merge(&p, cols, width);
-    for (int32_t i = 0; i < p.count; i++)
-        multiply(cpu,
-                 &(anepy_product){.c = p.y[i],
-                                  .ldc = width,
-                                  .a = p.w[i],
-                                  .a_row = cols,
-                                  .a_step = 1,
-                                  .b = x,
-                                  .b16 = x16,
-                                  .ldb = width,
-                                  .m = p.rows[i],
-                                  .n = columns,
-                                  .k = cols},
-                 p.packed);
+/* The projections of x, or of x16 if it is rounded. */
+static void project(const anepy_kernel *k, projections p, const float *x, const uint16_t *x16,
+                    int32_t columns) {
+    int32_t width = k->cpu->base.options.width;
+    run runs[3];
+    int32_t count = merge(k, &p, runs);
+    for (int32_t i = 0; i < count; i++) {
+        anepy_product product = {
+            .c = runs[i].y, .ldc = width, .b = x, .b16 = x16, .ldb = width, .n = columns};
+        anepy_weights_factor(&product, runs[i].w, 0);
+        multiply(k->cpu, &product, p.packed);
+    }
 }
 
-/* dx = sum_i w[i]^T . y[i]; dx is [cols, width]. */
-static void project_backward(const anepy_cpu *cpu, float *dx, projections p, int32_t cols,
-                             int32_t columns) {
-    int32_t width = cpu->base.options.width;
-    merge(&p, cols, width);
-    for (int32_t i = 0; i < p.count; i++)
-        multiply(cpu,
-                 &(anepy_product){.c = dx,
-                                  .ldc = width,
-                                  .a = p.w[i],
-                                  .a_row = 1,
-                                  .a_step = cols,
-                                  .b = p.y[i],
-                                  .b16 = p.y16[i],
-                                  .ldb = width,
-                                  .m = cols,
-                                  .n = columns,
-                                  .k = p.rows[i],
-                                  .accumulate = i > 0},
-                 p.packed);
+/* dx, the gradient of x: what the projections make of y, added up. */
+static void project_backward(const anepy_kernel *k, float *dx, projections p, int32_t columns) {
+    int32_t width = k->cpu->base.options.width;
+    run runs[3];
+    int32_t count = merge(k, &p, runs);
+    for (int32_t i = 0; i < count; i++) {
+        anepy_product product = {.c = dx,
+                                 .ldc = width,
+                                 .b = runs[i].y,
+                                 .b16 = runs[i].y16,
+                                 .ldb = width,
+                                 .n = columns,
+                                 .accumulate = i > 0};
+        anepy_weights_factor(&product, runs[i].w, 1);
+        multiply(k->cpu, &product, p.packed);
+    }
 }
 
 /* Operands of an element-wise loop over rows of [rows, width], n columns of each. An output is
@@ -125,9 +119,11 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
 }
 
 /* xnorm, or xnorm16 if it is rounded; returns whether it is packed as well. */
-static int normalize(const anepy_cpu *cpu, float *xnorm, uint16_t *xnorm16, const float *x,
-                     const float *weight, int32_t columns) {
+static int normalize(const anepy_kernel *k, float *xnorm, uint16_t *xnorm16, const float *x,
+                     int32_t role, int32_t columns) {
+    const anepy_cpu *cpu = k->cpu;
     int32_t dim = cpu->base.options.model->config.dim;
+    const float *weight = anepy_weights_vector(anepy_cpu_weights(k, role));
     elementwise e = {.cpu = cpu,
                      .out = {xnorm},
                      .rounded = {xnorm16},
@@ -186,43 +182,38 @@ static void run_rows(elementwise *e, anepy_loop_fn fn) {
 
 static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
-    const anepy_model *m = cpu->base.options.model;
-    int32_t dim = m->config.dim, q = m->q_dim, kv = m->kv_dim;
+    const anepy_config *c = &cpu->base.options.model->config;
     float **t = k->tensors;
-    int packed = normalize(cpu, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X],
-                           k->weights[0], columns);
-    project(cpu,
-            (projections){.w = {k->weights[1], k->weights[2], k->weights[3]},
+    int packed = normalize(k, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X],
+                           ANEPY_ATTENTION_NORM, columns);
+    project(k,
+            (projections){.roles = {ANEPY_WQ, ANEPY_WK, ANEPY_WV},
                           .y = {t[SDPA_FWD_Q], t[SDPA_FWD_K], t[SDPA_FWD_V]},
-                          .rows = {q, kv, kv},
                           .count = 3,
                           .packed = packed},
-            t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], dim, columns);
-    anepy_cpu_rope(cpu, t[SDPA_FWD_Q], m->config.n_heads, n, columns, 1.0f);
-    anepy_cpu_rope(cpu, t[SDPA_FWD_K], m->config.n_kv_heads, n, columns, 1.0f);
+            t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], columns);
+    anepy_cpu_rope(cpu, t[SDPA_FWD_Q], c->n_heads, n, columns, 1.0f);
+    anepy_cpu_rope(cpu, t[SDPA_FWD_K], c->n_kv_heads, n, columns, 1.0f);
     anepy_cpu_attention(k, n, columns);
-    project(cpu,
-            (projections){.w = {k->weights[4]}, .y = {t[SDPA_FWD_OUT]}, .rows = {dim}, .count = 1},
-            t[SDPA_FWD_ATTN], NULL, q, columns);
+    project(k, (projections){.roles = {ANEPY_WO}, .y = {t[SDPA_FWD_OUT]}, .count = 1},
+            t[SDPA_FWD_ATTN], NULL, columns);
 }
 
 static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_cpu *cpu = k->cpu;
-    const anepy_config *c = &cpu->base.options.model->config;
-    int32_t dim = c->dim, hidden = c->hidden_dim;
+    int32_t hidden = cpu->base.options.model->config.hidden_dim;
     float **t = k->tensors;
     uint16_t *gate16 = k->rounded[FFN_FWD_GATE];
     int gate_packed = packs(cpu, gate16, hidden);
-    int packed = normalize(cpu, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X],
-                           k->weights[0], columns);
-    project(cpu,
-            (projections){.w = {k->weights[1], k->weights[2]},
+    int packed = normalize(k, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X],
+                           ANEPY_FFN_NORM, columns);
+    project(k,
+            (projections){.roles = {ANEPY_W1, ANEPY_W3},
                           .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
-                          .rows = {hidden, hidden},
                           .count = 2,
                           .packed = packed},
-            t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], dim, columns);
+            t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_FWD_GATE]},
                      .rounded = {gate16},
@@ -231,20 +222,16 @@ static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
                      .rows = hidden,
                      .columns = columns};
     run_rows(&e, swiglu_rows);
-    project(cpu,
-            (projections){.w = {k->weights[3]},
-                          .y = {t[FFN_FWD_OUT]},
-                          .rows = {dim},
-                          .count = 1,
-                          .packed = gate_packed},
-            t[FFN_FWD_GATE], gate16, hidden, columns);
+    project(k,
+            (projections){
+                .roles = {ANEPY_W2}, .y = {t[FFN_FWD_OUT]}, .count = 1, .packed = gate_packed},
+            t[FFN_FWD_GATE], gate16, columns);
 }
 
 static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_cpu *cpu = k->cpu;
-    const anepy_config *c = &cpu->base.options.model->config;
-    int32_t dim = c->dim, hidden = c->hidden_dim;
+    int32_t hidden = cpu->base.options.model->config.hidden_dim;
     float **t = k->tensors;
     uint16_t *dh1 = k->rounded[FFN_BWD_DH1], *dh3 = k->rounded[FFN_BWD_DH3];
     /* Rows are packed in pairs, for one product of both gradients. */
@@ -252,10 +239,8 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
                  dh3 == dh1 + (int64_t)hidden * cpu->base.options.width;
     /* The gradient of gate goes where that of h1 will be, unless that is rounded. */
     float *dgate = dh1 != NULL ? cpu->dgate : t[FFN_BWD_DH1];
-    project_backward(
-        cpu, dgate,
-        (projections){.w = {k->weights[0]}, .y = {t[FFN_BWD_DY]}, .rows = {dim}, .count = 1},
-        hidden, columns);
+    project_backward(k, dgate, (projections){.roles = {ANEPY_W2}, .y = {t[FFN_BWD_DY]}, .count = 1},
+                     columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
                      .rounded = {dh1, dh3},
@@ -264,27 +249,22 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
                      .rows = hidden,
                      .columns = columns};
     run_rows(&e, swiglu_backward_rows);
-    project_backward(cpu, t[FFN_BWD_DX],
-                     (projections){.w = {k->weights[1], k->weights[2]},
+    project_backward(k, t[FFN_BWD_DX],
+                     (projections){.roles = {ANEPY_W1, ANEPY_W3},
                                    .y = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
                                    .y16 = {dh1, dh3},
-                                   .rows = {hidden, hidden},
                                    .count = 2,
                                    .packed = packed},
-                     dim, columns);
+                     columns);
 }
 
 static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
-    const anepy_cpu *cpu = k->cpu;
-    const anepy_model *m = cpu->base.options.model;
-    project_backward(cpu, cpu->dattn,
-                     (projections){.w = {k->weights[0]},
-                                   .y = {k->tensors[SDPA_BWD1_DY]},
-                                   .rows = {m->config.dim},
-                                   .count = 1},
-                     m->q_dim, columns);
-    k->cpu->bwd1 = k;
-    k->cpu->forward = cpu->forwards[k->layer];
+    anepy_cpu *cpu = k->cpu;
+    project_backward(
+        k, cpu->dattn,
+        (projections){.roles = {ANEPY_WO}, .y = {k->tensors[SDPA_BWD1_DY]}, .count = 1}, columns);
+    cpu->bwd1 = k;
+    cpu->forward = cpu->forwards[k->layer];
     if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
 }
 
@@ -299,14 +279,12 @@ static void sdpa_bwd2(anepy_kernel *k, int32_t n, int32_t columns) {
 
 static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     (void)n;
-    const anepy_model *m = k->cpu->base.options.model;
     float **t = k->tensors;
-    project_backward(k->cpu, t[QKV_BWD_DX],
-                     (projections){.w = {k->weights[0], k->weights[1], k->weights[2]},
+    project_backward(k, t[QKV_BWD_DX],
+                     (projections){.roles = {ANEPY_WQ, ANEPY_WK, ANEPY_WV},
                                    .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]},
-                                   .rows = {m->q_dim, m->kv_dim, m->kv_dim},
                                    .count = 3},
-                     m->config.dim, columns);
+                     columns);
 }
 
 static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_kernel *, int32_t n, int32_t columns) = {

@@ -23,7 +23,6 @@ import pytest
 import anepy
 from anepy.native import build, find
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 HOME = str(Path(anepy.__file__).resolve().parents[1])
 
 WATCHED_IMPORT = """
@@ -122,7 +121,7 @@ def test_every_error_is_exported() -> None:
 
 
 def test_release_record_is_complete_and_of_this_version() -> None:
-    record = json.loads((CHECKOUT / "anepy" / "native" / "release.json").read_text("utf-8"))
+    record = json.loads((needs.CHECKOUT / "anepy" / "native" / "release.json").read_text("utf-8"))
     assert record["version"] == anepy.__version__
     assert set(record) == {"version", "sources", "base_url", "files"}
     if record["files"]:
@@ -140,9 +139,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     needs.module("hatchling")
     root = tmp_path_factory.mktemp("checkout")
     for name in ("anepy", "libsrc", "tests"):
-        shutil.copytree(CHECKOUT / name, root / name)
+        shutil.copytree(needs.CHECKOUT / name, root / name)
     for name in ("build_lib.sh", "pyproject.toml", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(CHECKOUT / name, root / name)
+        shutil.copy(needs.CHECKOUT / name, root / name)
     for name in ("anepy/_lib/linux-x86_64-glibc/libanepy.so", "anepy/__pycache__/x.pyc"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("litter")

@@ -15,7 +15,7 @@ import import_rooms
 import needs
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = needs.CHECKOUT
 
 
 def run(*command: str) -> None:

@@ -2,8 +2,8 @@
 
 run.c rescans the whole sequence for every merge. Here the text is first cut wherever no vocabulary
 entry could ever span the cut, and each piece is merged with a linked list and a heap ordered by
-(score, position), which picks the same pairs in the same order (tests/test_tokenizer.py keeps the
-rescanning form and compares).
+(score, position), which picks the same pairs in the same order (tests/text/test_tokenizer.py keeps
+the rescanning form and compares).
 
 Entries are compared as whole byte strings. Where a file repeats an entry the lowest id wins; run.c
 leaves that case to its sort. Zero bytes in a text are encoded like any byte; a C string ends there.

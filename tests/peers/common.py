@@ -20,7 +20,7 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parents[1]
 # At the end, so that an installed anepy is preferred to the checkout around this file.
-sys.path += [str(TESTS), str(TESTS.parent)]
+sys.path += [str(TESTS), str(TESTS / "helpers"), str(TESTS.parent)]
 
 import tolerances  # noqa: E402, F401 (for the other scripts: here the path is known)
 

@@ -11,8 +11,8 @@ those programs can be tested alone.
 Sources: Llama 2 (arXiv 2307.09288), RMSNorm (1910.07467), RoPE (2104.09864), SwiGLU (2002.05202),
 grouped queries (2305.13245), attention (1706.03762), Qwen2's biases (2407.10671), Qwen3's norms of
 q and k (2505.09388), linear RoPE scaling (2306.15595); Llama 3.1's RoPE scaling is that of Meta's
-llama-models. The gradients are derived here from those definitions; `tests/test_reference.py`
-checks each by finite differences.
+llama-models. The gradients are derived here from those definitions; `test_reference.py` checks each
+by finite differences.
 """
 
 from __future__ import annotations

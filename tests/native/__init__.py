@@ -1,1 +1,0 @@
-"""The native checks, and what compiles them for `test_kernels.py`."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparing.config import CompareConfig, compare_help
+from ..comparing.config import CompareConfig
 from ..errors import ConfigError
+from ..training.settings import setting_help
 from .common import EXIT_FAILURE, distinct, guarded
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 _STDOUT = Path("-")
 
 
-def _option(name: str, **more: Any) -> Any:
-    return typer.Option(help=compare_help(name), show_default=False, **more)
+def _option(name: str, *spellings: str) -> Any:
+    text = setting_help(CompareConfig, name)
+    return typer.Option(*spellings, help=text, show_default=False)
 
 
 @guarded
@@ -51,14 +53,25 @@ def compare(
     rounds: Annotated[int | None, _option("rounds")] = None,
     steps: Annotated[int | None, _option("steps")] = None,
     warmup: Annotated[int | None, _option("warmup")] = None,
-    accum: Annotated[int | None, _option("accum")] = None,
     seq: Annotated[int | None, _option("seq")] = None,
+    batch: Annotated[int | None, _option("batch")] = None,
+    accum: Annotated[int | None, _option("accum")] = None,
     lr: Annotated[float | None, _option("lr")] = None,
+    schedule: Annotated[str | None, _option("schedule")] = None,
+    lr_warmup: Annotated[int | None, _option("lr_warmup")] = None,
+    min_lr_ratio: Annotated[float | None, _option("min_lr_ratio")] = None,
+    beta1: Annotated[float | None, _option("beta1")] = None,
+    beta2: Annotated[float | None, _option("beta2")] = None,
+    eps: Annotated[float | None, _option("eps")] = None,
+    weight_decay: Annotated[float | None, _option("weight_decay")] = None,
+    grad_clip: Annotated[float | None, _option("grad_clip")] = None,
     seed: Annotated[int | None, _option("seed")] = None,
     device: Annotated[str | None, _option("device")] = None,
     precision: Annotated[str | None, _option("precision")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
-    ablate: Annotated[bool, typer.Option("--ablate", help=compare_help("ablate"))] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help=setting_help(CompareConfig, "ablate"))
+    ] = False,
     load: Annotated[
         bool,
         typer.Option("--load", help="Measure nothing: compare these files of --json instead."),

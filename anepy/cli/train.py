@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..training.config import TrainConfig, setting_help
+from ..training.config import TrainConfig
+from ..training.settings import setting_help
 from .common import guarded, one_of
 from .plan import BARE_RESUME, Request
 
@@ -31,8 +32,9 @@ class TrainCommand(TyperCommand):
         return parsed
 
 
-def _option(name: str, *spellings: str, **more: Any) -> Any:
-    return typer.Option(*spellings, help=setting_help(name), show_default=False, **more)
+def _option(name: str, *spellings: str) -> Any:
+    text = setting_help(TrainConfig, name)
+    return typer.Option(*spellings, help=text, show_default=False)
 
 
 @guarded

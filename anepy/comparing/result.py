@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.stats import PART, PHASES
+from .config import CompareConfig
 from .estimates import (
     LOSS_TOLERANCE,
     LOSS_WINDOW,
@@ -25,6 +26,12 @@ from .estimates import (
     paired_ratio,
     spread,
     unpaired_ratio,
+)
+
+# Settings that change what is computed; where and how fast is told by the others.
+_MATHEMATICAL = sorted(
+    set(CompareConfig.__dataclass_fields__)
+    - {"rounds", "seq", "device", "precision", "threads", "ablate"}
 )
 
 
@@ -187,6 +194,15 @@ class Comparison:
     def _by_round(self, label: str, what: str) -> list[float]:
         return [ms for run in self.runs(label) for ms in run.by_round(what)]
 
+    def setting(self, name: str) -> Any:
+        """Return a setting; its default where the file is of a time that did not have it."""
+        return self.settings.get(name, getattr(CompareConfig, name))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return int(self.setting("batch") * self.engine["seq"])
+
     def tolerance(self) -> float:
         """Return how far loss curves may be apart in this precision."""
         return LOSS_TOLERANCE[self.engine["precision"]]
@@ -194,7 +210,7 @@ class Comparison:
     def summary(self, label: str) -> Measured:
         """Return what the samples of a label say: of the first group, if it was in several."""
         run = next(iter(self.runs(label)), None)
-        return Measured.of(run or Run(label, label), self.peak, self.engine["seq"])
+        return Measured.of(run or Run(label, label), self.peak, self.tokens)
 
     def failures(self) -> Iterator[Run]:
         """Yield the runs that ended early."""
@@ -246,8 +262,14 @@ class Measured:
     rounds: int
 
     @classmethod
-    def of(cls, run: Run, peak: Mapping[str, Any] | None, seq: int) -> Measured:
-        """Sum up the samples of a run."""
+    def of(cls, run: Run, peak: Mapping[str, Any] | None, tokens: int) -> Measured:
+        """Sum up the samples of a run.
+
+        Args:
+            run: the samples.
+            peak: what utilization refers to, if anything.
+            tokens: of a step.
+        """
         column = run.timed
         phases = [(phase.title, spread(column(phase.field))) for phase in PHASES]
         step_ms = column("step_ms")
@@ -280,7 +302,7 @@ class Measured:
             compile=spread(compiles) if any(compiles) else None,
             update_share=math.fsum(updates) / count,
             compile_share=math.fsum(compiles) / count,
-            tokens_per_s=seq / per_step.median * 1e3 if per_step else None,
+            tokens_per_s=tokens / per_step.median * 1e3 if per_step else None,
             tflops=tflops,
             utilization=utilization,
             allocations=int(max(allocations)) if allocations else None,
@@ -331,15 +353,18 @@ def same_load(a: Comparison, b: Comparison) -> bool:
     return (
         a.model["shape"] == b.model["shape"]
         and a.engine["seq"] == b.engine["seq"]
-        and all(a.settings[key] == b.settings[key] for key in ("steps", "accum"))
+        and all(a.setting(key) == b.setting(key) for key in ("steps", "batch", "accum"))
     )
 
 
 def same_work(a: Comparison, b: Comparison) -> bool:
     """Say whether two comparisons trained the same model on the same data in the same way."""
+    # A schedule ends with the last round.
+    ends = a.setting("schedule") == "constant" or a.setting("rounds") == b.setting("rounds")
     return (
         same_load(a, b)
-        and all(a.settings[key] == b.settings[key] for key in ("warmup", "lr", "seed"))
+        and ends
+        and all(a.setting(key) == b.setting(key) for key in _MATHEMATICAL)
         and a.model == b.model
         and a.data == b.data
     )

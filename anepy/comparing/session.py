@@ -297,13 +297,12 @@ class _Session:
             ConfigError: fewer than two.
         """
         config = self._config
-        updates = -(-config.warmup // config.accum)
-        updates += config.rounds * -(-config.steps // config.accum)
-        need = compiles * (1 + updates)
+        need = compiles * (1 + config.updates)
         if budget < 2 * need:
             raise ConfigError(
                 f"a process may compile {budget} programs on this device, two variants need up to "
-                f"{2 * need} for {updates} updates: lower --rounds or --steps, or raise --accum"
+                f"{2 * need} for {config.updates} updates: lower --rounds or --steps, or raise "
+                "--accum"
             )
         return budget // need if need else budget
 

@@ -7,7 +7,6 @@ Where a process may compile only so many programs, every group of variants gets 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import subprocess
 import sys
@@ -18,16 +17,19 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 from ..engine.engine import Engine
-from ..errors import AnepyError, DivergedError
+from ..errors import AnepyError
 from ..models.model import Model
 from ..text.data import Sampler, TokenData
+from ..training.loop import Loop
 from .config import CompareConfig
 from .result import Group, Run
 
 # After its last task a thread pool spins for a few ms; the next engine must not pay for that.
 _SETTLE_S = 0.02
-# How often a process of its own is asked to stop, if it is to.
+# Seconds between two looks at whether to stop a process of its own.
 _ASK_S = 0.2
 
 # Told the number of a round, 0 for the warm-up, and whose turn it is.
@@ -58,15 +60,24 @@ class Contestant:
     def __init__(self, run: Run, job: Job) -> None:
         config = job.config
         self.run = run
-        self._accum, self._lr = config.accum, config.lr
-        self._sampler = Sampler(job.data, job.seq, config.seed)
         model = Model(job.base.config)
         model.arena[...] = job.base.arena
         self.engine = Engine(
             model, run.variant, config.device, config.precision, job.seq, config.threads
         )
+        self._loop = Loop(self.engine, Sampler(job.data, job.seq, config.seed), config)
         run.switches = list(self.engine.switches)
-        run.memory = 4 * model.arena.nbytes + self.engine.memory
+        try:
+            if config.batch > 1 and self.engine.device == "cpu":
+                # Sequences run side by side: the first step makes room for them. It is undone, so
+                # that turns begin with the memory they need and with the weights they were given.
+                batch = np.zeros((config.batch, job.seq), np.int32)
+                self.engine.step(batch, batch)
+                self.engine.restore(accumulated=0, updates=0)
+            run.memory = 4 * model.arena.nbytes + self.engine.memory
+        except BaseException:
+            self.engine.close()
+            raise
 
     def turn(self, number: int, steps: int, stop: Callable[[], bool]) -> bool:
         """Make steps, the last of them followed by an update; False if stopped before.
@@ -74,34 +85,18 @@ class Contestant:
         Raises:
             DivergedError: a loss or gradient is not finite.
         """
-        engine, run = self.engine, self.run
         for index in range(steps):
-            tokens, targets = self._sampler.next()
-            began = time.perf_counter()
-            stats = engine.step(tokens, targets)
-            wall_ms = (time.perf_counter() - began) * 1e3
-            _append(run.steps, round=number, wall_ms=wall_ms, **_numbers(stats))
-            # Half precision skips a step and lowers its scale; without one nothing would improve.
-            hopeless = stats.skipped and stats.loss_scale == 1
-            self._check("loss", math.isfinite(stats.loss) and not hopeless)
+            stats, wall_ms = self._loop.step()
+            _append(self.run.steps, round=number, wall_ms=wall_ms, **_numbers(stats))
             last = index == steps - 1
-            if engine.accumulated and (last or engine.accumulated >= self._accum):
-                self._update(number)
+            if (update := self._loop.update(last)) is not None:
+                stats_of_update, wall_ms = update
+                _append(
+                    self.run.updates, round=number, wall_ms=wall_ms, **_numbers(stats_of_update)
+                )
             if not last and stop():
                 return False
         return True
-
-    def _update(self, number: int) -> None:
-        began = time.perf_counter()
-        stats = self.engine.update(lr=self._lr)
-        wall_ms = (time.perf_counter() - began) * 1e3
-        self._check("gradient", not stats.skipped)
-        _append(self.run.updates, round=number, wall_ms=wall_ms, **_numbers(stats))
-
-    def _check(self, what: str, finite: bool) -> None:
-        if not finite:
-            step = len(self.run.steps["loss"])
-            raise DivergedError(f"step {step}: the {what} is not finite: lower the learning rate")
 
 
 def _numbers(stats: Any) -> dict[str, float]:
@@ -115,7 +110,7 @@ def _append(table: dict[str, list[float]], **values: float) -> None:
 
 @contextlib.contextmanager
 def _kept(run: Run) -> Iterator[None]:
-    """Keep in a run why it failed; the others go on."""
+    """Note in a run why it failed, so that the other runs can go on."""
     try:
         yield
     except AnepyError as error:
@@ -177,7 +172,10 @@ def take_turns(
 
 
 def take_turns_apart(group: Group, job: Job, tell: Tell, stop: Stop) -> bool:
-    """Do the same in a process of its own; one that dies leaves its reason in the runs."""
+    """Let the runs of a group take turns in a new process, as `take_turns` does in this one.
+
+    Arguments and result are those of `take_turns`. If the process dies, each run says so.
+    """
     ours, theirs = Pipe()
     with ours:
         with theirs:
@@ -216,15 +214,15 @@ def take_turns_apart(group: Group, job: Job, tell: Tell, stop: Stop) -> bool:
 
 
 def _main(descriptor: int) -> None:
-    """Take turns as the parent says, and tell it."""
-    # A parent that has gone wants nothing any more.
+    """Take turns in a process of its own: `descriptor` is the pipe to the one that started it."""
+    # A parent that has gone needs no answer.
     with Connection(descriptor) as parent, contextlib.suppress(ConnectionError):
         group, job = parent.recv()
 
         def tell(round_: int, label: str) -> None:
             parent.send(("turn", round_, label))
 
-        # Anything the parent sends now, and its end, means stop.
+        # Whatever the parent sends from now on, or its end, means stop.
         complete = take_turns(group, job, tell, parent.poll)
         parent.send(("end", group, complete))
 

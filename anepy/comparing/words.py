@@ -218,8 +218,8 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("engine", engine_text(engine)),
         (
             "turns",
-            f"{settings['rounds']} rounds of {settings['steps']} steps of {engine['seq']} tokens, "
-            f"an update every {settings['accum']} and at the end of a turn",
+            f"{settings['rounds']} rounds of {settings['steps']} steps{_batch(comparison)} of "
+            f"{engine['seq']} tokens, an update every {settings['accum']} and at the end of a turn",
         ),
         ("machine", f"{machine['processor']}, {machine['cpus']} CPUs{size}, {machine['system']}"),
         ("library", f"{comparison.library['build_id']}, anepy {comparison.anepy}"),
@@ -295,9 +295,15 @@ def differences(named: Sequence[tuple[str, Comparison]]) -> list[str]:
 def _load(comparison: Comparison) -> str:
     settings = comparison.settings
     return (
-        f"{comparison.engine['seq']} tokens, turns of {settings['steps']}, updates every "
+        f"{comparison.engine['seq']} tokens, turns of {settings['steps']} steps"
+        f"{_batch(comparison)}, updates every "
         f"{settings['accum']}"
     )
+
+
+def _batch(comparison: Comparison) -> str:
+    count = comparison.setting("batch")
+    return "" if count == 1 else f" of {count} sequences"
 
 
 def _place(comparison: Comparison) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,12 +20,12 @@ import numpy.typing as npt
 from .._version import __version__
 from ..engine.engine import Engine
 from ..engine.flops import flops_per_step
-from ..engine.stats import UpdateStats
-from ..errors import CheckpointError, ClosedError, ConfigError, DivergedError, NativeError
+from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.model import Model, sequence_length
 from ..text.data import Sampler, TokenData, windows
 from . import checkpoint
 from .config import TrainConfig
+from .loop import Loop
 from .reports import Measurements, StepReport, Summary
 
 # Settings that change what is computed, so a resume that changes them is worth a note.
@@ -111,7 +110,7 @@ class Trainer:
             self._held_out_windows = list(
                 windows(self.held_out, self.seq, self.config.eval_windows)
             )
-        self._sampler = Sampler(self.data, self.seq, self.config.seed)
+        sampler = Sampler(self.data, self.seq, self.config.seed)
         self._engine: Engine | None = Engine(
             model,
             variant=self.config.engine_variant,
@@ -124,7 +123,7 @@ class Trainer:
         self._in_block = False
         self._counts = 0, 0  # updates and compilations when it was closed
         self.notes: list[str] = []
-        self._step = 0
+        self._loop = Loop(self._engine, sampler, self.config)
         self._unevaluated: StepReport | None = None
         self._tokens = self.config.batch * self.seq
         self._flops = flops_per_step(model.config, self.seq, self.config.batch)["total"]
@@ -135,7 +134,7 @@ class Trainer:
             except BaseException:
                 self.close()
                 raise
-        self.start_step = self._step
+        self.start_step = self._loop.steps
 
     # The engine and what is derived from it
 
@@ -148,7 +147,7 @@ class Trainer:
         """
         if self._engine is not None:
             return self._engine
-        if self._step < self.config.steps:
+        if self._loop.steps < self.config.steps:
             raise ClosedError("this Trainer is closed: make another one")
         raise ClosedError(
             f"this Trainer has made its {self.config.steps} steps and closed its engine: iterate "
@@ -158,7 +157,7 @@ class Trainer:
     @property
     def steps_done(self) -> int:
         """Return the number of steps done since the very first one."""
-        return self._step
+        return self._loop.steps
 
     @property
     def losses(self) -> Sequence[float]:
@@ -191,7 +190,7 @@ class Trainer:
         _ = self.engine
         if self.held_out is not None and self._measured.sums.held_out_before is None:
             self._measured.sums.held_out_before = self.evaluate()
-        while self._step < self.config.steps or self._unevaluated is not None:
+        while self._loop.steps < self.config.steps or self._unevaluated is not None:
             yield self.run_step()
         if not self._in_block:
             self.close()
@@ -204,34 +203,20 @@ class Trainer:
             CompileBudgetError, NativeError: there are no programs for the weights; the step was
                 not begun.
         """
-        engine, config, measured = self.engine, self.config, self._measured
+        engine, config, loop, measured = self.engine, self.config, self._loop, self._measured
         measured.start()
         if self._unevaluated is not None:
             return self._evaluated(self._unevaluated)
-        position = self._sampler.state()
-        windows = [self._sampler.next() for _ in range(config.batch)]
-        tokens, targets = (np.stack(each) for each in zip(*windows, strict=True))
-        began = time.perf_counter()
-        try:
-            stats = engine.step(tokens, targets)
-        except NativeError:
-            self._sampler.restore(position)
-            raise
-        step_ms = (time.perf_counter() - began) * 1e3
-        step = self._step + 1
-        # Half precision skips a step and lowers its scale; without a scale nothing would improve.
-        hopeless = stats.skipped and stats.loss_scale == 1
-        if hopeless or not math.isfinite(stats.loss):
-            what = "loss" if not math.isfinite(stats.loss) else "gradient"
-            raise self._diverged(step, what)
-        self._step = step
-        lr = config.learning_rate(engine.updates)
-        last = step >= config.steps
-        updated = engine.accumulated >= config.accum or (last and engine.accumulated > 0)
-        update = self._update(lr, step) if updated else None
+        stats, step_ms = loop.step()
+        lr = loop.learning_rate()
+        last = loop.steps >= config.steps
+        updated = loop.update(last)
+        update = updated[0] if updated is not None else None
         measured.add_step(step_ms, stats)
+        if update is not None:
+            measured.add_update(update)
         report = StepReport(
-            step=step,
+            step=loop.steps,
             total=config.steps,
             stats=stats,
             lr=lr,
@@ -244,7 +229,7 @@ class Trainer:
             compiles=measured.sums.compiles + engine.compiles,
             held_out_loss=None,
         )
-        due = last or (config.eval_every and step % config.eval_every == 0)
+        due = last or (config.eval_every and loop.steps % config.eval_every == 0)
         if self.held_out is not None and due:
             return self._evaluated(report)
         measured.stop()
@@ -272,32 +257,11 @@ class Trainer:
         )
         return total / sum(len(tokens) for tokens, _ in self._held_out_windows)
 
-    def _update(self, lr: float, step: int) -> UpdateStats:
-        config = self.config
-        stats = self.engine.update(
-            lr=lr,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
-        )
-        if stats.skipped:
-            raise self._diverged(step, "gradient")
-        self._measured.add_update(stats)
-        return stats
-
-    def _diverged(self, step: int, what: str) -> DivergedError:
-        return DivergedError(
-            f"step {step}: the {what} is not finite; the weights are as after update "
-            f"{self.engine.updates}: lower the learning rate or set grad_clip"
-        )
-
     def summary(self) -> Summary:
         """Return what this object has done and measured so far; also after it was closed."""
         engine = self._engine
         counts = self._counts if engine is None else (engine.updates, engine.compiles)
-        return self._measured.summary(self._step, self.config.steps, *counts)
+        return self._measured.summary(self._loop.steps, self.config.steps, *counts)
 
     # Checkpoints
 
@@ -327,10 +291,10 @@ class Trainer:
             run["measured"] = self._measured.state(engine.compiles)
         meta = checkpoint.Meta(
             config=asdict(self.model.config),
-            step=self._step,
+            step=self._loop.steps,
             updates=engine.updates,
             accumulated=engine.accumulated,
-            sampler=self._sampler.state(),
+            sampler=self._loop.sampler.state(),
             settings=asdict(self.config) | {"seq": self.seq},
             source=self.source,
             engine=self.engine_settings(),
@@ -363,7 +327,7 @@ class Trainer:
                 f"{path} is at step {meta.step} already, steps is {self.config.steps}: raise steps"
             )
         # Before the arrays: a sampler state that does not fit must leave the weights alone.
-        self._sampler.restore(meta.sampler)
+        self._loop.sampler.restore(meta.sampler)
         engine = self.engine
         checkpoint.load(
             path,
@@ -374,7 +338,7 @@ class Trainer:
             engine.gradients,
         )
         engine.restore(meta.accumulated, meta.updates, **meta.scaling)
-        self._step = meta.step
+        self._loop.steps = meta.step
         self._measured = Measurements(self._tokens, self._flops, meta.losses)
         try:
             if "report" in meta.run:

@@ -22,6 +22,8 @@ from anepy.errors import ConfigError, DataError, ModelError, NativeError
 from anepy.models.model import Model
 from anepy.system import machine
 from anepy.text.data import Sampler, TokenData
+from anepy.training.config import TrainConfig
+from anepy.training.trainer import Trainer
 
 SMALL = CompareConfig(rounds=3, steps=2, warmup=1, accum=2, seq=16, device="cpu", precision="fp32")
 DATA = TokenData.from_array(np.random.default_rng(5).integers(0, GQA.vocab_size, 500))
@@ -82,6 +84,30 @@ def test_samples_are_those_of_an_engine_on_its_own(warmup: int) -> None:
         assert run.steps["round"] == [-1.0] * warmup + [0, 0, 1, 1, 2, 2]
         assert run.rounds == 3 and len(run.timed("step_ms")) == 6
         assert len(run.timed_updates("wall_ms")) == 3
+
+
+def test_compare_measures_what_train_does() -> None:
+    """The same losses as a training with the same settings: batch, schedule, AdamW and all."""
+    settings: dict[str, Any] = {
+        "batch": 3, "accum": 2, "seq": 16, "lr": 1e-2, "schedule": "cosine", "min_lr_ratio": 0.2,
+        "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1, "grad_clip": 0.5, "seed": 4,
+        "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
+    config = CompareConfig(rounds=3, steps=4, warmup=4, lr_warmup=3, **settings)
+    result = compare(["baseline", "opt"], make_model(), DATA, config)
+    for label in ("baseline", "opt"):
+        (run,) = result.runs(label)
+        train = TrainConfig(steps=16, warmup=3, variant=label, **settings)
+        with Trainer(make_model(), DATA, train) as trainer:
+            reports = list(trainer)
+            memory = trainer.engine.memory
+        assert run.steps["loss"] == [report.loss for report in reports]
+        norms = [report.update.grad_norm for report in reports if report.update]
+        assert run.updates["grad_norm"] == norms and len(norms) == config.updates == 8
+        assert run.memory == 4 * make_model().arena.nbytes + memory, "of a batch, not a sequence"
+    measured = result.summary("opt")
+    assert measured.per_step is not None
+    assert measured.tokens_per_s == pytest.approx(48e3 / measured.per_step.median)
 
 
 def test_turn_ends_with_an_update_of_what_is_left() -> None:
@@ -171,6 +197,10 @@ def test_variants_that_cannot_be_compared_are_one_line(
         ({"seq": 10_000}, "context is"),
         ({"seed": -1}, "seed is -1"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"batch": 0}, "batch is 0"),
+        ({"schedule": "linear"}, "schedule is linear"),
+        ({"lr_warmup": -1}, "lr_warmup is -1"),
+        ({"grad_clip": 0.0}, "grad_clip is 0"),
         ({"device": "toaster"}, "toaster"),
         ({"precision": "fp7"}, "fp7"),
         ({"threads": 2**40}, "threads"),
@@ -310,7 +340,8 @@ def test_loss_that_is_not_finite_ends_a_variant() -> None:
     model.weights["norm.weight"][0] = np.inf
     result = compare(["baseline", "opt"], model, DATA, SMALL)
     assert [run.error for run in result.failures()] == [
-        "step 1: the loss is not finite: lower the learning rate"
+        "step 1: the loss is not finite; the weights are as after update 0: lower the learning "
+        "rate or set grad_clip"
     ] * 2
 
 

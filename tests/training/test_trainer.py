@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import needs
 import numpy as np
 import pytest
 
+from anepy.comparing.config import CompareConfig
 from anepy.engine import Engine
 from anepy.engine.flops import flops_per_step
 from anepy.errors import (
@@ -24,8 +26,9 @@ from anepy.errors import (
 from anepy.models.model import Model, ModelConfig
 from anepy.text.data import TokenData
 from anepy.training import checkpoint
-from anepy.training.config import TrainConfig, config_from, setting_help
+from anepy.training.config import TrainConfig, config_from
 from anepy.training.reports import StepReport
+from anepy.training.settings import setting_help
 from anepy.training.trainer import Trainer
 
 CONFIG = ModelConfig(
@@ -102,9 +105,15 @@ def test_validate_contradictions_are_refused() -> None:
         TrainConfig(eval_every=5).validate()
 
 
-def test_every_setting_has_a_help_text() -> None:
-    for item in dataclasses.fields(TrainConfig):
-        assert setting_help(item.name).strip()
+@pytest.mark.parametrize("config", [TrainConfig, CompareConfig])
+def test_every_setting_has_a_help_text_and_a_line_in_the_docstring(config: type) -> None:
+    text = inspect.getdoc(config) or ""
+    lines = text.split("\nAttributes:\n")[1].splitlines()
+    for item in dataclasses.fields(config):
+        assert setting_help(config, item.name).strip()
+        assert any(line.startswith(f"    {item.name}: ") for line in lines), item.name
+    assert all(len(line) <= 96 for line in lines) and "--" not in text
+    assert "\n\nExample:\n    >>> " in text
 
 
 def test_config_from_prefers_given_then_saved_and_keeps_zero() -> None:

@@ -1,0 +1,105 @@
+"""Steps and updates of one engine in the order a run makes them.
+
+`anepy train` runs this loop and `anepy compare` measures it: what is measured is what trains.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from ..engine.engine import Engine
+from ..engine.stats import StepStats, UpdateStats
+from ..errors import DivergedError, NativeError
+from ..text.data import Sampler
+from .settings import LoopConfig
+
+
+class Loop:
+    """Draw batches, step, and update when it is time.
+
+    Args:
+        engine: trains the model; stays the caller's.
+        sampler: draws the sequences.
+        config: how many of them, when to update and how.
+
+    Attributes:
+        steps: steps done; a run that is resumed sets it.
+    """
+
+    def __init__(self, engine: Engine, sampler: Sampler, config: LoopConfig) -> None:
+        self.engine = engine
+        self.sampler = sampler
+        self.config = config
+        self.steps = 0
+
+    def step(self) -> tuple[StepStats, float]:
+        """Draw the next batch and run forward and backward on it.
+
+        Returns:
+            What the engine says of it, and its wall time in milliseconds, without drawing.
+
+        Raises:
+            DivergedError: the loss is not finite, or a gradient where nothing can be done about it;
+                the weights are those of the last update.
+            NativeError: the step was not done; the next one draws the same batch.
+        """
+        position = self.sampler.state()
+        windows = [self.sampler.next() for _ in range(self.config.batch)]
+        tokens, targets = (np.stack(each) for each in zip(*windows, strict=True))
+        began = time.perf_counter()
+        try:
+            stats = self.engine.step(tokens, targets)
+        except NativeError:
+            self.sampler.restore(position)
+            raise
+        wall_ms = (time.perf_counter() - began) * 1e3
+        if not math.isfinite(stats.loss):
+            raise self._diverged("loss", self.steps + 1)
+        # fp16 skips such a step and lowers its scale; at scale 1 there is nothing to lower.
+        if stats.skipped and stats.loss_scale <= 1:
+            raise self._diverged("gradient", self.steps + 1)
+        self.steps += 1
+        return stats, wall_ms
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next update."""
+        return self.config.learning_rate(self.engine.updates)
+
+    def update(self, last: bool) -> tuple[UpdateStats, float] | None:
+        """Update the weights if `accum` steps have accumulated, or any before an end.
+
+        Args:
+            last: no step follows, so that what has accumulated is used now.
+
+        Returns:
+            What the engine says of it, and its wall time in milliseconds; None if it is not time.
+
+        Raises:
+            DivergedError: a gradient is not finite; the weights are those of the last update.
+        """
+        config, engine = self.config, self.engine
+        accumulated = engine.accumulated
+        if accumulated < config.accum and not (last and accumulated):
+            return None
+        began = time.perf_counter()
+        stats = engine.update(
+            lr=self.learning_rate(),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            grad_clip=config.grad_clip,
+        )
+        wall_ms = (time.perf_counter() - began) * 1e3
+        if stats.skipped:
+            raise self._diverged("gradient", self.steps)
+        return stats, wall_ms
+
+    def _diverged(self, what: str, step: int) -> DivergedError:
+        return DivergedError(
+            f"step {step}: the {what} is not finite; the weights are as after update "
+            f"{self.engine.updates}: lower the learning rate or set grad_clip"
+        )

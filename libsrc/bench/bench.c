@@ -12,10 +12,9 @@
 _Static_assert(sizeof(anepy_bench_options) == 56, "bench options");
 _Static_assert(sizeof(anepy_bench_result) == 200, "bench result");
 
-#define PIECE ANEPY_BENCH_PIECE
 #define MAX_ROUNDS 1000
 #define MAX_REPETITIONS 100000.0
-#define BF16_TOLERANCE 5e-3 /* of a program that rounds between its products */
+#define BF16_TOLERANCE 5e-3 /* of programs, which round between their products */
 
 /* --------------------------------------------------------------------------------------- numbers
  */
@@ -37,7 +36,8 @@ static void fill_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const filling *f = context;
     const anepy_bench_buffer *to = f->to;
-    int64_t first = (int64_t)index * PIECE, end = first + PIECE < to->n ? first + PIECE : to->n;
+    int64_t first = (int64_t)index * ANEPY_PIECE_ELEMENTS;
+    int64_t end = anepy_min_i64(to->n, first + ANEPY_PIECE_ELEMENTS);
     for (int64_t i = first; i < end; i++) {
         uint64_t x = mix(f->seed + (uint64_t)i);
         float value = to->low + (to->high - to->low) * ((float)(x >> 40) * 0x1p-24f);
@@ -52,15 +52,15 @@ static void fill_piece(void *context, int32_t index, int32_t worker) {
 static void fill(anepy_bench *b) {
     for (int32_t i = 0; i < b->buffer_n; i++) {
         filling f = {&b->buffers[i], (uint64_t)(i + 1) << 40, b->exact};
-        anepy_pool_run(b->pool, (int32_t)((f.to->n + PIECE - 1) / PIECE), fill_piece, &f);
+        anepy_pool_run(b->pool, anepy_pieces(f.to->n, ANEPY_PIECE_ELEMENTS), fill_piece, &f);
     }
 }
 
 /* ----------------------------------------------------------------------------- against the scalar
  */
 
-/* |x - expected| / |expected| over the rows and columns of an output that are compared; infinite if
- * anything is not a number. */
+/* |x - expected| / |expected| over the compared rows and columns of an output; infinite if any is
+ * not a number. */
 static double difference(const anepy_bench *b, const float *x, const float *expected, int64_t n) {
     double error = 0.0, size = 0.0;
     int32_t columns = b->columns > 0 && n % b->columns == 0 ? b->columns : 1;
@@ -169,7 +169,8 @@ static int32_t measure(anepy_bench *b, double *seconds, const anepy_bench_option
     return ANEPY_OK;
 }
 
-/* Buffers, a copy of the outputs, then what products need; zeroed. */
+/* Runs and times the case in one zeroed mapping: buffers, a copy of the outputs, then scratch and
+ * panels of products. */
 static int32_t with_memory(anepy_bench *b, double *seconds, const anepy_bench_options *o) {
     int64_t n = 0, outputs = 0;
     int32_t columns = anepy_max_i32(b->width, b->product.n);

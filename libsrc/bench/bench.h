@@ -1,8 +1,7 @@
-/* bench/bench.h - inside of the benchmark: one table of cases, each a part of the training step at
- * the shapes of a model, checked against the scalar kernels before it is timed.
+/* bench/bench.h - the benchmark's cases: parts of the training step at the shapes of a model.
  *
  * A case fills its buffers from a fixed sequence, runs once with the kernels under test and once
- * with the scalar ones, and compares; only then it is repeated. Inputs of bf16 cases are exact in
+ * with the scalar ones, and compares; only then is it timed. Inputs of bf16 cases are exact in
  * bf16, so that the float32 reference multiplies the same numbers. */
 #ifndef ANEPY_BENCH_BENCH_H
 #define ANEPY_BENCH_BENCH_H
@@ -12,7 +11,6 @@
 #include "device/device.h"
 
 #define ANEPY_BENCH_BUFFERS 8
-#define ANEPY_BENCH_PIECE 65536 /* elements of long vectors at a time, as train/update.c */
 #define ANEPY_BENCH_ENDS 96     /* rows computed by the reference, at both ends of a product */
 
 typedef enum { IN, OUT, INOUT, HALVES /* input of binary16 */ } anepy_bench_role;
@@ -33,11 +31,12 @@ typedef struct {
     const char *name;
     int32_t (*prepare)(anepy_bench *b); /* dimensions, buffers, limit; touches no buffer */
     void (*run)(anepy_bench *b);        /* one repetition */
-    double tolerance; /* of |x - reference| / |reference| over each output; 0: the same bits */
+    double tolerance; /* most |x - reference| / |reference| of an output; 0: equal bits */
     int32_t option;   /* tells cases apart that share their functions */
-    int32_t forms;    /* ANEPY_BENCH_FP32, ANEPY_BENCH_BF16: by what factors are multiplied, or what
-                         is converted */
-    /* Cases on a device: open it and hand the buffers over, fetch what was computed, close. */
+    int32_t forms; /* bits ANEPY_BENCH_FP32, ANEPY_BENCH_BF16: precisions of the factors, or of what
+                      is converted */
+    /* Only for cases on a device: open it and write the buffers to it, read the outputs, close it.
+     */
     int32_t (*open)(anepy_bench *b);
     int32_t (*fetch)(anepy_bench *b);
     void (*close)(anepy_bench *b);
@@ -55,17 +54,18 @@ struct anepy_bench {
     anepy_bench_result *result;
     anepy_bench_buffer buffers[ANEPY_BENCH_BUFFERS];
     int32_t buffer_n;
-    int32_t columns, valid; /* outputs are rows of so many numbers, so many of them compared */
-    int32_t rows, cols;     /* of the case, in its own sense */
+    int32_t columns, valid; /* numbers per row of an output; how many of them are compared */
+    int32_t rows, cols;     /* dimensions, with a meaning of their own in each case */
     int64_t n;
-    int32_t reference; /* 1: of a product only the ends are computed, and compared in any case */
+    int32_t reference; /* 1: the reference, of which products compute only the ends; only these are
+                          compared */
     anepy_product product;
-    int32_t reduction; /* longest one of anepy_gemm_piece */
+    int32_t reduction; /* longest reduction of anepy_gemm_piece */
     anepy_model *one;  /* the model with a single layer */
     anepy_device *device;
     anepy_kernel *programs[3]; /* the program; or sdpa_fwd, sdpa_bwd1, sdpa_bwd2 of a layer */
-    anepy_surface
-        *surfaces[4]; /* input and output of the first; gradients of q, k, v; of the layer */
+    /* Input and output of programs[0]; gradients of q, k, v; gradient of the layer. */
+    anepy_surface *surfaces[4];
 };
 
 /* Adds a buffer of n numbers in [low, high). */
@@ -100,7 +100,7 @@ void anepy_bench_close_program(anepy_bench *b);
 void anepy_bench_run_program(anepy_bench *b);
 void anepy_bench_run_attention(anepy_bench *b);
 
-/* bench/cases.c; NULL beyond the last. */
+/* The case with this number; NULL beyond the last. */
 const anepy_bench_case *anepy_bench_case_at(int32_t index);
 
 #endif

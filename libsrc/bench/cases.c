@@ -1,4 +1,4 @@
-/* bench/cases.c - the table of cases, and those that are products or kernels of the table alone. */
+/* bench/cases.c - the table of cases, and the cases of single products and kernels. */
 #include <stdio.h>
 #include <string.h>
 
@@ -6,17 +6,14 @@
 #include "runtime/half.h"
 
 #define COLS ANEPY_COLUMNS
-#define PIECE ANEPY_BENCH_PIECE
-#define PIECE_ROWS 64
-#define LARGE_N ((int64_t)1 << 24) /* of vectors as long as the parameters: 64 MiB, in no cache */
+/* Most elements of a vector of parameters: 64 MiB, beyond any cache. */
+#define LARGE_N ((int64_t)1 << 24)
 
 static int32_t add(anepy_bench *b, int64_t n, anepy_bench_role role, float low, float high) {
     return anepy_bench_add(b, n, role, low, high);
 }
 
 static float *at(const anepy_bench *b, int32_t index) { return b->buffers[index].data; }
-
-static int32_t pieces(int64_t n) { return (int32_t)((n + PIECE - 1) / PIECE); }
 
 /* ------------------------------------------------------------------------------------ products */
 
@@ -99,8 +96,8 @@ static int32_t prepare_dw(anepy_bench *b) {
     return prepare_product(b, &p, (int64_t)b->rows * b->width, (int64_t)b->cols * b->width, calls);
 }
 
-/* The one place that multiplies: layers' weight gradients as the pieces the step runs in the
- * background, all else on all threads now. */
+/* Multiplies as a step does: weight gradients of layers in background pieces, all other products at
+ * once on all threads. */
 static void multiply(anepy_bench *b, const anepy_product *p) {
     if (p->b_transposed && b->what->option != CLASSIFIER) {
         anepy_gemm_job job = {&b->gemm, *p};
@@ -130,7 +127,8 @@ static void run_product(anepy_bench *b) {
 
 /* -------------------------------------------------------------------------------- long vectors */
 
-/* Vectors like a whole arena, or its first 64 MiB: calls says how many of them an arena is. */
+/* Vectors like a whole arena, or like its first 64 MiB; then calls says how many of them make an
+ * arena. */
 static void vector_case(anepy_bench *b, const char *name, double operations, double bytes) {
     b->n = b->model->arena_n < LARGE_N ? b->model->arena_n : LARGE_N;
     double calls = (double)b->model->arena_n / (double)b->n;
@@ -139,7 +137,8 @@ static void vector_case(anepy_bench *b, const char *name, double operations, dou
 }
 
 static int32_t prepare_adam(anepy_bench *b) {
-    vector_case(b, "triad", 15.0, 28.0); /* gradients are left: the next step replaces them */
+    /* Gradients are not cleared, as in training: the next step replaces them. */
+    vector_case(b, "triad", 15.0, 28.0);
     for (int32_t i = 0; i < 3; i++) add(b, b->n, INOUT, -0.01f, 0.01f); /* p, g, m */
     add(b, b->n, INOUT, 0.0f, 1e-4f);                                   /* v */
     return ANEPY_OK;
@@ -157,15 +156,18 @@ static void adam_piece(void *context, int32_t index, int32_t worker) {
                           .decay = 0.9999f,
                           .inv_sqrt_c2 = 1.5f,
                           .grad_scale = 0.5f};
-    int64_t i = (int64_t)index * PIECE, n = b->n - i < PIECE ? b->n - i : PIECE;
+    int64_t i = (int64_t)index * ANEPY_PIECE_ELEMENTS;
+    int64_t n = anepy_min_i64(ANEPY_PIECE_ELEMENTS, b->n - i);
     b->kernels->adam(at(b, 0) + i, at(b, 1) + i, at(b, 2) + i, at(b, 3) + i, n, &a);
 }
 
-static void run_adam(anepy_bench *b) { anepy_pool_run(b->pool, pieces(b->n), adam_piece, b); }
+static void run_adam(anepy_bench *b) {
+    anepy_pool_run(b->pool, anepy_pieces(b->n, ANEPY_PIECE_ELEMENTS), adam_piece, b);
+}
 
 static int32_t prepare_norm_of_gradient(anepy_bench *b) {
     vector_case(b, "read", 2.0, 4.0);
-    add(b, 2 * pieces(b->n), OUT, 0.0f, 0.0f); /* doubles */
+    add(b, 2 * anepy_pieces(b->n, ANEPY_PIECE_ELEMENTS), OUT, 0.0f, 0.0f); /* doubles */
     add(b, b->n, IN, -1.0f, 1.0f);
     return ANEPY_OK;
 }
@@ -173,13 +175,14 @@ static int32_t prepare_norm_of_gradient(anepy_bench *b) {
 static void sum_squares_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
-    int64_t i = (int64_t)index * PIECE, n = b->n - i < PIECE ? b->n - i : PIECE;
+    int64_t i = (int64_t)index * ANEPY_PIECE_ELEMENTS;
+    int64_t n = anepy_min_i64(ANEPY_PIECE_ELEMENTS, b->n - i);
     double sum = b->kernels->sum_squares(at(b, 1) + i, n);
     at(b, 0)[2 * index] = (float)sum;
 }
 
 static void run_norm_of_gradient(anepy_bench *b) {
-    anepy_pool_run(b->pool, pieces(b->n), sum_squares_piece, b);
+    anepy_pool_run(b->pool, anepy_pieces(b->n, ANEPY_PIECE_ELEMENTS), sum_squares_piece, b);
 }
 
 enum { TO_HALF, FROM_HALF, TO_BF16, FROM_BF16, COPY };
@@ -194,7 +197,7 @@ static int32_t prepare_conversion(anepy_bench *b) {
     return ANEPY_OK;
 }
 
-/* The scalar set has no bf16: to nearest even, as the contract says. */
+/* Rounds to nearest even where the set has no bf16 kernels, as the scalar one. */
 static void to_bf16(const anepy_kernels *kernels, uint16_t *dst, const float *src, int64_t n) {
     if (kernels->bf16 != NULL) {
         kernels->bf16->to_bf16(dst, src, n);
@@ -216,7 +219,8 @@ static void from_bf16(const anepy_kernels *kernels, float *dst, const uint16_t *
 static void conversion_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
-    int64_t i = (int64_t)index * PIECE, n = b->n - i < PIECE ? b->n - i : PIECE;
+    int64_t i = (int64_t)index * ANEPY_PIECE_ELEMENTS;
+    int64_t n = anepy_min_i64(ANEPY_PIECE_ELEMENTS, b->n - i);
     float *to = at(b, 0), *from = at(b, 1);
     switch (b->what->option) {
     case TO_HALF: b->kernels->to_half((uint16_t *)(void *)to + i, from + i, n); break;
@@ -228,7 +232,7 @@ static void conversion_piece(void *context, int32_t index, int32_t worker) {
 }
 
 static void run_conversion(anepy_bench *b) {
-    anepy_pool_run(b->pool, pieces(b->n), conversion_piece, b);
+    anepy_pool_run(b->pool, anepy_pieces(b->n, ANEPY_PIECE_ELEMENTS), conversion_piece, b);
 }
 
 /* The classifier of one token of generated text: every weight is read once. */
@@ -247,18 +251,19 @@ static int32_t prepare_matvec(anepy_bench *b) {
 static void matvec_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
-    int32_t first = index * PIECE_ROWS, rows = anepy_min_i32(PIECE_ROWS, b->rows - first);
+    int32_t first = index * ANEPY_PIECE_ROWS;
+    int32_t rows = anepy_min_i32(ANEPY_PIECE_ROWS, b->rows - first);
     b->kernels->gemv(at(b, 0) + first, at(b, 1) + (int64_t)first * b->cols, b->cols, at(b, 2), rows,
                      b->cols);
 }
 
 static void run_matvec(anepy_bench *b) {
-    anepy_pool_stream(b->pool, (b->rows + PIECE_ROWS - 1) / PIECE_ROWS, matvec_rows, b);
+    anepy_pool_stream(b->pool, anepy_pieces(b->rows, ANEPY_PIECE_ROWS), matvec_rows, b);
 }
 
 /* ------------------------------------------------------------------ norms, gate, soft-max, loss */
 
-/* x and whatever else is [rows, width]. */
+/* A case whose outputs and inputs are all [rows, width]. */
 static void row_case(anepy_bench *b, int32_t rows, int32_t outputs, int32_t inputs,
                      double operations, double calls) {
     b->rows = rows;
@@ -309,8 +314,8 @@ static void stats_panel(void *context, int32_t index, int32_t worker) {
 static void backward_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
-    int32_t end = anepy_min_i32(b->rows, (index + 1) * PIECE_ROWS);
-    for (int64_t c = (int64_t)index * PIECE_ROWS; c < end; c++) {
+    int32_t end = anepy_min_i32(b->rows, (index + 1) * ANEPY_PIECE_ROWS);
+    for (int64_t c = (int64_t)index * ANEPY_PIECE_ROWS; c < end; c++) {
         int64_t row = c * b->width;
         at(b, 5)[c] =
             b->kernels->rmsnorm_row(at(b, 0) + row, at(b, 1) + row, at(b, 2) + row, at(b, 3) + row,
@@ -320,7 +325,7 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
 
 static void run_rmsnorm_backward(anepy_bench *b) {
     anepy_pool_run(b->pool, b->width / COLS, stats_panel, b);
-    anepy_pool_run(b->pool, (b->rows + PIECE_ROWS - 1) / PIECE_ROWS, backward_rows, b);
+    anepy_pool_run(b->pool, anepy_pieces(b->rows, ANEPY_PIECE_ROWS), backward_rows, b);
 }
 
 enum { GATE, GATE_BACKWARD };
@@ -335,8 +340,9 @@ static int32_t prepare_swiglu(anepy_bench *b) {
 static void swiglu_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
-    int64_t i = (int64_t)index * PIECE_ROWS * b->width;
-    int64_t n = (int64_t)anepy_min_i32(PIECE_ROWS, b->rows - index * PIECE_ROWS) * b->width;
+    int64_t i = (int64_t)index * ANEPY_PIECE_ROWS * b->width;
+    int64_t n =
+        (int64_t)anepy_min_i32(ANEPY_PIECE_ROWS, b->rows - index * ANEPY_PIECE_ROWS) * b->width;
     if (b->what->option == GATE) b->kernels->swiglu(at(b, 0) + i, at(b, 1) + i, at(b, 2) + i, n);
     else
         b->kernels->swiglu_backward(at(b, 0) + i, at(b, 1) + i, at(b, 2) + i, at(b, 3) + i,
@@ -344,43 +350,43 @@ static void swiglu_rows(void *context, int32_t index, int32_t worker) {
 }
 
 static void run_swiglu(anepy_bench *b) {
-    anepy_pool_run(b->pool, (b->rows + PIECE_ROWS - 1) / PIECE_ROWS, swiglu_rows, b);
+    anepy_pool_run(b->pool, anepy_pieces(b->rows, ANEPY_PIECE_ROWS), swiglu_rows, b);
 }
 
-/* Largest logit and sum of exponentials of every token, by chunks of the vocabulary; then
+/* Largest logit and sum of exponentials of every token, for pieces of the vocabulary; then
  * probabilities in place of the logits. */
-#define CHUNK 512
-
 static int32_t prepare_softmax(anepy_bench *b) {
-    int32_t vocab = b->model->config.vocab_size, chunks = (vocab + CHUNK - 1) / CHUNK;
+    int32_t vocab = b->model->config.vocab_size;
+    int32_t pieces = anepy_pieces(vocab, ANEPY_LOSS_ROWS);
     double n = (double)vocab * b->seq;
     b->rows = vocab;
     anepy_bench_limit(b, "triad", 30.0 * n, 12.0 * n, 1.0);
     ANEPY_BENCH_SHAPE(b, "%d x %d", vocab, b->seq);
     add(b, (int64_t)vocab * b->width, INOUT, -2.0f, 2.0f);
-    add(b, 2 * (int64_t)chunks * b->width, OUT, 0.0f, 0.0f);
+    add(b, 2 * (int64_t)pieces * b->width, OUT, 0.0f, 0.0f);
     add(b, b->width, IN, 9.0f, 11.0f); /* log of the sums: any will do */
     return ANEPY_OK;
 }
 
-static void softmax_chunk(void *context, int32_t index, int32_t worker) {
+static void softmax_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
-    int32_t panels = b->width / COLS, chunk = index / panels;
-    int64_t j = (int64_t)(index % panels) * COLS, row = (int64_t)chunk * CHUNK;
-    int32_t rows = anepy_min_i32(CHUNK, b->rows - chunk * CHUNK);
-    float *x = at(b, 0) + row * b->width + j, *max = at(b, 1) + 2 * chunk * (int64_t)b->width + j;
+    int32_t panels = b->width / COLS, piece = index / panels;
+    int64_t j = (int64_t)(index % panels) * COLS, row = (int64_t)piece * ANEPY_LOSS_ROWS;
+    int32_t rows = anepy_min_i32(ANEPY_LOSS_ROWS, b->rows - piece * ANEPY_LOSS_ROWS);
+    float *x = at(b, 0) + row * b->width + j, *max = at(b, 1) + 2 * piece * (int64_t)b->width + j;
     b->kernels->logsumexp_columns(max, max + b->width, x, b->width, rows);
     b->kernels->softmax_gradient(x, at(b, 2) + j, 1.0f, b->width, rows);
 }
 
 static void run_softmax(anepy_bench *b) {
-    anepy_pool_run(b->pool, (b->rows + CHUNK - 1) / CHUNK * (b->width / COLS), softmax_chunk, b);
+    anepy_pool_run(b->pool, anepy_pieces(b->rows, ANEPY_LOSS_ROWS) * (b->width / COLS),
+                   softmax_piece, b);
 }
 
 /* ------------------------------------------------------------------------------------ the table */
 
-#define PRODUCT_TOLERANCE 1e-5 /* another order of up to 32000 float32 summands */
+#define PRODUCT_TOLERANCE 1e-5 /* float32 sums of up to 32000 terms in another order */
 #define PASS_TOLERANCE 1e-5    /* a few roundings, exp to 2 ulp, sums over a few hundred */
 
 #define BOTH (ANEPY_BENCH_FP32 | ANEPY_BENCH_BF16)

@@ -1,4 +1,4 @@
-/* bench/peaks.c - the limits of this machine, measured by the shortest code that reaches them. */
+/* bench/peaks.c - measures the limits of this machine with the shortest code that reaches them. */
 #include <string.h>
 
 #include "kernels/kernels.h"
@@ -13,14 +13,14 @@ _Static_assert(sizeof(anepy_peaks) == 80, "peaks");
  */
 
 #define CHAIN_ROUNDS 32768 /* 0.2 ms of a 4 GHz core */
-#define CHAIN_PIECES 8     /* per thread: one that starts late or is interrupted holds up little */
-#define TRIALS_MIN 4       /* the best of so many ... */
+#define CHAIN_PIECES 8     /* per thread: a late thread costs little */
+#define TRIALS_MIN 4       /* the best of 4 to 24 trials counts */
 #define TRIALS_MAX 24
-#define TRIALS_MS 30.0 /* ... and of as many as fit into this time */
+#define TRIALS_MS 30.0 /* after this time no further trial begins */
 
 typedef struct {
     const anepy_kernels *kernels;
-    float *mean; /* one per piece, so that nothing is left out */
+    float *mean; /* result of each piece, so that the compiler leaves no work out */
 } chains;
 
 static void fma_piece(void *context, int32_t index, int32_t worker) {
@@ -41,7 +41,7 @@ static void dot_piece(void *context, int32_t index, int32_t worker) {
 
 typedef void (*trial_fn)(void *context);
 
-/* The shortest of several trials in milliseconds: what else runs can only make them longer. */
+/* The shortest of several trials in milliseconds, because disturbances only make trials longer. */
 static double shortest_ms(trial_fn trial, void *context) {
     double best = 1e300, start = anepy_now_ms(), mark = start;
     for (int i = 0; i < TRIALS_MAX && (i < TRIALS_MIN || mark - start < TRIALS_MS); i++) {
@@ -69,7 +69,7 @@ static double loop_ms(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *c
     return shortest_ms(run_loop, &(loop_trial){pool, count, fn, context});
 }
 
-/* operations: of a chain in a round. Chains that end elsewhere were not computed as asked. */
+/* operations: per chain and round. Fails if a chain does not end at the expected number. */
 static int32_t measure_chains(double *gflops, const chains *c, anepy_pool *pool, anepy_loop_fn fn,
                               double operations, float expected) {
     int32_t count = CHAIN_PIECES * anepy_pool_threads(pool);
@@ -105,7 +105,7 @@ static int32_t measure_arithmetic(anepy_peaks *out, const anepy_kernels *kernels
 #define PIECES ((int32_t)(STREAM_N / PIECE_N))
 
 typedef struct {
-    const anepy_kernels *kernels; /* the best set: memory has one speed */
+    const anepy_kernels *kernels; /* the best set: the speed of memory does not depend on it */
     float *a, *b;
     float sums[2 * PIECES];
 } streams;
@@ -124,7 +124,7 @@ static void copy_piece(void *context, int32_t index, int32_t worker) {
 
 static void read_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
-    streams *s = context; /* b follows a */
+    streams *s = context; /* a and b are contiguous */
     s->sums[index] = s->kernels->sum(s->a + index * PIECE_N, PIECE_N);
 }
 
@@ -142,7 +142,7 @@ static int32_t measure_memory(anepy_peaks *out, anepy_pool *pool) {
         return anepy_fail(ANEPY_E_MEMORY, "no memory for %llu bytes to measure the memory with",
                           (unsigned long long)nbytes);
     s.b = s.a + STREAM_N;
-    anepy_pool_run(pool, PIECES, fill_piece, &s);        /* also backs the pages */
+    anepy_pool_run(pool, PIECES, fill_piece, &s);        /* touches the pages for the first time */
     double mb = (double)STREAM_N * sizeof(float) * 1e-6; /* of one array; MB per ms are GB per s */
     out->read_gbs = 2.0 * mb / loop_ms(pool, 2 * PIECES, read_piece, &s);
     out->copy_gbs = 2.0 * mb / loop_ms(pool, PIECES, copy_piece, &s);

@@ -75,8 +75,7 @@ static int32_t move_channels(anepy_surface *surface, int32_t channel, move m) {
     ANEPY_TRY(device->ops->lock(surface, m.writing));
     m.surface = surface;
     m.inside = channel_data(surface, channel);
-    anepy_pool_run(device->options.gemm->pool, (m.count + MOVE_ROWS - 1) / MOVE_ROWS, move_rows,
-                   &m);
+    anepy_pool_run(device->options.gemm->pool, anepy_pieces(m.count, MOVE_ROWS), move_rows, &m);
     return device->ops->unlock(surface, m.writing);
 }
 

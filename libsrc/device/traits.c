@@ -1,4 +1,4 @@
-/* device/traits.c - reads what follows the colon of a device. */
+/* device/traits.c - reads the details behind the colon of a device. */
 #include "device/traits.h"
 
 #include <stdlib.h>
@@ -8,7 +8,7 @@ static int is(const char *word, size_t n, const char *text) {
     return strlen(text) == n && memcmp(word, text, n) == 0;
 }
 
-/* "name=value" with a value from lowest on; 0: not this name, or no such value. */
+/* Reads "name=value"; returns 0 for another name, or a value that is no number or below lowest. */
 static int read_number(const char *word, size_t n, const char *name, int32_t lowest, int32_t *out) {
     size_t length = strlen(name);
     if (n <= length || n > length + 9 || memcmp(word, name, length) != 0) return 0;

@@ -5,5 +5,5 @@
 
 const anepy_kernels anepy_kernels_avx2_set = VECTOR_KERNELS("gemm_tile_6x16__avx2", NULL);
 #else
-typedef int anepy_no_avx2; /* ISO C wants a declaration */
+typedef int anepy_no_avx2; /* ISO C forbids an empty file */
 #endif

@@ -5,5 +5,5 @@
 
 const anepy_kernels anepy_kernels_avx512_set = VECTOR_KERNELS("gemm_tile_6x64__avx512", NULL);
 #else
-typedef int anepy_no_avx512; /* ISO C wants a declaration */
+typedef int anepy_no_avx512; /* ISO C forbids an empty file */
 #endif

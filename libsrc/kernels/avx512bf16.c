@@ -8,5 +8,5 @@ static const anepy_bf16_kernels BF16 = BF16_KERNELS;
 const anepy_kernels anepy_kernels_avx512bf16_set =
     VECTOR_KERNELS("dot_tile_6x64__avx512bf16", &BF16);
 #else
-typedef int anepy_no_avx512bf16; /* ISO C wants a declaration */
+typedef int anepy_no_avx512bf16; /* ISO C forbids an empty file */
 #endif

@@ -1,7 +1,8 @@
-/* kernels/bf16_impl.h - the kernels of anepy_bf16_kernels, once, over vector_impl.h and the few
- * primitives on pairs that a simd_*bf16.h adds. Contracts stand in kernels.h. */
+/* kernels/bf16_impl.h - the kernels of anepy_bf16_kernels, whose contracts are in kernels.h.
+ *
+ * They use vector_impl.h and the primitives on pairs that a simd_*bf16.h adds. */
 
-/* Two steps of the reduction at once. */
+/* dot_tile: the matrix kernel on pairs, two steps of the reduction at once. */
 #define TILE_ROWS dot_rows
 #define TILE_NAME SIMD_FN(dot_tile)
 #define TILE_UNIT uint32_t
@@ -29,7 +30,7 @@ SIMD_TARGET static void SIMD_FN(from_bf16)(float *dst, const uint16_t *src, int6
     for (; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
 }
 
-/* Two rows; the last may have no second. */
+/* Rounds two rows and interleaves them; high is NULL if the last row has no partner. */
 V_INLINE void pack_pair(uint32_t *dst, const float *low, const float *high, int32_t n) {
     int32_t j = 0;
     for (; j + VL <= n; j += VL) {
@@ -44,7 +45,8 @@ V_INLINE void pack_pair(uint32_t *dst, const float *low, const float *high, int3
 SIMD_TARGET static void SIMD_FN(pack_pairs)(uint32_t *dst, int64_t dst_ld, const float *src,
                                             int64_t ld, int32_t k, int32_t n) {
     for (; k > 1; k -= 2, dst += dst_ld, src += 2 * ld) {
-        for (int32_t line = 0; line < n; line += 16) { /* far enough for rows in no cache */
+        for (int32_t line = 0; line < n;
+             line += 16) { /* the distance hides the latency of memory */
             __builtin_prefetch(src + 16 * ld + line);
             __builtin_prefetch(src + 17 * ld + line);
         }

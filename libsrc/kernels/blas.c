@@ -12,7 +12,7 @@ static char sentence[256];
 
 static void choose(void) {
     const char *name = getenv("ANEPY_BLAS");
-    if (name == NULL || name[0] == '\0') { /* nothing was asked for: take it if it is there */
+    if (name == NULL || name[0] == '\0') { /* no choice: use it if it is there */
         chosen = anepy_blas_accelerate();
         return;
     }

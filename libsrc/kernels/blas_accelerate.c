@@ -1,9 +1,9 @@
 /* kernels/blas_accelerate.c - Apple's Accelerate, opened when it is first needed.
  *
  * Accelerate would use threads of its own inside each call. From macOS 15 a thread can switch that
- * off for its calls, which is done around each of ours and undone behind it: the caller's numpy
- * keeps what it had. Before macOS 15 only VECLIB_MAXIMUM_THREADS=1, set before the program starts,
- * does it; without it our calls compete with each other: slower, not wrong. */
+ * off for its calls; each of our calls does, and restores the setting for the caller's numpy.
+ * Before macOS 15 only VECLIB_MAXIMUM_THREADS=1 in the environment does it; without it our calls
+ * are right, but compete with each other for cores. */
 #include "kernels/blas.h"
 
 #ifdef __APPLE__
@@ -12,7 +12,7 @@
 
 #define PATH "/System/Library/Frameworks/Accelerate.framework/Accelerate"
 
-/* As in Accelerate's cblas.h and thread_api.h, whose names differ between SDKs. */
+/* Values of Accelerate's cblas.h and thread_api.h, whose names differ between SDKs. */
 enum { ROW_MAJOR = 101, AS_IT_IS = 111, TRANSPOSED = 112 };
 enum { SINGLE_THREADED = 1 };
 typedef void (*sgemm_fn)(int order, int transpose_a, int transpose_b, int m, int n, int k,

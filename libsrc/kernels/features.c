@@ -1,4 +1,8 @@
-/* kernels/features.c - CPUID together with the OS state of XCR0; never model numbers. */
+/* kernels/features.c - detects instruction sets by CPUID and by XCR0, which says what the system
+ * saves.
+ *
+ * Compiled without instruction-set flags, so that it runs everywhere. Model numbers are not used.
+ */
 #include "kernels/features.h"
 
 #include "runtime/machine.h"
@@ -24,7 +28,8 @@ uint32_t anepy_cpu_features(void) {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     if (b & 1u << 5) found |= ANEPY_CPU_AVX2;
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
-    /* macOS on Intel enables zmm state lazily, so XCR0 hides it there; AVX2 is enough. */
+    /* macOS on Intel enables zmm state lazily, so XCR0 hides AVX-512 there; AVX2 is used instead.
+     */
     if (found != 0 && all(b, f | dq | bw | vl) && (state & 0xe6) == 0xe6) found |= ANEPY_CPU_AVX512;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return found;
     if (found & ANEPY_CPU_AVX512 && a & 1u << 5) found |= ANEPY_CPU_AVX512_BF16;

@@ -1,5 +1,4 @@
-/* kernels/features.h - what this processor and operating system let us use.
- * Compiled without any instruction-set flag: the detector must run everywhere. */
+/* kernels/features.h - the instructions that processor and operating system support. */
 #ifndef ANEPY_KERNELS_FEATURES_H
 #define ANEPY_KERNELS_FEATURES_H
 

@@ -6,23 +6,24 @@
 #include "kernels/blas.h"
 
 #define COLS ANEPY_COLUMNS
-#define DEPTH 2048     /* units of the reduction that panels of B have room for */
-#define PART 1024      /* of which are multiplied at once */
-#define BLOCK_ROWS 48  /* rows of C per piece: 8 tiles, and 16 pieces for the smallest product */
-#define PIECE_ROWS 384 /* rows of C per background piece: its rows of A stay in L2 */
-#define BLAS_ROWS 192  /* and per call of the system's library: 4 to 170 for one of stories110M */
-#define BLAS_ROUND 16  /* its background pieces are multiples of one side of a matrix unit */
-#define LINE 64        /* bytes of a cache line */
+#define PANEL_DEPTH 2048    /* units of the reduction that panels of B have room for */
+#define MULTIPLY_DEPTH 1024 /* units of the reduction that are multiplied at once */
+#define BLOCK_ROWS 48       /* rows of a block: 8 tiles; the smallest product has 16 blocks */
+#define BACKGROUND_ROWS 384 /* rows of a background piece: its rows of A stay in L2 */
+#define BLAS_ROWS 192 /* rows per call of the system's library: 4 to 170 calls in stories110M */
+#define BLAS_ROUND 16 /* rows of its background pieces: multiples of the side of a matrix unit */
+#define LINE 64       /* bytes of a cache line */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
 
 int64_t anepy_gemm_panels_n(int32_t columns) {
-    return (int64_t)DEPTH * anepy_round_up(columns, COLS);
+    return (int64_t)PANEL_DEPTH * anepy_round_up(columns, COLS);
 }
 
-/* A tile, then what a piece packs (a panel of B, half as large in bf16, and behind it the rows it
- * is transposed from, then a block of A), or for run 64 rows of B or a block of A. */
+/* Scratch of a worker: a tile, then either what a background piece packs (a panel of B, in bf16 of
+ * half size and followed by the rows that it is transposed from, then a block of A), or what
+ * anepy_gemm_run packs (64 rows of B, or a block of A). */
 int64_t anepy_gemm_scratch_n(int32_t k) {
-    return TILE_N + (int64_t)COLS * anepy_max_i32(k + 1, DEPTH);
+    return TILE_N + (int64_t)COLS * anepy_max_i32(k + 1, PANEL_DEPTH);
 }
 
 static int32_t steps_per_unit(const anepy_gemm *gemm) { return gemm->bf16 != NULL ? 2 : 1; }
@@ -31,26 +32,27 @@ static int32_t units_of(const anepy_gemm *gemm, int32_t k) {
     return (k + steps_per_unit(gemm) - 1) / steps_per_unit(gemm);
 }
 
-/* Rows of a factor as the tile kernels read them, in units. */
+/* Rows of a factor as matrix kernels read them; strides are in units. */
 typedef struct {
     const float *data;
     int64_t row, step;
 } units;
 
-/* The next tile of C, while one is computed: C is large, and nothing else fetches its columns. */
+/* Prefetches the next tile of C while one is computed: C is large, and the hardware does not
+ * foresee its columns. */
 static void prefetch_tile(const float *c, int64_t ldc, int32_t rows) {
     for (int32_t r = 0; r < anepy_min_i32(ANEPY_TILE_ROWS, rows); r++)
         for (int32_t line = 0; line < COLS; line += 16) __builtin_prefetch(c + r * ldc + line, 1);
 }
 
-/* What a worker will pack or read next, in memory as yet: it is fetched line by line while tiles of
- * n units are computed, one line per unit in every tile that takes part. */
+/* Memory that a worker will read next. It is prefetched line by line while tiles with reductions of
+ * n units are computed: one line per unit, in every tile that takes part. */
 typedef struct {
     const char *at;
-    int64_t stride; /* bytes from line to line, then to the next of some columns of lines */
+    int64_t stride; /* bytes from a line to the one below */
     int32_t n, rows, row, columns, column;
-    int32_t tile, every; /* the tiles that take part */
-    const float *right;  /* C of the panel that follows, if it is added to */
+    int32_t tile, every; /* tiles so far; every how many of them take part */
+    const float *right;  /* C of the next panel, if it is added to; else NULL */
 } upcoming;
 
 static anepy_lines take_lines(upcoming *u, const void *elsewhere) {
@@ -65,8 +67,9 @@ static anepy_lines take_lines(upcoming *u, const void *elsewhere) {
     return taken;
 }
 
-/* Rows [0, m) of up to 64 columns of C from one panel of B with n units. Where C has fewer columns,
- * whole tiles are computed beside it and what exists is copied. bf16 == NULL: float32. */
+/* Computes rows [0, m) of up to 64 columns of C from one panel of B with n units. If C has fewer
+ * than 64 columns, whole tiles are computed in `tile` and its columns copied. bf16 == NULL:
+ * float32. */
 static void multiply_panel(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
                            int64_t ldc, units a, const float *panel, int64_t ldb, int32_t n,
                            int32_t m, int32_t columns, int32_t accumulate, upcoming *next,
@@ -101,7 +104,7 @@ static void multiply_panel(const anepy_kernels *kernels, const anepy_bf16_kernel
 
 /* ------------------------------------------------------------------------------------ packing */
 
-/* Rows of float32 [rows, k] as bf16, `n` units apart. */
+/* Rounds float32 rows [rows, k] to bf16, in rows of n units. */
 static void round_rows(const anepy_bf16_kernels *bf16, float *dst, const float *src, int64_t ld,
                        int32_t rows, int32_t k, int32_t n) {
     for (int32_t i = 0; i < rows; i++) {
@@ -111,7 +114,7 @@ static void round_rows(const anepy_bf16_kernels *bf16, float *dst, const float *
     }
 }
 
-/* 64 columns of B from `column` on, as [units][64]. rounded: room for 64 rows of units. */
+/* Packs 64 columns of B from `column` on as [units][64]. rounded has room for 64 rows of units. */
 static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *panel,
                          int32_t column, float *rounded) {
     const anepy_bf16_kernels *bf16 = gemm->bf16;
@@ -138,8 +141,8 @@ static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *
     }
 }
 
-/* Rows [first, first + rows) of A, of the product's whole reduction: where they are if the kernel
- * can read them there in order, else copied to block. */
+/* Rows [first, first + rows) of A with the whole reduction: in place if the kernel reads them in
+ * order there, else packed into block. */
 static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *block, int32_t first,
                        int32_t rows) {
     const anepy_bf16_kernels *bf16 = gemm->bf16;
@@ -176,9 +179,9 @@ void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *s, int3
 
 /* Rows [first, first + rows) of C, on the calling thread. */
 static void blas_rows(const anepy_blas *blas, const anepy_product *s, int32_t first, int32_t rows) {
-    int by_columns = s->a_step != 1; /* A stands as its transpose */
+    int by_columns = s->a_step != 1; /* A is stored transposed */
     int64_t lda = by_columns ? s->a_step : s->a_row;
-    /* A single row or column may have any stride; the library wants one that could be. */
+    /* A single row or column may have any stride, but the library wants a plausible one. */
     int32_t least = by_columns ? rows : s->k, least_b = s->b_transposed ? s->k : s->n;
     blas->sgemm(by_columns, s->b_transposed, rows, s->n, s->k,
                 s->a + /* mutate: blas-first-row */ first * s->a_row,
@@ -208,7 +211,7 @@ static void pack_panel(void *context, int32_t index, int32_t worker) {
                  gemm->scratch + worker * gemm->scratch_n + TILE_N);
 }
 
-/* The product of steps [p, p + k) of the reduction. */
+/* The part of a product with steps [p, p + k) of the reduction. */
 static anepy_product part_of(const anepy_product *whole, int32_t p, int32_t k) {
     anepy_product s = *whole;
     int64_t a = p * s.a_step, b = s.b_transposed ? p : p * s.ldb;
@@ -222,12 +225,12 @@ static anepy_product part_of(const anepy_product *whole, int32_t p, int32_t k) {
     return s;
 }
 
-/* A of piece `index`, to be fetched by the tiles of another block; or nothing. */
+/* A of piece `index` as memory to prefetch; an empty one if there is no such piece. */
 static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32_t index) {
     int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, s->m - first);
     int32_t by_rows = s->a_step == 1, halves = gemm->bf16 != NULL && s->a16 != NULL;
     int64_t size = halves ? sizeof *s->a16 : sizeof *s->a, start = first * s->a_row;
-    int32_t tiles = BLOCK_ROWS / ANEPY_TILE_ROWS * ((s->n + COLS - 1) / COLS);
+    int32_t tiles = BLOCK_ROWS / ANEPY_TILE_ROWS * anepy_pieces(s->n, COLS);
     upcoming u = {.at = halves ? (const char *)(s->a16 + start) : (const char *)(s->a + start),
                   .n = units_of(gemm, s->k),
                   .every = 1};
@@ -238,7 +241,7 @@ static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32
         u.columns = (int32_t)((rows * size + LINE - 1) / LINE);
         int32_t wanted = u.columns * ((u.rows + u.n - 1) / u.n);
         u.every = anepy_max_i32(1, tiles / wanted);
-    } else if (s->a_row == s->k) { /* one run of memory: so slowly that all tiles take part */
+    } else if (s->a_row == s->k) { /* contiguous memory, spread over all tiles */
         int64_t steps = (int64_t)tiles * u.n;
         u.stride = (rows * s->k * size + steps - 1) / steps;
         u.rows = tiles * u.n;
@@ -247,18 +250,18 @@ static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32
     return u;
 }
 
-/* A block of rows, part by part of the reduction, so that what is read again and again stays in the
- * cache, and C with it. Meanwhile the lines of the block that follows are fetched: those of the
- * next part, or of the piece this worker will probably take next. */
+/* Computes a block of rows of C, one part of the reduction after another, so that the panels of a
+ * part and C stay in the cache. Meanwhile A is prefetched: of the next part, or of the piece that
+ * this worker will probably take next. */
 static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_gemm_job *job = context;
     const anepy_gemm *gemm = job->gemm;
     const anepy_product *whole = &job->product;
     float *tile = gemm->scratch + worker * gemm->scratch_n;
     int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, whole->m - first);
-    int32_t n = units_of(gemm, whole->k), most = PART * steps_per_unit(gemm);
-    int32_t parts = (whole->k + most - 1) / most;
-    int32_t k = (int32_t)anepy_round_up((whole->k + parts - 1) / parts, 16);
+    int32_t n = units_of(gemm, whole->k), most = MULTIPLY_DEPTH * steps_per_unit(gemm);
+    int32_t parts = anepy_pieces(whole->k, most);
+    int32_t k = (int32_t)anepy_round_up(anepy_pieces(whole->k, parts), 16);
     for (int32_t p = 0; p < whole->k; p += k) {
         int last = p + k >= whole->k, ahead = last ? anepy_pool_threads(gemm->pool) : 0;
         anepy_product s = part_of(whole, p, k), after = part_of(whole, last ? 0 : p + k, k);
@@ -275,11 +278,11 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     anepy_gemm_row_squares(gemm, whole, first, rows);
 }
 
-int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return DEPTH * steps_per_unit(gemm); }
+int32_t anepy_gemm_depth(const anepy_gemm *gemm) { return PANEL_DEPTH * steps_per_unit(gemm); }
 
 void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_gemm_job job = {gemm, *product};
-    anepy_pool_run(gemm->pool, (product->n + COLS - 1) / COLS, pack_panel, &job);
+    anepy_pool_run(gemm->pool, anepy_pieces(product->n, COLS), pack_panel, &job);
 }
 
 void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, int64_t ld,
@@ -293,13 +296,13 @@ void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, i
 
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_gemm_job job = {gemm, *product};
-    anepy_pool_run(gemm->pool, (product->m + BLOCK_ROWS - 1) / BLOCK_ROWS, multiply_rows, &job);
+    anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLOCK_ROWS), multiply_rows, &job);
 }
 
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
     if (by_blas(gemm)) {
         anepy_gemm_job job = {gemm, *product};
-        anepy_pool_run(gemm->pool, (product->m + BLAS_ROWS - 1) / BLAS_ROWS, blas_block, &job);
+        anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLAS_ROWS), blas_block, &job);
         return;
     }
     int32_t depth = anepy_gemm_depth(gemm);
@@ -312,27 +315,28 @@ void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
 
 /* ------------------------------------------------------------------------- in the background */
 
-static int32_t row_pieces(const anepy_product *s) { return (s->m + PIECE_ROWS - 1) / PIECE_ROWS; }
+static int32_t row_pieces(const anepy_product *s) { return anepy_pieces(s->m, BACKGROUND_ROWS); }
 
 int32_t anepy_gemm_pieces(const anepy_product *product) {
-    return row_pieces(product) * ((product->n + COLS - 1) / COLS);
+    return row_pieces(product) * anepy_pieces(product->n, COLS);
 }
 
-/* What a piece computes of C. The system's library gets as many, but of whole rows. */
+/* The area of C that a background piece computes. With the system's library there are as many
+ * pieces, of whole rows. */
 typedef struct {
     int32_t row, rows, column, columns;
 } area;
 
 static area area_of(const anepy_gemm *gemm, const anepy_product *s, int32_t index) {
-    int32_t panels = (s->n + COLS - 1) / COLS, pieces = row_pieces(s) * panels;
-    int32_t row = index / panels * PIECE_ROWS, column = index % panels * COLS;
+    int32_t panels = anepy_pieces(s->n, COLS), pieces = row_pieces(s) * panels;
+    int32_t row = index / panels * BACKGROUND_ROWS, column = index % panels * COLS;
     if (by_blas(gemm)) {
         int32_t most = (s->m + /* mutate: blas-last-piece */ pieces - 1) / pieces;
         int32_t rows = (int32_t)anepy_round_up(most, BLAS_ROUND);
         row = anepy_min_i32(s->m, index * rows);
         return (area){row, anepy_min_i32(rows, s->m - row), 0, s->n};
     }
-    return (area){row, anepy_min_i32(PIECE_ROWS, s->m - row), column,
+    return (area){row, anepy_min_i32(BACKGROUND_ROWS, s->m - row), column,
                   anepy_min_i32(COLS, s->n - column)};
 }
 
@@ -348,13 +352,13 @@ void anepy_gemm_piece_squares(void *context, int32_t index, int32_t worker) {
     s->squares[index] = /* mutate: gemm-piece-squares */ sum;
 }
 
-/* A is read where it is, or a block at a time. */
+/* A is read in place, or packed a block at a time. */
 static void multiply_piece(const anepy_gemm *gemm, const anepy_product *s, area p, float *tile) {
     int32_t n = units_of(gemm, s->k), end = p.row + p.rows;
     float *panel = tile + TILE_N, *block = panel + (int64_t)n * COLS;
     pack_columns(gemm, s, panel, p.column, block);
     int in_place = gemm->bf16 == NULL || (s->a16 != NULL && s->a_step == 1);
-    int32_t step = in_place ? PIECE_ROWS : BLOCK_ROWS;
+    int32_t step = in_place ? BACKGROUND_ROWS : BLOCK_ROWS;
     for (int32_t first = p.row; first < end; first += step) {
         int32_t rows = anepy_min_i32(step, end - first);
         units a = gemm->bf16 != NULL ? pack_rows(gemm, s, block, first, rows)

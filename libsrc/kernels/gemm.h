@@ -1,12 +1,12 @@
-/* kernels/gemm.h - blocked matrix products over the tile kernel.
+/* kernels/gemm.h - blocked matrix products over the matrix kernels.
  *
- * All products of the step are C (+)= A . B with the weights (or output gradients) as A, whose
- * elements are broadcast, and activations as B, whose rows are vectors. Blocking and its reasons:
- * docs/performance.md#how-products-are-built. Every element of C is summed by one thread in a fixed
- * order, so results do not depend on the number of threads.
+ * All products of a step are C (+)= A . B with weights (or output gradients) as A, whose elements
+ * are broadcast, and activations as B, whose rows are vectors. docs/performance.md has the blocking
+ * and its reasons (#how-products-are-built). One thread sums each element of C in a fixed order, so
+ * results do not depend on the number of threads.
  *
- * With bf16 kernels the factors are rounded to bf16 as they are packed and multiplied in pairs of
- * steps; sums and C stay float32. A unit is 32 bits: a float, or such a pair. */
+ * With bf16 kernels the factors are rounded to bf16 as they are packed, and multiplied in pairs of
+ * steps; sums and C stay float32. */
 #ifndef ANEPY_KERNELS_GEMM_H
 #define ANEPY_KERNELS_GEMM_H
 
@@ -18,48 +18,48 @@
 typedef struct {
     float *c;
     const float *a, *b;
-    /* Of a bf16 product: a factor that is rounded already, instead of a or b. Its strides other
-     * than 1 are even and its first element is 4-byte aligned; what follows a row of odd length is
+    /* For a bf16 product: a factor that is already rounded, instead of a or b. Strides other than 1
+     * are even, the first element is 4-byte aligned, and the element behind a row of odd length is
      * finite. */
     const uint16_t *a16, *b16;
     int64_t ldc, a_row, a_step, ldb;
     int32_t b_transposed;
     int32_t m, n, k;
     int32_t accumulate;
-    /* Sums of squares of C as it is left, taken while it is in the cache: one per row, or one per
-     * piece (anepy_gemm_piece). NULL: not wanted. */
+    /* If not NULL, gets sums of squares of the final C, one per row, or one per piece for
+     * anepy_gemm_piece. */
     double *squares;
 } anepy_product;
 
 /* What products need to run. */
 typedef struct {
     const anepy_kernels *kernels;
-    const anepy_bf16_kernels *bf16; /* those of kernels; NULL: products are float32 */
-    const struct anepy_blas *blas;  /* for large float32 products (blas.h); NULL: own kernels */
+    const anepy_bf16_kernels *bf16; /* kernels->bf16, or NULL for float32 products */
+    const struct anepy_blas *blas;  /* for large float32 products; NULL: own kernels */
     anepy_pool *pool;
     float *panels;  /* shared: anepy_gemm_panels_n floats, 64-byte aligned */
     float *scratch; /* per worker: scratch_n floats, 64-byte aligned */
     int64_t scratch_n;
 } anepy_gemm;
 
-int64_t anepy_gemm_panels_n(int32_t columns); /* for products of up to so many columns */
+int64_t anepy_gemm_panels_n(int32_t columns); /* for products with up to `columns` columns */
 int64_t anepy_gemm_scratch_n(int32_t k);      /* for anepy_gemm_piece with reductions up to k */
 
-/* On all threads, now. */
+/* Computes the product on all threads. */
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product);
 
-/* The same in two parts, for k up to the depth: B into gemm->panels, and the product with what is
- * there. Panel i holds columns [64 i, 64 i + 64) of B as [units][64]. */
+/* anepy_gemm_run in two parts, for k up to anepy_gemm_depth: packing B into gemm->panels, and the
+ * product with the packed B. Panel i holds columns [64 i, 64 i + 64) of B as [units][64]. */
 int32_t anepy_gemm_depth(const anepy_gemm *gemm);
 void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product);
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product);
-/* Or, where products are bf16, by whoever computes B: rows [row, row + rows) of its k, row even, at
- * columns [column, column + columns), both multiples of 64. */
+/* Packs rows [row, row + rows) of the k rows of B, for bf16 products, right where they are
+ * computed. row is even; column and columns are multiples of 64. */
 void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, int64_t ld,
                           int32_t row, int32_t rows, int32_t column, int32_t columns);
 
-/* A product with transposed B (a weight gradient) cut into pieces that need nothing from each
- * other, so that it can run in the background: submit anepy_gemm_piece with an anepy_gemm_job. */
+/* A product with transposed B (a weight gradient), cut into independent pieces, so that it can run
+ * in the background: submit anepy_gemm_piece to the pool with an anepy_gemm_job. */
 typedef struct {
     const anepy_gemm *gemm;
     anepy_product product;
@@ -68,14 +68,15 @@ typedef struct {
 int32_t anepy_gemm_pieces(const anepy_product *product);
 void anepy_gemm_piece(void *job, int32_t index, int32_t worker); /* an anepy_loop_fn */
 
-/* Only the piece's sum of squares, of C as it stands. */
+/* Computes only the piece's sum of squares, of C as it is. */
 void anepy_gemm_piece_squares(void *job, int32_t index, int32_t worker);
-/* Of rows [first, first + rows) of C, if they are wanted. */
+/* Computes the sums of squares of rows [first, first + rows) of C, unless product->squares is NULL.
+ */
 void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *product, int32_t first,
                             int32_t rows);
 
-/* On the calling thread alone, for operands in the cache, as the tile kernels read them: B not
- * transposed; with bf16 both are units, k of them, and ldb is 64. */
+/* Computes a product on the calling thread, for small operands in the layout of the matrix kernels:
+ * B is not transposed. With bf16 both factors are k units, and ldb is 64. */
 void anepy_gemm_small(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
                       int64_t ldc, const float *a, int64_t a_row, int64_t a_step, const float *b,
                       int64_t ldb, int32_t m, int32_t n, int32_t k, int32_t accumulate);

@@ -1,4 +1,4 @@
-/* kernels/kernels.c - which kernel set runs: the table of sets, and the one decision per process.
+/* kernels/kernels.c - the table of kernel sets, and the choice among them, made once per process.
  */
 #include "kernels/kernels.h"
 
@@ -14,7 +14,7 @@ static const struct {
     uint32_t needs;
 } SETS[] = {
 #if defined(__x86_64__)
-#if !defined(ANEPY_NO_BF16) /* a compiler that does not know the instructions: build_lib.sh */
+#if !defined(ANEPY_NO_BF16) /* set by build_lib.sh for compilers without these instructions */
     {&anepy_kernels_avx512bf16_set, ANEPY_CPU_AVX512 | ANEPY_CPU_AVX512_BF16},
 #endif
     {&anepy_kernels_avx512_set, ANEPY_CPU_AVX512},

@@ -4,14 +4,25 @@
  * (vector_impl.h, bf16_impl.h) over the few primitives of each instruction set. A new instruction
  * set is a simd_*.h with those primitives, a file that includes the template, and a row in SETS
  * (kernels.c). Vectors of float32 throughout; `n` counts elements; pointers need no alignment
- * unless stated; outputs come first and are overwritten unless "accumulates" is said. */
+ * unless stated; outputs come first and are overwritten unless "accumulates" is said.
+ *
+ * The words for parts of work, here and in all files above, from small to large:
+ *   unit    32 bits of a factor: a float32, or two bf16 that are multiplied in one instruction
+ *   vector  a register: 16, 8 or 4 floats
+ *   tile    what a matrix kernel holds in registers: 6 rows by 1 to 4 vectors of a product
+ *   panel   64 columns: of the second factor of a product, packed, or of activations
+ *   block   rows of the first factor that are packed at once; of attention 64 queries by 64 keys
+ *   piece   what one thread takes at once */
 #ifndef ANEPY_KERNELS_H
 #define ANEPY_KERNELS_H
 
 #include "runtime/status.h"
 
-#define ANEPY_TILE_ROWS 6 /* rows of C a matrix kernel computes at once, on every set */
-#define ANEPY_COLUMNS 64  /* columns per panel; activations are padded to it */
+#define ANEPY_TILE_ROWS 6   /* rows of C that a matrix kernel computes at once, on every set */
+#define ANEPY_COLUMNS 64    /* columns of a panel; activations are padded to multiples */
+#define ANEPY_PIECE_ROWS 64 /* rows of activations in a piece of an element-wise loop */
+#define ANEPY_PIECE_ELEMENTS 65536 /* elements in a piece of a loop over long vectors */
+#define ANEPY_LOSS_ROWS 512        /* vocabulary rows in a piece of the loss; sums depend on it */
 
 typedef struct {
     float lr; /* already divided by 1 - beta1^t */
@@ -24,20 +35,21 @@ typedef struct {
     int32_t clear;     /* write zeros to g */
 } anepy_adam;
 
-/* What is needed soon: with every step of its reduction a matrix kernel fetches the cache line at
- * `at`, which moves on by `step` bytes; with step 0 any readable place costs nothing. Many lines at
- * once would fill the queue of misses and stop it. */
+/* Memory to prefetch: with every step of its reduction a matrix kernel fetches the cache line at
+ * `at` and moves it by `step` bytes. With step 0 one readable line is fetched again and again,
+ * which costs nothing. Many lines at once would fill the queue of cache misses and stall the
+ * kernel. */
 typedef struct {
     const void *at;
     int64_t step;
 } anepy_lines;
 
 /* Products of bfloat16 numbers with float32 sums, two steps of the reduction per instruction. A
- * unit is a pair of bf16 numbers, the first in the low half; a reduction of k has (k + 1) / 2
- * units, and where k is odd the second number of the last unit of B is zero. Subnormals may count
- * as zero. */
+ * unit is a pair of bf16 numbers, the first in the low half. A reduction of k has (k + 1) / 2
+ * units; if k is odd, the second number of the last unit of B is zero. Subnormals may count as
+ * zero. */
 typedef struct {
-    /* As gemm_tile on units. */
+    /* C[rows][gemm_cols] = or += A . B like gemm_tile, with strides in units. */
     void (*dot_tile)(float *c, int64_t ldc, const uint32_t *a, int64_t a_row, int64_t a_step,
                      const uint32_t *b, int64_t ldb, int32_t units, int32_t rows,
                      int32_t accumulate, anepy_lines next);
@@ -49,7 +61,7 @@ typedef struct {
                        int32_t n);
     void (*zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src, int64_t ld, int32_t k,
                       int32_t n);
-    /* As fma_chains below: x = x + a . b, both numbers of the pairs a and b in every chain. */
+    /* fma_chains with x = x + a . b, the dot product of the pairs a and b, in every chain. */
     float (*dot_chains)(uint32_t a, uint32_t b, int64_t rounds);
 } anepy_bf16_kernels;
 
@@ -69,15 +81,16 @@ typedef struct anepy_kernels {
 
     /* y[i] = sum_p w[i*ldw + p] * x[p], i < rows. */
     void (*gemv)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows, int32_t k);
-    /* Its transpose: y[p] = sum_i x[i] * w[i*ldw + p], p < k. */
+    /* y[p] = sum_i x[i] * w[i*ldw + p], p < k: gemv with the transpose of w. */
     void (*sum_rows)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
                      int32_t k);
 
     void (*add)(float *dst, const float *a, const float *b, int64_t n); /* dst may be a or b */
     void (*scale)(float *dst, float factor, int64_t n);
-    void (*exp)(float *dst, const float *x, int64_t n); /* x <= 88.37; 2 ulp; 0 below -87.3 */
+    void (*exp)(float *dst, const float *x,
+                int64_t n); /* for x <= 88.37; error 2 ulp; 0 below -87.3 */
     double (*sum_squares)(const float *x, int64_t n);
-    float (*sum)(const float *x, int64_t n); /* in any order, as fast as memory can be read */
+    float (*sum)(const float *x, int64_t n); /* in any order, at the speed of memory */
     /* IEEE binary16, round to nearest even; beyond 65504 becomes infinite, NaN stays NaN. */
     void (*to_half)(uint16_t *dst, const float *src, int64_t n);
     void (*from_half)(float *dst, const uint16_t *src, int64_t n);
@@ -86,32 +99,34 @@ typedef struct anepy_kernels {
      * rstd[s] = 1/sqrt(mean_c x^2 + eps); y[c][s] = w[c] * x[c][s] * rstd[s]. */
     void (*rmsnorm)(float *y, int64_t ldy, float *rstd, const float *x, const float *w, float eps,
                     int32_t channels, int64_t ld);
-    /* First half of its backward for 64 columns: rstd as above and
-     * coef[s] = rstd^3 / channels * sum_c w[c] dy[c][s] x[c][s]. */
+    /* First half of the backward pass of rmsnorm for 64 columns: rstd as in rmsnorm, and coef[s] =
+     * rstd^3 / channels * sum_c w[c] dy[c][s] x[c][s]. */
     void (*rmsnorm_stats)(float *rstd, float *coef, const float *dy, const float *x, const float *w,
                           float eps, int32_t channels, int64_t ld);
-    /* Second half for one channel of n columns: dx = residual + rstd*w*dy - coef*x; returns
-     * sum_s dy*x*rstd, the gradient of w. dx may be residual. */
+    /* Second half, for one channel of n columns: dx = residual + rstd*w*dy - coef*x; returns sum_s
+     * dy*x*rstd, the gradient of w. dx may be residual. */
     float (*rmsnorm_row)(float *dx, const float *residual, const float *dy, const float *x,
                          const float *rstd, const float *coef, float w, int32_t n);
 
     /* Rotates the channel pair (a, b) by the angle whose cos and sin are given; sign -1 inverts. */
     void (*rope)(float *a, float *b, const float *cosine, const float *sine, float sign, int32_t n);
 
+    /* gate = h1 / (1 + e^-h1) * h3 (Shazeer 2020). */
     void (*swiglu)(float *gate, const float *h1, const float *h3, int64_t n);
-    /* ds = dgate in; dh1, dh3 out. dh1 may be ds. */
+    /* Gradients dh1, dh3 from ds, the gradient of gate. dh1 may be ds. */
     void (*swiglu_backward)(float *dh1, float *dh3, const float *ds, const float *h1,
                             const float *h3, int64_t n);
 
-    /* Soft-max down columns in powers of two, a block of rows [rows][64] at a time, for 64 columns
-     * each: m = max(max, x * scale) with that of the rows before (first -inf), shrink = 2^(max -
-     * m), x = 2^(x * scale - m), sum = sum * shrink + their sum; max = m. causal: row t counts for
-     * columns from t on, and is zero before. */
+    /* One step of a soft-max down 64 columns that come some rows at a time, in powers of two. x is
+     * [rows][64]; max (first -inf) and sum (first 0) are those of the rows before. Per column m =
+     * max(max, x * scale), shrink = 2^(max - m), x = 2^(x * scale - m), sum = sum * shrink + sum of
+     * x, max = m. With causal row t counts only for columns from t on and becomes zero before. */
     void (*softmax_step)(float *x, float *max, float *sum, float *shrink, int32_t rows, float scale,
                          int32_t causal);
-    /* Rows again from what is known of them, and the gradient through them, in place:
-     * x = 2^(x * scale - lse[r]), dp = x * factor * (dp - dot[r]); x, dp [rows][64]. What is raised
-     * to is at most 127 where it counts: causal: row r up to column r, both are zero behind. */
+    /* Probabilities of rows once more, from their log-sum-exp in powers of two, and the gradient
+     * through them, in place: x = 2^(x * scale - lse[r]), dp = x * factor * (dp - dot[r]); x, dp
+     * [rows][64]. The exponents must be at most 127. With causal row r counts only up to column r,
+     * and both become zero behind. */
     void (*softmax_again)(float *x, float *dp, const float *lse, const float *dot, int32_t rows,
                           float scale, float factor, int32_t causal);
     /* dst[r][j] = src[r][j] * factor[j], [rows][64]; dst may be src. */
@@ -126,7 +141,7 @@ typedef struct anepy_kernels {
     void (*softmax_row_backward)(float *ds, const float *p, const float *dp, float scale,
                                  int32_t n);
 
-    /* Columnwise max and sum of exp(x - max) over x[rows][64], leading dimension ld. */
+    /* Max and sum of exp(x - max) of each of 64 columns of x[rows][64], rows ld apart. */
     void (*logsumexp_columns)(float *max, float *sum, const float *x, int64_t ld, int32_t rows);
     /* x = exp(x - lse[s]) * scale over x[rows][64], in place. */
     void (*softmax_gradient)(float *x, const float *lse, float scale, int64_t ld, int32_t rows);
@@ -134,8 +149,8 @@ typedef struct anepy_kernels {
     /* AdamW on n elements (Loshchilov & Hutter 2019), in place; g is cleared or kept. */
     void (*adam)(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a);
 
-    /* The limit of this set, to measure others against: chain_n independent x = x * factor + term,
-     * `rounds` times each, with nothing but registers; returns the mean of all x. */
+    /* Peak arithmetic of the set, for benchmarks: computes x = x * factor + term `rounds` times for
+     * chain_n independent x in registers; returns their mean. */
     float (*fma_chains)(float factor, float term, int64_t rounds);
     int32_t chain_n;
 
@@ -146,16 +161,16 @@ typedef struct anepy_kernels {
  * names no known set. Always the same in one process. */
 const anepy_kernels *anepy_kernels_get(void);
 
-/* The plain reference. */
+/* The set of plain C, the reference. */
 const anepy_kernels *anepy_kernels_scalar(void);
 
 /* All sets that this machine and ANEPY_CPU_MASK allow, best first; NULL beyond the last. */
 const anepy_kernels *anepy_kernels_at(int32_t index);
 
-/* The set with this name, NULL: the one in use; ANEPY_E_NAME with the list of all. */
+/* The set with this name; NULL: the one in use. Otherwise ANEPY_E_NAME with a list of all sets. */
 int32_t anepy_kernels_named(const anepy_kernels **out, const char *isa);
 
-/* One per instruction set, filled in its own file; present only on its processor family. */
+/* One per instruction set, each in its own file; only those of the processor family exist. */
 extern const anepy_kernels anepy_kernels_scalar_set;
 extern const anepy_kernels anepy_kernels_avx2_set;
 extern const anepy_kernels anepy_kernels_avx512_set;

@@ -5,5 +5,5 @@
 
 const anepy_kernels anepy_kernels_neon_set = VECTOR_KERNELS("gemm_tile_6x16__neon", NULL);
 #else
-typedef int anepy_no_neon; /* ISO C wants a declaration */
+typedef int anepy_no_neon; /* ISO C forbids an empty file */
 #endif

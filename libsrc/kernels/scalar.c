@@ -1,8 +1,9 @@
-/* kernels/scalar.c - every kernel once more, in plain C: the reference the vector sets are checked
- * against, the fallback for unknown processors, and the "scalar loop" of switch simd_adam.
- * Deliberately not tuned. */
+/* kernels/scalar.c - every kernel in plain C, deliberately not tuned.
+ *
+ * It is the reference that vector sets are checked against, the fallback for other processors, and
+ * the update without switch simd_adam. */
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-tree-vectorize") /* scalar means scalar */
+#pragma GCC optimize("no-tree-vectorize") /* or gcc would use vectors */
 #endif
 #include <math.h>
 #include <string.h>
@@ -216,7 +217,7 @@ static void adam__scalar(float *p, float *g, float *m, float *v, int64_t n, cons
     }
 }
 
-/* As many chains as fit the sixteen registers of x86-64 beside factor and term. */
+/* So many chains fit the 16 registers of x86-64 beside factor and term. */
 #define CHAINS 12
 
 static float fma_chains__scalar(float factor, float term, int64_t rounds) {

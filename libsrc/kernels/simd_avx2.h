@@ -36,7 +36,7 @@ V_INLINE vf v_pow2(vf n) {
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_castsi256_ps(e);
 }
-/* The low bits of t, moved to where a number has its sign and exponent. */
+/* The low bits of t, shifted to the place of sign and exponent. */
 V_INLINE vf v_exponent(vf t) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
 }

@@ -39,7 +39,7 @@ V_INLINE vf v_pow2(vf n) {
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
     return _mm512_castsi512_ps(e);
 }
-/* The low bits of t, moved to where a number has its sign and exponent. */
+/* The low bits of t, shifted to the place of sign and exponent. */
 V_INLINE vf v_exponent(vf t) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
 }

@@ -17,19 +17,19 @@ V_INLINE void v_store_pairs_n(uint32_t *p, vp v, int64_t n) {
     _mm512_mask_storeu_epi32(p, (__mmask16)((1u << n) - 1), v);
 }
 V_INLINE vp v_set_pair(uint32_t x) { return _mm512_set1_epi32((int32_t)x); }
-/* c + the products of both halves of each pair. Subnormals count as zero, whatever the mode. */
+/* c + the dot product of each pair. Subnormals count as zero in every floating-point mode. */
 V_INLINE vf v_dot(vp a, vp b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 
-/* The bf16 numbers of low, then those of high: round to nearest even, NaN stays NaN. */
+/* Rounds low, then high to bf16: to nearest even, NaN stays NaN. */
 V_INLINE vp v_round_to_bf16(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-/* Number i and number VL + i become pair i. */
+/* Pairs number i with number VL + i. */
 V_INLINE vp v_zip(vp v) {
     const __m512i order =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, v);
 }
-/* VL numbers of bf16 from each place, one behind the other. */
+/* VL bf16 numbers from low, then VL from high. */
 V_INLINE vp v_join(const uint16_t *low, const uint16_t *high) {
     __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)low);
     __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)high);

@@ -41,7 +41,7 @@ V_INLINE vf v_round(vf a) { return vrndnq_f32(a); }
 V_INLINE vf v_pow2(vf n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
-/* The low bits of t, moved to where a number has its sign and exponent. */
+/* The low bits of t, shifted to the place of sign and exponent. */
 V_INLINE vf v_exponent(vf t) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(t), 23));
 }

@@ -20,21 +20,21 @@ V_INLINE void v_store_pairs_n(uint32_t *p, vp v, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
 V_INLINE vp v_set_pair(uint32_t x) { return vdupq_n_u32(x); }
-/* c + the products of both halves of each pair. Subnormals count as zero, whatever the mode. */
+/* c + the dot product of each pair. Subnormals count as zero in every floating-point mode. */
 V_INLINE vf v_dot(vp a, vp b, vf c) {
     return vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
 }
 
-/* The bf16 numbers of low, then those of high: round to nearest even, NaN stays NaN. */
+/* Rounds low, then high to bf16: to nearest even, NaN stays NaN. */
 V_INLINE vp v_round_to_bf16(vf low, vf high) {
     return vreinterpretq_u32_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high));
 }
-/* Number i and number VL + i become pair i. */
+/* Pairs number i with number VL + i. */
 V_INLINE vp v_zip(vp v) {
     uint16x8_t x = vreinterpretq_u16_u32(v);
     return vreinterpretq_u32_u16(vzip1q_u16(x, vextq_u16(x, x, 4)));
 }
-/* VL numbers of bf16 from each place, one behind the other. */
+/* VL bf16 numbers from low, then VL from high. */
 V_INLINE vp v_join(const uint16_t *low, const uint16_t *high) {
     return vreinterpretq_u32_u16(vcombine_u16(vld1_u16(low), vld1_u16(high)));
 }

@@ -1,8 +1,9 @@
-/* kernels/tile_impl.h - the matrix kernel, once for every type of factor: the file that includes
- * this names the functions and says what a TILE_UNIT of a factor is, and how to load, spread and
- * multiply one. Contracts stand in kernels.h. */
+/* kernels/tile_impl.h - the matrix kernel for every type of factor.
+ *
+ * The file that includes this defines the names of the functions, the type of a unit, and how units
+ * are loaded, broadcast and multiplied. kernels.h has the contract of gemm_tile. */
 
-/* `rows` is a constant at every call, so that the accumulators live in registers. */
+/* `rows` is a constant at every call, so that accumulators stay in registers. */
 V_INLINE void TILE_ROWS(float *c, int64_t ldc, const TILE_UNIT *a, int64_t a_row, int64_t a_step,
                         const TILE_UNIT *b, int64_t ldb, int32_t k, const int rows, int accumulate,
                         anepy_lines next) {

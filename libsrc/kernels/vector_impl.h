@@ -1,5 +1,6 @@
-/* kernels/vector_impl.h - every kernel of the table, once, over the primitives of a simd_*.h.
- * Included by one file per instruction set; contracts stand in kernels.h. */
+/* kernels/vector_impl.h - every kernel of the table over the primitives of a simd_*.h.
+ *
+ * Included by one file per instruction set; kernels.h has the contracts. */
 #include <math.h>
 
 #include "kernels/kernels.h"
@@ -8,7 +9,7 @@
 #define COLS ANEPY_COLUMNS
 #define COL_VECTORS (COLS / VL) /* vectors across one panel */
 
-/* Full or partial vector, by what is left. */
+/* Loads or stores a vector, or only its first `left` elements if there are fewer. */
 V_INLINE vf load_left(const float *p, int64_t left) {
     return /* mutate: vector-load-tail */ left >= VL ? v_load(p) : v_load_n(p, left);
 }
@@ -41,7 +42,7 @@ SIMD_TARGET static void SIMD_FN(transpose_panel)(float *dst, const float *src, i
             dst[p * COLS + j] = /* mutate: transpose-row-limit */ j < rows ? src[j * ld + p] : 0.0f;
 }
 
-/* Row after row, so that the matrix is read in one stream. */
+/* Row by row, so that the matrix is read as one stream. */
 SIMD_TARGET static void SIMD_FN(gemv)(float *y, const float *w, int64_t ldw, const float *x,
                                       int32_t rows, int32_t k) {
     for (int32_t i = 0; i < rows; i++, w += ldw) {
@@ -58,7 +59,7 @@ SIMD_TARGET static void SIMD_FN(gemv)(float *y, const float *w, int64_t ldw, con
     }
 }
 
-/* Up to 4 vectors of columns; odd and even rows apart, so that additions overlap. */
+/* Sums up to 4 vectors of columns, odd and even rows separately, so that additions overlap. */
 V_INLINE void sum_rows_block(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
                              int64_t left, const int vectors) {
     vf acc[2][4];
@@ -104,9 +105,9 @@ SIMD_TARGET static void SIMD_FN(scale)(float *dst, float factor, int64_t n) {
         store_left(dst + i, v_mul(load_left(dst + i, n - i), f), n - i);
 }
 
-/* exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, ln 2 in two parts so that r is
- * exact (Cody & Waite 1980). The polynomial r^2 * q(r) + r + 1, q of degree 4, is the relative
- * minimax fit of exp on that interval (Lawson's iteration): 3.1e-9, a twentieth of an ulp. */
+/* exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2; ln 2 has two parts so that r
+ * is exact (Cody & Waite 1980). exp(r) = r^2 * q(r) + r + 1 with q of degree 4, fitted by Lawson's
+ * iteration to the least relative error on that interval: 3.1e-9, a twentieth of an ulp. */
 V_INLINE vf v_exp(vf x) {
     vf low = v_set(-87.33654f); /* ln of the smallest normal number */
     vf xc = v_min(v_set(88.37626f), v_max(low, x));
@@ -136,8 +137,8 @@ SIMD_TARGET static double SIMD_FN(sum_squares)(const float *x, int64_t n) {
     return v_sum_total(even) + v_sum_total(odd);
 }
 
-/* Two streams are up to 4 % faster than one; prefetch hints gain 3 % more at best, more streams
- * nothing. */
+/* Two streams are up to 4 % faster than one; more streams gain nothing, prefetch
+ * hints at most 3 %. */
 SIMD_TARGET static float SIMD_FN(sum)(const float *x, int64_t n) {
     vf part[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
     int64_t half = n / (8 * VL) * (4 * VL);
@@ -237,7 +238,8 @@ SIMD_TARGET static void SIMD_FN(rmsnorm)(float *y, int64_t ldy, float *rstd, con
 SIMD_TARGET static void SIMD_FN(rmsnorm_stats)(float *rstd, float *coef, const float *dy,
                                                const float *x, const float *w, float eps,
                                                int32_t channels, int64_t ld) {
-    for (int j0 = 0; j0 < COLS; j0 += COLS / 2) { /* two halves: sums of both kinds in registers */
+    for (int j0 = 0; j0 < COLS;
+         j0 += COLS / 2) { /* half a panel at a time keeps both sums in registers */
         vf sum[COL_VECTORS / 2], dot[COL_VECTORS / 2];
         ANEPY_UNROLL
         for (int j = 0; j < COL_VECTORS / 2; j++) sum[j] = dot[j] = v_set(0.0f);
@@ -276,9 +278,9 @@ SIMD_TARGET static float SIMD_FN(rmsnorm_row)(float *dx, const float *residual, 
 
 /* ----------------------------------------------------------------------------------- soft-max */
 
-/* 2^x for x <= 127, 0 below -126.5: x rounded by adding 1.5 * 2^23, which leaves the exponent's
- * bits in the sum, and 2^r = r * q(r) + 1, q of degree 5, the relative minimax fit for |r| <= 1/2
- * (Lawson's iteration): 1.6e-8, a quarter of an ulp. */
+/* 2^x for x <= 127, 0 below -126.5. Adding 1.5 * 2^23 rounds x and leaves the bits of the exponent
+ * in the sum. 2^r = r * q(r) + 1 for |r| <= 1/2 with q of degree 5, fitted by Lawson's iteration to
+ * the least relative error: 1.6e-8, a quarter of an ulp. */
 V_INLINE vf v_exp2(vf x) {
     vf shift = v_set(0x1.8p23f + 127.0f), xc = v_max(v_set(-127.0f), x);
     vf t = v_add(xc, shift);
@@ -291,7 +293,7 @@ V_INLINE vf v_exp2(vf x) {
     return v_mul(v_fma(q, r, v_set(1.0f)), v_exponent(t));
 }
 
-#define GROUP 4 /* vectors of columns whose state stays in registers */
+#define SOFTMAX_VECTORS 4 /* vectors of columns whose state stays in registers */
 
 SIMD_TARGET static void SIMD_FN(softmax_step)(float *x, float *max, float *sum, float *shrink,
                                               int32_t rows, float scale, int32_t causal) {
@@ -299,16 +301,17 @@ SIMD_TARGET static void SIMD_FN(softmax_step)(float *x, float *max, float *sum, 
     for (int32_t t = 1; t < rows && causal; t++)
         for (int32_t j = 0; j < COLS && j < t; j += VL)
             store_left(x + t * COLS + j, v_set(-INFINITY), t - j);
-    for (int j0 = 0; j0 < COLS; j0 += GROUP * VL) {
-        vf m[GROUP], s[GROUP];
+    for (int j0 = 0; j0 < COLS; j0 += SOFTMAX_VECTORS * VL) {
+        vf m[SOFTMAX_VECTORS], s[SOFTMAX_VECTORS];
         ANEPY_UNROLL
-        for (int j = 0; j < GROUP; j++) m[j] = v_set(-INFINITY);
+        for (int j = 0; j < SOFTMAX_VECTORS; j++) m[j] = v_set(-INFINITY);
         for (int32_t t = 0; t < rows; t++) {
             ANEPY_UNROLL
-            for (int j = 0; j < GROUP; j++) m[j] = v_max(m[j], v_load(x + t * COLS + j0 + j * VL));
+            for (int j = 0; j < SOFTMAX_VECTORS; j++)
+                m[j] = v_max(m[j], v_load(x + t * COLS + j0 + j * VL));
         }
         ANEPY_UNROLL
-        for (int j = 0; j < GROUP; j++) {
+        for (int j = 0; j < SOFTMAX_VECTORS; j++) {
             vf before = v_load(max + j0 + j * VL);
             m[j] = v_max(before, v_mul(m[j], sc));
             vf factor = v_exp2(v_sub(before, m[j]));
@@ -319,7 +322,7 @@ SIMD_TARGET static void SIMD_FN(softmax_step)(float *x, float *max, float *sum, 
         }
         for (int32_t t = 0; t < rows; t++) {
             ANEPY_UNROLL
-            for (int j = 0; j < GROUP; j++) {
+            for (int j = 0; j < SOFTMAX_VECTORS; j++) {
                 float *at = x + t * COLS + j0 + j * VL;
                 vf p = v_exp2(v_fma(v_load(at), sc, m[j]));
                 v_store(at, p);
@@ -327,7 +330,7 @@ SIMD_TARGET static void SIMD_FN(softmax_step)(float *x, float *max, float *sum, 
             }
         }
         ANEPY_UNROLL
-        for (int j = 0; j < GROUP; j++) v_store(sum + j0 + j * VL, s[j]);
+        for (int j = 0; j < SOFTMAX_VECTORS; j++) v_store(sum + j0 + j * VL, s[j]);
     }
 }
 
@@ -356,13 +359,13 @@ SIMD_TARGET static void SIMD_FN(softmax_again)(float *x, float *dp, const float 
 
 SIMD_TARGET static void SIMD_FN(scale_columns)(float *dst, int64_t dst_ld, const float *src,
                                                const float *factor, int32_t rows) {
-    for (int j0 = 0; j0 < COLS; j0 += GROUP * VL) {
-        vf f[GROUP];
+    for (int j0 = 0; j0 < COLS; j0 += SOFTMAX_VECTORS * VL) {
+        vf f[SOFTMAX_VECTORS];
         ANEPY_UNROLL
-        for (int j = 0; j < GROUP; j++) f[j] = v_load(factor + j0 + j * VL);
+        for (int j = 0; j < SOFTMAX_VECTORS; j++) f[j] = v_load(factor + j0 + j * VL);
         for (int32_t r = 0; r < rows; r++) {
             ANEPY_UNROLL
-            for (int j = 0; j < GROUP; j++) {
+            for (int j = 0; j < SOFTMAX_VECTORS; j++) {
                 int i = j0 + j * VL;
                 v_store(dst + r * dst_ld + i, v_mul(v_load(src + r * COLS + i), f[j]));
             }
@@ -372,19 +375,19 @@ SIMD_TARGET static void SIMD_FN(scale_columns)(float *dst, int64_t dst_ld, const
 
 SIMD_TARGET static void SIMD_FN(dot_columns)(float *y, const float *a, const float *b, int64_t ldb,
                                              int32_t rows) {
-    for (int j0 = 0; j0 < COLS; j0 += GROUP * VL) {
-        vf sum[GROUP];
+    for (int j0 = 0; j0 < COLS; j0 += SOFTMAX_VECTORS * VL) {
+        vf sum[SOFTMAX_VECTORS];
         ANEPY_UNROLL
-        for (int j = 0; j < GROUP; j++) sum[j] = v_set(0.0f);
+        for (int j = 0; j < SOFTMAX_VECTORS; j++) sum[j] = v_set(0.0f);
         for (int32_t r = 0; r < rows; r++) {
             ANEPY_UNROLL
-            for (int j = 0; j < GROUP; j++) {
+            for (int j = 0; j < SOFTMAX_VECTORS; j++) {
                 int i = j0 + j * VL;
                 sum[j] = v_fma(v_load(a + r * COLS + i), v_load(b + r * ldb + i), sum[j]);
             }
         }
         ANEPY_UNROLL
-        for (int j = 0; j < GROUP; j++) v_store(y + j0 + j * VL, sum[j]);
+        for (int j = 0; j < SOFTMAX_VECTORS; j++) v_store(y + j0 + j * VL, sum[j]);
     }
 }
 
@@ -394,12 +397,12 @@ SIMD_TARGET static void SIMD_FN(softmax_row)(float *x, int32_t valid, int32_t pa
     for (; i + VL <= valid; i += VL) max = v_max(max, v_load(x + i));
     float largest = v_largest(max);
     for (; i < valid; i++) largest = fmaxf(largest, x[i]);
-    for (i = valid; i < padded; i++) x[i] = -INFINITY; /* exp makes them zero */
+    for (i = valid; i < padded; i++) x[i] = -INFINITY; /* exp(-inf) is zero */
     max = v_set(largest);
     for (i = 0; i < padded; i += VL) {
         vf e = v_exp(v_mul(v_sub(load_left(x + i, padded - i), max), sc));
         store_left(x + i, e, padded - i);
-        sum = v_add(sum, load_left(x + i, padded - i)); /* zeros beyond a partial vector */
+        sum = v_add(sum, load_left(x + i, padded - i)); /* a partial vector loads zeros */
     }
     vf inverse = v_set(1.0f / v_sum(sum));
     for (i = 0; i < padded; i += VL)
@@ -442,7 +445,8 @@ SIMD_TARGET static void SIMD_FN(softmax_gradient)(float *x, const float *lse, fl
 
 /* -------------------------------------------------------------------------------------- AdamW */
 
-/* Exact square root and division: memory-bound either way, and safe at zero. */
+/* Square root and division are exact: estimates fail at zero, and would not be faster, because
+ * memory limits the loop. */
 V_INLINE void adam_loop(float *p, float *g, float *m, float *v, int64_t n, const anepy_adam *a,
                         const int clear) {
     vf b1 = v_set(a->beta1), b2 = v_set(a->beta2), lr = v_set(a->lr), eps = v_set(a->eps);
@@ -469,9 +473,9 @@ SIMD_TARGET static void SIMD_FN(adam)(float *p, float *g, float *m, float *v, in
 
 /* -------------------------------------------------------------------------------------- limits */
 
-#define CHAINS (ANEPY_TILE_ROWS * TILE_VECTORS) /* the accumulators of gemm_rows */
+#define CHAINS (ANEPY_TILE_ROWS * TILE_VECTORS) /* as many as the accumulators of gemm_tile */
 
-/* Each chain starts elsewhere, or the compiler would compute one of them. */
+/* Each chain starts with another number, or the compiler would compute only one. */
 SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t rounds) {
     vf chain[CHAINS], f = v_set(factor), t = v_set(term), sum = v_set(0.0f);
     ANEPY_UNROLL

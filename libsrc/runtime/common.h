@@ -19,8 +19,14 @@ ANEPY_INLINE int64_t anepy_round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
+/* Pieces of `size` that cover n. */
+ANEPY_INLINE int32_t anepy_pieces(int64_t n, int64_t size) {
+    return (int32_t)((n + size - 1) / size);
+}
+
 ANEPY_INLINE int32_t anepy_min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 ANEPY_INLINE int32_t anepy_max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
+ANEPY_INLINE int64_t anepy_min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 ANEPY_INLINE int64_t anepy_max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #endif

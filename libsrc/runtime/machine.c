@@ -50,7 +50,7 @@ int anepy_machine_has_bf16(void) {
 #endif
 }
 
-/* Is this CPU the first of its SMT siblings? Unknown topology counts as its own core. */
+/* Whether this CPU is the first of its SMT siblings; without topology it counts as a core. */
 static int is_first_sibling(int cpu) {
     char path[96];
     int first = cpu;
@@ -74,7 +74,7 @@ static int32_t count_cores(void) {
         all++;
         first += is_first_sibling(cpu);
     }
-    /* An affinity mask of second siblings only still is one core each. */
+    /* A mask that has only second siblings: each is a core. */
     return first > 0 ? first : (all > 0 ? all : 1);
 }
 
@@ -95,7 +95,7 @@ static double read_quota(const char *quota_path, const char *period_path) {
     return value > 0.0 && period > 0.0 ? value / period : 0.0;
 }
 
-/* Is "cpu" one of the comma-separated controllers of a version 1 hierarchy? */
+/* Whether "cpu" is among the comma-separated controllers of a version 1 hierarchy. */
 static int has_cpu(const char *controllers) {
     for (const char *at = controllers; *at != '\0'; at += strcspn(at, ",")) {
         at += *at == ',';
@@ -104,7 +104,8 @@ static int has_cpu(const char *controllers) {
     return 0;
 }
 
-/* The tightest limit of our cgroup and its parents, in version 2 (no controllers named) and 1. */
+/* The lowest limit of our cgroup and its parents, in versions 1 and 2; version 2 names no
+ * controllers. */
 static double cpu_quota(void) {
     double best = 0.0;
     char line[512], path[640], period[640];

@@ -1,5 +1,5 @@
-/* runtime/machine.h - what only the operating system tells: how many threads this process should
- * use, and a feature of the processor. */
+/* runtime/machine.h - facts that only the operating system knows: cores, threads, one processor
+ * feature. */
 #ifndef ANEPY_RUNTIME_MACHINE_H
 #define ANEPY_RUNTIME_MACHINE_H
 
@@ -12,7 +12,7 @@ int32_t anepy_machine_cores(void);
 /* The default thread count: min(cores, cgroup CPU quota rounded down), or ANEPY_NUM_THREADS. */
 int32_t anepy_machine_threads(void);
 
-/* AArch64: does the system report FEAT_BF16 (Apple: M2 and later)? 0 on other processors. */
+/* On AArch64 whether the system reports FEAT_BF16 (on Apple silicon M2 and later); 0 elsewhere. */
 int anepy_machine_has_bf16(void);
 
 #endif

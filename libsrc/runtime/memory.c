@@ -10,9 +10,9 @@
 
 static _Atomic int64_t heap_operations;
 
-#define ANY_PAGE ((uint64_t)65536) /* a multiple of every page size in use, also of a GPU's */
+#define ANY_PAGE ((uint64_t)65536) /* a multiple of every page size of processors and GPUs */
 
-/* Both ends of such a mapping can be given back. */
+/* Rounded to whole pages, so that memory before and behind an aligned mapping can be unmapped. */
 static uint64_t mapped_size(uint64_t nbytes) {
     return (nbytes + ANY_PAGE - 1) / ANY_PAGE * ANY_PAGE;
 }

@@ -1,4 +1,4 @@
-/* runtime/status.h - how a function says no: a code for the program, a sentence for the person. */
+/* runtime/status.h - how functions report failure: a code for programs, a sentence for people. */
 #ifndef ANEPY_RUNTIME_STATUS_H
 #define ANEPY_RUNTIME_STATUS_H
 

@@ -18,7 +18,7 @@
 #define MAX_WORKERS 256
 #define SPIN_MS 0.1 /* longer than the gaps between loops of a step, shorter than a time slice */
 
-#define SPINS 1000 /* before another thread is let in */
+#define SPINS 1000 /* spins before the processor is offered to other threads */
 
 typedef struct {
     anepy_pool *pool;
@@ -39,8 +39,8 @@ struct anepy_pool {
     int32_t stop;
     anepy_loop *foreground;
     anepy_loop *head, *tail;     /* background loops, oldest first */
-    _Atomic uint32_t epoch;      /* counts loops added: what spinning workers look at */
-    _Atomic uint32_t interrupts; /* counts foreground loops: calls workers back */
+    _Atomic uint32_t epoch;      /* counts added loops; spinning workers watch it */
+    _Atomic uint32_t interrupts; /* counts foreground loops; a change calls workers back to them */
     _Atomic int64_t busy_ns;
     worker_arg workers[MAX_WORKERS];
 };
@@ -56,7 +56,7 @@ void anepy_cpu_pause(void) {
 void anepy_pool_await(const _Atomic int32_t *at, int32_t value) {
     for (int spins = 0; atomic_load_explicit(at, memory_order_acquire) != value; spins++) {
         if (spins < SPINS) anepy_cpu_pause();
-        else sched_yield(); /* it may have no core */
+        else sched_yield(); /* the thread that is waited for may need this core */
     }
 }
 
@@ -102,13 +102,14 @@ static void publish(anepy_pool *pool) {
 static void leave(anepy_pool *pool, anepy_loop *loop) {
     if (atomic_fetch_sub(&loop->active, 1) != 1) return;
     if (pool->watchers > 0) pthread_cond_broadcast(&pool->done);
-    /* The next serial loop may start, which those that found nothing to do cannot know. */
+    /* Wakes workers: the next serial loop may start now. */
     if (pool->serial && loop->link != NULL) publish(pool);
 }
 
 /* ------------------------------------------------------------------------------ without it */
 
-/* seen: `interrupts` when the loop was chosen, so that no foreground loop is missed. */
+/* seen is the value of `interrupts` when the loop was chosen, so that no foreground loop is missed.
+ */
 static void take_indices(anepy_pool *pool, anepy_loop *loop, int32_t worker, uint32_t seen) {
     double start = loop->background ? anepy_now_ms() : 0.0;
     for (;;) {
@@ -126,7 +127,7 @@ static void take_indices(anepy_pool *pool, anepy_loop *loop, int32_t worker, uin
         atomic_fetch_add(&pool->busy_ns, (int64_t)((anepy_now_ms() - start) * 1e6));
 }
 
-/* Runs one loop if there is one; returns whether there was. Expects and leaves the mutex held. */
+/* Runs one loop; returns 0 if there is none. The mutex is held before and after. */
 static int work_once(anepy_pool *pool, int32_t worker) {
     anepy_loop *loop = find_loop(pool);
     if (loop == NULL) return 0;
@@ -190,12 +191,13 @@ static void ensure_started(anepy_pool *pool) {
         worker_arg *arg = &pool->workers[i];
         arg->pool = pool;
         arg->worker = i;
-        if (anepy_thread_start(&arg->thread, worker_main, arg) != ANEPY_OK) break; /* fewer do */
+        if (anepy_thread_start(&arg->thread, worker_main, arg) != ANEPY_OK)
+            break; /* the pool works with fewer */
         pool->started++;
     }
 }
 
-/* Waits until no worker is inside the loop. Expects and leaves the mutex held. */
+/* Waits until no worker is inside the loop. The mutex is held before and after. */
 static void await_leavers(anepy_pool *pool, anepy_loop *loop) {
     while (atomic_load(&loop->active) > 0) {
         pthread_mutex_unlock(&pool->mutex);

@@ -1,11 +1,12 @@
 /* runtime/threads.h - a small thread pool: parallel loops, and a queue of background loops.
  *
- * The calling thread is worker 0 and computes too. A loop is `count` independent indices; who
- * computes which index depends on timing, so results must not (each index writes its own output, or
- * waits for a lower one: they are taken in ascending order).
+ * The calling thread is worker 0 and computes too. A loop has `count` indices, which are taken in
+ * ascending order. Timing decides which thread computes which index, so results must not depend on
+ * it: each index writes its own output, or waits for a lower index.
+ *
  * While the caller has no loop running, the other workers take indices of background loops; a new
- * foreground loop calls them back after the index they are in. Threads start at the first loop and
- * are rebuilt after fork. One thread at a time may call into a pool. */
+ * foreground loop calls them back after their current index. Threads start with the first loop, and
+ * again after fork. One thread at a time may call into a pool. */
 #ifndef ANEPY_RUNTIME_THREADS_H
 #define ANEPY_RUNTIME_THREADS_H
 
@@ -36,9 +37,9 @@ int32_t anepy_pool_threads(const anepy_pool *pool);
 /* Computes all indices, then returns. */
 void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context);
 
-/* The same for a loop that waits for memory: each worker goes through a stretch of neighbouring
- * indices, so that what it reads is one stream, which the processor fetches ahead; one that is done
- * helps the others. */
+/* For a loop that is bound by memory: computes all indices, each worker a range of neighbours, so
+ * that it reads one stream, which the processor fetches ahead. A worker that is done helps the
+ * others. */
 void anepy_pool_stream(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *context);
 
 /* Queues a background loop. With serial != 0 it starts only when all loops before it are done;
@@ -46,16 +47,17 @@ void anepy_pool_stream(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *
 void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_loop_fn fn,
                        void *context, int32_t serial);
 
-/* Helps until every background loop is done. */
+/* Computes indices of background loops until all of them are done. */
 void anepy_pool_wait(anepy_pool *pool);
 
-/* For loops that wait for another thread. */
+/* Tells the processor that this thread spins. */
 void anepy_cpu_pause(void);
 
-/* Inside a loop: until a lower index has stored `value`, and with everything it wrote before. */
+/* Inside a loop: spins until a lower index has stored `value` at `at`; then all that it wrote
+ * before is visible. */
 void anepy_pool_await(const _Atomic int32_t *at, int32_t value);
 
-/* A thread that gets no signals: they stay with the interpreter's. */
+/* Starts a thread that blocks all signals, so that Python's threads handle them. */
 int32_t anepy_thread_start(pthread_t *out, void *(*main)(void *), void *context);
 
 /* Milliseconds that all workers together spent in background loops since the last call. */

@@ -281,7 +281,7 @@ ERRORS = [
     ("[1, 8, 4, 64])", "[1, 8, 4, 64, 1])", 7, 97, "1", "more than 4 entries"),
     ("[1, 8, 4, 64])", "[[1, 8], [4, 64]])", 7, 84, "[", "expected a whole number for int32"),
     ("= mul(", "= mull(", 8, 42, "mull", "no operation of this name is known"),
-    ("= mul(", "= gather(", 8, 42, "gather", "not available on the engine: look-ups stay"),
+    ("= mul(", "= gather(", 8, 42, "gather", "not available on the ANE: look-ups stay"),
     ("= mul(", "= cond(", 8, 42, "cond", "control flow does not compile"),
     ("mul(x=x, y=k)", "mul(x=x, w=k)", 8, 51, "w", "mul has no such parameter; it takes x, y"),
     ("mul(x=x, y=k)", "mul(x=x, x=k)", 8, 51, "x", "this parameter is given twice"),

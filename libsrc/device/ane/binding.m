@@ -1,10 +1,9 @@
-/* device/ane/binding.m - which surface goes where: read back from the loaded program, never
- * guessed.
+/* device/ane/binding.m - finds out from the loaded program which surface is which tensor.
  *
- * Symbols are numbered over all procedures; a procedure names its own by number, and the attributes
+ * Symbols are numbered over all procedures; a procedure lists its own by number, and the attributes
  * name each number (docs/neural-engine.md#order-of-surfaces). The wrong order would give wrong
- * numbers without an error, so a program that does not say what is what is refused unless there is
- * only one choice. */
+ * numbers without an error, so a program that does not name its symbols is refused unless there is
+ * only one possible order. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,7 +11,7 @@
 
 static const char *const SIDE[2] = {"input", "output"};
 
-/* What the framework returns may be of another class than expected. */
+/* object if it is of this class, else nil: the framework may return something else. */
 static id kind(id object, Class class) { return [object isKindOfClass:class] ? object : nil; }
 
 static NSDictionary *dictionary(NSDictionary *in, NSString *key) {
@@ -28,7 +27,7 @@ static int64_t number(NSDictionary *in, NSString *key) {
     return value != nil ? [value longLongValue] : -1;
 }
 
-/* "z_out" also if the program calls it "z_out@output". */
+/* Whether a symbol is this name; the program may call "z_out" "z_out@output". */
 static int named(id symbol, const char *name) {
     const char *text = [kind(symbol, [NSString class]) UTF8String];
     size_t n = strlen(name);
@@ -68,7 +67,7 @@ static anepy_ane_port *port_at(anepy_bound *bound, int32_t side, int32_t index) 
     return &bound->function.ports[index + (side == 0 ? 0 : bound->function.input_n)];
 }
 
-/* Which port is symbol number k of the side. */
+/* Finds the port that symbol number k of a side belongs to. */
 static int32_t match(anepy_bound *bound, int32_t side, NSArray *names, int32_t k) {
     NSUInteger index = [[bound->indices[side] objectAtIndex:(NSUInteger)k] unsignedIntegerValue];
     id symbol = index < [names count] ? [names objectAtIndex:index] : nil;
@@ -84,7 +83,8 @@ static int32_t match(anepy_bound *bound, int32_t side, NSArray *names, int32_t k
                       bound->function.name, SIDE[side], SIDE[side], k);
 }
 
-/* Takes over how many bytes the program wants, and checks its rows, where it says so. */
+/* Takes the size of a port from the program and checks its rows, as far as the program says them.
+ */
 static int32_t check_port(anepy_ane_port *port, NSDictionary *tensor) {
     int64_t plane = number(tensor, @"PlaneStride"), batch = number(tensor, @"BatchStride");
     int64_t batches = number(tensor, @"Batches");
@@ -122,7 +122,8 @@ static int32_t bind_side(anepy_ane_program *program, anepy_bound *bound, int32_t
     return ANEPY_OK;
 }
 
-/* The number of the procedure that is this function: its position, unless the program says. */
+/* The number of the procedure with this name; its position in the text if the program has no names.
+ */
 static int32_t find_procedure(anepy_ane_program *program, anepy_bound *bound, NSDictionary *ids,
                               int32_t position) {
     int64_t procedure = position;

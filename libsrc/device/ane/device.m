@@ -1,6 +1,8 @@
-/* device/ane/device.m - the Neural Engine as a device of the step engine: banks (device/bank.h)
- * whose memory is IOSurfaces. "ane:timeout=60000" waits longer for the hardware, "ane:reuse=no"
- * compiles anew what an earlier run left, "ane:budget=60" lets the process compile 60 texts. */
+/* device/ane/device.m - the ANE as a device of the step engine: banks (device/bank.h) whose memory
+ * is IOSurfaces.
+ *
+ * "ane:timeout=60000" waits longer for the hardware, "ane:reuse=no" compiles anew what an earlier
+ * run left, "ane:budget=60" lets the process compile 60 texts. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +15,7 @@
 typedef struct {
     anepy_bank_device base;
     anepy_ane *ane;
-    char refused[512]; /* a text that was not taken, kept for whoever looks into it; "": none */
+    char refused[512]; /* file with a text that the ANE refused; "": none */
 } neural_engine;
 
 static neural_engine *engine_of(anepy_bank_device *device) { return (neural_engine *)device; }
@@ -51,7 +53,8 @@ static void add_port(anepy_ane_function *f, int32_t index, const char *name, int
     snprintf(port->name, sizeof port->name, "%s", name);
 }
 
-/* What the text (programs/mil_generate.c) calls function i of n, and its surfaces. */
+/* Describes function i of n with the names that programs/mil_generate.c gives it and its surfaces.
+ */
 static void describe(anepy_ane_function *f, const anepy_mil_item *item, const anepy_model *model,
                      int32_t i, int32_t n) {
     const anepy_program *p = item->program;
@@ -66,7 +69,7 @@ static void describe(anepy_ane_function *f, const anepy_mil_item *item, const an
     add_port(f, f->input_n, "z_out", p->output_channels, p->width);
 }
 
-/* Keeps the first text of a compilation that is refused, with the reason. */
+/* Keeps the first text that is refused, with the reason. */
 static void keep_refused(neural_engine *e, const anepy_mil_source *source) {
     char reason[512];
     if (e->refused[0] != '\0') return;
@@ -94,7 +97,7 @@ static int32_t ane_compile(anepy_bank_device *device, const anepy_mil_source *so
     *out = program;
     if (status == ANEPY_E_UNSUPPORTED) keep_refused(e, source);
     if (status != ANEPY_OK || e->refused[0] == '\0') return status;
-    remove(e->refused); /* another form of it did */
+    remove(e->refused); /* another form of the text was taken */
     e->refused[0] = '\0';
     return ANEPY_OK;
 }

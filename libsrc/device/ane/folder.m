@@ -1,4 +1,4 @@
-/* device/ane/folder.m - temporary folders: unique, private, and gone on every path. */
+/* device/ane/folder.m - temporary folders: unique, private, removed after success and failure. */
 #import <Foundation/Foundation.h>
 
 #include <dirent.h>
@@ -16,9 +16,9 @@
 #include "device/ane/ane.h"
 #include "device/ane/folder.h"
 
-#define PREFIX "anepy-" /* then the process, then six random characters */
+#define PREFIX "anepy-" /* followed by the process number and six random characters */
 
-static _Atomic int32_t used; /* a folder was made by this program */
+static _Atomic int32_t used; /* 1: this process made a folder since exec */
 
 /* NSTemporaryDirectory, which on macOS is the user's own. */
 static int32_t temporary(char *path, size_t cap) {
@@ -106,7 +106,8 @@ int32_t anepy_folder_create(char *path, size_t cap, const anepy_trial_source *so
     return status;
 }
 
-/* Whoever made it is gone: killed, or replaced by exec, which keeps the number. */
+/* Whether the process that made a folder is gone: killed, or replaced by exec, which keeps its
+ * number. */
 static int left_behind(long pid) {
     if (pid == getpid()) return !atomic_load(&used);
     return kill((pid_t)pid, 0) != 0 && errno == ESRCH;

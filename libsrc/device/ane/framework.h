@@ -1,5 +1,7 @@
-/* device/ane/framework.h - the private classes, described so that the compiler checks every message
- * (docs/neural-engine.md#calls), and the calls into them under a time limit. Objective-C only. */
+/* device/ane/framework.h - the private classes, and calls into them under a time limit.
+ *
+ * The protocols let the compiler check every message (docs/neural-engine.md#calls). Objective-C
+ * only. */
 #ifndef ANEPY_DEVICE_ANE_FRAMEWORK_H
 #define ANEPY_DEVICE_ANE_FRAMEWORK_H
 
@@ -13,7 +15,7 @@
 #include "device/ane/ane.h"
 #include "device/ane/lane.h"
 
-/* The framework's classes, under names of ours. None is implemented here. */
+/* Methods of the framework's classes, as protocols with names of our own. */
 
 @protocol AnepyDescriptorClass
 + (id)modelWithMILText:(NSData *)text
@@ -70,34 +72,34 @@ typedef struct {
 
 /* Two lanes, so that a compilation does not hold up evaluations. */
 typedef struct {
-    pthread_mutex_t turn; /* held by the caller whose job it is */
-    anepy_lane *lane;     /* NULL until needed */
+    pthread_mutex_t turn; /* held by the caller whose job runs */
+    anepy_lane *lane;     /* made with the first job */
 } anepy_slot;
 
 struct anepy_ane {
-    _Atomic int32_t users; /* the owner, programs, and jobs that nobody waits for */
+    _Atomic int32_t users; /* references: the owner, programs, abandoned jobs */
     pid_t pid;             /* the process it works in */
     anepy_ane_limits limits;
     anepy_classes classes;
     anepy_slot work, compile;
     _Atomic int32_t hung;  /* a call has not returned */
     pthread_mutex_t mutex; /* of failure */
-    char failure[400];     /* why nothing is asked of the device any more; "": it works */
+    char failure[400];     /* what poisoned the device; "": it works */
 };
 
 void anepy_ane_hold(anepy_ane *ane);
 void anepy_ane_drop(anepy_ane *ane);
 
-/* In a process that was forked from the one that opened the device: nothing works here, and nothing
- * is to be freed. */
+/* Whether this process was forked from the one that opened the device: then nothing works, and
+ * nothing may be freed. */
 int32_t anepy_ane_forked(const anepy_ane *ane);
 
-/* Runs the job in a slot. OK: the caller reads and drops it. Else it is no longer the caller's; one
- * that took longer poisons the device. what: the beginning of the error sentence. */
+/* Runs the job in a slot. After OK the caller reads and drops the job; otherwise the job belongs to
+ * its lane, and one that took too long poisons the device. what begins the error sentence. */
 int32_t anepy_ane_call(anepy_ane *ane, anepy_slot *slot, anepy_job *job, double seconds,
                        const char *what);
 
-/* "Domain 6: description", on one line. A failing call may well give no NSError. */
+/* "Domain 6: description" on one line; a failing call may give no NSError (nil). */
 const char *anepy_ane_error(NSError *error);
 
 #endif

@@ -11,7 +11,7 @@
 #include "device/ane/folder.h"
 
 #define FRAMEWORK "/System/Library/PrivateFrameworks/AppleNeuralEngine.framework/AppleNeuralEngine"
-#define FIRST_FAMILY 13 /* M1: older ones take no MIL (docs/neural-engine.md#framework) */
+#define FIRST_FAMILY 13 /* M1; older families take no MIL (docs/neural-engine.md#framework) */
 
 typedef struct {
     const char *class_name, *selector;
@@ -134,8 +134,8 @@ static int32_t check_methods(void) {
     return ANEPY_OK;
 }
 
-/* Which engine there is, if the framework can say so. */
-static int32_t check_engine(void) {
+/* Fails if the framework says that there is no ANE, or one of a family that takes no MIL. */
+static int32_t check_family(void) {
     Class<AnepyDeviceInfoClass> info = NSClassFromString(@"_ANEDeviceInfo");
     if ([(id)info respondsToSelector:@selector(hasANE)] && ![info hasANE])
         return anepy_fail(ANEPY_E_UNAVAILABLE, "this machine has no Neural Engine (virtual "
@@ -162,11 +162,11 @@ static int32_t open_run(anepy_job *job) {
     ane->classes.model = NSClassFromString(@"_ANEInMemoryModel");
     ane->classes.request = NSClassFromString(@"_ANERequest");
     ane->classes.surface = NSClassFromString(@"_ANEIOSurfaceObject");
-    return check_engine();
+    return check_family();
 }
 
 void anepy_ane_limits_set(anepy_ane_limits *limits, int32_t timeout_ms) {
-    /* A program of 340 MB may take a minute to compile. */
+    /* Compiling a program with 340 MB of weights may take a minute. */
     limits->evaluate_seconds = timeout_ms > 0 ? timeout_ms * 1e-3 : 30.0;
     limits->compile_seconds = 30.0 * limits->evaluate_seconds;
 }

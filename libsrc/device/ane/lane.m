@@ -15,7 +15,7 @@ struct anepy_lane {
     pthread_cond_t work, done;
     anepy_job *job;
     int32_t stop;
-    int32_t orphan; /* nobody waits for the thread: it frees the lane */
+    int32_t orphan; /* 1: the thread frees the lane when it ends */
 };
 
 static void lane_destroy(anepy_lane *lane) {
@@ -35,7 +35,7 @@ static int32_t thrown(id exception) {
                       reason != NULL ? reason : "no reason given");
 }
 
-/* call is run or drop of the job. */
+/* Calls run or drop of the job; an Objective-C exception becomes an error. */
 static int32_t catch_objects(int32_t (*call)(anepy_job *), anepy_job *job) {
     int32_t status = ANEPY_E_DEVICE;
     @autoreleasepool {
@@ -48,7 +48,7 @@ static int32_t catch_objects(int32_t (*call)(anepy_job *), anepy_job *job) {
     return status;
 }
 
-/* The framework is C++ inside. */
+/* Catches C++ exceptions too: the framework is C++ inside. */
 static int32_t guarded(int32_t (*call)(anepy_job *), anepy_job *job) {
     int32_t status = ANEPY_E_DEVICE;
     @try {
@@ -98,7 +98,7 @@ int32_t anepy_lane_create(anepy_lane **out) {
     pthread_mutex_init(&lane->mutex, NULL);
     pthread_cond_init(&lane->work, NULL);
     pthread_cond_init(&lane->done, NULL);
-    sigset_t all, saved; /* signals stay with the interpreter's threads */
+    sigset_t all, saved; /* signals must be handled by Python's threads */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &saved);
     int error = pthread_create(&lane->thread, NULL, lane_main, lane);
@@ -113,7 +113,7 @@ int32_t anepy_lane_create(anepy_lane **out) {
 
 void anepy_lane_free(anepy_lane *lane) {
     if (lane == NULL) return;
-    pthread_t thread = lane->thread; /* an orphan may be gone once the mutex is free */
+    pthread_t thread = lane->thread; /* copied, as an orphan may free the lane after unlock */
     pthread_mutex_lock(&lane->mutex);
     int32_t stuck = lane->orphan = lane->job != NULL;
     lane->stop = 1;

@@ -1,4 +1,4 @@
-/* device/ane/program.h - a loaded program, and how its surfaces are bound. Objective-C only. */
+/* device/ane/program.h - a loaded program and the binding of its surfaces. Objective-C only. */
 #ifndef ANEPY_DEVICE_ANE_PROGRAM_H
 #define ANEPY_DEVICE_ANE_PROGRAM_H
 
@@ -6,7 +6,7 @@
 
 #include "device/ane/surface.h"
 
-/* A request, for surfaces with these ids. */
+/* A request of the framework for surfaces with these ids; kept for the next evaluation. */
 typedef struct anepy_request {
     struct anepy_request *next;
     id request;
@@ -17,8 +17,8 @@ typedef struct anepy_request {
 typedef struct {
     anepy_ane_function function;
     NSNumber *procedure;
-    NSArray *indices[2]; /* of inputs and outputs: symbols, as the request wants them */
-    int32_t order[2][ANEPY_ANE_PORTS]; /* which port each of them is */
+    NSArray *indices[2]; /* symbol numbers of inputs and of outputs, in the order of the request */
+    int32_t order[2][ANEPY_ANE_PORTS]; /* port that each of those symbols belongs to */
     anepy_request *requests;
 } anepy_bound;
 
@@ -32,22 +32,22 @@ typedef struct {
 } anepy_run_job;
 
 struct anepy_ane_program {
-    _Atomic int32_t users; /* the owner, and jobs */
+    _Atomic int32_t users; /* references: the owner and jobs */
     anepy_ane *ane;
     char folder[PATH_MAX];
     id<AnepyModel> model;
     int32_t loaded;
-    int32_t baked; /* it holds weights: nobody will ask for it again once it is gone */
+    int32_t baked; /* 1: it holds weights, so no later program is equal to it */
     anepy_bound *bound;
-    int32_t function_n; /* 0: bound as it comes */
+    int32_t function_n; /* 0: surfaces are bound in the order of symbols */
     anepy_run_job run;
-    anepy_job other; /* unloading, loading again */
+    anepy_job other; /* job for unloading and loading again */
 };
 
-/* Finds out how the loaded program orders the surfaces of its functions, and checks that against
- * their names. ANEPY_E_UNSUPPORTED if that cannot be told, or another size is expected. */
+/* Finds the order of surfaces of each function in the loaded program by their names.
+ * ANEPY_E_UNSUPPORTED if the program does not say it, or expects surfaces of another size. */
 int32_t anepy_bind_functions(anepy_ane_program *program);
-/* Takes the symbols of one procedure as they come. */
+/* Binds the surfaces of one procedure in ascending order of its symbols. */
 int32_t anepy_bind_raw(anepy_ane_program *program, anepy_bound *bound, int32_t procedure,
                        int32_t input_n, int32_t output_n);
 void anepy_unbind(anepy_bound *bound);

@@ -1,4 +1,4 @@
-/* device/ane/program.m - compiling, loading, evaluating and letting go of programs. */
+/* device/ane/program.m - compiles, loads, evaluates and frees programs. */
 #include "device/ane/program.h"
 
 #include <stdlib.h>
@@ -48,7 +48,8 @@ static int32_t unload_run(anepy_job *job) {
     p->loaded = 0;
     if (![p->model unloadWithQoS:QOS error:&error])
         return anepy_fail(ANEPY_E_DEVICE, "%s", anepy_ane_error(error));
-    /* The system keeps what it compiled; of programs with weights there is one per update. */
+    /* The system caches what it compiled. Programs with weights change with every update and would
+     * fill the cache. */
     if (p->baked) [p->model purgeCompiledModel];
     return ANEPY_OK;
 }
@@ -63,11 +64,11 @@ static int32_t call_other(anepy_ane_program *p, int32_t (*run)(anepy_job *), ane
 }
 
 void anepy_ane_program_free(anepy_ane_program *p) {
-    char sentence[512]; /* of what came before stays the caller's */
+    char sentence[512]; /* the caller's error sentence, which cleaning up must not replace */
     if (p == NULL || anepy_ane_forked(p->ane)) return;
     anepy_last_error(sentence, sizeof sentence);
     anepy_folder_remove(p->folder);
-    /* After a call that never returned none is made: it would not return either. */
+    /* After a call that never returned, another would not return either. */
     if (!atomic_load(&p->ane->hung) && p->loaded &&
         call_other(p, unload_run, &p->ane->work, p->ane->limits.evaluate_seconds, "unloading") !=
             ANEPY_OK)
@@ -94,7 +95,7 @@ static void compile_drop(anepy_job *job) {
     free(c);
 }
 
-/* The file as the framework wants it: mapped, so that it takes no memory of its own. */
+/* A weight file as the framework takes it, mapped so that it needs no memory of its own. */
 static NSData *contents(anepy_ane_program *p, const char *name) {
     NSString *path = [NSString stringWithFormat:@"%s/%s", p->folder, name];
     NSError *error = nil;
@@ -164,7 +165,7 @@ static int32_t compile_run(anepy_job *job) {
     return p->function_n > 0 ? anepy_bind_functions(p) : ANEPY_OK;
 }
 
-/* The program and the names of its weight files; whatever it fails with, compile_drop frees it. */
+/* Makes the program and the names of its weight files; after a failure compile_drop frees both. */
 static int32_t prepare(compile_job *c, const anepy_trial_source *source,
                        const anepy_ane_function *functions, int32_t n) {
     anepy_ane_program *p = c->program;

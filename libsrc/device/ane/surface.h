@@ -1,4 +1,4 @@
-/* device/ane/surface.h - what programs need to know of a surface. Objective-C only. */
+/* device/ane/surface.h - the fields of a surface that programs use. Objective-C only. */
 #ifndef ANEPY_DEVICE_ANE_SURFACE_H
 #define ANEPY_DEVICE_ANE_SURFACE_H
 
@@ -9,7 +9,7 @@ struct anepy_ane_surface {
     IOSurfaceRef surface;
     uint64_t nbytes;
     uint64_t id;           /* never used twice in a process */
-    _Atomic int32_t stale; /* an evaluation writes it or has failed to */
+    _Atomic int32_t stale; /* 1: an evaluation is writing it, or failed to */
 };
 
 #endif

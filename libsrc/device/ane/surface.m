@@ -41,7 +41,7 @@ void anepy_ane_surface_free(anepy_ane_surface *surface) {
     free(surface);
 }
 
-/* A surface that cannot be read or written leaves a step half done: nothing goes on after that. */
+/* Poisons the device: a step whose surface cannot be read or written cannot be finished. */
 static int32_t broken(const anepy_ane_surface *surface, const char *what, kern_return_t error) {
     anepy_fail(ANEPY_E_DEVICE, "device ane: %s a surface failed: error 0x%x", what,
                (unsigned)error);

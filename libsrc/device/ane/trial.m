@@ -1,7 +1,7 @@
-/* device/ane/trial.m - MIL text on its own: the hardware's answer, with nothing made easier for it.
+/* device/ane/trial.m - runs MIL text by itself, unchanged, so that a probe gets the ANE's own
+ * answer.
  *
- * Surfaces go to the symbols in ascending order, which is what a probe of the order wants to see.
- */
+ * Surfaces go to the symbols in ascending order, so that a probe can see which order that is. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -41,7 +41,7 @@ static int32_t trial_reload(anepy_trial *trial, const anepy_trial_source *source
     return anepy_ane_reload(trial->program, source);
 }
 
-/* Between host memory and a surface. */
+/* Copies between host memory and a surface. */
 static int32_t copy(anepy_ane_surface *surface, void *host, uint64_t nbytes, int32_t for_writing) {
     void *data;
     ANEPY_TRY(anepy_ane_surface_lock(surface, for_writing, &data));

@@ -1,9 +1,9 @@
 /* device/metal/metal.m - matrix products by MPSMatrixMultiplication.
  *
- * Classes of MetalPerformanceShaders are looked up by name: the framework is linked, but its parts,
- * where they are defined, cannot be. Every entry has its autorelease pool and lets no exception
- * out. After a failed command buffer the handle refuses everything: later ones may be its victims.
- */
+ * Classes of MetalPerformanceShaders are looked up by name: the framework can be linked, but not
+ * the frameworks inside it that define them. Every entry has its autorelease pool and lets no
+ * exception out. After a failed command buffer the handle refuses all calls, because later buffers
+ * may have failed with it. */
 #import <Metal/Metal.h>
 #import <MetalPerformanceShaders/MetalPerformanceShaders.h>
 
@@ -18,11 +18,12 @@ typedef struct {
     id<MTLBuffer> buffer;
 } range;
 
-/* What one product needs, made when it is first queued. */
+/* Metal objects of one product, made when it is first queued. */
 typedef struct {
     MPSMatrix *a, *b, *c;
     anepy_product made_for;
-    MPSMatrixMultiplication *kernels[2]; /* overwriting, accumulating; for this k: */
+    /* [0] overwrites, [1] accumulates; both for reductions of k. */
+    MPSMatrixMultiplication *kernels[2];
     int32_t k;
 } entry;
 
@@ -127,7 +128,7 @@ static void drop_matrices(entry *e) {
     e->a = e->b = e->c = nil;
 }
 
-/* Until the committed groups are done: their first error, and their time. */
+/* Waits for the committed groups; returns their first error and adds their time. */
 static int32_t finish(anepy_metal *m, double *busy_ms) {
     int32_t status = ANEPY_OK;
     for (int32_t i = 0; i < m->running_n; i++) {
@@ -267,7 +268,7 @@ static int32_t make_matrix(anepy_metal *m, const float *at, int32_t rows, int32_
     return *out != nil ? ANEPY_OK : nothing("MPSMatrix initWithBuffer");
 }
 
-/* Same memory and shape; k and accumulate may differ. */
+/* Whether two products have the same memory and shape; k and accumulate may differ. */
 static int same_matrices(const anepy_product *p, const anepy_product *q) {
     return p->a == q->a && p->b == q->b && p->c == q->c && p->m == q->m && p->n == q->n &&
            p->a_row == q->a_row && p->ldb == q->ldb && p->ldc == q->ldc;

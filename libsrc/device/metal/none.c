@@ -1,6 +1,5 @@
-/* device/metal/none.c - where there is no Metal. Weak: metal.m, compiled on macOS only, replaces
- * it.
- */
+/* device/metal/none.c - stands for the GPU where there is no Metal. Its symbol is weak: metal.m,
+ * compiled on macOS only, replaces it. */
 #include "device/metal/metal.h"
 
 static int32_t no_metal(void) {

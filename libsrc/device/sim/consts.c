@@ -114,7 +114,7 @@ static const struct {
     [ANEPY_MIL_U64] = {0, INT64_MAX},
 };
 
-/* The token is one element of v. */
+/* Reads the token as element `index` of v. */
 static int32_t parse_element(mil_build *b, mil_value *v, int64_t index) {
     mil_span at = b->token.at;
     int number = b->token.kind == MIL_NUMBER, word = b->token.kind == MIL_WORD;
@@ -140,7 +140,7 @@ static int32_t parse_element(mil_build *b, mil_value *v, int64_t index) {
     return mil_advance(b);
 }
 
-/* [[a, b], [c, d]] as the shape wants, or [a, b, c, d]. */
+/* A list nested as the shape is, [[a, b], [c, d]], or flat, [a, b, c, d]. */
 static int32_t parse_list(mil_build *b, mil_value *v, int32_t level, int64_t *index) {
     mil_span open;
     ANEPY_TRY(mil_expect(b, "[", &open));
@@ -163,7 +163,8 @@ static int32_t parse_list(mil_build *b, mil_value *v, int32_t level, int64_t *in
 
 static int32_t parse_values(mil_build *b, mil_value *v) {
     mil_span at = b->token.at;
-    /* An element takes a character and a comma: longer lists than the text need no memory. */
+    /* An element takes at least a character and a comma, so no list is longer than half the text.
+     */
     if (v->n > (b->lexer.end - b->lexer.p) / 2 + 1)
         return mil_error(b->mil, at, "the type wants %lld elements, more than the text holds",
                          (long long)v->n);
@@ -190,7 +191,7 @@ static int32_t parse_text(mil_build *b, mil_value *v) {
 /* ------------------------------------------------------------------------------- weight files */
 
 static const uint8_t TAGS[ANEPY_MIL_TYPE_N] = {
-    /* as in the records: docs/neural-engine.md#weight-file */
+    /* type numbers of weight files: docs/neural-engine.md#weight-file */
     [ANEPY_MIL_F16] = 1, [ANEPY_MIL_F32] = 2, [ANEPY_MIL_U8] = 3,   [ANEPY_MIL_I8] = 4,
     [ANEPY_MIL_I16] = 6, [ANEPY_MIL_U16] = 7, [ANEPY_MIL_I32] = 14, [ANEPY_MIL_U32] = 15,
 };
@@ -287,7 +288,7 @@ static int32_t parse_blobfile(mil_build *b, mil_value *v) {
         TAGS[v->shape.type] == 0)
         return mil_error(b->mil, v->type_at, "a weight file holds no %s",
                          mil_type_name(v->shape.type));
-    /* Points at the number, not at its type. */
+    /* An error points at the number, not at its type. */
     return open_record(b, v, path->at, path->raw, offset->at, mil_int_at(offset, 0));
 }
 
@@ -348,7 +349,7 @@ double mil_float_at(const mil_value *v, int64_t index) {
     return (double)value;
 }
 
-/* fp16 in a file becomes fp32 with the same value; subnormals are zero for the engine. */
+/* fp16 in a file becomes fp32 with the same value, but subnormals become zero as on the ANE. */
 static void decode_half(const mil_build *b, const mil_value *v, float *data) {
     int flush = mil_rule_on(b->mil, ANEPY_RULE_SUBNORMAL);
     uint16_t half[256];

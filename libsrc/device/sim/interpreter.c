@@ -17,7 +17,7 @@ static _Atomic int32_t compiles; /* in this process */
 
 static const mil_span NOWHERE = {"", 0, 0, 0};
 
-/* One stretch for all functions: they never run at the same time. */
+/* All functions share one mapping, because only one runs at a time. */
 static int32_t map_buffers(anepy_mil *mil) {
     int64_t buffers = 0, scratch = 0;
     int32_t columns = 0;
@@ -61,7 +61,7 @@ static int32_t build(anepy_mil *mil, const char *text, uint64_t n, const anepy_m
     if (n > MOST_TEXT)
         return mil_error(mil, NOWHERE, "a MIL text of %llu bytes; %llu is the most",
                          (unsigned long long)n, (unsigned long long)MOST_TEXT);
-    /* Operations keep pointing into the text, for what they report when they run. */
+    /* Operations keep pointers into the text for the reports of a run. */
     char *copy = mil_alloc(mil, n + 1);
     mil_build b = {.mil = mil, .files = files, .file_n = file_n};
     b.file_used = mil_alloc(mil, (uint64_t)file_n + 1);

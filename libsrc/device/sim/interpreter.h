@@ -1,17 +1,16 @@
-/* device/sim/interpreter.h - parse, check and run MIL text the way the Neural Engine would.
+/* device/sim/interpreter.h - parses, checks and runs MIL text as the ANE would.
  *
  * The text may come from anywhere: every error names line, column and the offending words, and
  * memory and work are bounded before anything runs. Values are fp16 after every operation; conv and
  * matmul accumulate in fp32, elementwise operations and reduce_sum do not
  * (docs/neural-engine.md#numerics). What the hardware refuses or silently gets wrong is a named
- * rule that can be off, reported, or an error. Surfaces, the compile budget and training are
- * sim.c's. */
+ * rule that can be off, reported, or an error. */
 #ifndef ANEPY_DEVICE_SIM_INTERPRETER_H
 #define ANEPY_DEVICE_SIM_INTERPRETER_H
 
 #include "kernels/gemm.h"
 
-#define ANEPY_MIL_RANK 5 /* no tensor has more dimensions on the engine */
+#define ANEPY_MIL_RANK 5 /* most dimensions of a tensor on the ANE */
 
 typedef enum {
     ANEPY_MIL_F16,
@@ -40,7 +39,7 @@ typedef enum {
 
 typedef enum { ANEPY_RULE_OFF, ANEPY_RULE_REPORT, ANEPY_RULE_ERROR } anepy_rule_action;
 
-/* What each means, its default and the reason: the table in rules.c. */
+/* rules.c has a table with the meaning, the default and the evidence of each. */
 typedef enum {
     ANEPY_RULE_DIALECT,
     ANEPY_RULE_SCALAR_TYPE,
@@ -86,11 +85,11 @@ typedef struct {
     uint8_t action[ANEPY_RULE_N]; /* anepy_rule_action */
     uint64_t memory_nbytes;       /* most the program may take, text to buffers; 0: 16 GiB */
     uint64_t work;                /* most multiply-adds or elements per run; 0: 2^50 */
-    int32_t budget;               /* texts a process may parse: the rule; 0: 119 */
+    int32_t budget; /* texts that a process may parse by rule compile_budget; 0: 119 */
 } anepy_mil_options;
 
 void anepy_mil_options_default(anepy_mil_options *options, anepy_chip chip);
-/* Makes it an error to parse more than n texts in this process; 0: leaves it as it is. */
+/* Makes it an error to parse more than n texts in this process; n = 0 changes nothing. */
 void anepy_mil_options_limit(anepy_mil_options *options, int32_t n);
 anepy_chip anepy_mil_chip(int32_t number); /* 1 to 5 for M1 to M5; 0: M4 */
 
@@ -115,7 +114,7 @@ typedef struct {
 } anepy_mil_value_info;
 
 typedef struct {
-    int32_t line, column; /* from 1; 0, 0: nothing in the text is at fault */
+    int32_t line, column; /* both from 1; 0, 0: the fault is not in the text */
 } anepy_mil_position;
 
 typedef struct anepy_mil anepy_mil;
@@ -131,7 +130,8 @@ int32_t anepy_mil_function_n(const anepy_mil *mil);
 const char *anepy_mil_function_name(const anepy_mil *mil, int32_t function);
 int32_t anepy_mil_input_n(const anepy_mil *mil, int32_t function);
 int32_t anepy_mil_output_n(const anepy_mil *mil, int32_t function);
-/* Declaration order, or with sorted != 0 by ascending name: how surfaces are bound. */
+/* index counts in declaration order, or with sorted != 0 by ascending name, the order of surfaces.
+ */
 const anepy_mil_value_info *anepy_mil_input(const anepy_mil *mil, int32_t function, int32_t index,
                                             int32_t sorted);
 const anepy_mil_value_info *anepy_mil_output(const anepy_mil *mil, int32_t function, int32_t index,
@@ -139,8 +139,8 @@ const anepy_mil_value_info *anepy_mil_output(const anepy_mil *mil, int32_t funct
 
 /* Runs one function. inputs and outputs are surfaces in ascending name order, raw elements of the
  * declared types from their start; nbytes are the surfaces' sizes. Only kernels, pool and scratch
- * of gemm are used. One run of a program at a time; the caller's floating-point mode is given back.
- * On failure the outputs are undefined. where as in anepy_mil_parse. */
+ * of gemm are used. One run of a program at a time; the caller's floating-point mode is restored.
+ * After a failure the outputs are undefined. where (may be NULL) gets the position in the text. */
 int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *inputs,
                       const uint64_t *input_nbytes, void *const *outputs,
                       const uint64_t *output_nbytes, const anepy_gemm *gemm,

@@ -15,7 +15,7 @@
 
 #define MIL_RANK ANEPY_MIL_RANK
 #define MIL_PARAMS 10
-#define MIL_GROUP 4096  /* elements an elementwise step handles while they are in the cache */
+#define MIL_PIECE 4096 /* elements of a piece of an element-wise operation: they fit the cache */
 #define MIL_COLUMNS 512 /* columns per product: bounds the panels to 2 MiB */
 #define MIL_SLACK 64    /* floats after every buffer that products may read */
 #define MIL_MAX_EXTENT INT64_C(0x7fffffff)
@@ -53,7 +53,8 @@ typedef struct {
 } mil_shape;
 
 typedef enum { MIL_INPUT, MIL_CONST, MIL_RESULT } mil_kind;
-/* How a constant is held: elements of its type in a weight file, int64, float, or characters. */
+/* How a constant is held: as elements of its type in a weight file, as int64, float or characters.
+ */
 typedef enum { MIL_BLOB, MIL_INTS, MIL_FLOATS, MIL_TEXT } mil_form;
 
 typedef struct mil_op mil_op;
@@ -69,13 +70,13 @@ typedef struct mil_value {
     mil_op *maker;   /* of a result */
     /* constants */
     mil_form form;
-    const void *raw; /* as form says; a blob's only while parsing */
-    float *data;     /* decoded, once something computes with it */
+    const void *raw; /* the elements in the given form; of a weight file only while parsing */
+    float *data;     /* the elements as floats, from when something computes with them */
     /* A view shares the elements of its base from `shift` on; base is never a view itself. */
     struct mil_value *base;
     int64_t shift;
-    int32_t last;       /* of a base: the operation after which its elements are not needed */
-    int32_t given_back; /* by the plan, after last */
+    int32_t last;       /* of a base: index of the last operation that needs its elements */
+    int32_t given_back; /* 1: the plan has given its place to others */
     int64_t place;      /* of a base that is no constant: floats from the start of the buffers */
 } mil_value;
 
@@ -86,9 +87,9 @@ typedef struct mil_op_type mil_op_type;
 typedef enum {
     MIL_END,
     MIL_TENSOR,  /* any value, decoded if constant */
-    MIL_DATA,    /* a constant read element by element while parsing */
-    MIL_TENSORS, /* (a, b, ...) or one tensor */
-    MIL_INT,     /* constants from here on */
+    MIL_DATA,    /* a constant whose elements are read while parsing */
+    MIL_TENSORS, /* a list (a, b, ...) or one tensor */
+    MIL_INT,     /* this kind and those below are constants */
     MIL_INT_LIST,
     MIL_FLOAT,
     MIL_BOOL,
@@ -104,10 +105,10 @@ typedef struct {
 struct mil_op_type {
     const char *name;
     mil_param params[MIL_PARAMS];
-    /* Infers and checks; sets view or run attributes. */
+    /* Infers and checks the result; prepares a view or the numbers for run. */
     int32_t (*check)(mil_build *b, mil_op *op);
     void (*run)(mil_run *r, const mil_op *op);
-    int32_t code; /* which of the functions that share check and run */
+    int32_t code; /* tells operations with the same check and run apart */
 };
 
 struct mil_op {
@@ -119,8 +120,8 @@ struct mil_op {
     int32_t list_n;
     mil_value **out;
     int32_t out_n;
-    int32_t skip;  /* nothing to run: views and constants */
-    int64_t a[24]; /* what check found out for run */
+    int32_t skip;  /* 1: a view or constant, nothing to run */
+    int64_t a[24]; /* numbers that check leaves for run */
     float f[4];
     int64_t scratch_n; /* floats of scratch */
     int32_t columns;   /* of its widest product; 0: none */
@@ -128,7 +129,7 @@ struct mil_op {
 
 typedef struct {
     const char *name;
-    mil_value **inputs, **outputs;               /* as declared */
+    mil_value **inputs, **outputs;               /* in declaration order */
     mil_value **sorted_inputs, **sorted_outputs; /* by name */
     anepy_mil_value_info *info; /* inputs, outputs, sorted inputs, sorted outputs */
     int32_t input_n, output_n;
@@ -167,15 +168,16 @@ struct anepy_mil {
 
 /* "line 3, column 7, at 'word': ..."; remembers the position. */
 int32_t mil_error(anepy_mil *mil, mil_span at, const char *format, ...) ANEPY_PRINTF(3, 4);
-int32_t mil_no_memory(anepy_mil *mil, mil_span at); /* fails because mil_alloc gave none */
-/* Fails or reports or does nothing, as the rule's action says. */
+int32_t mil_no_memory(anepy_mil *mil, mil_span at); /* the failure after mil_alloc returned NULL */
+/* Fails, reports or does nothing, depending on the action of the rule. */
 int32_t mil_rule(anepy_mil *mil, anepy_mil_rule rule, mil_span at, uint64_t count,
                  const char *format, ...) ANEPY_PRINTF(5, 6);
 int mil_rule_on(const anepy_mil *mil, anepy_mil_rule rule);
 
-/* 64-byte aligned, zeroed, freed with mil; NULL beyond the limit or without memory. */
+/* 64-byte aligned, zeroed, freed with mil; NULL beyond the memory limit of the options, or if the
+ * system has none. */
 void *mil_alloc(anepy_mil *mil, uint64_t nbytes);
-/* Adds to a growing array of pointers in such memory; 0: there is none. */
+/* Appends to a growing array of pointers in memory of mil_alloc; returns 0 if there is none. */
 int mil_append(anepy_mil *mil, void ***array, int32_t *n, int32_t *cap, void *item);
 void mil_free_blocks(anepy_mil *mil);
 
@@ -255,34 +257,34 @@ int mil_at_mark(const mil_build *b, char mark);
 mil_value *mil_new_value(mil_build *b, mil_kind kind, mil_span at);
 int32_t mil_decode(mil_build *b, mil_value *v, mil_span at);
 
-/* op_table.c */
+/* op_table.c: all operation types. */
 const mil_op_type *mil_op_find(mil_span name);
-/* The note on why an operation of MIL is not available on the ANE; NULL if it is not known. */
+/* Why an operation of MIL is not available on the ANE; NULL: no such operation is known. */
 const char *mil_op_refused(mil_span name);
 
 int32_t mil_op_bind(mil_build *b, mil_op *op, const mil_argument *arguments, int32_t n);
-int32_t mil_add_op(mil_build *b, mil_op *op); /* to the function, in the order of execution */
+int32_t mil_add_op(mil_build *b, mil_op *op); /* appends it to the function */
 
-/* The type of out[index] as inferred must be the declared one. */
+/* Fails unless out[index] is declared with the inferred shape. */
 int32_t mil_declare(mil_build *b, mil_op *op, int32_t index, const mil_shape *shape);
 int32_t mil_want_outputs(mil_build *b, mil_op *op, int32_t n);
-/* Rules on the size of any tensor the engine holds: extents, channels. */
+/* Rules on the extents and channels of any tensor on the ANE. */
 int32_t mil_check_limits(mil_build *b, const mil_value *v);
 /* Makes out[index] a view of v from element shift on. */
 void mil_make_view(mil_op *op, int32_t index, mil_value *v, int64_t shift);
 int mil_is_const(const mil_value *v);
 int64_t mil_int_at(const mil_value *v, int64_t index);
 double mil_float_at(const mil_value *v, int64_t index);
-/* Optional scalar parameters. */
+/* Value of an optional scalar parameter, or `otherwise`. */
 int64_t mil_int_or(const mil_op *op, int32_t slot, int64_t otherwise);
 double mil_float_or(const mil_op *op, int32_t slot, double otherwise);
 const char *mil_string_or(const mil_op *op, int32_t slot, const char *otherwise);
-/* A list parameter with exactly n entries. */
+/* Fails unless a list parameter has exactly n entries. */
 int32_t mil_want_list(mil_build *b, const mil_op *op, int32_t slot, int64_t n);
-/* An axis in [-rank, rank) made non-negative. */
+/* Makes an axis in [-rank, rank) non-negative; fails outside. */
 int32_t mil_want_axis(mil_build *b, const mil_op *op, int32_t slot, int64_t value, int32_t rank,
                       int32_t *out);
-/* fp16 (or fp32 where a rule lets it pass). */
+/* Fails unless the parameter is fp16, or fp32 where a rule lets it pass. */
 int32_t mil_want_float(mil_build *b, const mil_op *op, int32_t slot);
 int32_t mil_want_same_type(mil_build *b, const mil_op *op, int32_t slot, int32_t other);
 
@@ -304,16 +306,17 @@ struct mil_run {
 };
 
 float *mil_data(const mil_run *r, const mil_value *v);
-/* Rounds p[n] to fp16 in place as the chip does: subnormals, saturation; counts. Any worker. */
+/* Rounds p[n] to fp16 in place as the chip does, with its subnormals and saturation, and counts
+ * both. Callable on any thread of the pool. */
 void mil_round(mil_run *r, float *p, int64_t n);
-/* fn for every index on all threads. */
+/* Calls fn for every index, on all threads. */
 void mil_each(mil_run *r, int64_t count, anepy_loop_fn fn, void *context);
-/* fn over [first, first + n) pieces of MIL_GROUP elements. */
+/* Calls fn for ranges [first, first + n) of at most MIL_PIECE elements, on all threads. */
 typedef void (*mil_span_fn)(void *context, int64_t first, int64_t n);
-void mil_each_group(mil_run *r, int64_t n, mil_span_fn fn, void *context);
+void mil_each_piece(mil_run *r, int64_t n, mil_span_fn fn, void *context);
 void mil_round_all(mil_run *r, float *p, int64_t n);
-/* C[m, n] = A . B (fp32 sums, not rounded); like anepy_product with any n. pad: scratch of
- * mil_product_scratch floats. */
+/* C[m, n] = A . B for any n, with fp32 sums that are not rounded. pad: scratch of
+ * mil_multiply_scratch_n floats. */
 typedef struct {
     float *c;
     const float *a, *b;
@@ -323,8 +326,8 @@ typedef struct {
 void mil_multiply(mil_run *r, const mil_matmul *s, float *pad);
 int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed);
 
-/* count products of one size. C follow each other; which A and B are used comes from dims: per
- * batch dimension, innermost first, its extent and the steps of A and B, counted in matrices. */
+/* `count` products of one size. Their C follow each other in memory. dims says which A and B each
+ * uses: per batch dimension, innermost first, its extent and the steps of A and B in matrices. */
 typedef struct {
     mil_matmul one; /* the first */
     int64_t count;

@@ -27,7 +27,7 @@ static void skip_space(mil_lexer *lexer) {
     }
 }
 
-/* A number takes every character a number could have; whether it is one is found when it is used.
+/* Takes every character that a number could have; whoever uses the token checks whether it is one.
  */
 static const char *number_end(const char *p, const char *end) {
     int hexadecimal = 0;
@@ -105,8 +105,8 @@ int mil_parse_int(mil_span text, int64_t *out) {
     return 1;
 }
 
-/* Digits in a base, with a point, into mantissa * base^exponent; later digits only move the point.
- */
+/* Reads digits in a base, with a point, as mantissa * base^exponent; digits beyond the precision of
+ * double only move the point. */
 static const char *read_mantissa(const char *p, const char *end, int base, double *mantissa,
                                  int32_t *exponent) {
     const char *begin = p;
@@ -126,7 +126,7 @@ static const char *read_mantissa(const char *p, const char *end, int base, doubl
         } else {
             *exponent += !point;
         }
-        if (digits > 4096) return begin; /* bounds the exponent too */
+        if (digits > 4096) return begin; /* keeps the exponent in range */
     }
     *mantissa = (double)value;
     return digits > 0 ? p : begin;
@@ -145,7 +145,7 @@ static int read_exponent(const char *p, const char *end, int32_t *out) {
     return 1;
 }
 
-/* Not strtod, which asks the locale of the process what a decimal point is. */
+/* strtod would take the decimal point from the locale of the process. */
 int mil_parse_float(mil_span text, double *out) {
     const char *p = text.p, *end = text.p + text.n;
     double sign = p < end && *p == '-' ? -1.0 : 1.0, mantissa = 0.0;

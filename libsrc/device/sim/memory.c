@@ -5,7 +5,7 @@
 
 #include "runtime/memory.h"
 
-#define BLOCK ((uint64_t)64 << 10)
+#define ALLOCATION ((uint64_t)64 << 10)
 #define LARGE ((uint64_t)2 << 20) /* from here on weights profit from large pages */
 #define HEAD ((uint64_t)64)
 
@@ -29,10 +29,10 @@ void *mil_alloc(anepy_mil *mil, uint64_t nbytes) {
     nbytes = (nbytes + 63) / 64 * 64 + MIL_REDZONE;
     mil_block *block = mil->blocks;
     if (block == NULL || block->nbytes - block->used < nbytes) {
-        int own = nbytes > BLOCK / 4;
-        block = new_block(mil, own ? nbytes + HEAD : BLOCK);
+        int own = nbytes > ALLOCATION / 4;
+        block = new_block(mil, own ? nbytes + HEAD : ALLOCATION);
         if (block == NULL) return NULL;
-        /* A block of its own goes behind the one that still has room. */
+        /* A block for one large piece goes behind the first, which still has room. */
         if (own && mil->blocks != NULL) {
             block->next = mil->blocks->next;
             mil->blocks->next = block;

@@ -4,13 +4,13 @@
 #include <string.h>
 
 #define COLS ANEPY_COLUMNS
-#define ROWS 48                         /* of C per piece of a batched product: 8 tiles */
-#define MOST_DEPTH 1024                 /* longer reductions want the blocking of anepy_gemm_run */
+#define PRODUCT_ROWS 48 /* rows of C in a piece of a batched product: 8 tiles */
+#define MOST_DEPTH 1024 /* longer reductions are faster with the blocking of anepy_gemm_run */
 #define MOST_PACKED ((int64_t)16 << 20) /* floats */
 
 /* --------------------------------------------------------------------------------- one product */
 
-/* Rows that are no multiple of the panel width are copied to where they may be. */
+/* B is padded where its rows are no multiple of the panel width. */
 int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed) {
     return b_transposed || n % ANEPY_COLUMNS == 0 ? 0 : (m + k) * anepy_round_up(n, ANEPY_COLUMNS);
 }
@@ -53,7 +53,8 @@ void mil_multiply(mil_run *r, const mil_matmul *s, float *pad) {
 /* ------------------------------------------------------------------------------ many of one size
  */
 
-/* Small products one after another would wait for the threads at each: pack all, multiply all. */
+/* Many small products: all are packed, then all multiplied, so that threads meet twice and not at
+ * each product. */
 static int64_t packed_n(const mil_batch *s) {
     return s->count * s->one.k * anepy_round_up(s->one.n, COLS);
 }
@@ -95,7 +96,7 @@ static mil_matmul product_at(const mil_batch *s, int64_t i) {
     return one;
 }
 
-/* One index: 64 columns of one B, as [k][64]. */
+/* Packs 64 columns of one B as [k][64]; index counts panels over all products. */
 static void pack_columns(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const batch_job *job = context;
@@ -114,15 +115,16 @@ static void pack_columns(void *context, int32_t index, int32_t worker) {
     }
 }
 
-/* One index: 48 rows of one C. */
+/* Computes 48 rows of one C; index counts such pieces over all products. */
 static void multiply_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const batch_job *job = context;
-    int64_t pieces = (job->batch->one.m + ROWS - 1) / ROWS, batch = index / pieces;
+    int64_t pieces = (job->batch->one.m + PRODUCT_ROWS - 1) / PRODUCT_ROWS, batch = index / pieces;
     mil_matmul s = product_at(job->batch, batch);
-    int64_t first = index % pieces * ROWS, rows = s.m - first < ROWS ? s.m - first : ROWS;
+    int64_t first = index % pieces * PRODUCT_ROWS,
+            rows = s.m - first < PRODUCT_ROWS ? s.m - first : PRODUCT_ROWS;
     const float *a = s.a + first * s.a_row;
-    float *c = s.c + first * s.ldc, tile[ROWS * COLS];
+    float *c = s.c + first * s.ldc, tile[PRODUCT_ROWS * COLS];
     const float *panel = job->packed + batch * s.k * anepy_round_up(s.n, COLS);
     for (int64_t j = 0; j < s.n; j += COLS, panel += s.k * COLS) {
         int whole = s.n - j >= COLS;
@@ -133,13 +135,14 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     }
 }
 
-/* One index: 48 elements of one matrix-vector product. */
+/* Computes 48 elements of one matrix-vector product. */
 static void multiply_vector(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const batch_job *job = context;
-    int64_t pieces = (job->batch->one.m + ROWS - 1) / ROWS;
+    int64_t pieces = (job->batch->one.m + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
     mil_matmul s = product_at(job->batch, index / pieces);
-    int64_t first = index % pieces * ROWS, rows = s.m - first < ROWS ? s.m - first : ROWS;
+    int64_t first = index % pieces * PRODUCT_ROWS,
+            rows = s.m - first < PRODUCT_ROWS ? s.m - first : PRODUCT_ROWS;
     job->run->mil->kernels->gemv(s.c + first, s.a + first * s.a_row, s.a_row, s.b, (int32_t)rows,
                                  (int32_t)s.k);
 }
@@ -147,7 +150,7 @@ static void multiply_vector(void *context, int32_t index, int32_t worker) {
 void mil_multiply_batch(mil_run *r, const mil_batch *batch, float *scratch) {
     const mil_matmul *s = &batch->one;
     batch_job job = {r, batch, scratch};
-    int64_t pieces = batch->count * ((s->m + ROWS - 1) / ROWS);
+    int64_t pieces = batch->count * ((s->m + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
     if (is_vector(batch)) {
         mil_each(r, pieces, multiply_vector, &job);
     } else if (is_packable(batch)) {

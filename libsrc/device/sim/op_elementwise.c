@@ -51,7 +51,7 @@ enum {
     }                                                                                              \
     break
 
-/* y = 1 / (1 + exp(-factor x)); y is not x. */
+/* y = 1 / (1 + exp(-factor x)); x and y do not overlap. */
 static void sigmoid(const anepy_kernels *kernels, float *restrict y, const float *restrict x,
                     float factor, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] = -factor * x[i];
@@ -111,7 +111,7 @@ typedef struct {
     int32_t code;
 } unary_job;
 
-static void unary_group(void *context, int64_t first, int64_t n) {
+static void unary_piece(void *context, int64_t first, int64_t n) {
     const unary_job *job = context;
     float *y = mil_data(job->run, job->op->out[0]) + first;
     unary(job->run->mil->kernels, job->code, y, mil_data(job->run, job->op->arg[0]) + first, n,
@@ -121,10 +121,10 @@ static void unary_group(void *context, int64_t first, int64_t n) {
 
 static void run_unary(mil_run *r, const mil_op *op) {
     unary_job job = {r, op, (int32_t)op->a[0]};
-    mil_each_group(r, op->out[0]->n, unary_group, &job);
+    mil_each_piece(r, op->out[0]->n, unary_piece, &job);
 }
 
-/* Is v a reduction, possibly scaled or shifted by constants since? */
+/* Whether v is a reduction, perhaps scaled or shifted by constants. */
 static int from_reduction(const mil_value *v) {
     for (int32_t step = 0; step < 4 && v->maker != NULL; step++) {
         const mil_op *op = v->maker;
@@ -154,7 +154,7 @@ static int32_t check_unary(mil_build *b, mil_op *op) {
     ANEPY_TRY(mil_want_outputs(b, op, 1));
     ANEPY_TRY(mil_want_float(b, op, 0));
     op->a[0] = code;
-    /* What each calls its numbers differs; the first is alpha or epsilon, the second beta. */
+    /* Defaults of the two numbers of an operation: alpha or epsilon, then beta. */
     static const float DEFAULTS[][2] = {
         [ELU] = {1.0f, 0.0f},          [LEAKY_RELU] = {0.01f, 0.0f}, [LINEAR] = {1.0f, 0.0f},
         [LOG] = {1e-45f, 0.0f},        [RSQRT] = {1e-12f, 0.0f},     [INVERSE] = {1e-4f, 0.0f},
@@ -180,7 +180,8 @@ static int32_t check_unary(mil_build *b, mil_op *op) {
     return mil_declare(b, op, 0, x);
 }
 
-/* Between fp16 and fp32, as values: the engine has fp16 only. bool gives 0 and 1. */
+/* Between fp16 and fp32; values stay fp16 numbers, which is all that the ANE has. bool gives 0
+ * and 1. */
 static int32_t check_cast(mil_build *b, mil_op *op) {
     mil_shape out = op->arg[0]->shape;
     const char *dtype = mil_string_or(op, 1, "");
@@ -188,8 +189,8 @@ static int32_t check_cast(mil_build *b, mil_op *op) {
     mil_span name = {dtype, (int32_t)strlen(dtype), 0, 0};
     anepy_mil_type type;
     if (!mil_type_find(name, &type) || !mil_is_float(type))
-        return mil_error(b->mil, op->arg_at[1],
-                         "cast makes fp16 or fp32 on the engine, not '%.40s'", dtype);
+        return mil_error(b->mil, op->arg_at[1], "cast makes fp16 or fp32 on the ANE, not '%.40s'",
+                         dtype);
     if (!mil_is_float(out.type) && out.type != ANEPY_MIL_BOOL)
         return mil_error(b->mil, op->arg_at[0], "cast reads fp16, fp32 or bool, not %s",
                          mil_type_name(out.type));
@@ -208,13 +209,13 @@ enum {
     MAXIMUM,
     MINIMUM,
     POW,
-    FLOOR_DIV, /* fp16 */
+    FLOOR_DIV, /* results are fp16 up to here */
     EQUAL,
     NOT_EQUAL,
     GREATER,
     GREATER_EQUAL,
     LESS,
-    LESS_EQUAL, /* bool */
+    LESS_EQUAL, /* results are bool from EQUAL to here */
     SELECT
 };
 
@@ -245,7 +246,7 @@ static int32_t broadcast(mil_build *b, mil_op *op, mil_value *const *operands, i
             out->dims[i] = extent;
         }
     }
-    /* From the last dimension on; the merged list is innermost first. */
+    /* Merged from the last dimension to the first; the merged list begins with the innermost. */
     int64_t dims[MIL_RANK], steps[3][MIL_RANK];
     int32_t n = 0;
     for (int32_t i = out->rank - 1; i >= 0; i--) {
@@ -294,7 +295,7 @@ static int32_t broadcast(mil_build *b, mil_op *op, mil_value *const *operands, i
     }                                                                                              \
     break
 
-/* The exponents that programs use are exact roots; pow itself is slow. */
+/* pow is slow, and programs use exponents that have a direct form. */
 static void power(float *restrict y, const float *restrict a, int64_t sa, const float *restrict b,
                   int64_t sb, int64_t n) {
     if (sb == 0 && *b == -0.5f) {
@@ -336,7 +337,7 @@ typedef struct {
     const mil_op *op;
 } pair_job;
 
-static void pair_group(void *context, int64_t first, int64_t n) {
+static void pair_piece(void *context, int64_t first, int64_t n) {
     const pair_job *job = context;
     const mil_op *op = job->op;
     const int64_t *dims = op->a + DIMS, *strides = op->a + STRIDES;
@@ -370,10 +371,10 @@ static void pair_group(void *context, int64_t first, int64_t n) {
 
 static void run_pair(mil_run *r, const mil_op *op) {
     pair_job job = {r, op};
-    mil_each_group(r, op->out[0]->n, pair_group, &job);
+    mil_each_piece(r, op->out[0]->n, pair_piece, &job);
 }
 
-/* What the M1 gets wrong, and a multiplication that fails. */
+/* Rules on broadcasts, which the M1 gets wrong, and on multiplying a reduction by zero. */
 static int32_t check_pair_rules(mil_build *b, const mil_op *op, const mil_shape *out) {
     for (int32_t k = 0; k < 2; k++) {
         const mil_value *v = op->arg[k], *other = op->arg[1 - k];

@@ -1,5 +1,7 @@
-/* device/sim/op_product.c - conv, linear, matmul and attention: fp32 sums over the GEMM kernels,
- * rounded to fp16 once at the end, as the engine's wide accumulators do. */
+/* device/sim/op_product.c - conv, linear, matmul and attention.
+ *
+ * Sums are fp32, by the GEMM kernels, and rounded to fp16 once at the end, as the ANE's wide
+ * accumulators do. */
 #include "device/sim/interpreter_internal.h"
 
 #include <math.h>
@@ -46,7 +48,7 @@ enum {
     CONV_GROUPS
 };
 
-/* An output position after another reads input positions after each other. */
+/* Whether neighbouring outputs read neighbouring inputs, so that nothing has to be unfolded. */
 static int conv_is_plain(const mil_op *op) {
     for (int32_t d = 0; d < 2; d++) {
         const int64_t *s = op->a + SPACE + d * SPACE_N;
@@ -174,7 +176,7 @@ typedef struct {
     int64_t first, n;
 } unfold_job;
 
-/* One index: the row of one weight (channel, kernel position), columns first .. first + n. */
+/* Unfolds the row of one weight (channel, kernel position), columns first to first + n. */
 static void unfold_row(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const unfold_job *job = context;
@@ -420,11 +422,11 @@ static int32_t check_sdpa(mil_build *b, mil_op *op) {
             (op->arg[3]->n != matrix && op->arg[3]->n / a[SDPA_BATCHES] != matrix))
             return mil_error(b->mil, op->arg_at[3], "attn_mask must be [..., %lld, %lld]",
                              (long long)a[QUERIES], (long long)a[KEYS]);
-        /* With the rule off the mask is honoured, as the language means it. */
+        /* With the rule off the mask counts, as MIL defines it. */
         a[MASKED] = !mil_rule_on(b->mil, ANEPY_RULE_SDPA_MASK);
         a[MASK_STEP] = op->arg[3]->n == matrix ? 0 : matrix;
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_SDPA_MASK, op->arg_at[3], 1,
-                           "the engine ignores the mask; write attention as matmul and softmax"));
+                           "the ANE ignores the mask; write attention as matmul and softmax"));
     }
     if ((a[QUERIES] >= 512 && a[KEYS] >= 512) || a[QUERIES] > 2048 || a[KEYS] > 2048)
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_SDPA_LENGTH, op->at, 1,

@@ -21,7 +21,7 @@ static int32_t make_const(mil_build *b, mil_op *op, const mil_shape *shape) {
 }
 
 static void round_const(mil_build *b, mil_value *v) {
-    mil_run r = {.mil = b->mil}; /* counts are dropped: decoding happens before the engine runs */
+    mil_run r = {.mil = b->mil}; /* counts are dropped: decoding is no computation of the ANE */
     atomic_init(&r.saturated, 0);
     atomic_init(&r.flushed, 0);
     mil_round(&r, v->data, v->n);
@@ -171,7 +171,7 @@ typedef struct {
     const mil_op *op;
 } quant_job;
 
-static void quant_group(void *context, int64_t first, int64_t n) {
+static void quant_piece(void *context, int64_t first, int64_t n) {
     const quant_job *job = context;
     const mil_op *op = job->op;
     const float *x = mil_data(job->run, op->arg[Q_INPUT]);
@@ -194,10 +194,10 @@ static void quant_group(void *context, int64_t first, int64_t n) {
 
 static void run_quant(mil_run *r, const mil_op *op) {
     quant_job job = {r, op};
-    mil_each_group(r, op->out[0]->n, quant_group, &job);
+    mil_each_piece(r, op->out[0]->n, quant_piece, &job);
 }
 
-/* Shared by both; the 8-bit type is type. */
+/* For quantize and dequantize; type is the 8-bit type. */
 static int32_t check_quant(mil_build *b, mil_op *op, anepy_mil_type type) {
     ANEPY_TRY(mil_want_outputs(b, op, 1));
     ANEPY_TRY(mil_want_float(b, op, Q_SCALE));

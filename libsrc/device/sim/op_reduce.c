@@ -59,7 +59,7 @@ static int32_t check_reduce(mil_build *b, mil_op *op) {
     return mil_declare(b, op, 0, &out);
 }
 
-/* Where element `index` of a list of axes (last one fastest) is. */
+/* Offset of element `index` of a list of (extent, stride) axes, the last of which runs fastest. */
 static int64_t axes_offset(const int64_t *pairs, int64_t n, int64_t index) {
     int64_t at = 0;
     for (int64_t i = n - 1; i >= 0; i--) {
@@ -77,7 +77,7 @@ typedef struct {
     int64_t inside; /* groups of LANES per outer index; 0: lanes are outer indices themselves */
 } reduce_job;
 
-/* One more element for each lane; sums are rounded to fp16. */
+/* Adds one element to each lane; sums are rounded to fp16. */
 static void accumulate(mil_run *r, int32_t code, float *restrict sum, const float *restrict v,
                        int64_t n) {
     switch (code) {
@@ -144,7 +144,7 @@ static void reduce_lanes(const reduce_job *job, float *y, const int64_t *start, 
     mil_round(job->run, y, n);
 }
 
-static void reduce_group(void *context, int32_t index, int32_t worker) {
+static void reduce_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const reduce_job *job = context;
     const int64_t *a = job->op->a;
@@ -173,7 +173,7 @@ static void run_reduce(mil_run *r, const mil_op *op) {
         job.inside = (a[INNER] + LANES - 1) / LANES;
         groups = a[OUTER] * job.inside;
     }
-    mil_each(r, groups, reduce_group, &job);
+    mil_each(r, groups, reduce_piece, &job);
 }
 
 /* ------------------------------------------------------------------------------------- softmax */
@@ -200,7 +200,7 @@ static void softmax_row(void *context, int32_t index, int32_t worker) {
     mil_round(job->run, y, n);
 }
 
-/* Down an axis whose neighbours lie beside each other: LANES columns at once. */
+/* Soft-max down an axis that is not the last: LANES neighbouring columns at once. */
 static void softmax_columns(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const reduce_job *job = context;

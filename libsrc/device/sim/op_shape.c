@@ -10,7 +10,7 @@
 /* a[]: 0 the number of dimensions, 1 the first source element, then (extent, source stride) pairs
  * from the innermost output dimension outwards. */
 enum { COPY_PAIRS = 2, COPY_SHIFTED = 23 }; /* at most 10 pairs */
-#define TILE 32 /* a block of this many rows and columns of both sides stays in the cache */
+#define TRANSPOSE_ROWS 32 /* squares of this side, of source and result, fit the cache */
 
 static void copy_dim(mil_op *op, int64_t extent, int64_t stride) {
     int64_t *n = &op->a[0], *pair = op->a + COPY_PAIRS + 2 * *n;
@@ -43,7 +43,7 @@ static int64_t source_of(const mil_op *op, int64_t row, int32_t first) {
     return at;
 }
 
-static void copy_group(void *context, int64_t first, int64_t n) {
+static void copy_piece(void *context, int64_t first, int64_t n) {
     const copy_job *job = context;
     const mil_op *op = job->op;
     int64_t inner = op->a[0] > 0 ? op->a[COPY_PAIRS] : 1;
@@ -59,13 +59,13 @@ static void copy_group(void *context, int64_t first, int64_t n) {
     }
 }
 
-/* One index: a strip of TILE rows across, all columns, of one matrix. */
+/* Transposes TRANSPOSE_ROWS rows of one matrix; index counts strips over all matrices. */
 static void transpose_strip(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const copy_job *job = context;
     const int64_t *pairs = job->op->a + COPY_PAIRS;
     int64_t columns = pairs[0], column_stride = pairs[1], rows = pairs[2 * job->across];
-    int64_t strip = index % job->blocks * TILE, row_step = 1, in = 0, out = 0;
+    int64_t strip = index % job->blocks * TRANSPOSE_ROWS, row_step = 1, in = 0, out = 0;
     int64_t rest = index / job->blocks, step = columns;
     for (int64_t i = 1; i < job->op->a[0]; i++) {
         if (i == job->across) {
@@ -78,9 +78,9 @@ static void transpose_strip(void *context, int32_t index, int32_t worker) {
         }
         step *= pairs[2 * i];
     }
-    int64_t end = strip + TILE < rows ? strip + TILE : rows;
-    for (int64_t block = 0; block < columns; block += TILE) {
-        int64_t last = block + TILE < columns ? block + TILE : columns;
+    int64_t end = strip + TRANSPOSE_ROWS < rows ? strip + TRANSPOSE_ROWS : rows;
+    for (int64_t block = 0; block < columns; block += TRANSPOSE_ROWS) {
+        int64_t last = block + TRANSPOSE_ROWS < columns ? block + TRANSPOSE_ROWS : columns;
         for (int64_t row = strip; row < end; row++) {
             const float *src = job->in + in + row;
             float *dst = job->out + out + row * row_step;
@@ -96,11 +96,11 @@ static void run_copy(mil_run *r, const mil_op *op) {
         for (int64_t i = 1; i < op->a[0]; i++)
             if (pairs[2 * i + 1] == 1 && pairs[2 * i] > 4) job.across = i;
     if (job.across == 0) {
-        mil_each_group(r, op->out[0]->n, copy_group, &job);
+        mil_each_piece(r, op->out[0]->n, copy_piece, &job);
         return;
     }
     int64_t rows = pairs[2 * job.across];
-    job.blocks = (rows + TILE - 1) / TILE;
+    job.blocks = (rows + TRANSPOSE_ROWS - 1) / TRANSPOSE_ROWS;
     mil_each(r, op->out[0]->n / pairs[0] / rows * job.blocks, transpose_strip, &job);
 }
 
@@ -238,8 +238,8 @@ typedef struct {
     float *p;
 } crop_job;
 
-/* The M1 and M2 crop along the last axis in fixed point. */
-static void crop_group(void *context, int64_t first, int64_t n) {
+/* M1 and M2 take slices along the last axis in fixed point: numbers beyond 4094 become infinite. */
+static void crop_piece(void *context, int64_t first, int64_t n) {
     const crop_job *job = context;
     uint64_t wrong = 0;
     for (int64_t i = first; i < first + n; i++) {
@@ -254,10 +254,10 @@ static void run_slice(mil_run *r, const mil_op *op) {
     run_copy(r, op);
     if (op->f[0] == 0.0f) return;
     crop_job job = {r, mil_data(r, op->out[0])};
-    mil_each_group(r, op->out[0]->n, crop_group, &job);
+    mil_each_piece(r, op->out[0]->n, crop_piece, &job);
 }
 
-/* Result `index` of op is that box of its first argument. */
+/* Makes result `index` of op that box of its first argument. */
 static int32_t take_box(mil_build *b, mil_op *op, int32_t index, const box *part,
                         const mil_shape *out) {
     mil_value *x = op->arg[0];
@@ -308,7 +308,7 @@ static int32_t check_slice_by_size(mil_build *b, mil_op *op) {
     return take_box(b, op, 0, &part, &out);
 }
 
-/* One axis of slice_by_index: begin, end and stride as in Python, with masks for "all of it". */
+/* One axis of slice_by_index: begin, end and stride as in Python; masks say that an end is open. */
 static int32_t index_range(mil_build *b, const mil_op *op, int32_t i, int64_t extent, box *part) {
     int64_t step = op->arg[3] != NULL ? mil_int_at(op->arg[3], i) : 1;
     int64_t begin = mil_int_at(op->arg[1], i), end = mil_int_at(op->arg[2], i);
@@ -346,7 +346,7 @@ static int32_t check_slice_by_index(mil_build *b, mil_op *op) {
     return take_box(b, op, 0, &part, &out);
 }
 
-/* Every result but the first gets an operation of its own, so that each is one box. */
+/* Every result but the last gets an operation of its own, so that each is one box. */
 static int32_t check_split(mil_build *b, mil_op *op) {
     const mil_shape *x = &op->arg[0]->shape;
     const mil_value *sizes = op->arg[3];
@@ -400,7 +400,7 @@ typedef struct {
     int64_t chunk, row, shift; /* of the input; of the output; where the chunk goes in its row */
 } concat_job;
 
-static void concat_group(void *context, int64_t first, int64_t n) {
+static void concat_piece(void *context, int64_t first, int64_t n) {
     const concat_job *job = context;
     for (int64_t at = first, m; at < first + n; at += m) {
         int64_t column = at % job->chunk;
@@ -415,7 +415,7 @@ static void run_concat(mil_run *r, const mil_op *op) {
     for (int32_t i = 0; i < op->list_n; i++) {
         job.in = mil_data(r, op->list[i]);
         job.chunk = op->list[i]->n / op->a[0];
-        mil_each_group(r, op->list[i]->n, concat_group, &job);
+        mil_each_piece(r, op->list[i]->n, concat_piece, &job);
         job.shift += job.chunk;
     }
 }

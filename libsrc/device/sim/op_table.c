@@ -16,14 +16,15 @@ const mil_op_type *mil_op_find(mil_span name) {
 }
 
 const char *anepy_mil_op_name(int32_t index) {
-    if (index == 0) return "const"; /* the parser's own; all others are in the families */
+    if (index == 0) return "const"; /* handled by the parser; all others are in the families */
     for (int32_t f = 0; f < FAMILY_N && index > 0; f++)
         for (const mil_op_type *type = FAMILIES[f]; type->name != NULL; type++)
             if (--index == 0) return type->name;
     return NULL;
 }
 
-/* Names of MIL that the ANE does not have: docs/neural-engine.md#operations. */
+/* Operations of MIL that the ANE does not have (docs/neural-engine.md#operations), and what to do.
+ */
 const char *mil_op_refused(mil_span name) {
     static const struct {
         const char *names, *why;

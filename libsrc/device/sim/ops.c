@@ -122,7 +122,7 @@ int32_t mil_check_limits(mil_build *b, const mil_value *v) {
                                (int)b->mil->options.chip + 1, (long long)most));
     if (s->rank > 2 && s->dims[1] > 65536)
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_CHANNELS, v->type_at, 1,
-                           "%lld channels, the engine has 65536", (long long)s->dims[1]));
+                           "%lld channels, the ANE has 65536", (long long)s->dims[1]));
     return ANEPY_OK;
 }
 
@@ -183,7 +183,7 @@ int32_t mil_want_float(mil_build *b, const mil_op *op, int32_t slot) {
     if (type == ANEPY_MIL_F16) return ANEPY_OK;
     if (type == ANEPY_MIL_F32)
         return mil_rule(b->mil, ANEPY_RULE_FP32_COMPUTE, op->arg_at[slot], 1,
-                        "%s of fp32: the engine computes in fp16 only", op->type->name);
+                        "%s of fp32: the ANE computes in fp16 only", op->type->name);
     return mil_error(b->mil, op->arg_at[slot], "parameter %s of %s must be fp16, not %s",
                      op->type->params[slot].name, op->type->name, mil_type_name(type));
 }

@@ -136,7 +136,7 @@ static int32_t parse_arguments(mil_build *b, char close, mil_argument *arguments
     return mil_advance(b);
 }
 
-/* Takes the attribute `name` out of the arguments: it carries no meaning. */
+/* Removes the attribute `name`, which means nothing, from the arguments. */
 static int32_t drop_name(mil_build *b, mil_argument *arguments, int32_t first, int32_t *n) {
     for (int32_t i = first; i < *n; i++) {
         if (!mil_span_is(arguments[i].name, "name")) continue;
@@ -182,7 +182,7 @@ static int32_t finish_op(mil_build *b, mil_span at, mil_value **outs, int32_t ou
     op->out_n = out_n;
     if (op->type == NULL) {
         const char *why = mil_op_refused(at);
-        if (why != NULL) return mil_error(b->mil, at, "not available on the engine: %s", why);
+        if (why != NULL) return mil_error(b->mil, at, "not available on the ANE: %s", why);
         return mil_error(b->mil, at, "no operation of this name is known");
     }
     /* The constexpr operations of older texts carry their operands as attributes. */
@@ -221,7 +221,7 @@ static int32_t parse_statement(mil_build *b) {
     ANEPY_TRY(mil_expect(b, ";", NULL));
     if (mil_span_is(at, "const")) ANEPY_TRY(finish_const(b, at, outs, out_n, arguments, n));
     else ANEPY_TRY(finish_op(b, at, outs, out_n, arguments, n, attribute));
-    /* Only now: a statement cannot use its own results. */
+    /* Declared last, because a statement cannot use its own results. */
     for (int32_t i = 0; i < out_n; i++) ANEPY_TRY(add_name(b, outs[i]));
     return ANEPY_OK;
 }
@@ -232,7 +232,7 @@ static int by_name(const void *a, const void *b) {
     return strcmp((*(mil_value *const *)a)->name, (*(mil_value *const *)b)->name);
 }
 
-/* The surfaces bind in the order of the names. */
+/* Surfaces are bound in ascending order of the names. */
 static int32_t sort_values(mil_build *b, mil_value **values, int32_t n, mil_value ***out,
                            const char *what) {
     *out = mil_alloc(b->mil, (uint64_t)(n + 1) * sizeof **out);
@@ -309,7 +309,7 @@ static int32_t parse_outputs(mil_build *b, mil_function *f) {
     return mil_expect(b, ";", NULL);
 }
 
-/* cast works as the first or last operation, on M3 and later. */
+/* A cast works only as the first or last operation, and only on M3 and later. */
 static int32_t check_casts(mil_build *b, const mil_function *f) {
     for (int32_t i = 0; i < f->op_n; i++) {
         const mil_op *op = f->ops[i];
@@ -429,7 +429,7 @@ static int32_t parse_attributes(mil_build *b) {
     return mil_advance(b);
 }
 
-/* Counts "func" words, so that functions never move. */
+/* Counts the word "func", so that the array of functions never has to grow. */
 static int32_t count_functions(const mil_lexer *lexer) {
     int32_t n = 0;
     for (const char *p = lexer->p; lexer->end - p > 4; p++) {

@@ -1,5 +1,5 @@
-/* device/sim/plan.c - one stretch of memory for all intermediate values of a function: each gets a
- * place for as long as it is needed, then the place is given to others. */
+/* device/sim/plan.c - places all intermediate values of a function in one buffer; a value that is
+ * not needed any more gives its place to others. */
 #include "device/sim/interpreter_internal.h"
 
 #include <string.h>
@@ -89,7 +89,7 @@ static void free_if_last(void *context, mil_value *base, int32_t time) {
 int32_t mil_plan(anepy_mil *mil, mil_function *f) {
     space s = {.cap = f->op_n + f->input_n + 2};
     mil_span nowhere = {"", 0, 0, 0};
-    /* Gaps never outnumber the values that were placed. */
+    /* There are never more gaps than values. */
     for (int32_t t = 0; t < f->op_n; t++) s.cap += f->ops[t]->out_n;
     s.gaps = mil_alloc(mil, (uint64_t)s.cap * sizeof *s.gaps);
     if (s.gaps == NULL) return mil_no_memory(mil, nowhere);
@@ -97,7 +97,8 @@ int32_t mil_plan(anepy_mil *mil, mil_function *f) {
     for (int32_t t = 0; t < f->op_n; t++) {
         for (int32_t i = 0; i < f->ops[t]->out_n; i++) {
             mil_value *v = f->ops[t]->out[i];
-            if (!mil_is_const(v) && v->base == NULL) v->last = t; /* even if nobody reads it */
+            /* A result lives at least until its own operation, even if nothing reads it. */
+            if (!mil_is_const(v) && v->base == NULL) v->last = t;
         }
         each_argument(f->ops[t], t, mark_use, NULL);
     }

@@ -30,14 +30,14 @@ static const struct {
     /* C: accepted for some operations, refused for matmul's transposes in one project. */
     [ANEPY_RULE_INLINE_LITERAL] = {"inline_literal", REPORT,
                                    "matmul's transposes may have to be named constants"},
-    /* V: runs, but the surfaces are bound by name. Harmless to who binds by name. */
+    /* V: runs, but surfaces are bound by name; harmless where the caller binds by name too. */
     [ANEPY_RULE_IO_ORDER] = {"io_order", REPORT,
                              "inputs or outputs are declared in another order than by name, in "
                              "which surfaces are bound"},
     /* V: fp16 I/O is mandatory on M1 and M2, works with a cast on M3 and later. */
     [ANEPY_RULE_IO_FP32] = {"io_fp32", ERROR, "M1 and M2 take fp16 inputs and outputs only"},
     /* V: no fp32, bf16 or int32 compute. */
-    [ANEPY_RULE_FP32_COMPUTE] = {"fp32_compute", ERROR, "the engine computes in fp16 only"},
+    [ANEPY_RULE_FP32_COMPUTE] = {"fp32_compute", ERROR, "the ANE computes in fp16 only"},
     /* V: read in several projects. */
     [ANEPY_RULE_RETURN_VALUE] = {"return_value", ERROR,
                                  "returned names must be results of operations"},
@@ -154,7 +154,7 @@ static void write_sentence(char *out, mil_span at, const char *prefix, const cha
                            va_list args) {
     char word[44];
     int32_t n = 0;
-    /* Hostile text may hold any byte. */
+    /* Text may hold any byte: only printable ones are repeated. */
     for (; n < at.n && n < 40; n++) word[n] = at.p[n] >= ' ' && at.p[n] <= '~' ? at.p[n] : '?';
     if (n < at.n) memcpy(word + n - 3, "...", 3);
     word[n] = '\0';
@@ -197,7 +197,7 @@ int32_t mil_rule(anepy_mil *mil, anepy_mil_rule rule, mil_span at, uint64_t coun
     va_end(args);
     if (first) {
         size_t n = strlen(text) + 1;
-        /* The only report that runs allocate for; what cannot be kept is still counted. */
+        /* Without memory for the sentence the report is still counted. */
         if (mil->reports[rule].first == NULL) mil->reports[rule].first = mil_alloc(mil, SENTENCE);
         if (mil->reports[rule].first != NULL) memcpy(mil->reports[rule].first, text, n);
     }

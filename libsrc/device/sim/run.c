@@ -22,16 +22,16 @@ typedef struct {
     int64_t n;
 } group_job;
 
-static void run_group(void *context, int32_t index, int32_t worker) {
+static void run_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const group_job *job = context;
-    int64_t first = (int64_t)index * MIL_GROUP, left = job->n - first;
-    job->fn(job->context, first, left < MIL_GROUP ? left : MIL_GROUP);
+    int64_t first = (int64_t)index * MIL_PIECE, left = job->n - first;
+    job->fn(job->context, first, left < MIL_PIECE ? left : MIL_PIECE);
 }
 
-void mil_each_group(mil_run *r, int64_t n, mil_span_fn fn, void *context) {
+void mil_each_piece(mil_run *r, int64_t n, mil_span_fn fn, void *context) {
     group_job job = {fn, context, n};
-    mil_each(r, (n + MIL_GROUP - 1) / MIL_GROUP, run_group, &job);
+    mil_each(r, (n + MIL_PIECE - 1) / MIL_PIECE, run_piece, &job);
 }
 
 /* ------------------------------------------------------------------------------------ rounding */
@@ -68,7 +68,7 @@ void mil_round(mil_run *r, float *p, int64_t n) {
     const anepy_mil *mil = r->mil;
     int flush = mil_rule_on(mil, ANEPY_RULE_SUBNORMAL);
     int saturate = mil_rule_on(mil, ANEPY_RULE_SATURATION);
-    /* Seen on M2 Pro and M5. */
+    /* Saturation was seen on M2 Pro and M5. */
     int apply = mil->options.chip == ANEPY_CHIP_M2 || mil->options.chip == ANEPY_CHIP_M5;
     uint64_t flushed = 0, saturated = 0;
     uint16_t h[ROUND_N];
@@ -88,14 +88,14 @@ typedef struct {
     float *p;
 } round_job;
 
-static void round_group(void *context, int64_t first, int64_t n) {
+static void round_piece(void *context, int64_t first, int64_t n) {
     const round_job *job = context;
     mil_round(job->run, job->p + first, n);
 }
 
 void mil_round_all(mil_run *r, float *p, int64_t n) {
     round_job job = {r, p};
-    mil_each_group(r, n, round_group, &job);
+    mil_each_piece(r, n, round_piece, &job);
 }
 
 /* ------------------------------------------------------------------------------------ surfaces */
@@ -130,10 +130,10 @@ typedef struct {
     const void *in;
     void *out;
     anepy_mil_type type;
-    int64_t present; /* elements the surface has; the others read as zero and are not written */
+    int64_t present; /* elements that fit the surface; others read as zero and are not written */
 } surface_job;
 
-static void read_group(void *context, int64_t first, int64_t n) {
+static void read_piece(void *context, int64_t first, int64_t n) {
     const surface_job *job = context;
     float *p = job->data + first;
     int64_t m = job->present - first < n ? job->present - first : n;
@@ -170,7 +170,7 @@ static void read_group(void *context, int64_t first, int64_t n) {
     }
 }
 
-static void write_group(void *context, int64_t first, int64_t n) {
+static void write_piece(void *context, int64_t first, int64_t n) {
     const surface_job *job = context;
     const float *p = job->data + first;
     int64_t m = job->present - first < n ? job->present - first : n;
@@ -200,7 +200,7 @@ static surface_job surface_of(mil_run *r, const mil_value *v, uint64_t nbytes) {
 
 /* --------------------------------------------------------------------------------- the function */
 
-/* What happened to the numbers while something ran. */
+/* Reports what happened to the numbers of the operation that just ran. */
 static int32_t report_numbers(mil_run *r, mil_span at, const char *name) {
     uint64_t saturated = atomic_exchange(&r->saturated, 0);
     uint64_t flushed = atomic_exchange(&r->flushed, 0), cropped = atomic_exchange(&r->cropped, 0);
@@ -219,7 +219,7 @@ static int32_t report_numbers(mil_run *r, mil_span at, const char *name) {
     return ANEPY_OK;
 }
 
-/* What an operation does not read any more is poisoned again. */
+/* Poisons a value again once no later operation reads it. */
 static void guard_ended(const mil_run *r, const mil_value *v, int32_t time) {
     const mil_value *base = v->base != NULL ? v->base : v;
     if (base->kind == MIL_CONST || base->last != time) return;
@@ -248,7 +248,7 @@ static int32_t run_function(mil_run *r, const void *const *inputs, const uint64_
         surface_job job = surface_of(r, v, input_nbytes[i]);
         job.in = inputs[i];
         MIL_UNGUARD(job.data, (uint64_t)v->n * sizeof(float));
-        mil_each_group(r, v->n, read_group, &job);
+        mil_each_piece(r, v->n, read_piece, &job);
         ANEPY_TRY(report_numbers(r, v->at, v->name));
     }
     for (int32_t t = 0; t < f->op_n; t++) {
@@ -264,7 +264,7 @@ static int32_t run_function(mil_run *r, const void *const *inputs, const uint64_
         const mil_value *v = f->sorted_outputs[i];
         surface_job job = surface_of(r, v, output_nbytes[i]);
         job.out = outputs[i];
-        mil_each_group(r, v->n, write_group, &job);
+        mil_each_piece(r, v->n, write_piece, &job);
     }
     return ANEPY_OK;
 }
@@ -278,7 +278,7 @@ int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *input
     mil_run r = {
         .mil = mil, .function = &mil->functions[function], .gemm = *gemm, .scratch = mil->scratch};
     r.gemm.panels = mil->panels;
-    r.gemm.blas = NULL; /* its sums are the same on every machine */
+    r.gemm.blas = NULL; /* the own kernels: the same sums on every machine */
     atomic_init(&r.saturated, 0);
     atomic_init(&r.flushed, 0);
     atomic_init(&r.cropped, 0);

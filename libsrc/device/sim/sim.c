@@ -1,7 +1,8 @@
-/* device/sim/sim.c - the simulator as a device: the MIL text and weight blob the Neural Engine
- * would get are generated, parsed and interpreted in fp16. "sim:m1" ... "sim:m5" choose the chip
- * whose limits apply; "procedures=no" makes a text of each program, "budget=20" lets the process
- * compile 20 texts. */
+/* device/sim/sim.c - the simulator as a device.
+ *
+ * The MIL text and weight file that the ANE would get are generated, parsed and interpreted in
+ * fp16. "sim:m1" to "sim:m5" choose the chip whose limits apply; "procedures=no" makes a text of
+ * each program, "budget=20" lets the process compile 20 texts. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,7 +30,7 @@ static void sim_memory_free(anepy_bank_device *device, anepy_bank_surface *surfa
 }
 
 static int32_t sim_lock(anepy_surface *surface, int32_t for_writing) {
-    (void)surface, (void)for_writing; /* evaluation is synchronous and memory is the host's */
+    (void)surface, (void)for_writing; /* evaluation is synchronous in host memory */
     return ANEPY_OK;
 }
 

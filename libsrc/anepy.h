@@ -205,13 +205,15 @@ typedef struct anepy_engine_info {
     int32_t reserved;
     uint64_t memory; /* bytes of activations, surfaces and buffers, for as many sequences as ran at
                       * once so far; arenas not included */
+    int64_t counted; /* targets that the gradients are the sum over; 0: none, or not known */
+    double unit;     /* that of each is in them times loss_scale / unit; 0: not known */
 } anepy_engine_info;
 
 /* What one step did. Times are milliseconds of the calling thread, except dw_ms. */
 typedef struct anepy_step_stats {
     uint32_t struct_size;
     uint32_t skipped;      /* 1: a gradient was not finite, nothing was accumulated */
-    double loss;           /* mean cross-entropy in nats */
+    double loss;           /* mean cross-entropy of the counted targets in nats */
     double loss_scale;     /* gradients carry this factor; 1 without fp16 */
     double flops;          /* total of anepy_step_flops */
     double step_ms;        /* all of it */
@@ -226,6 +228,7 @@ typedef struct anepy_step_stats {
     int64_t allocations;   /* heap operations during the step */
     double forward_ms;     /* up to and with the loss */
     double backward_ms;    /* the rest */
+    int64_t tokens;        /* targets that are counted */
 } anepy_step_stats;
 
 #define ANEPY_LEAVE_GRADIENTS 1u   /* nobody reads them before the next step, which replaces them */
@@ -257,39 +260,56 @@ ANEPY_API int32_t anepy_engine_create(anepy_engine **out, const anepy_model *mod
 ANEPY_API void anepy_engine_free(anepy_engine *engine); /* joins its threads; accepts NULL */
 ANEPY_API int32_t anepy_engine_get_info(const anepy_engine *engine, anepy_engine_info *out);
 
-/* Forward + backward of one sequence; gradients accumulate.
- * tokens, targets: int32[n], 1 <= n <= seq_len, ids in [0, vocab_size). */
+/* Forward + backward of one sequence, one step.
+ * tokens, targets: int32[n], 1 <= n <= seq_len; tokens in [0, vocab_size), targets below that. A
+ * target below 0, -100 by custom, is not counted: it has no loss and no gradient. A call in which
+ * none is counted fails with ANEPY_E_ARGUMENT and has changed nothing.
+ *
+ * The loss is the mean over the counted targets. Gradients accumulate: they are the sum over all
+ * targets counted since the last update of the gradient of each one's loss, times loss_scale /
+ * unit. The unit is the number of targets counted in the first of those steps, after which they are
+ * loss_scale times the gradient of its loss. A step that fails, or is skipped, adds nothing that an
+ * update would use. */
 ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
                                     const int32_t *tokens, const int32_t *targets, int32_t n);
 
-/* Forward + backward of `count` sequences of n tokens, int32[count, n], as one step: the loss is
- * the mean over all tokens, and its gradient is added to what was accumulated. A step that fails or
- * is skipped adds nothing that an update would use. Device cpu computes as many sequences side by
- * side as fit into 512 columns, n rounded up to 64 for each. The first such step makes room for
- * them; if there is no memory for it the step fails with ANEPY_E_MEMORY and nothing has changed. */
+/* Forward + backward of `count` sequences of n tokens, int32[count, n], as one step. A sequence may
+ * have no counted target. Device cpu computes as many sequences side by side as fit into 512
+ * columns, n rounded up to 64 for each. The first such step makes room for them; if there is no
+ * memory for it the step fails with ANEPY_E_MEMORY and nothing has changed. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
                                           const int32_t *tokens, const int32_t *targets,
                                           int32_t count, int32_t n);
 
-/* AdamW with the mean of the accumulated gradients (Loshchilov & Hutter 2019; PyTorch's order of
- * operations), then clears them. Fails with ANEPY_E_STATE if nothing was accumulated. Where weights
- * are baked, it compiles programs for the new ones. If that fails the update is still complete, and
- * `stale` in the engine's info is 1: the next call that needs the programs compiles them, and tells
- * the reason if it fails again. That is ANEPY_E_BUDGET if the process may compile no more programs.
- */
+/* AdamW with the mean gradient of the targets counted since the last update (Loshchilov & Hutter
+ * 2019; PyTorch's order of operations), then clears the gradients. Fails with ANEPY_E_STATE if none
+ * was. Where weights are baked, it compiles programs for the new ones. If that fails the update is
+ * still complete, and `stale` in the engine's info is 1: the next call that needs the programs
+ * compiles them, and tells the reason if it fails again. That is ANEPY_E_BUDGET if the process may
+ * compile no more programs. */
 ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *out,
                                       const anepy_update_options *options);
 
-/* Mean cross-entropy without gradients. */
+/* Mean cross-entropy of the counted targets, without gradients; the same of several sequences, side
+ * by side as in a step. losses: double [count, n], that of each target and 0 where it is not
+ * counted; NULL: not wanted. */
 ANEPY_API int32_t anepy_engine_evaluate(anepy_engine *engine, double *loss, const int32_t *tokens,
                                         const int32_t *targets, int32_t n);
+ANEPY_API int32_t anepy_engine_evaluate_batch(anepy_engine *engine, double *loss, double *losses,
+                                              const int32_t *tokens, const int32_t *targets,
+                                              int32_t count, int32_t n);
 
-/* logits: float32 [n, vocab_size], row t predicts token t+1. No gradients. */
+/* logits: float32 [n, vocab_size], row t predicts token t+1; or [count, n, vocab_size]. No
+ * gradients. */
 ANEPY_API int32_t anepy_engine_logits(anepy_engine *engine, float *logits, const int32_t *tokens,
                                       int32_t n);
+ANEPY_API int32_t anepy_engine_logits_batch(anepy_engine *engine, float *logits,
+                                            const int32_t *tokens, int32_t count, int32_t n);
 
-/* Tells the engine that the arenas were filled from a checkpoint: takes over accumulated, updates,
- * loss_scale and clean_steps, and recompiles where weights are baked. */
+/* Tells the engine that the arenas were filled from a checkpoint: takes over accumulated, counted,
+ * unit, updates, loss_scale and clean_steps, and recompiles where weights are baked. counted 0: the
+ * gradients are the sum of those of the mean losses of `accumulated` steps with as many targets
+ * each as the next step, if one follows. */
 ANEPY_API int32_t anepy_engine_restore(anepy_engine *engine, const anepy_engine_info *info);
 
 /* ----------------------------------------------------------------------------------- decoder */

@@ -10,6 +10,7 @@
 #include "runtime/machine.h"
 #include "runtime/memory.h"
 #include "train/create.h"
+#include "train/scaling.h"
 #include "train/step.h"
 #include "train/update.h"
 
@@ -20,8 +21,8 @@
 /* The layout that Python declares for ctypes: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 104, "config");
 _Static_assert(sizeof(anepy_tensor) == 104, "tensor");
-_Static_assert(sizeof(anepy_engine_info) == 144, "engine info");
-_Static_assert(sizeof(anepy_step_stats) == 128, "step stats");
+_Static_assert(sizeof(anepy_engine_info) == 160, "engine info");
+_Static_assert(sizeof(anepy_step_stats) == 136, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 56, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
 _Static_assert(sizeof(anepy_flops) == 56, "flops");
@@ -104,26 +105,28 @@ static int32_t leave(anepy_engine *e, int32_t status) {
     return status;
 }
 
-static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t *ids, int32_t n) {
+static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t *ids, int32_t n,
+                         int32_t lowest) {
     int32_t vocab = e->model->config.vocab_size;
     for (int32_t i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= vocab)
+        if (ids[i] < lowest || ids[i] >= vocab)
             return anepy_fail(ANEPY_E_TOKEN, "%s[%d] is %d, the vocabulary has 0 to %d", what, i,
                               ids[i], vocab - 1);
     return ANEPY_OK;
 }
 
-/* targets NULL: none. */
+/* targets NULL: none. They may be anything below 0. */
 static int32_t check_sequences(const anepy_engine *e, const int32_t *ids, const int32_t *targets,
                                int32_t sequences, int32_t tokens) {
     if (tokens < 1 || tokens > e->seq_len)
         return anepy_fail(ANEPY_E_ARGUMENT, "a sequence of %d tokens, this engine takes 1 to %d",
                           tokens, e->seq_len);
     if (sequences < 1 || sequences > INT32_MAX / tokens)
-        return anepy_fail(ANEPY_E_ARGUMENT, "%d sequences in one step, expected 1 to %d", sequences,
+        return anepy_fail(ANEPY_E_ARGUMENT, "%d sequences in one call, expected 1 to %d", sequences,
                           INT32_MAX / tokens);
-    ANEPY_TRY(check_ids(e, "tokens", ids, sequences * tokens));
-    return targets != NULL ? check_ids(e, "targets", targets, sequences * tokens) : ANEPY_OK;
+    ANEPY_TRY(check_ids(e, "tokens", ids, sequences * tokens, 0));
+    return targets != NULL ? check_ids(e, "targets", targets, sequences * tokens, INT32_MIN)
+                           : ANEPY_OK;
 }
 
 /* ----------------------------------------------------------------------------------- the calls */
@@ -148,16 +151,28 @@ int32_t anepy_engine_step_batch(anepy_engine *e, anepy_step_stats *out, const in
 
 int32_t anepy_engine_evaluate(anepy_engine *e, double *loss, const int32_t *tokens,
                               const int32_t *targets, int32_t n) {
+    return anepy_engine_evaluate_batch(e, loss, NULL, tokens, targets, 1, n);
+}
+
+int32_t anepy_engine_evaluate_batch(anepy_engine *e, double *loss, double *losses,
+                                    const int32_t *tokens, const int32_t *targets, int32_t count,
+                                    int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = check_sequences(e, tokens, targets, 1, n);
-    if (status == ANEPY_OK) status = anepy_step_evaluate(e, loss, tokens, targets, n);
+    int32_t status = check_sequences(e, tokens, targets, count, n);
+    if (status == ANEPY_OK)
+        status = anepy_step_evaluate(e, loss, losses, tokens, targets, count, n);
     return leave(e, status);
 }
 
 int32_t anepy_engine_logits(anepy_engine *e, float *logits, const int32_t *tokens, int32_t n) {
+    return anepy_engine_logits_batch(e, logits, tokens, 1, n);
+}
+
+int32_t anepy_engine_logits_batch(anepy_engine *e, float *logits, const int32_t *tokens,
+                                  int32_t count, int32_t n) {
     ANEPY_TRY(enter(e));
-    int32_t status = check_sequences(e, tokens, NULL, 1, n);
-    if (status == ANEPY_OK) status = anepy_step_logits(e, logits, tokens, n);
+    int32_t status = check_sequences(e, tokens, NULL, count, n);
+    if (status == ANEPY_OK) status = anepy_step_logits(e, logits, tokens, count, n);
     return leave(e, status);
 }
 
@@ -165,7 +180,7 @@ static int32_t check_update(const anepy_engine *e, const anepy_update_options *o
     if (o->struct_size < sizeof *o)
         return anepy_fail(ANEPY_E_ARGUMENT, "update options have %u bytes, expected %zu",
                           o->struct_size, sizeof *o);
-    if (e->accumulated == 0)
+    if (e->counted == 0)
         return anepy_fail(ANEPY_E_STATE, "no step since the last update: nothing to apply");
     if (!(o->lr >= 0.0 && o->lr <= 1e30)) /* it becomes a float, divided by 1 - beta1^t */
         return anepy_fail(ANEPY_E_ARGUMENT, "lr is %g, expected 0 to 1e30", o->lr);
@@ -194,12 +209,15 @@ int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {
     if (info->struct_size < sizeof *info)
         return anepy_fail(ANEPY_E_ARGUMENT, "engine info has %u bytes, expected %zu",
                           info->struct_size, sizeof *info);
-    if (info->accumulated < 0 || info->updates < 0 || info->clean_steps < 0 ||
-        !(info->loss_scale > 0.0 && info->loss_scale <= 0x1p40))
+    if (info->accumulated < 0 || info->counted < 0 || info->updates < 0 || info->clean_steps < 0 ||
+        !(info->loss_scale > 0.0 && info->loss_scale <= ANEPY_LOSS_SCALE_LIMIT) ||
+        !(info->unit >= 0.0 && isfinite(info->unit)) ||
+        (info->accumulated > 0 && info->counted > 0 && info->unit == 0.0))
         return anepy_fail(ANEPY_E_ARGUMENT,
-                          "%lld accumulated steps, %lld updates, loss scale %g: not a state an "
-                          "engine can be in",
-                          (long long)info->accumulated, (long long)info->updates, info->loss_scale);
+                          "%lld accumulated steps, %lld counted targets in units of %g, %lld "
+                          "updates, loss scale %g: not a state an engine can be in",
+                          (long long)info->accumulated, (long long)info->counted, info->unit,
+                          (long long)info->updates, info->loss_scale);
     ANEPY_TRY(enter(e));
     anepy_restore(e, info);
     return leave(e, ANEPY_OK);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -74,6 +73,7 @@ def evaluate(
     if (data is None) == (text is None):
         raise ConfigError("pass what to evaluate on: either --data FILE or --text FILE")
     from ..engine.engine import Engine
+    from ..engine.evaluation import mean_loss, sequence_losses
     from ..models.model import Model, sequence_length
     from ..system.words import perplexity, quantity
 
@@ -83,14 +83,12 @@ def evaluate(
     with _tokens(data, text, tokenizer, loaded.config.vocab_size, path) as tokens:
         tokens.check(loaded.config.vocab_size)
         sequences = _sequences(tokens, length, windows, documents, shorten=seq is None)
-        losses: list[tuple[int, float]] = []
         longest = max(len(ids) for ids, _ in sequences)
         with Engine(
             loaded, device=device, precision=precision, seq_len=longest, threads=threads
         ) as engine:
             began = time.perf_counter()
-            for ids, targets in sequences:
-                losses.append((len(ids), engine.evaluate(ids, targets)))
+            losses = sequence_losses(engine, sequences)
             seconds = time.perf_counter() - began
             facts: dict[str, Any] = {
                 "device": engine.device,
@@ -98,7 +96,7 @@ def evaluate(
                 "precision": engine.precision,
             }
     count = sum(n for n, _ in losses)
-    loss = math.fsum(n * value for n, value in losses) / count
+    loss = mean_loss(losses)
     name = str(data if data is not None else text)
     if as_json:
         print_json(

@@ -16,11 +16,12 @@ from .adapt import adapted
 from .device import AUTO, open_device
 from .gradients import Gradients
 from .handle import Owner, address, check_counts, encoded, float_pointer, id_pointer
-from .ids import as_ids, pair
+from .ids import Ids, as_ids, pair
 from .stats import StepStats, UpdateStats
 from .variants import named_switches
 
 _DEFER = 1
+Losses = npt.NDArray[np.float64]
 
 
 class Engine(Owner):
@@ -116,6 +117,20 @@ class Engine(Owner):
         return int(self._info().accumulated)
 
     @property
+    def counted(self) -> int:
+        """Targets counted since the last update: what `gradients` are the sum over."""
+        return int(self._info().counted)
+
+    @property
+    def unit(self) -> float:
+        """Targets counted in the first step since the last update, or before it in the last first.
+
+        The gradient of every counted target is in `gradients` times loss_scale / unit. 0 if no
+        step was made yet, or since a `restore` that did not know it.
+        """
+        return float(self._info().unit)
+
+    @property
     def updates(self) -> int:
         """Updates so far: Adam's t."""
         return int(self._info().updates)
@@ -123,19 +138,27 @@ class Engine(Owner):
     def step(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> StepStats:
         """Run forward and backward on one sequence, or several; gradients accumulate.
 
-        Several sequences of one length are one step: the loss is the mean over all their tokens,
-        and what accumulates is its gradient. On the CPU they run side by side, in groups of up to
-        512 columns (a sequence takes a multiple of 64), and `memory` grows with the largest.
+        Several sequences of one length are one step. On the CPU they run side by side, in groups
+        of up to 512 columns (a sequence takes a multiple of 64), and `memory` grows with the
+        largest.
+
+        A target below 0, -100 by custom, is not counted: it has no loss and no gradient. The loss
+        is the mean over the counted targets. After the first step since an update, `gradients` are
+        `loss_scale` times the gradient of its loss. Each further step adds that of its own loss,
+        weighted by its counted targets against those of the first, so that `update` can take the
+        mean over all of them, however they are spread over steps and sequences.
 
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
-            targets: the ids that follow each of them, of the same shape.
+            targets: the ids that follow each of them, of the same shape; below 0: not counted. A
+                sequence may have none that is counted, a step may not.
 
         Raises:
-            ConfigError: a wrong shape or an id beyond the vocabulary.
+            ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted;
+                nothing has changed then.
             NativeError: no memory for as many at once; nothing has changed then.
         """
-        tokens, targets = pair(tokens, targets, rows=True)
+        tokens, targets = pair(tokens, targets)
         count, n = np.atleast_2d(tokens).shape
         stats = abi.StepStats()
         with self._call() as handle:
@@ -155,7 +178,9 @@ class Engine(Owner):
         weight_decay: float = 0.0,
         grad_clip: float | None = None,
     ) -> UpdateStats:
-        """Apply AdamW to the mean of the accumulated gradients, then clear them.
+        """Apply AdamW to the mean gradient of the targets counted since the last update.
+
+        The gradients are cleared then.
 
         The arithmetic is that of PyTorch's AdamW (Loshchilov & Hutter 2019); decay is applied to
         matrices only. With `grad_clip` the global norm of the mean gradient is limited to it. If
@@ -190,20 +215,69 @@ class Engine(Owner):
         return UpdateStats.read(stats)
 
     def logits(self, tokens: npt.ArrayLike) -> Array:
-        """Return the logits of every position, float32 (n, vocab_size), without gradients."""
+        """Return the logits of every position, without gradients.
+
+        Args:
+            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; as in `step`, several
+                sequences run side by side on the CPU.
+
+        Returns:
+            float32 (n, vocab_size) or (sequences, n, vocab_size): what follows each token.
+
+        Raises:
+            ConfigError: a wrong shape or an id beyond the vocabulary.
+            NativeError: no memory for as many at once.
+        """
         ids = as_ids(tokens, "tokens")
-        out = np.empty((len(ids), self.model.config.vocab_size), dtype=np.float32)
+        count, n = np.atleast_2d(ids).shape
+        out = np.empty((*ids.shape, self.model.config.vocab_size), dtype=np.float32)
         with self._call() as handle:
-            self._lib.anepy_engine_logits(handle, float_pointer(out), id_pointer(ids), len(ids))
+            self._lib.anepy_engine_logits_batch(
+                handle, float_pointer(out), id_pointer(ids), count, n
+            )
         return out
 
     def evaluate(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> float:
-        """Return the mean cross-entropy in nats, without gradients."""
-        tokens, targets = pair(tokens, targets)
+        """Return the mean cross-entropy of the counted targets in nats, without gradients.
+
+        Args:
+            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; as in `step`, several
+                sequences run side by side on the CPU.
+            targets: the ids that follow each of them, of the same shape; below 0: not counted.
+
+        Raises:
+            ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted.
+            NativeError: no memory for as many at once.
+        """
+        return self._evaluate(*pair(tokens, targets), None)
+
+    def losses(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> Losses:
+        """Return the cross-entropy of each target in nats, without gradients.
+
+        Args:
+            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
+            targets: the ids that follow each of them, of the same shape; below 0: not counted.
+
+        Returns:
+            float64 of the shape of `targets`; 0 where a target is not counted.
+
+        Raises:
+            ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted.
+            NativeError: no memory for as many at once.
+        """
+        ids, wanted = pair(tokens, targets)
+        losses = np.empty(ids.shape, dtype=np.float64)
+        self._evaluate(ids, wanted, losses)
+        return losses
+
+    def _evaluate(self, tokens: Ids, targets: Ids, losses: Losses | None) -> float:
+        count, n = np.atleast_2d(tokens).shape
         loss = ctypes.c_double(math.nan)
+        doubles = ctypes.POINTER(ctypes.c_double)
+        each = losses.ctypes.data_as(doubles) if losses is not None else None
         with self._call() as handle:
-            self._lib.anepy_engine_evaluate(
-                handle, ctypes.byref(loss), id_pointer(tokens), id_pointer(targets), len(tokens)
+            self._lib.anepy_engine_evaluate_batch(
+                handle, ctypes.byref(loss), each, id_pointer(tokens), id_pointer(targets), count, n
             )
         return loss.value
 
@@ -251,6 +325,8 @@ class Engine(Owner):
         updates: int,
         loss_scale: float | None = None,
         clean_steps: int = 0,
+        counted: int = 0,
+        unit: float = 0.0,
     ) -> None:
         """Tell the engine what has been loaded into weights, `gradients`, `adam_m` and `adam_v`.
 
@@ -258,16 +334,24 @@ class Engine(Owner):
             accumulated: steps the gradients are the sum of.
             updates: Adam's t.
             loss_scale: the factor the gradients carry; ignored where losses are not scaled.
-            clean_steps: steps since the scale last changed.
+            clean_steps: steps since the scale was last lowered or raised.
+            counted: targets the gradients are the sum over. 0: as many in each of those steps as
+                in the next one, or, if none follows, equally many.
+            unit: as the property `unit` said.
+
+        Raises:
+            ConfigError: no engine can be in this state.
         """
-        for name, value in (("accumulated", accumulated), ("updates", updates)):
+        counts = {"accumulated": accumulated, "updates": updates, "counted": counted}
+        for name, value in counts.items():
             if not 0 <= value < 2**63:
                 raise ConfigError(f"{name} is {value}, expected a number >= 0")
         info = self._info()
         info.accumulated, info.updates, info.clean_steps = accumulated, updates, clean_steps
+        info.counted, info.unit = counted, unit
         if loss_scale is not None:
             info.loss_scale = loss_scale
-        if accumulated:
+        if accumulated or counted:
             self._gradients.show()
         with self._call() as handle:
             self._lib.anepy_engine_restore(handle, ctypes.byref(info))

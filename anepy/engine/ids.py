@@ -10,40 +10,40 @@ from ..errors import ConfigError
 Ids = npt.NDArray[np.int32]
 
 
-def as_ids(values: npt.ArrayLike, what: str, rows: bool = False) -> Ids:
-    """Return ids as a contiguous int32 array.
+def as_ids(values: npt.ArrayLike, what: str) -> Ids:
+    """Return ids as a contiguous int32 array; whether the vocabulary has them, the library checks.
 
     Args:
-        values: integers (n,), or with `rows` also (sequences, n); at least one.
+        values: integers (n,) or (sequences, n); at least one.
         what: their name, for the message.
-        rows: whether several sequences make sense here.
 
     Raises:
         ConfigError: they are something else, or no 32-bit numbers.
     """
-    expected = "integers in one dimension" + (" or (sequences, tokens)" if rows else "")
+    expected = "integers in one dimension or (sequences, tokens)"
     try:
         array = np.asarray(values)
     except ValueError:  # rows of different lengths
         raise ConfigError(f"{what} is nested unevenly, expected {expected}") from None
-    if not 1 <= array.ndim <= 1 + rows or array.dtype.kind not in "iu" or array.size == 0:
+    if not 1 <= array.ndim <= 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise ConfigError(
             f"{what} has shape {array.shape} and type {array.dtype}, expected {expected}, at "
             "least one"
         )
-    for extreme in (int(array.max()), int(array.min())):
-        if not -(2**31) <= extreme < 2**31:
-            raise ConfigError(f"{what} holds {extreme}, which is no token id")
+    if not np.can_cast(array.dtype, np.int32):  # a cast of what does not fit makes another id
+        for extreme in (int(array.max()), int(array.min())):
+            if not -(2**31) <= extreme < 2**31:
+                raise ConfigError(f"{what} holds {extreme}, which is no token id")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def pair(tokens: npt.ArrayLike, targets: npt.ArrayLike, rows: bool = False) -> tuple[Ids, Ids]:
+def pair(tokens: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[Ids, Ids]:
     """Return tokens and targets as `as_ids` does.
 
     Raises:
         ConfigError: also if their shapes differ.
     """
-    ids, wanted = as_ids(tokens, "tokens", rows), as_ids(targets, "targets", rows)
+    ids, wanted = as_ids(tokens, "tokens"), as_ids(targets, "targets")
     if ids.shape == wanted.shape:
         return ids, wanted
     if ids.ndim == wanted.ndim == 1:

@@ -55,12 +55,13 @@ class StepStats:
     """What one step did; times are milliseconds of the calling thread unless said otherwise.
 
     Attributes:
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy of the counted targets in nats.
+        tokens: targets that are counted.
         step_ms: the whole step.
         tflops: 10^12 floating-point operations per second, counted as in
             docs/neural-engine.md#flops.
         allocations: heap operations during the step.
-        loss_scale: factor the gradients carry; 1 unless losses are scaled (fp16).
+        loss_scale: factor on the gradients (`Engine.step`); 1 unless losses are scaled (fp16).
         skipped: a gradient was not finite and nothing was accumulated (fp16). `loss` is then that
             of the sequences computed so far and may not be finite; `flops` counts all of them.
         device_ms: programs on the device, forward and backward.
@@ -77,6 +78,7 @@ class StepStats:
     """
 
     loss: float
+    tokens: int
     step_ms: float
     tflops: float
     allocations: int

@@ -112,6 +112,8 @@ class EngineInfo(_Sized):
         ("stale", c_int32),
         ("reserved", c_int32),
         ("memory", u64),
+        ("counted", c_int64),
+        ("unit", c_double),
     )
 
 
@@ -136,6 +138,7 @@ class StepStats(_Sized):
         ("allocations", c_int64),
         ("forward_ms", c_double),
         ("backward_ms", c_double),
+        ("tokens", c_int64),
     )
 
 
@@ -392,7 +395,17 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_step_batch": (handle, POINTER(StepStats), _ids, _ids, c_int32, c_int32),
     "anepy_engine_update": (handle, POINTER(UpdateStats), POINTER(UpdateOptions)),
     "anepy_engine_evaluate": (handle, POINTER(c_double), _ids, _ids, c_int32),
+    "anepy_engine_evaluate_batch": (
+        handle,
+        POINTER(c_double),
+        POINTER(c_double),
+        _ids,
+        _ids,
+        c_int32,
+        c_int32,
+    ),
     "anepy_engine_logits": (handle, _floats, _ids, c_int32),
+    "anepy_engine_logits_batch": (handle, _floats, _ids, c_int32, c_int32),
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),
     "anepy_decoder_create": (POINTER(handle), handle, handle, c_int32, c_int32),
     "anepy_decoder_forward": (handle, _floats, c_int32, c_int32),

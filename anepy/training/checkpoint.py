@@ -23,7 +23,8 @@ from ..errors import CheckpointError
 from ..models.model import ModelConfig
 from ..system.files import replacing, write_failure
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)  # 1 has no `counted`: its accumulated steps all had equally many targets
 _CHUNK = 1 << 20
 _META_LIMIT = 1 << 26
 _NPY: Any = np.lib.format  # typed in newer versions of numpy only
@@ -38,12 +39,13 @@ class Meta:
         step: steps done.
         updates: optimizer updates done (Adam's t).
         accumulated: steps whose gradients wait in `grad.*` for the next update.
+        counted: targets counted in those steps; 0 in files of format 1.
         sampler: state of the data sampler.
         settings: effective `TrainConfig` of the run.
         source: where model, data and tokenizer came from, for a resume that names none.
         engine: device, precision, variant, instruction set and threads that were used.
         losses: the last losses, oldest first.
-        scaling: loss scale and clean steps, where losses are scaled (fp16).
+        scaling: `unit` of the gradients; loss scale and clean steps (fp16).
         run: what the next process of the same run needs (restart.py), and a report not yet given.
         anepy: version that wrote the file.
         format: version of this layout.
@@ -60,6 +62,7 @@ class Meta:
     losses: list[float] = field(default_factory=list)
     scaling: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    counted: int = 0
     anepy: str = ""
     format: int = FORMAT
 
@@ -190,14 +193,14 @@ def _read_meta(path: str | Path, archive: zipfile.ZipFile) -> Meta:
 def _meta_from(path: str | Path, values: Any) -> Meta:
     if not isinstance(values, dict) or not isinstance(values.get("format"), int):
         raise CheckpointError(f"{path}: its 'meta' names no format; not a checkpoint of anepy")
-    if values["format"] != FORMAT:
+    if values["format"] not in _READ:
         raise CheckpointError(
             f"{path}: checkpoint format {values['format']} of anepy {values.get('anepy', '?')}, "
-            f"this version reads format {FORMAT}; use that version of anepy"
+            f"this version reads formats up to {FORMAT}; use that version of anepy"
         )
     known = Meta.__dataclass_fields__
-    for name in ("step", "updates", "accumulated"):
-        value = values.get(name)
+    for name in ("step", "updates", "accumulated", "counted"):
+        value = values.get(name, 0 if name == "counted" and values["format"] == 1 else None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise CheckpointError(f"{path}: '{name}' in 'meta' is {value!r}, not a count")
     for name in ("config", "sampler", "settings", "source", "engine"):

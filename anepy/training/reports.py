@@ -31,7 +31,7 @@ class StepReport:
         stats: what the engine says of the step.
         lr: learning rate of the update this step belongs to.
         ms_per_step: wall time of forward and backward; update and evaluation excluded.
-        tokens_per_s: tokens of this step per second of that time.
+        tokens_per_s: counted targets of this step per second of that time.
         gflops: GFLOP/s of that time, by the formula of `flops_per_step`.
         update: what the engine says of the update that followed; None if there was none.
         updates: updates done so far.
@@ -55,7 +55,7 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy of the step in nats per token."""
+        """Mean cross-entropy of the counted targets of the step in nats."""
         return self.stats.loss
 
     @property
@@ -84,7 +84,7 @@ class Summary:
         steps: steps done by this object.
         updates: updates done since the very first step.
         skipped: steps that counted for nothing (half-precision overflow).
-        tokens: tokens trained on by this object.
+        tokens: targets counted in the steps of this object.
         wall_s: seconds from the first step to the end of the last, everything included.
         train_ms: sum of step times.
         update_ms: mean time of an update; None if there was none.
@@ -92,7 +92,7 @@ class Summary:
         ms_per_step: median step time.
         ms_q1: first quartile of the step times.
         ms_q3: third quartile of the step times.
-        tokens_per_s: tokens per second of steps, updates and compiling together.
+        tokens_per_s: those per second of steps, updates and compiling together.
         tflops: TFLOP/s at the median step time.
         phases: mean busy time in ms per step, by phase.
         allocations: most allocations any step but the first made.
@@ -160,6 +160,7 @@ class Sums:
         allocations: most allocations any step but the first made.
         first_losses: losses of the first steps.
         steps: how many there were.
+        tokens: targets counted in them.
         train_ms: sum of their times.
         updating_ms: sum of the times of updates.
         peak_memory: largest resident size of an earlier process, in bytes.
@@ -179,6 +180,7 @@ class Sums:
     allocations: int = 0
     first_losses: list[float] = field(default_factory=list)
     steps: int = 0
+    tokens: int = 0
     train_ms: float = 0.0
     updating_ms: float = 0.0
     peak_memory: int = 0
@@ -188,7 +190,6 @@ class Measurements:
     """Add up what the steps of one run took.
 
     Args:
-        tokens: tokens per step.
         flops: FLOPs per step.
         losses: last losses before a resume, oldest first.
 
@@ -197,10 +198,9 @@ class Measurements:
         sums: everything else.
     """
 
-    def __init__(self, tokens: int, flops: int, losses: Sequence[float] = ()) -> None:
+    def __init__(self, flops: int, losses: Sequence[float] = ()) -> None:
         self.losses = [float(loss) for loss in losses[-LOSS_TAIL:]]
         self.sums = Sums()
-        self._tokens = tokens
         self._flops = flops
         self._warm = False
 
@@ -240,6 +240,7 @@ class Measurements:
             sums.allocations = max(sums.allocations, stats.allocations)
         self._warm = True
         sums.steps += 1
+        sums.tokens += stats.tokens
         sums.train_ms += ms
         sums.step_ms.append(ms)
         for key, value in stats.phases.items():
@@ -285,7 +286,7 @@ class Measurements:
             steps=steps,
             updates=updates,
             skipped=sums.skipped,
-            tokens=steps * self._tokens,
+            tokens=sums.tokens,
             wall_s=sums.wall_s,
             train_ms=sums.train_ms,
             update_ms=_mean(sums.update_ms),
@@ -293,7 +294,7 @@ class Measurements:
             ms_per_step=median,
             ms_q1=q1,
             ms_q3=q3,
-            tokens_per_s=steps * self._tokens / busy_s if busy_s else 0.0,
+            tokens_per_s=sums.tokens / busy_s if busy_s else 0.0,
             tflops=self._flops / median / 1e9 if median else 0.0,
             phases={
                 phase.key: sums.phase_ms.get(phase.key, 0.0) / max(1, steps) for phase in PHASES

@@ -7,7 +7,6 @@ gradients and the sampler's position, and a resumed run continues bit for bit.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from .._version import __version__
 from ..engine.engine import Engine
+from ..engine.evaluation import mean_loss, sequence_losses
 from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.model import Model, sequence_length
@@ -125,9 +125,8 @@ class Trainer:
         self.notes: list[str] = []
         self._loop = Loop(self._engine, sampler, self.config)
         self._unevaluated: StepReport | None = None
-        self._tokens = self.config.batch * self.seq
         self._flops = flops_per_step(model.config, self.seq, self.config.batch)["total"]
-        self._measured = Measurements(self._tokens, self._flops)
+        self._measured = Measurements(self._flops)
         if meta is not None and resume is not None:
             try:
                 self._restore(resume, meta, restarted)
@@ -221,7 +220,7 @@ class Trainer:
             stats=stats,
             lr=lr,
             ms_per_step=step_ms,
-            tokens_per_s=self._tokens / step_ms * 1e3,
+            tokens_per_s=stats.tokens / step_ms * 1e3,
             gflops=self._flops / step_ms / 1e6,
             update=update,
             updates=engine.updates,
@@ -251,11 +250,7 @@ class Trainer:
         """
         if not self._held_out_windows:
             raise ConfigError("there is no held-out data: set held_out, for example to 0.05")
-        total = math.fsum(
-            self.engine.evaluate(tokens, targets) * len(tokens)
-            for tokens, targets in self._held_out_windows
-        )
-        return total / sum(len(tokens) for tokens, _ in self._held_out_windows)
+        return mean_loss(sequence_losses(self.engine, self._held_out_windows))
 
     def summary(self) -> Summary:
         """Return what this object has done and measured so far; also after it was closed."""
@@ -299,7 +294,12 @@ class Trainer:
             source=self.source,
             engine=self.engine_settings(),
             losses=list(self.losses),
-            scaling={"loss_scale": engine.loss_scale, "clean_steps": engine.clean_steps},
+            counted=engine.counted,
+            scaling={
+                "loss_scale": engine.loss_scale,
+                "clean_steps": engine.clean_steps,
+                "unit": engine.unit,
+            },
             run=run,
             anepy=__version__,
         )
@@ -337,9 +337,9 @@ class Trainer:
             engine.adam_v,
             engine.gradients,
         )
-        engine.restore(meta.accumulated, meta.updates, **meta.scaling)
+        engine.restore(meta.accumulated, meta.updates, counted=meta.counted, **meta.scaling)
         self._loop.steps = meta.step
-        self._measured = Measurements(self._tokens, self._flops, meta.losses)
+        self._measured = Measurements(self._flops, meta.losses)
         try:
             if "report" in meta.run:
                 self._unevaluated = StepReport.from_record(meta.run["report"])

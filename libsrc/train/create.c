@@ -8,6 +8,7 @@
 #include "runtime/memory.h"
 #include "train/compile.h"
 #include "train/room.h"
+#include "train/scaling.h"
 
 #define DEFAULT_SCALE 4096.0 /* dlogits of 1/256 become 16: mid-range of fp16 */
 
@@ -65,7 +66,7 @@ static int32_t check(const anepy_model *model, const anepy_engine_options *o) {
     if (o->struct_size < sizeof *o)
         return anepy_fail(ANEPY_E_ARGUMENT, "engine options have %u bytes, expected %zu",
                           o->struct_size, sizeof *o);
-    if (!(o->loss_scale >= 0.0 && o->loss_scale <= 0x1p40))
+    if (!(o->loss_scale >= 0.0 && o->loss_scale <= ANEPY_LOSS_SCALE_LIMIT))
         return anepy_fail(ANEPY_E_ARGUMENT, "loss scale %g, expected 0 (default) to 2^40",
                           o->loss_scale);
     if (o->params == NULL || o->grads == NULL || o->adam_m == NULL || o->adam_v == NULL)
@@ -154,6 +155,8 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->threads = anepy_pool_threads(e->pool);
     out->seq_len = e->seq_len;
     out->accumulated = e->accumulated;
+    out->counted = e->scaling.unit > 0.0 ? e->counted : 0;
+    out->unit = e->scaling.unit;
     out->updates = e->updates;
     out->loss_scale = e->scaling.loss_scale;
     out->clean_steps = e->scaling.clean_steps;
@@ -167,6 +170,9 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
 
 void anepy_restore(anepy_engine *e, const anepy_engine_info *info) {
     e->accumulated = info->accumulated;
+    int steps_only = info->accumulated > 0 && info->counted == 0;
+    e->counted = steps_only || info->accumulated == 0 ? info->accumulated : info->counted;
+    e->scaling.unit = steps_only ? 0.0 : info->unit;
     e->updates = info->updates;
     e->scaling.damaged = 0;
     e->squares.known = 0;

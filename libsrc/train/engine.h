@@ -118,21 +118,31 @@ typedef struct {
 /* The running call. */
 typedef struct {
     const int32_t *ids;     /* of the running sequences, one after the other */
-    const int32_t *targets; /* NULL: only logits are wanted */
-    int32_t sequences;      /* of the step */
-    int32_t added;          /* of those, in the gradients already */
+    const int32_t *targets; /* below 0: not counted; NULL: only logits are wanted */
+    double *losses;         /* of each target, 0 where it is not counted; NULL: not wanted */
+    int32_t sequences;      /* of the call */
+    int32_t counted;        /* targets of the call that are */
+    int32_t added;          /* sequences that are done: of a step, in the gradients already */
     int32_t beside;         /* of those, running side by side now */
     int32_t tokens;         /* of each sequence */
     int32_t padded;         /* columns of each sequence */
     int32_t columns;        /* beside * padded */
+    int32_t summed;         /* targets whose losses stats.loss is the sum of, until the end */
     int32_t dw_started;     /* products whose results may have been added to the gradients */
     anepy_step_stats stats;
 } anepy_run;
 
-/* Loss scaling, and what must not reach an update. */
+/* What the gradients are, loss scaling, and what must not reach an update.
+ *
+ * Gradients are the sum over counted targets of the gradient of each one's loss, times loss_scale /
+ * unit. The unit is the number of counted targets of the first step since the last update: after
+ * that step they are the gradient of its mean loss, times loss_scale, and steps after it weigh as
+ * many of it as they have targets for each of its. In fp16 loss_scale follows the unit, so that a
+ * target's own gradient keeps its size in half precision however many are counted. */
 typedef struct {
-    double loss_scale;   /* gradients carry this factor; 1 unless products are fp16 */
-    int64_t clean_steps; /* since the scale last changed */
+    double loss_scale;   /* 1 unless products are fp16 */
+    double unit;         /* 0: not known yet; the gradients are of `counted` steps, all alike */
+    int64_t clean_steps; /* since the scale was last lowered or raised */
     int32_t damaged;     /* something not finite, or half a step, was accumulated: no update */
 } anepy_scaling;
 
@@ -158,7 +168,9 @@ struct anepy_engine {
     const anepy_kernels *kernels;
     const struct anepy_blas *blas; /* NULL: the own kernels */
     anepy_pool *pool;
-    int64_t accumulated, updates;
+    int64_t accumulated; /* steps since the last update */
+    int64_t counted; /* targets that the gradients are the sum over; 0: there are no gradients */
+    int64_t updates;
     float *norm_gradients; /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
     anepy_run run;
     anepy_scaling scaling;
@@ -184,9 +196,7 @@ static inline int anepy_can(const anepy_engine *e, uint32_t capability) {
 static inline int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY_F16; }
 
 /* Whether the running sequences add to gradients. The first after an update replace them. */
-static inline int anepy_adds(const anepy_engine *e) {
-    return e->accumulated > 0 || e->run.added > 0;
-}
+static inline int anepy_adds(const anepy_engine *e) { return e->counted > 0 || e->run.added > 0; }
 
 /* Runs on [0, count) pieces on all threads with the engine as context. */
 static inline void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn) {
@@ -229,9 +239,17 @@ static inline anepy_span anepy_span_at(const anepy_engine *e, int32_t column) {
                         anepy_max_i32(0, anepy_min_i32(ANEPY_COLUMNS, left))};
 }
 
-/* What the gradient of each token's loss is multiplied with. */
-static inline double anepy_token_scale(const anepy_engine *e) {
-    return e->scaling.loss_scale / ((double)e->run.tokens * e->run.sequences);
+/* ---------------------------------------------------------------------------------- targets */
+
+static inline int32_t anepy_counted(const int32_t *targets, int32_t n) {
+    int32_t counted = 0;
+    for (int32_t i = 0; i < n; i++) counted += targets[i] >= 0;
+    return counted;
+}
+
+/* What the gradient of each counted target's loss is multiplied with. */
+static inline double anepy_target_scale(const anepy_engine *e) {
+    return e->scaling.loss_scale / e->scaling.unit;
 }
 
 #endif

@@ -42,20 +42,42 @@ static void logits_gradient(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     place p = locate(e, index);
     e->kernels->softmax_gradient(e->room->logits + (int64_t)p.row * e->room->width + p.column,
-                                 e->room->lse + p.column, (float)anepy_token_scale(e),
+                                 e->room->lse + p.column, (float)anepy_target_scale(e),
                                  e->room->width, p.rows);
 }
 
-void anepy_loss_padding(anepy_engine *e) {
+double anepy_loss_join(anepy_engine *e, const float *max, const float *sum, int32_t parts) {
+    int64_t width = e->room->width;
+    double loss = 0.0;
     for (int32_t start = 0; start < e->run.columns; start += e->run.padded)
         for (int32_t s = e->run.tokens; s < e->run.padded; s++)
             e->room->lse[/* mutate: loss-padding */ start + s] = INFINITY;
+    for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
+        int32_t s = anepy_column(e, t), target = e->run.targets[t];
+        float top = -INFINITY;
+        double total = 0.0;
+        e->room->lse[s] = INFINITY;
+        if (e->run.losses != NULL) e->run.losses[t] = 0.0;
+        if (target < 0) continue;
+        for (int64_t p = 0; p < parts; p++) top = fmaxf(top, max[p * width + s]);
+        for (int64_t p = 0; p < parts; p++)
+            total +=
+                (sum != NULL ? sum[p * width + s] : 1.0f) * exp((double)max[p * width + s] - top);
+        double lse = top + log(total);
+        e->room->lse[s] = (float)lse;
+        double own = lse - e->room->logits[target * width + s];
+        if (e->run.losses != NULL) e->run.losses[t] = own;
+        loss += own;
+    }
+    return loss;
 }
 
 void anepy_loss_targets(anepy_engine *e) {
+    float scale = (float)anepy_target_scale(e);
     for (int32_t t = 0; t < anepy_running_tokens(e); t++)
-        e->room->logits[(int64_t)e->run.targets[t] * e->room->width + anepy_column(e, t)] -=
-            (float)anepy_token_scale(e);
+        if (e->run.targets[t] >= 0)
+            e->room->logits[(int64_t)e->run.targets[t] * e->room->width + anepy_column(e, t)] -=
+                scale;
 }
 
 /* Whether the gradients of the logits are computed by anepy_classifier_backward, in chunks. */
@@ -65,28 +87,15 @@ static int in_chunks(const anepy_engine *e) {
 }
 
 double anepy_loss(anepy_engine *e, int gradient) {
-    int32_t count = anepy_loss_chunks(e), pieces = count * (e->run.columns / COLS);
-    double loss = 0.0;
+    int32_t chunks = anepy_loss_chunks(e), pieces = chunks * (e->run.columns / COLS);
+    const float *max = e->room->partial, *sum = max + (int64_t)chunks * e->room->width;
     anepy_engine_run(e, pieces, partial_sums);
-    for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
-        int32_t s = anepy_column(e, t);
-        const float *max = e->room->partial + s, *sum = max + (int64_t)count * e->room->width;
-        float top = -INFINITY;
-        double total = 0.0;
-        for (int32_t c = 0; c < count; c++) top = fmaxf(top, max[(int64_t)c * e->room->width]);
-        for (int32_t c = 0; c < count; c++)
-            total += sum[(int64_t)c * e->room->width] *
-                     exp((double)max[(int64_t)c * e->room->width] - top);
-        double lse = top + log(total);
-        e->room->lse[s] = (float)lse;
-        loss += lse - e->room->logits[(int64_t)e->run.targets[t] * e->room->width + s];
-    }
-    if (gradient) anepy_loss_padding(e);
+    double loss = anepy_loss_join(e, max, sum, chunks);
     if (gradient && !in_chunks(e)) {
         anepy_engine_run(e, pieces, logits_gradient);
         anepy_loss_targets(e);
     }
-    return loss / e->run.tokens;
+    return loss;
 }
 
 void anepy_classifier(anepy_engine *e) {
@@ -112,12 +121,13 @@ static void copy_logits(void *context, int32_t index, int32_t worker) {
     int32_t vocab = e->model->config.vocab_size, first = index * COLS;
     int32_t rows = anepy_min_i32(COLS, vocab - first);
     float block[COLS * COLS];
-    for (int32_t t0 = 0; t0 < e->run.tokens; t0 += COLS) {
-        int32_t count = anepy_min_i32(COLS, e->run.tokens - t0);
-        e->kernels->transpose_panel(block, e->room->logits + (int64_t)first * e->room->width + t0,
-                                    e->room->width, rows, count);
-        for (int32_t t = 0; t < count; t++)
-            memcpy(task->out + (int64_t)(t0 + t) * vocab + first, block + t * COLS,
+    for (int32_t column = 0; column < anepy_reduction(e); column += COLS) {
+        anepy_span tokens = anepy_span_at(e, column);
+        e->kernels->transpose_panel(block,
+                                    e->room->logits + (int64_t)first * e->room->width + column,
+                                    e->room->width, rows, tokens.count);
+        for (int32_t t = 0; t < tokens.count; t++)
+            memcpy(task->out + (int64_t)(tokens.first + t) * vocab + first, block + t * COLS,
                    (size_t)rows * sizeof(float));
     }
 }
@@ -143,15 +153,15 @@ static void round_gradient(void *context, int32_t index, int32_t worker) {
     int32_t panels = e->run.columns / COLS, row = index / panels * COLS,
             column = index % panels * COLS;
     int32_t rows = anepy_min_i32(COLS, c->rows - row), first = c->first + row;
-    float block[COLS * COLS], scale = (float)anepy_token_scale(e);
+    float block[COLS * COLS], scale = (float)anepy_target_scale(e);
     for (int32_t r = 0; r < rows; r++)
         memcpy(block + r * COLS, e->room->logits + (int64_t)(first + r) * e->room->width + column,
                COLS * sizeof(float));
     e->kernels->softmax_gradient(block, e->room->lse + column, scale, COLS, rows);
     anepy_span tokens = anepy_span_at(e, column);
     for (int32_t s = 0; s < tokens.count; s++) {
-        int32_t target = e->run.targets[tokens.first + s] - first;
-        if (target >= 0 && target < rows) block[target * COLS + s] -= scale;
+        int32_t target = e->run.targets[tokens.first + s];
+        if (target >= first && target < first + rows) block[(target - first) * COLS + s] -= scale;
     }
     for (int32_t r = 0; r < rows; r++)
         e->room->gemm.bf16->to_bf16(e->room->dlogits + (int64_t)(row + r) * e->room->width + column,

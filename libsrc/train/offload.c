@@ -47,7 +47,6 @@ int32_t anepy_offload_classifier_backward(anepy_engine *e, double *mark) {
 typedef struct {
     anepy_engine *e;
     int32_t groups;
-    double scale; /* of the gradients */
 } join_task;
 
 typedef struct {
@@ -96,7 +95,8 @@ static void gradient_piece(void *context, int32_t index, int32_t worker) {
     float row[COLS], factor[COLS];
     for (int32_t s = 0; s < COLS; s++)
         factor[s] = e->room->group_lse[(int64_t)p.group * e->room->width + p.column + s];
-    e->kernels->softmax_gradient(factor, e->room->lse + p.column, (float)t->scale, COLS, 1);
+    e->kernels->softmax_gradient(factor, e->room->lse + p.column, (float)anepy_target_scale(e),
+                                 COLS, 1);
     for (int32_t v = p.group; v < e->model->config.vocab_size; v += t->groups) {
         float *out = e->room->logits + (int64_t)v * e->room->width + p.column;
         probabilities(e, v, p.column, row);
@@ -105,29 +105,15 @@ static void gradient_piece(void *context, int32_t index, int32_t worker) {
 }
 
 static double join(anepy_engine *e, int gradient) {
-    join_task task = {e, anepy_softmax_groups(e->model), anepy_token_scale(e)};
+    join_task task = {e, anepy_softmax_groups(e->model)};
     int32_t pieces = task.groups * (e->run.columns / COLS);
-    double loss = 0.0;
     anepy_pool_run(e->pool, pieces, group_piece, &task);
-    for (int32_t t = 0; t < anepy_running_tokens(e); t++) {
-        int32_t s = anepy_column(e, t);
-        const float *lse = e->room->group_lse + s;
-        float top = -INFINITY;
-        double sum = 0.0;
-        for (int32_t g = 0; g < task.groups; g++)
-            top = fmaxf(top, lse[(int64_t)g * e->room->width]);
-        for (int32_t g = 0; g < task.groups; g++)
-            sum += exp((double)lse[(int64_t)g * e->room->width] - top);
-        double whole = top + log(sum);
-        e->room->lse[s] = (float)whole;
-        loss += whole - e->room->logits[(int64_t)e->run.targets[t] * e->room->width + s];
-    }
+    double loss = anepy_loss_join(e, e->room->group_lse, NULL, task.groups);
     if (gradient) {
-        anepy_loss_padding(e);
         anepy_pool_run(e->pool, pieces, gradient_piece, &task);
         anepy_loss_targets(e);
     }
-    return loss / e->run.tokens;
+    return loss;
 }
 
 /* Logits that are already in surfaces of the device are not written there again. */

@@ -5,7 +5,7 @@
 #include "train/engine.h"
 
 int32_t anepy_forward(anepy_engine *e); /* ids -> logits */
-/* Sum over the running sequences of their mean losses; with gradient: logits -> dlogits. */
+/* Sum of the losses of the running targets that are counted; with gradient: logits -> dlogits. */
 int32_t anepy_pass_loss(anepy_engine *e, int gradient, double *loss);
 /* dlogits -> gradients; with a loss scale nothing if one is not finite, and stats.skipped is set.
  */

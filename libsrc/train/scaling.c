@@ -60,6 +60,17 @@ static void halve_piece(void *context, int32_t index, int32_t worker) {
     e->kernels->scale(e->grads + first, 0.5f, left < PIECE ? left : PIECE);
 }
 
+void anepy_scale_begin(anepy_engine *e) {
+    anepy_scaling *s = &e->scaling;
+    double counted = e->run.counted, all = (double)e->run.sequences * e->run.tokens;
+    if (e->counted > 0 && s->unit > 0.0) return;
+    if (e->counted == 0 && anepy_scaled(e))
+        s->loss_scale =
+            fmin(s->loss_scale * counted / (s->unit > 0.0 ? s->unit : all), ANEPY_LOSS_SCALE_LIMIT);
+    e->counted *= e->run.counted;
+    s->unit = counted;
+}
+
 /* What has been accumulated always carries the current scale. */
 void anepy_scale_step(anepy_engine *e, int skipped) {
     if (!skipped) {

@@ -10,6 +10,12 @@ int anepy_input_gradient_finite(anepy_engine *e);
 /* Whether every gradient of the running step is, before anything is added. */
 int anepy_gradients_finite(anepy_engine *e);
 
+#define ANEPY_LOSS_SCALE_LIMIT 0x1p40
+
+/* Before a step. The first since an update sets the unit of the gradients; the very first takes
+ * loss_scale as that of a step in which every target is counted. Gradients that were restored
+ * without a unit are taken for those of steps with as many targets. */
+void anepy_scale_begin(anepy_engine *e);
 void anepy_scale_step(anepy_engine *e, int skipped); /* after a step */
 void anepy_scale_grow(anepy_engine *e); /* after an update, when nothing is accumulated */
 

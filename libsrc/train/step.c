@@ -29,16 +29,29 @@ static void set_group(anepy_engine *e) {
     run->columns = run->beside * run->padded;
 }
 
+/* Goes on with the sequences after those that are done. */
+static void advance(anepy_engine *e) {
+    anepy_run *run = &e->run;
+    run->ids += anepy_running_tokens(e);
+    if (run->targets != NULL) run->targets += anepy_running_tokens(e);
+    if (run->losses != NULL) run->losses += anepy_running_tokens(e);
+    run->added += run->beside;
+}
+
 /* Sets up the run, with room and programs for it. */
 static int32_t begin(anepy_engine *e, const int32_t *ids, const int32_t *targets, int32_t sequences,
                      int32_t tokens) {
-    e->run = (anepy_run){.ids = ids,
-                         .targets = targets,
-                         .sequences = sequences,
-                         .tokens = tokens,
-                         .padded = anepy_can(e, ANEPY_BINDS)
-                                       ? (int32_t)anepy_round_up(tokens, ANEPY_COLUMNS)
-                                       : e->room->width};
+    e->run = (anepy_run){
+        .ids = ids,
+        .targets = targets,
+        .sequences = sequences,
+        .counted = targets != NULL ? anepy_counted(targets, sequences * tokens) : 0,
+        .tokens = tokens,
+        .padded = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(tokens, ANEPY_COLUMNS)
+                                            : e->room->width};
+    if (targets != NULL && e->run.counted == 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "no target is counted: all %d are below 0",
+                          sequences * tokens);
     set_group(e);
     ANEPY_TRY(anepy_room_widen(e));
     return e->room->stale ? anepy_compile(e) : ANEPY_OK;
@@ -50,8 +63,7 @@ static int32_t abandon(anepy_engine *e, int32_t status) {
     char sentence[512];
     anepy_last_error(sentence, sizeof sentence);
     anepy_dw_wait(e);
-    if (/* mutate: step-damaged */ (e->run.dw_started > 0 || e->run.added > 0) &&
-        e->accumulated > 0)
+    if (/* mutate: step-damaged */ (e->run.dw_started > 0 || e->run.added > 0) && e->counted > 0)
         e->scaling.damaged = 1;
     e->run.added = 0;
     return anepy_fail(status, "%s", sentence);
@@ -69,7 +81,10 @@ static int32_t add_group(anepy_engine *e, double *mark) {
     if (finite) ANEPY_TRY(anepy_backward(e));
     stats->skipped |= !finite;
     if (stats->skipped) ANEPY_TRY(anepy_dw_wait(e));
-    stats->loss += stats->skipped && isfinite(loss) && e->run.added > 0 ? 0.0 : loss;
+    if (!(stats->skipped && isfinite(loss) && e->run.added > 0)) {
+        stats->loss += loss;
+        e->run.summed += anepy_counted(e->run.targets, anepy_running_tokens(e));
+    }
     anepy_count(mark, &stats->backward_ms);
     return ANEPY_OK;
 }
@@ -85,19 +100,17 @@ static int32_t add_sequences(anepy_engine *e, double *mark) {
         ANEPY_TRY(add_group(e, mark));
         stats->loss_scale = e->scaling.loss_scale;
         if (!stats->skipped) {
-            run->ids += anepy_running_tokens(e);
-            run->targets += anepy_running_tokens(e);
-            run->added += run->beside;
+            advance(e);
         } else if (run->added == 0) {
             break;
         } else if (isfinite(stats->loss) && e->scaling.loss_scale > 1.0) {
             anepy_scale_step(e, 1);
         } else {
-            if (e->accumulated > 0) e->scaling.damaged = 1;
+            if (e->counted > 0) e->scaling.damaged = 1;
             break;
         }
     }
-    stats->loss /= anepy_max_i32(1, run->added);
+    stats->loss /= run->summed; /* not a number if an overflow left none */
     return ANEPY_OK;
 }
 
@@ -107,11 +120,16 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
     int64_t heap = anepy_heap_operations();
     anepy_step_stats *stats = &e->run.stats;
     ANEPY_TRY(begin(e, ids, targets, sequences, tokens));
+    anepy_scale_begin(e);
     int32_t status = add_sequences(e, &mark);
     if (status != ANEPY_OK) return abandon(e, status);
     e->run.added = 0;
-    if (!stats->skipped) e->accumulated++;
+    if (!stats->skipped) {
+        e->accumulated++;
+        e->counted += e->run.counted;
+    }
     if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
+    stats->tokens = e->run.counted;
     anepy_flops flops = {.struct_size = sizeof flops};
     ANEPY_TRY(anepy_step_flops(e->model, &flops, sequences, tokens));
     stats->flops = flops.total;
@@ -122,21 +140,34 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
 }
 
 /* The weights as they are now, even while others compile. */
-static int32_t forward_once(anepy_engine *e, const int32_t *ids, const int32_t *targets,
-                            int32_t tokens) {
+static int32_t begin_forward(anepy_engine *e, const int32_t *ids, const int32_t *targets,
+                             int32_t sequences, int32_t tokens) {
     ANEPY_TRY(anepy_compile_settle(e));
-    ANEPY_TRY(begin(e, ids, targets, 1, tokens));
-    return anepy_forward(e);
+    return begin(e, ids, targets, sequences, tokens);
 }
 
-int32_t anepy_step_evaluate(anepy_engine *e, double *loss, const int32_t *ids,
-                            const int32_t *targets, int32_t tokens) {
-    ANEPY_TRY(forward_once(e, ids, targets, tokens));
-    return anepy_pass_loss(e, 0, loss);
+int32_t anepy_step_evaluate(anepy_engine *e, double *loss, double *losses, const int32_t *ids,
+                            const int32_t *targets, int32_t sequences, int32_t tokens) {
+    double sum = 0.0, part;
+    ANEPY_TRY(begin_forward(e, ids, targets, sequences, tokens));
+    e->run.losses = losses;
+    for (; e->run.added < sequences; advance(e)) {
+        set_group(e);
+        ANEPY_TRY(anepy_forward(e));
+        ANEPY_TRY(anepy_pass_loss(e, 0, &part));
+        sum += part;
+    }
+    *loss = sum / e->run.counted;
+    return ANEPY_OK;
 }
 
-int32_t anepy_step_logits(anepy_engine *e, float *logits, const int32_t *ids, int32_t tokens) {
-    ANEPY_TRY(forward_once(e, ids, NULL, tokens));
-    anepy_logits_copy(e, logits);
+int32_t anepy_step_logits(anepy_engine *e, float *logits, const int32_t *ids, int32_t sequences,
+                          int32_t tokens) {
+    ANEPY_TRY(begin_forward(e, ids, NULL, sequences, tokens));
+    for (; e->run.added < sequences; advance(e)) {
+        set_group(e);
+        ANEPY_TRY(anepy_forward(e));
+        anepy_logits_copy(e, logits + (int64_t)e->run.added * tokens * e->model->config.vocab_size);
+    }
     return ANEPY_OK;
 }

@@ -5,15 +5,18 @@
 
 #include "train/engine.h"
 
-/* ids, targets: int32[sequences, tokens], all valid. */
+/* ids, targets: int32[sequences, tokens], all valid; targets below 0 are not counted, and without
+ * one that is they fail with ANEPY_E_ARGUMENT. */
 
 /* Forward and backward, all sequences or none; e->run.stats tells about it. */
 int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, int32_t sequences,
                    int32_t tokens);
-/* Mean loss of one sequence. */
-int32_t anepy_step_evaluate(anepy_engine *e, double *loss, const int32_t *ids,
-                            const int32_t *targets, int32_t tokens);
-/* logits: [tokens, vocab] of one sequence. */
-int32_t anepy_step_logits(anepy_engine *e, float *logits, const int32_t *ids, int32_t tokens);
+/* Mean loss of the counted targets; losses: double [sequences, tokens], that of each target and 0
+ * where it is not counted, or NULL. */
+int32_t anepy_step_evaluate(anepy_engine *e, double *loss, double *losses, const int32_t *ids,
+                            const int32_t *targets, int32_t sequences, int32_t tokens);
+/* logits: [sequences, tokens, vocab]. */
+int32_t anepy_step_logits(anepy_engine *e, float *logits, const int32_t *ids, int32_t sequences,
+                          int32_t tokens);
 
 #endif

@@ -40,7 +40,8 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     stats->compile_ms = 0.0;
     ANEPY_TRY(anepy_compile_settle(e));
     if (baked) anepy_count(&start, &stats->compile_ms);
-    double scale = 1.0 / ((double)e->accumulated * e->scaling.loss_scale);
+    double unit = e->scaling.unit > 0.0 ? e->scaling.unit : 1.0;
+    double scale = 1.0 / ((double)e->counted / unit * e->scaling.loss_scale);
     int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
     int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0;
     stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
@@ -48,7 +49,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     stats->skipped = e->scaling.damaged || (wanted && !isfinite(stats->grad_norm));
     if (stats->skipped) { /* infinities and NaN must not reach the weights */
         memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
-        e->accumulated = 0;
+        e->accumulated = e->counted = 0;
         e->scaling.damaged = 0;
         stats->update_ms = anepy_now_ms() - start;
         return ANEPY_OK;
@@ -72,7 +73,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     anepy_pool_run(e->pool, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), update_piece,
                    &task);
     e->updates++;
-    e->accumulated = 0;
+    e->accumulated = e->counted = 0;
     if (anepy_scaled(e)) anepy_scale_grow(e);
     stats->update_ms = 0.0;
     anepy_count(&start, &stats->update_ms);

@@ -130,6 +130,8 @@ int32_t fixture_restore(anepy_engine *engine, int64_t accumulated, int64_t updat
     int32_t status = anepy_engine_get_info(engine, &info);
     if (status != ANEPY_OK) return status;
     info.accumulated = accumulated;
+    info.counted = 0;
+    info.unit = 0.0;
     info.updates = updates;
     return anepy_engine_restore(engine, &info);
 }

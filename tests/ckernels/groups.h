@@ -31,6 +31,7 @@ void checks_runtime(void);
 void checks_model(void);
 void checks_engine(void);
 void checks_batch(void);
+void checks_masks(void);
 void checks_handles(void);
 void checks_weights(void);
 

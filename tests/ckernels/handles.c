@@ -117,9 +117,9 @@ static void check_sequences(fixture *f) {
                 "tokens");
         refuses(anepy_engine_logits(engine, logits, f->tokens, n), ANEPY_E_ARGUMENT, "tokens");
     }
-    int32_t ids[] = {-1, vocab, INT32_MIN, INT32_MAX};
+    int32_t ids[] = {-1, INT32_MIN, vocab, INT32_MAX};
     for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
-        for (int which = 0; which < 2; which++) {
+        for (int which = 0; which < (ids[i] < 0 ? 1 : 2); which++) { /* below 0: not counted */
             int32_t *at = which ? &f->targets[longest - 1] : &f->tokens[3], kept = *at;
             const char *about = which ? "targets[" : "tokens[3]";
             *at = ids[i];
@@ -133,6 +133,9 @@ static void check_sequences(fixture *f) {
             *at = kept;
         }
     }
+    int32_t none[2] = {-1, INT32_MIN};
+    refuses(anepy_engine_step(engine, &stats, f->tokens, none, 2), ANEPY_E_ARGUMENT, "all 2 are");
+    refuses(anepy_engine_evaluate(engine, &loss, f->tokens, none, 2), ANEPY_E_ARGUMENT, "all 2");
     CHECK(stats.loss == 7.0 && loss == 7.0 && logits[0] == 7.0f,
           "a refused call writes its output");
     anepy_engine_info info = {.struct_size = sizeof info};
@@ -205,13 +208,27 @@ static void check_updates(fixture *f) {
     refuses(anepy_engine_update(engine, &stats, &good), ANEPY_E_STATE, "no step");
     refuses(fixture_restore(engine, -1, 0), ANEPY_E_ARGUMENT, "-1");
     refuses(fixture_restore(engine, 0, -1), ANEPY_E_ARGUMENT, "-1");
+    static const struct {
+        int64_t counted;
+        double unit;
+    } odd[] = {{-1, 1.0}, {1, -1.0}, {1, NAN}, {1, INFINITY}, {1, 0.0}};
+    for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++) {
+        anepy_engine_info info = {.struct_size = sizeof info};
+        anepy_engine_get_info(engine, &info);
+        info.accumulated = 1;
+        info.counted = odd[i].counted;
+        info.unit = odd[i].unit;
+        refuses(anepy_engine_restore(engine, &info), ANEPY_E_ARGUMENT, "in units of");
+    }
     anepy_engine_free(engine);
 }
 
 /* eps and lr are doubles here and floats in the kernel: what vanishes or overflows there must be
  * refused, not turn weights without a gradient into NaN (0 / 0). */
 static void check_narrowing(fixture *f) {
-    static const struct { double lr, eps; } cases[] = {{1e-3, 1e-60}, {1e-3, 1e-42}, {1e39, 1e-8}};
+    static const struct {
+        double lr, eps;
+    } cases[] = {{1e-3, 1e-60}, {1e-3, 1e-42}, {1e39, 1e-8}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         fixture_reset(f);
         anepy_engine *engine = fixture_engine(f, "max", 1);

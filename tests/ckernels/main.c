@@ -105,8 +105,8 @@ static const struct {
     {"bf16", checks_bf16},         {"gemm", checks_gemm},
     {"pool", checks_pool},         {"runtime", checks_runtime},
     {"model", checks_model},       {"engine", checks_engine},
-    {"batch", checks_batch},       {"handles", checks_handles},
-    {"weights", checks_weights},
+    {"batch", checks_batch},       {"masks", checks_masks},
+    {"handles", checks_handles},   {"weights", checks_weights},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

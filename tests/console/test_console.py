@@ -74,6 +74,7 @@ def header(**changes: Any) -> Header:
 def report(step: int = 1, **changes: Any) -> StepReport:
     stats = StepStats(
         loss=10.0 / step,
+        tokens=256,
         step_ms=900.0,
         tflops=0.19,
         flops=1.7e11,

@@ -259,8 +259,7 @@ BAD_TOKENS: dict[str, tuple[Any, str]] = {
     "one-number": (5, "shape ()"),
     "empty": ([], "shape (0,)"),
     "empty-integers": (np.zeros(0, np.int32), "shape (0,)"),
-    "rows": ([[1, 2, 3]], "shape (1, 3)"),
-    "columns": (np.ones((3, 1), np.int32), "shape (3, 1)"),
+    "too-deep": ([[[1, 2, 3]]], "shape (1, 1, 3)"),
     "ragged": ([[1], [1, 2]], "expected integers"),
 }
 
@@ -273,11 +272,11 @@ def test_bad_tokens_are_refused_and_change_nothing(kind: str) -> None:
     with make_engine() as engine:
         for call in (
             lambda: engine.step(bad, good),
-            lambda: engine.step(good, bad),
             lambda: engine.evaluate(bad, good),
-            lambda: engine.evaluate(good, bad),
             lambda: engine.logits(bad),
-        ):
+            lambda: engine.step(good, bad),
+            lambda: engine.evaluate(good, bad),
+        )[: 3 if kind == "negative" else 5]:  # a negative target is not counted
             assert says in message(call)
         assert engine.accumulated == 0
         assert not any(gradient.any() for gradient in engine.gradients.values())

@@ -155,11 +155,11 @@ def test_update_training_follows_the_float64_reference() -> None:
                 tokens, targets = sequence(GQA, 30 + 7 * step)
                 loss, gradients = ref.loss_and_gradients(expected.weights, GQA, tokens, targets)
                 for name, gradient in gradients.items():
-                    total[name] = total.get(name, 0.0) + gradient
+                    total[name] = total.get(name, 0.0) + gradient * len(tokens)
                 stats = engine.step(tokens, targets)
                 assert stats.loss == pytest.approx(loss, abs=tolerances.TORCH_LOSS_20_STEPS)
                 assert engine.accumulated == step + 1
-            norm = expected.update(total, accumulated, **options)
+            norm = expected.update(total, engine.counted, **options)
             assert engine.update(**options).grad_norm == pytest.approx(norm, rel=1e-3)
         assert engine.updates == 6
         assert loss < 0.8 * math.log(GQA.vocab_size), "nothing was learned"
@@ -291,7 +291,7 @@ def test_update_without_a_step_is_refused() -> None:
 
 
 def test_restore_continues_bit_identically() -> None:
-    """Copying the four arenas and both counters is all a checkpoint needs."""
+    """Copying the four arenas and four numbers is all a checkpoint needs."""
 
     def go_on(engine: Engine) -> tuple[Any, ...]:
         for seed in (5, 6):
@@ -312,7 +312,12 @@ def test_restore_continues_bit_identically() -> None:
         ):
             for name, values in ours.items():
                 theirs[name][...] = values
-        other.restore(accumulated=engine.accumulated, updates=engine.updates)
+        other.restore(
+            accumulated=engine.accumulated,
+            updates=engine.updates,
+            counted=engine.counted,
+            unit=engine.unit,
+        )
         assert go_on(engine) == go_on(other)
 
 

@@ -1,5 +1,5 @@
-/* api_programs.c - the exported surface of the program table: introspection, MIL text and weight
- * file, one program run natively. */
+/* api_programs.c - exported functions of the program table: they describe a program, write its MIL
+ * text and weight file, and run it natively. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
-/* api_sim.c - the exported surface for any MIL text: parse, describe, run, on the simulator or on a
- * device that takes MIL text as it is. */
+/* api_sim.c - exported functions for any MIL text: they parse, describe and run it, on the
+ * simulator or on a device that takes MIL text. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,14 +1,15 @@
-/* bench/programs.c - cases that run on the CPU device: whole programs of the table as the step
- * evaluates them, and attention alone. One layer; data is handed over and fetched as float32. */
+/* bench/programs.c - cases on the CPU device: programs of the table, and attention alone.
+ *
+ * One layer; data is written and read as float32. */
 #include <stdio.h>
 #include <string.h>
 
 #include "bench/bench.h"
 #include "device/cpu/cpu.h"
 
-/* Buffers of a case: output and input of the program, the weights. Of the backward pass of
- * attention: those of sdpa_fwd, which comes before it, then gradients of q, k, v, of attn and of
- * the layer. */
+/* Buffers of a case: output and input of the program, and weights. The backward pass of attention
+ * has those of sdpa_fwd, which runs before it, and gradients of q, k, v, of attn and of the layer.
+ */
 enum { OUTPUT, INPUT, WEIGHTS, GRADIENTS, DATTN, DY };
 
 static int is_attention(const anepy_bench *b) { return b->what->run != anepy_bench_run_program; }
@@ -17,7 +18,7 @@ static int is_backward(const anepy_bench *b) {
     return b->what->option == ANEPY_SDPA_BWD1 || b->what->option == ANEPY_SDPA_BWD2;
 }
 
-/* Only what has to be computed: keys up to the query, once each. */
+/* Operations that have to be computed: for each query the keys up to it. */
 static double operations(const anepy_bench *b) {
     const anepy_config *c = &b->model->config;
     double s = b->seq, dim = c->dim, q = b->model->q_dim, kv = b->model->kv_dim;
@@ -95,11 +96,11 @@ static int32_t open_one(anepy_bench *b, int32_t id) {
     for (int32_t t = 0; t < p.input_n + p.output_n; t++)
         ANEPY_TRY(ops->bind(b->programs[0], t, b->surfaces[t >= p.input_n], p.tensors[t].channel));
     ANEPY_TRY(anepy_surface_write(b->surfaces[0], 0, p.input_channels, b->buffers[INPUT].data));
-    /* attention reads q, k, v there */
+    /* attention reads q, k, v from the output of sdpa_fwd */
     return anepy_surface_write(b->surfaces[1], 0, p.output_channels, b->buffers[OUTPUT].data);
 }
 
-/* The backward pass reads what sdpa_fwd left, without scores in memory, as in a step. */
+/* The backward pass reads what sdpa_fwd computed, as in a step, without scores in memory. */
 static int32_t open_backward(anepy_bench *b) {
     const anepy_device_ops *ops = b->device->ops;
     int32_t dim = b->one->config.dim, q_dim = b->one->q_dim, kv = b->one->kv_dim;

@@ -7,14 +7,15 @@
 
 #include "kernels/weights.h"
 
-/* By default: smaller surfaces fail on some chips (docs/neural-engine.md#surfaces). */
+/* Default size step of surfaces: smaller ones fail on some chips (docs/neural-engine.md#surfaces).
+ */
 #define SURFACE_STEP 65536
 #define WEIGHT_ROWS 64 /* rows of a live weight per piece */
 
-/* One compiled text. */
+/* A compiled text. */
 struct anepy_bank {
     void *compiled;
-    int32_t users; /* kernels that are functions of it */
+    int32_t users; /* references: kernels that are functions of it */
 };
 
 /* ------------------------------------------------------------------------------------ surfaces */
@@ -42,7 +43,7 @@ static int32_t create(anepy_bank_device *d, int32_t channels, int32_t width,
 
 static int32_t bank_surface_create(anepy_device *device, int32_t channels, int32_t factors,
                                    anepy_surface **out) {
-    (void)factors; /* all are fp16 */
+    (void)factors; /* factors or not, all are fp16 */
     anepy_bank_surface *surface = NULL;
     ANEPY_TRY(create((anepy_bank_device *)device, channels, device->options.width, &surface));
     *out = &surface->base;
@@ -71,7 +72,7 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
     const anepy_bank_surface *s = t->surface;
     anepy_storage from = anepy_program_stored(&s->weight, t->params);
     int32_t first = index * WEIGHT_ROWS, end = first + WEIGHT_ROWS;
-    if (!s->weight.tensor->is_matrix) { /* each value fills its row */
+    if (!s->weight.tensor->is_matrix) { /* a vector: each value fills its row */
         for (int32_t r = first; r < anepy_min_i32(end, s->base.channels); r++) {
             uint16_t *row = (uint16_t *)s->base.data + (int64_t)r * s->base.width;
             t->kernels->to_half(row, anepy_weights_vector(from) + r, 1);
@@ -99,7 +100,7 @@ static int32_t bank_load_weights(anepy_device *device, const float *params) {
     return ANEPY_OK;
 }
 
-/* The surface of a live weight: the one that holds it already, or a new one, filled. */
+/* Finds the surface of a live weight, or makes and fills one. */
 static int32_t weight_surface(anepy_bank_device *d, const anepy_program_matrix *m,
                               const float *params, anepy_bank_surface **out) {
     for (*out = d->surfaces; *out != NULL; *out = (*out)->next)
@@ -154,14 +155,14 @@ static int32_t add_kernel(anepy_bank_device *d, anepy_bank *bank, const anepy_in
     return ANEPY_OK;
 }
 
-/* Do two instances have the same text? Then nothing of their layer is baked. */
+/* Whether two instances have equal text: then no weights of different layers are baked. */
 static int same_text(const anepy_instance *a, const anepy_instance *b) {
     const anepy_program *p = a->program, *q = b->program;
     return p->id == q->id && p->part == q->part && p->live == q->live &&
            (p->live || p->weight_n == 0 || a->layer == b->layer);
 }
 
-/* The distinct texts among the instances, and for each instance which of them it is. */
+/* Lists the distinct texts of instances; functions[i] becomes the text of instance i. */
 static int32_t distinct(const anepy_instance *instances, int32_t n, const float *params,
                         anepy_mil_item *items, int32_t *functions) {
     int32_t count = 0;
@@ -210,7 +211,7 @@ static int32_t check_budget(const anepy_bank_device *d, int32_t texts) {
                       d->base.type->name, texts, (long long)used, (long long)budget);
 }
 
-/* How programs are made into texts. */
+/* A form of texts: the dialect, and how many programs one has. */
 typedef struct {
     anepy_dialect dialect;
     int32_t single; /* one text for each program */
@@ -225,10 +226,10 @@ static int possible(const anepy_traits *t, const form *f) {
            (t->dialect != 10 || f->dialect == ANEPY_DIALECT_10);
 }
 
-/* What a compilation needs while it runs. */
+/* The data of one compilation. */
 typedef struct {
     anepy_mil_item *items; /* distinct texts */
-    int32_t *functions;    /* of each instance: which of them */
+    int32_t *functions;    /* index of the item of each instance */
     anepy_bank **banks;
 } plan;
 
@@ -248,7 +249,8 @@ static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_ins
         made += status == ANEPY_OK;
     }
     if (status == ANEPY_OK) return ANEPY_OK;
-    for (int32_t t = 0; t < texts; t++) { /* the others go with their last kernel */
+    /* A text without kernels is freed here, others with their last kernel. */
+    for (int32_t t = 0; t < texts; t++) {
         if (p->banks[t] == NULL || p->banks[t]->users > 0) continue;
         d->backend->release(d, p->banks[t]->compiled);
         free(p->banks[t]);
@@ -257,8 +259,8 @@ static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_ins
     return status;
 }
 
-/* The forms one after the other, until the hardware takes one; that is where the next compilation
- * begins. What the first one failed with is the error. */
+/* Tries the forms in turn until the hardware takes one; the next compilation begins with that one.
+ * If none is taken, the error is that of the first. */
 static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
                             int32_t n, const float *params, anepy_kernel **out) {
     char first[512] = "";
@@ -302,7 +304,7 @@ static int32_t bank_bind(anepy_kernel *kernel, int32_t index, anepy_surface *sur
 }
 
 static int32_t bank_evaluate(anepy_kernel *kernel, int32_t n, int32_t count) {
-    (void)n, (void)count; /* the engine computes whole surfaces */
+    (void)n, (void)count; /* the ANE always computes whole surfaces */
     return kernel->device->backend->run(kernel, kernel->bank->compiled);
 }
 

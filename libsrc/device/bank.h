@@ -1,11 +1,11 @@
-/* device/bank.h - what all devices that run MIL have in common.
+/* device/bank.h - the common part of devices that run MIL.
  *
- * All programs of one compilation are functions of one text with one weight file: a bank, so that a
- * weight update costs one compile (docs/neural-engine.md#procedures), unless the traits want a text
- * for each. Hardware that refuses that gets the older dialect, then a text for each program.
- * Programs of the same text share a function.
- * Each has one packed input and one packed output surface; live weights have surfaces of their own,
- * which all programs that read the same weight share. A backend gives memory and executes. */
+ * All programs of one compilation are functions of one text with one weight file, a bank, so that a
+ * weight update costs one compilation (docs/neural-engine.md#procedures). Hardware that refuses the
+ * bank gets the older dialect, then a text per program; the traits can ask for the latter at once.
+ * Programs with equal text share a function. A program has one packed input and one packed output
+ * surface; a live weight has a surface that all programs which read it share. A backend provides
+ * memory and executes. */
 #ifndef ANEPY_DEVICE_BANK_H
 #define ANEPY_DEVICE_BANK_H
 
@@ -20,10 +20,10 @@ typedef struct anepy_bank_device anepy_bank_device;
 
 /* Surfaces are [1, channels, 1, width] in fp16. */
 typedef struct anepy_bank_surface {
-    anepy_surface base;          /* base.data: where the host sees it while it is locked */
+    anepy_surface base;          /* base.data: its memory while the host has locked it */
     uint64_t nbytes;             /* rounded up to 64 KiB */
-    anepy_program_matrix weight; /* the live weight it holds; weight.tensor NULL: none */
-    void *memory;                /* the backend's */
+    anepy_program_matrix weight; /* the live weight in it; weight.tensor NULL: none */
+    void *memory;                /* owned by the backend */
     struct anepy_bank_surface *next;
 } anepy_bank_surface;
 
@@ -32,26 +32,28 @@ struct anepy_kernel {
     const anepy_program *program;
     anepy_bank *bank;
     int32_t function;
-    int32_t input_n;                               /* 1, and the live weights */
-    anepy_bank_surface *inputs[ANEPY_BANK_INPUTS]; /* [0] is packed; in the order of MIL names */
+    int32_t input_n; /* 1 + the number of live weights */
+    /* [0] is the packed input; in the order of names in MIL. */
+    anepy_bank_surface *inputs[ANEPY_BANK_INPUTS];
     anepy_bank_surface *output;
-    void *request;                 /* the backend's; made when all are bound */
-    anepy_kernel *previous, *next; /* all kernels of the device */
+    void *request;                 /* owned by the backend, made when all surfaces are bound */
+    anepy_kernel *previous, *next; /* in the list of all kernels of the device */
 };
 
 typedef struct {
-    /* Memory of surface->nbytes, zeroed; sets surface->memory and, if it never moves, data. */
+    /* Allocates surface->nbytes of zeroed memory and sets surface->memory and, if the address never
+     * changes, base.data. */
     int32_t (*memory_create)(anepy_bank_device *device, anepy_bank_surface *surface);
     void (*memory_free)(anepy_bank_device *device, anepy_bank_surface *surface);
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
-    /* Compiles and loads a text whose functions are these items, in order; *out is the backend's.
-     * *compiled becomes 0 if it only had to be loaded. ANEPY_E_UNSUPPORTED: the hardware refuses
-     * the text, another form of it may do. May run on a thread beside evaluations. */
+    /* Compiles and loads a text whose functions are the items, in their order; the backend owns
+     * *out. *compiled becomes 0 if it was only loaded. ANEPY_E_UNSUPPORTED: the hardware refuses
+     * the text, another form of it may work. May run on another thread during evaluations. */
     int32_t (*compile)(anepy_bank_device *device, const anepy_mil_source *source,
                        const anepy_mil_item *items, int32_t n, void **out, int32_t *compiled);
     void (*release)(anepy_bank_device *device, void *compiled);
-    int32_t (*compiles)(void); /* of the process so far */
+    int32_t (*compiles)(void); /* compilations of this process so far */
     int32_t (*run)(anepy_kernel *kernel, void *compiled);
     void (*forget)(anepy_kernel *kernel); /* frees kernel->request; NULL: there is none */
     void (*close)(anepy_bank_device *device);
@@ -61,7 +63,7 @@ struct anepy_bank_device {
     anepy_device base; /* ops: anepy_bank_ops */
     const anepy_bank_backend *backend;
     anepy_traits traits;
-    int32_t form; /* of texts: the one that was taken last */
+    int32_t form; /* index of the form of texts that was taken last */
     anepy_bank_surface *surfaces;
     anepy_kernel *kernels;
 };

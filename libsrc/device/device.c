@@ -1,4 +1,4 @@
-/* device/device.c - the device table, and what all devices have in common. */
+/* device/device.c - the device table, and functions for all devices. */
 #include "device/device.h"
 
 #include <stdio.h>
@@ -21,7 +21,7 @@ const anepy_device_type *anepy_device_find(const char *name, const char **detail
             return DEVICES[i];
         snprintf(known + strlen(known), sizeof known - strlen(known), ", %s", candidate);
     }
-    /* With "auto" the device probed last has said why not. */
+    /* With "auto" the last probe has left its reason as error sentence. */
     if (!automatic) anepy_fail(ANEPY_E_NAME, "unknown device '%s': use one of %s", name, known);
     return NULL;
 }
@@ -39,14 +39,14 @@ int32_t anepy_device_get_info(int32_t index, anepy_device_info *out) {
     return ANEPY_OK;
 }
 
-#define MOVE_ROWS 128 /* channels converted per piece */
+#define MOVE_ROWS 128 /* channels in a piece of a conversion */
 
-/* Where a channel begins; the surface is locked. */
+/* First element of a channel of a locked surface. */
 static void *channel_data(anepy_surface *surface, int32_t channel) {
     return (char *)surface->data + anepy_dtype_nbytes(surface->dtype) * channel * surface->width;
 }
 
-/* Host rows of float32 to or from channels of a surface, converting. */
+/* A conversion of float32 rows of the host to or from channels of a surface. */
 typedef struct {
     const anepy_surface *surface;
     void *inside;

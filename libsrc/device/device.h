@@ -1,18 +1,19 @@
-/* device/device.h - the one interface between the step engine and whatever runs its programs.
+/* device/device.h - the interface between the step engine and the devices that run its programs.
  *
  * A device owns surfaces ([channels, width] in its element type), compiles programs of the table
  * for the weights of one layer, and evaluates them. A new device is a file with one
- * anepy_device_type and a row in the table of device.c; capabilities say what the engine may skip.
- * Every call returns a status; a failed evaluation leaves its outputs undefined and says so. */
+ * anepy_device_type and a row in the table of device.c; capabilities say what the step engine may
+ * skip. Every call returns a status; after a failed evaluation its outputs are undefined. */
 #ifndef ANEPY_DEVICE_H
 #define ANEPY_DEVICE_H
 
 #include "kernels/gemm.h"
 #include "programs/programs.h"
 
-/* Capabilities: what the engine may leave out, and which switches mean something. */
-/* Tensors may be bound to channels of any surface, so nothing is packed; the scores of sdpa_bwd1
- * and sdpa_bwd2 may be bound to none, if sdpa_bwd2 follows the other programs of its layer. */
+/* Capabilities: they say what the step engine may skip and which switches have an effect. */
+/* Tensors may be bound to channels of any surface, so nothing is packed. The scores of sdpa_bwd1
+ * and sdpa_bwd2 may stay unbound, if sdpa_fwd, sdpa_bwd1 and sdpa_bwd2 of a layer run in this
+ * order. */
 #define ANEPY_BINDS 1u
 #define ANEPY_LIVE_WEIGHTS 2u /* reads the parameters themselves: updates need no recompilation */
 #define ANEPY_OFFLOADS 4u     /* has the programs for norms, classifier and soft-max */
@@ -28,30 +29,29 @@ struct anepy_surface {
     anepy_device *device;
     anepy_dtype dtype;
     int32_t channels, width;
-    void *data; /* where the host sees it between lock and unlock, row-major */
+    void *data; /* memory between lock and unlock, row-major */
 };
 
-/* One program for the weights of one layer. */
+/* A program for the weights of one layer. */
 typedef struct {
     const anepy_program *program;
     int32_t layer;
 } anepy_instance;
 
-/* What a device is opened for. Everything outlives the device. */
+/* What a device is opened for. All that is pointed to outlives the device. */
 typedef struct {
     const anepy_model *model;
-    const anepy_gemm *gemm; /* kernels, threads and scratch: host work, and the cpu device's own */
-    int32_t width;          /* columns of every surface: a multiple of 64, >= seq_len; programs are
-                             * described for one sequence, so that with ANEPY_BATCHES it may be more
-                             * than theirs */
+    const anepy_gemm *gemm; /* kernels, threads and scratch for host work, and for the cpu device */
+    int32_t width; /* columns of every surface: a multiple of 64, >= seq_len; with ANEPY_BATCHES it
+                      may exceed the width of programs, which are described for one sequence */
     int32_t seq_len;
-    anepy_dtype dtype;  /* of products, and of surfaces: of all, or of those of factors */
-    const char *detail; /* what follows the colon of "sim:m1" (traits.h); NULL: nothing */
+    anepy_dtype dtype;  /* of products, and of surfaces: of all (fp16), or of factors only (bf16) */
+    const char *detail; /* details behind the colon of "sim:m1" (traits.h); NULL: none */
 } anepy_device_options;
 
-/* MIL text on its own, outside of any engine: what probes find a machine out with. A device takes
- * it as it is: surfaces by slot with the sizes given, nothing rounded up, and no budget of its own,
- * so that the hardware's answer is what comes back. */
+/* MIL text by itself, outside of a step engine, with which probes question the hardware. A device
+ * takes it unchanged: surfaces by slot with the given sizes, nothing rounded up, and without the
+ * device's budget, so that the answer is the hardware's own. */
 typedef struct anepy_trial anepy_trial;
 
 typedef struct {
@@ -64,7 +64,7 @@ typedef struct {
 } anepy_trial_source;
 
 typedef struct {
-    int32_t function; /* position in the text */
+    int32_t function; /* number of the function in the text */
     int32_t input_n, output_n;
     const void *const *inputs;
     const uint64_t *input_nbytes;
@@ -73,11 +73,11 @@ typedef struct {
 } anepy_trial_surfaces;
 
 typedef struct {
-    /* *compiled becomes 0 if what an earlier run compiled could be loaded instead. detail as in
-     * anepy_device_options. */
+    /* *compiled becomes 0 if the result of an earlier run was loaded instead. detail: words behind
+     * the device's colon, or NULL. */
     int32_t (*create)(anepy_trial **out, const anepy_trial_source *source, const char *detail,
                       int32_t *compiled);
-    /* Puts other weight files in place of the same size and loads again without compiling. */
+    /* Replaces the weight files by others of equal size and loads again without compiling. */
     int32_t (*reload)(anepy_trial *trial, const anepy_trial_source *source);
     int32_t (*run)(anepy_trial *trial, const anepy_trial_surfaces *surfaces);
     void (*release)(anepy_trial *trial);
@@ -86,39 +86,39 @@ typedef struct {
 typedef struct {
     const char *name;
     const char *about;
-    uint32_t precisions; /* bit per anepy_dtype; "auto" takes the fastest (engine.c) */
+    uint32_t precisions; /* bit per anepy_dtype; "auto" takes the fastest */
     uint32_t capabilities;
-    uint32_t slow; /* those whose switches do not help here: not part of "max" */
+    uint32_t slow; /* capabilities whose switches cost time here, so that "max" leaves them out */
     /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
     int32_t (*probe)(void);
-    /* OK, or ANEPY_E_UNSUPPORTED and why this machine lacks one of those; NULL: it lacks none. */
+    /* OK, or ANEPY_E_UNSUPPORTED and why this machine lacks a precision; NULL: it has all. */
     int32_t (*has_precision)(anepy_dtype dtype);
     int32_t (*open)(anepy_device **out, const anepy_device_options *options);
-    const anepy_trial_ops *trial; /* NULL: runs no MIL text, or is the simulator itself */
+    const anepy_trial_ops *trial; /* NULL: the device runs no MIL text, or is the simulator */
 } anepy_device_type;
 
 typedef struct {
-    void (*close)(anepy_device *device); /* frees its surfaces and kernels as well */
-    /* For tensors that are factors of products only, or for any. */
+    void (*close)(anepy_device *device); /* also frees its surfaces and kernels */
+    /* factors != 0: for tensors that are only factors of products. */
     int32_t (*surface_create)(anepy_device *device, int32_t channels, int32_t factors,
                               anepy_surface **out);
-    /* Before and after the host touches surface->data. */
+    /* Called before and after the host uses surface->data. */
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);
-    /* Compiles all instances, in as few compilations as the device can, with the weights that the
-     * arena params holds now: all of out[0..n), or none and an error; ANEPY_E_BUDGET, before
-     * anything is compiled, if the process may not compile that many. With ANEPY_COMPILES_BESIDE it
-     * may run on another thread while older kernels are evaluated, where no weight is live. */
+    /* Compiles all instances, in as few compilations as the device can, with the current weights in
+     * params. Gives all of out[0..n), or none and an error: ANEPY_E_BUDGET, before anything is
+     * compiled, if the process may not compile so many. With ANEPY_COMPILES_BESIDE, and if no
+     * weight is live, it may run on another thread while older kernels are evaluated. */
     int32_t (*compile)(anepy_device *device, const anepy_instance *instances, int32_t n,
                        const float *params, anepy_kernel **out);
     void (*release)(anepy_kernel *kernel);
-    /* Live weights as the arena holds them now; NULL without ANEPY_DYNAMIC. */
+    /* Loads the current live weights from params; NULL without ANEPY_DYNAMIC. */
     int32_t (*load_weights)(anepy_device *device, const float *params);
-    /* Tensor `index` of the program lives at surface[channel ...] from now on. */
+    /* Binds tensor `index` of the program to the channels of surface from `channel` on. */
     int32_t (*bind)(anepy_kernel *kernel, int32_t index, anepy_surface *surface, int32_t channel);
-    /* Computes `count` sequences of n tokens, each from the next multiple of 64 columns on: the
-     * first n columns, unless it has ANEPY_BATCHES. Further columns of the outputs are unspecified
-     * but finite. */
+    /* Computes `count` sequences of n tokens, each in columns from a multiple of 64 on. count is 1
+     * unless the device has ANEPY_BATCHES. Other columns of the outputs are finite, but otherwise
+     * undefined. */
     int32_t (*evaluate)(anepy_kernel *kernel, int32_t n, int32_t count);
 } anepy_device_ops;
 
@@ -126,14 +126,14 @@ struct anepy_device {
     const anepy_device_type *type;
     const anepy_device_ops *ops;
     anepy_device_options options;
-    uint64_t nbytes;          /* of its surfaces */
-    _Atomic int64_t compiles; /* texts so far; one may be compiling on another thread */
-    int64_t compile_budget;   /* most that the process may compile; 0: no limit */
+    uint64_t nbytes;          /* bytes of its surfaces */
+    _Atomic int64_t compiles; /* so far; another thread may be compiling */
+    int64_t compile_budget;   /* most compilations of the process; 0: no limit */
 };
 
-/* The type with this name; NULL or "auto" is the first usable one. A colon and what the device
- * makes of it may follow; *detail (may be NULL) then points behind it. NULL with an error sentence.
- */
+/* The device type with this name; NULL or "auto" is the first usable one. If details follow a
+ * colon, *detail (may be NULL) points to them. Returns NULL with an error sentence if there is
+ * none. */
 const anepy_device_type *anepy_device_find(const char *name, const char **detail);
 
 /* Copies channels between a surface and host memory of [count, width] float32, converting. */

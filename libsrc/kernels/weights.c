@@ -15,7 +15,7 @@ void anepy_weights_gemv(const anepy_kernels *kernels, float *y, anepy_storage w,
     kernels->gemv(y, w.data, w.cols, x, w.rows, w.cols);
 }
 
-/* In tiles that stay in the cache. */
+/* Transposes squares that fit the cache. */
 static void transpose_to_half(const anepy_kernels *kernels, uint16_t *dst, anepy_storage w) {
     const float *src = w.data;
     float tile[TILE * TILE];

@@ -5,8 +5,8 @@
 #include <string.h>
 
 #define ALIGN ANEPY_BLOB_ALIGN
-#define TYPES 15u                   /* dtype numbers the format defines */
-#define LARGEST ((uint64_t)1 << 40) /* of a file: far from overflow, beyond any memory */
+#define TYPES 15u                   /* type numbers that the format defines */
+#define LARGEST ((uint64_t)1 << 40) /* bytes of a file: beyond any memory, far below overflow */
 
 static void put(uint8_t *at, uint64_t value, int32_t bytes) {
     for (int32_t i = 0; i < bytes; i++) at[i] = (uint8_t)(value >> 8 * i);
@@ -34,7 +34,7 @@ int32_t anepy_blob_reserve(anepy_blob *blob, uint64_t nbytes) {
     return ANEPY_OK;
 }
 
-/* Room for so many more bytes, at least doubling. */
+/* Makes room for `more` bytes; the capacity at least doubles. */
 static int32_t grow(anepy_blob *blob, uint64_t more) {
     uint64_t need = blob->n + more;
     if (more > LARGEST || need <= blob->capacity) return anepy_blob_reserve(blob, need);

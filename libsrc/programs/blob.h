@@ -1,8 +1,8 @@
-/* programs/blob.h - the weight file MIL programs name: written, and read back without trust.
+/* programs/blob.h - writes and reads the weight file that MIL programs name.
  *
  * A 64-byte header (count of records, version 2), then per record 64 bytes of description and the
  * data, both starting at multiples of 64; little endian (docs/neural-engine.md#weight-file). An
- * offset is always that of the description, as BLOBFILE wants it. */
+ * offset is that of the description, as in BLOBFILE. */
 #ifndef ANEPY_PROGRAMS_BLOB_H
 #define ANEPY_PROGRAMS_BLOB_H
 
@@ -28,7 +28,7 @@ typedef struct {
 /* Writes the header into an empty (zeroed) blob. */
 int32_t anepy_blob_begin(anepy_blob *blob);
 
-/* Makes room for so many bytes in total, so that adding up to there neither moves nor fails. */
+/* Makes room for nbytes in total; up to there adding records neither moves data nor fails. */
 int32_t anepy_blob_reserve(anepy_blob *blob, uint64_t nbytes);
 
 /* Appends one record and counts it; data NULL: the payload is zeros, to be filled by the caller at
@@ -36,7 +36,7 @@ int32_t anepy_blob_reserve(anepy_blob *blob, uint64_t nbytes);
 int32_t anepy_blob_add(anepy_blob *blob, anepy_blob_type type, const void *data, uint64_t nbytes,
                        uint64_t *offset);
 
-/* Bytes a record with so many bytes of data takes in the file, at most. */
+/* Most bytes that a record with nbytes of data takes in the file. */
 static inline uint64_t anepy_blob_record_nbytes(uint64_t nbytes) {
     return ANEPY_BLOB_ALIGN + (nbytes + ANEPY_BLOB_ALIGN - 1) / ANEPY_BLOB_ALIGN * ANEPY_BLOB_ALIGN;
 }

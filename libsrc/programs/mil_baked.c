@@ -1,5 +1,6 @@
-/* programs/mil_baked.c - constants in the weight file: weights as they are multiplied, and what the
- * mathematics needs beside them. Each is stored once per file and declared once per function. */
+/* programs/mil_baked.c - constants in the weight file: weights, masks, angles and the like.
+ *
+ * Each is stored once per file and declared once per function. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,9 +12,10 @@
 #define ONE 0x3c00u
 #define MINUS_ONE 0xbc00u
 
-/* Far enough below any score for a weight of exactly 0 after soft-max (exp underflows fp16 at -17),
- * and near enough to 0 that scores down to -24000 stay finite where the engine saturates at 32752;
- * the research programs' -65504 becomes infinite with the first negative score. */
+/* Added to masked scores. It is so far below any score that its probability is exactly 0 (exp
+ * underflows fp16 at -17), and so near to 0 that scores down to -24000 stay finite where the ANE
+ * saturates at 32752. The -65504 of the research programs becomes infinite with any negative score.
+ */
 #define MASKED (-8192.0f)
 
 enum {
@@ -33,7 +35,8 @@ enum {
     UNPAD
 };
 
-/* The record with this key, new ones zeroed (*fresh: fill *data); NULL after a failure. */
+/* The record with this key; NULL after a failure. *fresh points to the zeroed data of a new record,
+ * which the caller fills, else it is NULL. */
 static mil_record *find(mil_writer *w, mil_key key, int64_t n, uint16_t **fresh) {
     *fresh = NULL;
     if (w->status != ANEPY_OK) return NULL;
@@ -81,7 +84,7 @@ static mil_tensor declare(mil_writer *w, mil_record *record, int32_t d0, int32_t
 
 /* ------------------------------------------------------------------------------------- weights */
 
-/* Infinity or NaN on the device would reach every output; better no program than that. */
+/* Fails if a weight is infinite or NaN in fp16, because that would reach every output. */
 static void check_finite(mil_writer *w, const char *name, const uint16_t *data, int64_t n) {
     int bad = 0;
     for (int64_t i = 0; i < n; i++) bad |= (data[i] & 0x7c00) == 0x7c00;
@@ -184,7 +187,8 @@ mil_tensor anepy_emit_quarter_turn(mil_writer *w, int32_t heads, int as_conv) {
     uint16_t *fresh;
     mil_record *record = find(w, (mil_key){as_conv ? TURN_CONV : TURN, heads, head, 0},
                               (int64_t)rows * cols, &fresh);
-    /* Channels 2i, 2i + 1 become -(2i + 1), 2i: the pair turned by 90 degrees. */
+    /* Turns each pair by 90 degrees: channels 2i, 2i + 1 become minus channel 2i + 1, and channel
+     * 2i. */
     for (int32_t i = 0; fresh != NULL && i < rows; i += 2) {
         int32_t col = as_conv ? i : i % head;
         fresh[(int64_t)i * cols + col + 1] = MINUS_ONE;

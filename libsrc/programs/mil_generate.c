@@ -12,9 +12,10 @@
 #include "kernels/kernels.h"
 #include "programs/mil_writer.h"
 
-/* Vocabulary rows per product: a convolution over all 32000 is refused, over 4096 is in use. */
-#define CHUNK 4096
-#define CHUNKS 16
+/* Vocabulary rows per product: a convolution over 32000 input channels is refused, over 4096 known
+ * to work. */
+#define PRODUCT_ROWS 4096
+#define PRODUCTS_MAX 16
 
 static mil_tensor input(mil_writer *w, int32_t tensor) {
     const anepy_program_tensor *t = &w->program->tensors[tensor];
@@ -23,8 +24,8 @@ static mil_tensor input(mil_writer *w, int32_t tensor) {
 
 /* ------------------------------------------------------------------------------------ programs */
 
-/* One emitting call per statement: C leaves the order within one open, and the text must not depend
- * on the compiler. */
+/* One emitting call per statement, because C leaves the order of calls within a statement open, and
+ * the text must not depend on the compiler. */
 
 static void sdpa_fwd(mil_writer *w) {
     const anepy_config *c = &w->model->config;
@@ -89,13 +90,13 @@ static void sdpa_bwd2(mil_writer *w) {
     mil_tensor probs = anepy_emit_reshape(w, input(w, SDPA_BWD2_P), kv, queries, w->width, "probs");
     mil_tensor dprobs =
         anepy_emit_reshape(w, input(w, SDPA_BWD2_DP), kv, queries, w->width, "dprobs");
-    /* The row sums as a product with ones: wide accumulation, and already spread over the row
-     * (a runtime operand of one column does not broadcast on M1). */
+    /* Row sums by a product with ones, which accumulates wide and spreads the sum over the row: M1
+     * does not broadcast a runtime operand with one column. */
     mil_tensor sums = anepy_emit_binary(w, "mul", probs, dprobs, "terms");
     sums = anepy_emit_matmul(w, sums, 0, anepy_emit_ones_square(w, kv), 0, "sums");
     mil_tensor t = anepy_emit_binary(w, "sub", dprobs, sums, "centred");
     mil_tensor dscores = anepy_emit_binary(w, "mul", probs, t, "dscores");
-    /* The scale goes to q and k: small score gradients would become subnormal. */
+    /* q and k are scaled, because scaled score gradients could be subnormal. */
     mil_tensor k = anepy_emit_with_scalar(w, "mul", input(w, SDPA_BWD2_K), scale, "scaled");
     mil_tensor q = anepy_emit_with_scalar(w, "mul", input(w, SDPA_BWD2_Q), scale, "scaled");
     mil_tensor dq = anepy_emit_gather_keys(w, anepy_emit_keys(w, k), dscores, "dq");
@@ -114,8 +115,8 @@ static void qkv_bwd(mil_writer *w) {
     anepy_emit_binary(w, "add", a, c, "z_out");
 }
 
-/* With n = x / rms: dx = (w dy - n mean(w dy n)) / rms. anepy_emit_normalize's constant 16 /
- * sqrt(dim) turns the mean into a sum over 256 and cancels otherwise. */
+/* With n = x / rms: dx = (w dy - n mean(w dy n)) / rms. The constant 16 / sqrt(dim) of
+ * anepy_emit_normalize turns the mean into a sum / 256, and cancels elsewhere. */
 static void rmsnorm_bwd(mil_writer *w) {
     mil_normalized n = anepy_emit_normalize(w, input(w, RMSNORM_BWD_X), 1);
     mil_tensor weight = anepy_emit_norm_weight(w, w->program->weights[0]);
@@ -153,22 +154,22 @@ static mil_tensor live_rows(mil_writer *w, int32_t first, int32_t rows) {
     return anepy_emit_reshape(w, part, 1, rows, surface.dims[3], "matrix");
 }
 
-/* Baked, one convolution: any number of output channels is fine. */
+/* A baked classifier is one convolution, whose output channels have no limit. */
 static void classifier_fwd(mil_writer *w) {
     mil_tensor x = input(w, CLASSIFIER_FWD_X);
     int32_t vocab = w->program->output_channels;
-    if (!w->program->live || vocab <= CHUNK) {
+    if (!w->program->live || vocab <= PRODUCT_ROWS) {
         anepy_emit_linear(w, ANEPY_CLASSIFIER, 0, x, "z_out");
         return;
     }
-    mil_tensor out[CHUNKS];
+    mil_tensor out[PRODUCTS_MAX];
     int32_t columns = w->parameters[0].dims[3], n = 0;
     x = anepy_emit_pad_channels(w, x, columns);
     x = anepy_emit_reshape(w, x, 1, columns, w->width, "columns");
-    for (int32_t first = 0; first < vocab; first += CHUNK) {
+    for (int32_t first = 0; first < vocab; first += PRODUCT_ROWS) {
         /* The last rows of the surface may be padding. */
-        int32_t rows = anepy_min_i32(CHUNK, w->parameters[0].dims[1] - first);
-        int32_t used = anepy_min_i32(CHUNK, vocab - first);
+        int32_t rows = anepy_min_i32(PRODUCT_ROWS, w->parameters[0].dims[1] - first);
+        int32_t used = anepy_min_i32(PRODUCT_ROWS, vocab - first);
         mil_tensor y = anepy_emit_matmul(w, live_rows(w, first, rows), 0, x, 0, "product");
         y = anepy_emit_reshape(w, y, rows, 1, w->width, "logits");
         out[n++] = anepy_emit_slice(w, y, 0, used, "logits");
@@ -176,25 +177,26 @@ static void classifier_fwd(mil_writer *w) {
     anepy_emit_concat(w, out, n, "z_out");
 }
 
-/* Cut along the vocabulary and added up, pairs first: less rounding than one after the other. */
+/* Products of parts of the vocabulary are added in pairs, which rounds less than adding one by one.
+ */
 static void classifier_bwd(mil_writer *w) {
     int32_t vocab = w->program->input_channels, dim = w->model->config.dim, n = 0;
-    if (vocab <= CHUNK) {
+    if (vocab <= PRODUCT_ROWS) {
         anepy_emit_linear(w, ANEPY_CLASSIFIER, 1, input(w, CLASSIFIER_BWD_DLOGITS), "z_out");
         return;
     }
-    mil_tensor parts[CHUNKS];
+    mil_tensor parts[PRODUCTS_MAX];
     anepy_program_matrix m;
     anepy_program_weight(&m, w->program, w->model, w->layer, 0);
-    for (int32_t first = 0; first < vocab; first += CHUNK) {
-        int32_t rows = anepy_min_i32(CHUNK, vocab - first);
+    for (int32_t first = 0; first < vocab; first += PRODUCT_ROWS) {
+        int32_t rows = anepy_min_i32(PRODUCT_ROWS, vocab - first);
         mil_tensor dy = anepy_emit_slice(w, w->input, first, rows, "dlogits");
         if (!w->program->live) {
             parts[n++] =
                 anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, 1, first, rows), dy, "dx");
             continue;
         }
-        int32_t padded = anepy_min_i32(CHUNK, w->parameters[0].dims[1] - first);
+        int32_t padded = anepy_min_i32(PRODUCT_ROWS, w->parameters[0].dims[1] - first);
         dy = anepy_emit_pad_channels(w, dy, padded);
         dy = anepy_emit_reshape(w, dy, 1, padded, w->width, "columns");
         mil_tensor y = anepy_emit_matmul(w, live_rows(w, first, padded), 1, dy, 0, "product");
@@ -231,10 +233,10 @@ static mil_tensor surface(mil_writer *w, const char *name, int32_t channels, int
     mil_tensor t = {.dims = {1, channels, 1, columns}};
     snprintf(t.name, sizeof t.name, "%s", name);
     if (channels > ANEPY_MIL_LARGEST_CHANNELS || columns > ANEPY_MIL_LARGEST_EXTENT)
-        anepy_emit_fail(
-            w, ANEPY_E_UNSUPPORTED,
-            "%s is [1, %d, 1, %d], the engine takes %d channels and M1 to M3 %d columns", name,
-            channels, columns, ANEPY_MIL_LARGEST_CHANNELS, ANEPY_MIL_LARGEST_EXTENT);
+        anepy_emit_fail(w, ANEPY_E_UNSUPPORTED,
+                        "%s is [1, %d, 1, %d], the ANE takes %d channels and M1 to M3 %d columns",
+                        name, channels, columns, ANEPY_MIL_LARGEST_CHANNELS,
+                        ANEPY_MIL_LARGEST_EXTENT);
     return t;
 }
 
@@ -262,7 +264,7 @@ static void write_function(mil_writer *w, const anepy_mil_item *item, const char
     anepy_emit_end_function(w);
 }
 
-/* Room for the weights at once: growing a file of hundreds of megabytes copies it. */
+/* Reserves room for all weights, because growing a file of hundreds of megabytes would copy it. */
 static int32_t reserve(mil_writer *w, const anepy_mil_item *items, int32_t count) {
     uint64_t total = 1 << 16;
     for (int32_t i = 0; i < count; i++)

@@ -1,9 +1,9 @@
 /* programs/mil_generate.h - MIL text and weight file of programs, as the ANE compiles them.
  *
- * A function has one packed input "a_in" [1, C, 1, W] and one packed output "z_out", both with the
- * channel ranges of the program table; where weights are live it has one more input per weight
- * ("w0_wq", see anepy_program_weight). Both dialects say the same; 1.0 is for old systems. What the
- * generator avoids, and why, stands in docs/neural-engine.md#wrong-results. */
+ * A function has one packed input "a_in" [1, C, 1, W] and one packed output "z_out", with the
+ * channel ranges of the program table, and one more input per live weight, such as "w0_wq". Both
+ * dialects mean the same; 1.0 is for old systems. docs/neural-engine.md#wrong-results says what the
+ * generator avoids and why. */
 #ifndef ANEPY_PROGRAMS_MIL_GENERATE_H
 #define ANEPY_PROGRAMS_MIL_GENERATE_H
 
@@ -19,25 +19,25 @@ typedef enum {
 #define ANEPY_MIL_LARGEST_EXTENT 16384 /* M1 to M3: spatial extents and contractions */
 #define ANEPY_MIL_LARGEST_CHANNELS 65536
 
-/* text ends with a zero that n does not count. blob.n is 0 if the text names no weights: then the
- * compiler must not be given a file. */
+/* n does not count the final zero of text. blob.n is 0 if the text names no weights; then the
+ * compiler must not get a file. */
 typedef struct {
     char *text;
     uint64_t n;
     anepy_blob blob;
 } anepy_mil_source;
 
-/* params: the parameter arena, whose weights of `layer` are baked (unused where they are live). */
+/* params: the parameter arena; the weights of `layer` are baked. Not used for live weights. */
 typedef struct {
     const anepy_program *program;
     const float *params;
     int32_t layer;
 } anepy_mil_item;
 
-/* One function per item: "main" if there is one item, else procedure000, procedure001, ... One
- * text, one weight file; equal constants are stored once. width: columns of every tensor, a
- * multiple of 64, >= seq_len; programs were described for it. Fails where an extent exceeds what
- * every chip takes, or a weight does not fit fp16. */
+/* Writes a text with one function per item, "main" for a single item, else procedure000,
+ * procedure001, ..., and one weight file in which equal constants are stored once. width is that of
+ * the described programs, a multiple of 64, >= seq_len. Fails if an extent exceeds what every chip
+ * takes, or a weight does not fit fp16. */
 int32_t anepy_mil_generate(anepy_mil_source *out, const anepy_mil_item *items, int32_t count,
                            const anepy_model *model, int32_t width, int32_t seq_len,
                            anepy_dialect dialect);

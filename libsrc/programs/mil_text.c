@@ -49,7 +49,7 @@ static void ANEPY_PRINTF(2, 3) put(mil_writer *w, const char *format, ...) {
     }
 }
 
-/* A scalar type, and with a value in parentheses a scalar. */
+/* A scalar type in the dialect; followed by a value in parentheses it is a scalar. */
 static const char *scalar(const mil_writer *w, const char *type) {
     static const char *const NAMES[][3] = {
         {"string", "string", "tensor<string, []>"}, {"int32", "int32", "tensor<int32, []>"},
@@ -94,7 +94,7 @@ void anepy_emit_end_function(mil_writer *w) { put(w, "    } -> (z_out);\n"); }
 
 /* ----------------------------------------------------------------------------------- constants */
 
-/* The name of a constant `type(value)`, declared now if it is new to this function. */
+/* The name of the constant `type(value)`; declares it if it is new to this function. */
 static const char *constant(mil_writer *w, const char *type, const char *value) {
     char text[sizeof w->constants[0].text];
     if (w->status != ANEPY_OK) return "";
@@ -131,7 +131,7 @@ static const char *boolean(mil_writer *w, int value) {
     return constant(w, "bool", value ? "true" : "false");
 }
 
-/* Written by hand: printf's %a may begin with another digit and uses the caller's locale. */
+/* printf's %a would use the caller's locale, and its first digit differs between systems. */
 static const char *half(mil_writer *w, double value) {
     uint16_t bits = anepy_to_half((float)value);
     uint32_t exponent = bits >> 10 & 31, mantissa = (uint32_t)(bits & 0x3ff) << 2;
@@ -152,14 +152,15 @@ static const char *half(mil_writer *w, double value) {
 
 /* ---------------------------------------------------------------------------------- operations */
 
-/* The result of the next operation: its name, its shape within what every chip takes. */
+/* A tensor for the result of the next operation; fails if its shape exceeds what every chip takes.
+ */
 static mil_tensor result(mil_writer *w, const int32_t dims[4], const char *hint) {
     mil_tensor t;
     memcpy(t.dims, dims, sizeof t.dims);
     if (strcmp(hint, "z_out") == 0) snprintf(t.name, sizeof t.name, "z_out");
     else snprintf(t.name, sizeof t.name, "v%02d_%.16s", ++w->counter % 10000, hint);
     if (dims[1] > ANEPY_MIL_LARGEST_CHANNELS)
-        anepy_emit_fail(w, ANEPY_E_UNSUPPORTED, "%s has %d channels, the engine takes at most %d",
+        anepy_emit_fail(w, ANEPY_E_UNSUPPORTED, "%s has %d channels, the ANE takes at most %d",
                         hint, dims[1], ANEPY_MIL_LARGEST_CHANNELS);
     for (int32_t i = 2; i < 4; i++)
         if (dims[i] > ANEPY_MIL_LARGEST_EXTENT)
@@ -300,7 +301,7 @@ mil_tensor anepy_emit_softmax(mil_writer *w, mil_tensor x, int32_t axis, const c
 mil_tensor anepy_emit_declare_blob(mil_writer *w, const int32_t dims[4], uint64_t offset,
                                    const char *hint) {
     mil_tensor t = result(w, dims, hint);
-    t.name[0] = 'k'; /* a constant, not a value */
+    t.name[0] = 'k'; /* names of constants begin with k */
     put(w, "        ");
     put_type(w, dims);
     put(w, " %s = const()[name = %s(\"%s\"), val = ", t.name, scalar(w, "string"), t.name);

@@ -1,15 +1,15 @@
-/* programs/mil_writer.h - what the files of the MIL generator share; nobody else includes it.
+/* programs/mil_writer.h - types and functions shared by the files of the MIL generator.
  *
  * mil_text.c writes one operation per call, mil_baked.c puts constants into the weight file,
- * mil_blocks.c builds norms, projections and heads from operations, mil_generate.c the programs
- * from those. The first failure is kept in `status`; all calls after it do nothing. */
+ * mil_blocks.c builds norms, projections and heads from operations, and mil_generate.c builds
+ * programs from those. `status` keeps the first failure; all calls after it do nothing. */
 #ifndef ANEPY_PROGRAMS_MIL_WRITER_H
 #define ANEPY_PROGRAMS_MIL_WRITER_H
 
 #include "programs/mil_generate.h"
 
 #define MIL_NAME 32
-#define MIL_CONSTANTS 128 /* small ones of a function; the largest program has about 50 */
+#define MIL_CONSTANTS 128 /* most small constants of a function; programs have up to 50 */
 
 /* A tensor of the function being written: its name and [1, C, H, W], always of rank 4. */
 typedef struct {
@@ -17,16 +17,16 @@ typedef struct {
     int32_t dims[4];
 } mil_tensor;
 
-/* What a stored constant is; equal keys mean equal bytes. */
+/* Identifies a stored constant: equal keys mean equal bytes. */
 typedef struct {
     int32_t kind;
-    int64_t a, b, c; /* of kind */
+    int64_t a, b, c; /* parameters of the kind */
 } mil_key;
 
 typedef struct {
     mil_key key;
     uint64_t offset;
-    int32_t function; /* the last one that declared it, as `name` */
+    int32_t function; /* the last function that declared it, as `tensor` */
     mil_tensor tensor;
 } mil_record;
 
@@ -46,15 +46,16 @@ typedef struct {
     const anepy_program *program;
     const float *params;
     int32_t layer;
-    int32_t function; /* which of the text's functions */
-    int32_t counter;  /* of names in this function */
+    int32_t function; /* number of the function being written */
+    int32_t counter;  /* makes names unique in the function */
     mil_constant constants[MIL_CONSTANTS];
     int32_t constant_n;
     mil_record *records;
     int32_t record_n, record_cap;
     mil_tensor input;                             /* a_in */
     mil_tensor parameters[ANEPY_PROGRAM_WEIGHTS]; /* live weights */
-    mil_tensor matrices[ANEPY_PROGRAM_WEIGHTS];   /* those as [1, 1, rows, cols], once reshaped */
+    mil_tensor matrices[ANEPY_PROGRAM_WEIGHTS]; /* live weights reshaped to [1, 1, rows, cols], when
+                                                   first used */
 } mil_writer;
 
 /* --------------------------------------------------------------------------------- mil_text.c */
@@ -65,18 +66,17 @@ void anepy_emit_end_program(mil_writer *w);
 void anepy_emit_begin_function(mil_writer *w, const char *name);
 void anepy_emit_end_function(mil_writer *w);
 
-/* Each writes one operation and returns its result, named after `hint`; the hint "z_out" is the
- * name itself: the function's output. */
+/* Each writes one operation and returns its result, whose name begins with `hint`; the output of
+ * the function is named exactly "z_out". */
 mil_tensor anepy_emit_slice(mil_writer *w, mil_tensor x, int32_t channel, int32_t channels,
                             const char *hint);
 mil_tensor anepy_emit_concat(mil_writer *w, const mil_tensor *x, int32_t n, const char *hint);
-mil_tensor
-anepy_emit_reshape(mil_writer *w, mil_tensor x, int32_t c, int32_t h, int32_t width,
-                   const char *hint); /* nothing is written if x has this shape already */
+mil_tensor anepy_emit_reshape(mil_writer *w, mil_tensor x, int32_t c, int32_t h, int32_t width,
+                              const char *hint); /* returns x if it has this shape */
 mil_tensor anepy_emit_swap_last(mil_writer *w, mil_tensor x,
-                                const char *hint); /* the last two axes */
+                                const char *hint); /* swaps the last two axes */
 mil_tensor anepy_emit_conv(mil_writer *w, mil_tensor weight, mil_tensor x,
-                           const char *hint); /* 1x1 */
+                           const char *hint); /* a 1x1 convolution */
 mil_tensor anepy_emit_matmul(mil_writer *w, mil_tensor x, int transpose_x, mil_tensor y,
                              int transpose_y, const char *hint);
 mil_tensor anepy_emit_binary(mil_writer *w, const char *op, mil_tensor x, mil_tensor y,
@@ -95,8 +95,8 @@ mil_tensor anepy_emit_declare_blob(mil_writer *w, const int32_t dims[4], uint64_
 
 /* -------------------------------------------------------------------------------- mil_baked.c */
 
-/* A weight of the program as conv weight [rows, cols, 1, 1], or [cols, rows, 1, 1] transposed; only
- * rows [first, first + rows) of it. */
+/* Rows [first, first + rows) of a weight as conv weight [rows, cols, 1, 1], or transposed as [cols,
+ * rows, 1, 1]. */
 mil_tensor anepy_emit_baked_matrix(mil_writer *w, const anepy_program_matrix *m, int transposed,
                                    int32_t first, int32_t rows);
 mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m,
@@ -106,7 +106,8 @@ mil_tensor anepy_emit_ones_column(mil_writer *w,
 mil_tensor anepy_emit_ones_square(mil_writer *w,
                                   int32_t channels);           /* [1, channels, width, width] */
 mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels);  /* [1, channels, 1, width] */
-mil_tensor anepy_emit_masked(mil_writer *w, int32_t channels); /* likewise: no logit */
+/* [1, channels, 1, width] with the value of a masked logit. */
+mil_tensor anepy_emit_masked(mil_writer *w, int32_t channels);
 mil_tensor anepy_emit_causal_mask(mil_writer *w);              /* [1, 1, width, width] */
 mil_tensor anepy_emit_angles(mil_writer *w, int sine);         /* [1, 1, head_dim, width] */
 /* The quarter turn of every channel pair: per head [1, heads, head_dim, head_dim], or as one conv
@@ -118,16 +119,16 @@ mil_tensor anepy_emit_head_padding(mil_writer *w, int32_t heads, int32_t padded,
 
 /* ------------------------------------------------------------------------------- mil_blocks.c */
 
-/* The projection with this weight, ANEPY_WQ..., of x; with transposed != 0 the gradient of x from
- * that of its result. */
+/* The projection of x with the weight of this role, ANEPY_WQ...; with transposed != 0 the gradient
+ * of its input from that of its output. */
 mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_tensor x,
                              const char *hint);
 
-/* Channels filled up with zeros to n. */
+/* Appends channels of zeros up to n channels. */
 mil_tensor anepy_emit_pad_channels(mil_writer *w, mil_tensor x, int32_t n);
 
-/* x / rms(x) * 16 / sqrt(dim), without its norm weight, and the factor rms(x)^-1 with the same
- * constant, [1, 1, 1, width]. */
+/* x / rms(x) * 16 / sqrt(dim) without norm weight, and the factor 16 / (sqrt(dim) rms(x)), [1, 1,
+ * 1, width]. */
 typedef struct {
     mil_tensor unit, inverse;
 } mil_normalized;
@@ -135,7 +136,7 @@ mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_invers
 mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role); /* times sqrt(dim) / 16 */
 mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint);
 
-/* RoPE of [1, heads * head_dim, 1, width]; inverse rotates back. */
+/* RoPE of [1, heads * head_dim, 1, width]; with inverse != 0 rotates back. */
 mil_tensor anepy_emit_rope(mil_writer *w, mil_tensor x, int32_t heads, int inverse,
                            const char *hint);
 

@@ -1,5 +1,5 @@
-/* runtime/storage.h - weights as they lie in memory: what model/ tells of a tensor and kernels/
- * multiply with. */
+/* runtime/storage.h - how weights lie in memory: model/ describes tensors with it, kernels/ read
+ * it. */
 #ifndef ANEPY_RUNTIME_STORAGE_H
 #define ANEPY_RUNTIME_STORAGE_H
 
@@ -17,7 +17,7 @@ typedef struct {
     int32_t rows, cols;
 } anepy_storage;
 
-/* Rows [first, first + rows) of it. */
+/* Rows [first, first + rows) of a matrix. */
 ANEPY_INLINE anepy_storage anepy_storage_rows(anepy_storage s, int32_t first, int32_t rows) {
     int64_t nbytes = (int64_t)first * s.cols * anepy_dtype_nbytes(s.dtype);
     return (anepy_storage){(const char *)s.data + nbytes, s.dtype, rows, s.cols};

@@ -1,14 +1,14 @@
-/* device/cpu/attention.c - causal attention per head and sequence, in blocks of 64 tokens that skip
- * the empty half.
+/* device/cpu/attention.c - causal attention of each head and sequence in blocks of 64 queries by 64
+ * keys, without the half that the mask empties.
  *
- * A piece of work holds 64 queries (forward) or 64 keys (backward) and walks over the blocks of the
- * others, so that no more than a few blocks are in use at once and no score is kept (Dao et al.
- * 2022, arXiv 2205.14135). The forward pass keeps one number per query, the logarithm of its
- * soft-max's sum, from which the backward pass computes every probability again, once.
+ * A piece has 64 queries (forward) or 64 keys (backward) and visits all blocks that they take part
+ * in. Few blocks are in use at once and no score is kept (Dao et al. 2022, arXiv 2205.14135). The
+ * forward pass keeps one number per query, the log-sum-exp of its scores; from it the backward pass
+ * computes each probability again, once.
  *
- * Factors of products are copied block by block into the layout the tile kernels read, and rounded
- * there in bf16: `load` and `panel_of` are the only places where precisions differ. Scores and
- * soft-max are float32. KV head k serves query heads k*g .. k*g+g-1. */
+ * Factors of products are copied into the layout of the matrix kernels, and in bf16 rounded there:
+ * only `load` and `panel_of` depend on the precision. Scores and soft-max are float32. KV head k
+ * serves the query heads k*g to k*g+g-1. */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -25,12 +25,13 @@ typedef struct {
     const anepy_bf16_kernels *bf16; /* NULL: products are float32 */
     int64_t width;
     int32_t head_dim, heads, kv_heads, group;
-    int32_t n;                           /* tokens of a sequence */
-    int32_t blocks;                      /* of 64 tokens, that a sequence has */
-    int32_t sequences;                   /* beside each other */
-    int32_t channel_units, column_units; /* reductions over a head's channels, a block's columns */
-    float factor;                        /* 1 / sqrt(head_dim) */
-    float scale;                         /* the same in powers of two */
+    int32_t n;         /* tokens of a sequence */
+    int32_t blocks;    /* blocks of 64 tokens in a sequence */
+    int32_t sequences; /* how many run side by side */
+    /* Units of a reduction over a head's channels, and over a block's columns. */
+    int32_t channel_units, column_units;
+    float factor; /* 1 / sqrt(head_dim) */
+    float scale;  /* factor * log2(e), for soft-max in powers of two */
 } attention;
 
 static attention begin(const anepy_kernel *kernel, int32_t n, int32_t columns) {
@@ -56,12 +57,12 @@ static attention begin(const anepy_kernel *kernel, int32_t n, int32_t columns) {
                        .scale = factor * 1.44269504f};
 }
 
-/* A block of 64 tokens of a sequence, for one head. */
+/* 64 tokens of a sequence, for one head. */
 typedef struct {
     int32_t head, sequence, block;
 } piece;
 
-/* The blocks of a sequence one after the other, then the sequences, then the heads. */
+/* Index runs over the blocks of a sequence first, then sequences, then heads. */
 static piece piece_at(const attention *a, int32_t index) {
     return (piece){index / a->blocks / a->sequences, index / a->blocks % a->sequences,
                    index % a->blocks};
@@ -71,7 +72,7 @@ static int32_t index_of(const attention *a, piece p) {
     return (p.head * a->sequences + p.sequence) * a->blocks + p.block;
 }
 
-/* Of a tensor with `channels` per head: where the block's first one begins. */
+/* First element of a block of a tensor with `channels` per head. */
 static float *block_of(const attention *a, float *tensor, piece p, int32_t channels) {
     return tensor + (int64_t)p.head * channels * a->width +
            ((int64_t)p.sequence * a->blocks + p.block) * COLS;
@@ -87,7 +88,7 @@ static void run(const attention *a, int32_t heads, anepy_loop_fn fn) {
 typedef struct {
     const anepy_cpu *cpu;
     float *x;
-    int32_t stride, columns; /* of one sequence, of all */
+    int32_t stride, columns; /* columns of one sequence; of all */
     float sign;
 } rotation;
 
@@ -128,7 +129,7 @@ static factors factors_in(const attention *a, float *memory) {
     return (factors){memory, a->bf16 != NULL ? memory + a->channel_units * COLS : memory};
 }
 
-/* Copy number `slot` of the two kept for every block. */
+/* Memory for factors of a block: each block has two slots. */
 static factors shared(const attention *a, piece p, int32_t slot) {
     int64_t at = 2 * (int64_t)index_of(a, p) + slot;
     return factors_in(a, a->cpu->factors + at * anepy_cpu_factors_n(a->head_dim));
@@ -148,14 +149,15 @@ static void load(const attention *a, factors f, const float *src, int64_t ld, in
         a->bf16->to_bf16((uint16_t *)(void *)(f.rows + d * a->column_units), src + d * ld, COLS);
 }
 
-/* A square [64][64] as right side of a reduction over its rows; copy: room for one. */
+/* A square [64][64] as second factor of a reduction over its rows. copy has room for one square. */
 static const float *panel_of(const attention *a, float *copy, const float *square) {
     if (a->bf16 == NULL) return square;
     a->bf16->pack_pairs((uint32_t *)(void *)copy, COLS, square, COLS, COLS, COLS);
     return copy;
 }
 
-/* The same over its columns; copy: room for two. */
+/* The transposed square, as second factor of a reduction over its columns. copy has room for two.
+ */
 static const float *transposed_of(const attention *a, float *copy, const float *square) {
     const float *rows = square;
     if (a->bf16 != NULL) {
@@ -195,7 +197,8 @@ static void load_keys(void *context, int32_t index, int32_t worker) {
 static void forward_block(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
     piece p = piece_at(a, index);
-    p.block = a->blocks - 1 - p.block; /* those with more keys first: the last pieces are short */
+    /* Pieces with more keys first, so that the last ones are short. */
+    p.block = a->blocks - 1 - p.block;
     float *const *t = a->kernel->tensors;
     float *scores = anepy_cpu_scratch(a->cpu, worker), *copy = scores + SQUARE;
     float *out = copy + SQUARE, max[COLS], sum[COLS], factor[COLS];
@@ -228,8 +231,8 @@ void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns)
 
 /* ------------------------------------------------------------------------------------ backward */
 
-/* Queries and gradients of their outputs, which count for nothing beyond the last token, and
- * dot[q] = sum_d dattn[d, q] attn[d, q], which is what sum_t p[q, t] dp[q, t] comes to. */
+/* Loads queries and the gradients of their outputs, zero beyond the last token, and computes dot[q]
+ * = sum_d dattn[d, q] attn[d, q], which equals sum_t p[q, t] dp[q, t]. */
 static void load_queries(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
     piece p = piece_at(a, index);
@@ -243,7 +246,7 @@ static void load_queries(void *context, int32_t index, int32_t worker) {
     load(a, shared(a, p, 0), block_of(a, a->kernel->tensors[SDPA_BWD2_Q], p, a->head_dim), a->width,
          STEPS | ROWS);
     load(a, shared(a, p, 1), dattn, COLS, STEPS | ROWS);
-    if (a->bf16 != NULL) /* the same numbers that dp is made of */
+    if (a->bf16 != NULL) /* rounded as in the products that give dp */
         a->bf16->from_bf16(dattn, (const uint16_t *)(const void *)shared(a, p, 1).rows,
                            a->head_dim * COLS);
     a->kernels->dot_columns(block_of(a, a->cpu->dot, p, 1), dattn,
@@ -257,7 +260,7 @@ static void paste(const attention *a, float *dst, const float *src) {
         memcpy(dst + d * a->width, src + d * COLS, COLS * sizeof(float));
 }
 
-/* What a block of keys of a KV head needs at hand. */
+/* Data of a piece of the backward pass: 64 keys of a KV head. */
 typedef struct {
     piece at;
     factors k, v;
@@ -265,20 +268,19 @@ typedef struct {
     float *squares; /* room for four */
 } keys_block;
 
-/* All of that, which is more than the forward pass needs. */
+/* The scratch of a keys_block; the forward pass needs less. */
 int64_t anepy_cpu_attention_scratch_n(int32_t head_dim) {
     return 4 * SQUARE + 2 * (int64_t)head_dim * COLS + 2 * anepy_cpu_factors_n(head_dim);
 }
 
-/* With the queries of one block: p and ds = p * (dp - dot) / sqrt(head_dim) as [query][key], then
- * dv[d, t] += dattn[d, q] p[q, t], dk[d, t] += q[d, q] ds[q, t] and dq[d, q] += k[d, t] ds[q, t].
- */
+/* Adds one block: p and ds = p * (dp - dot) / sqrt(head_dim) as [query][key], then dv[d, t] +=
+ * dattn[d, q] p[q, t], dk[d, t] += q[d, q] ds[q, t] and dq[d, q] += k[d, t] ds[q, t]. */
 static void backward_pair(const attention *a, const keys_block *b, piece p, int32_t accumulate) {
     float *probs = b->squares, *ds = probs + SQUARE, *copy = ds + SQUARE;
     factors q = shared(a, p, 0), dattn = shared(a, p, 1);
     over_channels(a, probs, q, b->k);
     over_channels(a, ds, dattn, b->v);
-    int32_t last = p.block == b->at.block; /* of the keys these queries see */
+    int32_t last = p.block == b->at.block; /* the last block of keys that these queries see */
     a->kernels->softmax_again(probs, ds, block_of(a, a->cpu->forward->lse, p, 1),
                               block_of(a, a->cpu->dot, p, 1), COLS, a->scale, a->factor, last);
     over_columns(a, b->dv, dattn, panel_of(a, copy, probs), accumulate);
@@ -286,14 +288,15 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
     const float *transposed = transposed_of(a, copy, ds);
     int32_t index = index_of(a, p);
     float *dq = a->cpu->dq + (int64_t)index * a->head_dim * COLS;
-    anepy_pool_await(&a->cpu->turns[index], b->at.block); /* other threads add earlier keys */
+    /* Threads add to dq in the order of keys. */
+    anepy_pool_await(&a->cpu->turns[index], b->at.block);
     over_columns(a, dq, b->k, transposed, b->at.block > 0);
     if (last) paste(a, block_of(a, a->kernel->tensors[SDPA_BWD2_DQ], p, a->head_dim), dq);
     atomic_store_explicit(&a->cpu->turns[index], b->at.block + 1, memory_order_release);
 }
 
-/* One block of keys with all queries that see it. First blocks come first, of all heads: they have
- * most queries, and two blocks of one head seldom meet. */
+/* All queries that see 64 keys. The first keys of all heads come first: most queries see them, and
+ * pieces of one head, which would wait for each other, rarely run at once. */
 static void backward_block(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
     int32_t others = a->kv_heads * a->sequences, size = a->head_dim * COLS;

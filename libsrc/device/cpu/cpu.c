@@ -1,7 +1,7 @@
 /* device/cpu/cpu.c - the native device: its memory, surfaces and bindings.
  *
- * Surfaces are plain memory that tensors are bound to directly, and weights are read in place, so
- * nothing is packed for transport and nothing is compiled. programs.c has the programs. */
+ * Tensors are bound to plain memory and weights are read in place, so nothing is packed for
+ * transport or compiled. programs.c has the programs. */
 #include "device/cpu/cpu.h"
 
 #include <math.h>
@@ -15,7 +15,7 @@ typedef struct owned {
     struct owned *next;
     void *mapping; /* unmapped with this, if any */
     uint64_t nbytes;
-    uint64_t reserved; /* keeps what follows 16-byte aligned */
+    uint64_t reserved; /* keeps the memory behind it 16-byte aligned */
 } owned;
 
 /* Heap memory with a record in front, freed by close. */
@@ -63,11 +63,11 @@ static int32_t cpu_surface_create(anepy_device *device, int32_t channels, int32_
 }
 
 static int32_t cpu_lock(anepy_surface *surface, int32_t for_writing) {
-    (void)surface, (void)for_writing; /* host memory */
+    (void)surface, (void)for_writing; /* nothing to do: it is host memory */
     return ANEPY_OK;
 }
 
-/* What the backward pass of the same layer computes probabilities from. */
+/* Memory for the log-sum-exp, from which the backward pass of the layer computes probabilities. */
 static int32_t own_lse(anepy_cpu *cpu, anepy_kernel *kernel) {
     const anepy_device_options *o = &cpu->base.options;
     kernel->lse = own_floats(cpu, (int64_t)o->model->config.n_heads * o->width);
@@ -93,9 +93,10 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
     return ANEPY_OK;
 }
 
-static void cpu_release(anepy_kernel *kernel) { (void)kernel; /* close frees it */ }
+static void cpu_release(anepy_kernel *kernel) { (void)kernel; /* freed by close */ }
 
-/* Only where scores are kept: they grow with the square of the sequence. */
+/* Allocated only if sdpa_bwd2 is bound to scores, because it grows with the square of the sequence.
+ */
 static int32_t own_dscores(anepy_cpu *cpu) {
     int64_t rows = cpu->positions;
     if (cpu->dscores == NULL) cpu->dscores = own_floats(cpu, rows * cpu->base.options.width);
@@ -150,7 +151,8 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
     cpu->positions = (int32_t)positions;
     int64_t factors_n = anepy_cpu_factors_n(m->head_dim);
     int64_t blocks = m->config.n_heads * width / ANEPY_COLUMNS;
-    /* Of factors that are rounded: a panel of a norm, or two rows of two outputs of the gate. */
+    /* For outputs before they are rounded: a panel of a norm, or two rows of both outputs of the
+     * gate. */
     int64_t others = anepy_max_i64((int64_t)m->config.dim * ANEPY_COLUMNS, 4 * width);
     cpu->scratch_n = anepy_max_i64(anepy_cpu_attention_scratch_n(m->head_dim), others);
     if (options->dtype == ANEPY_BF16) cpu->dgate = own_floats(cpu, m->config.hidden_dim * width);
@@ -197,7 +199,7 @@ const anepy_device_type anepy_device_cpu = {
     .about = "native kernels on this processor",
     .precisions = 1u << ANEPY_F32 | 1u << ANEPY_BF16,
     .capabilities = ANEPY_BINDS | ANEPY_LIVE_WEIGHTS | ANEPY_OFFLOADS | ANEPY_BATCHES,
-    .slow = ANEPY_OFFLOADS, /* they are the host's work done in more passes (anepy compare) */
+    .slow = ANEPY_OFFLOADS, /* slower than on the host, as they take more passes (anepy compare) */
     .probe = cpu_probe,
     .has_precision = cpu_has_precision,
     .open = cpu_open,

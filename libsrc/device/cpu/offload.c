@@ -1,4 +1,4 @@
-/* device/cpu/offload.c - norms, classifier and soft-max as programs, column panel by column panel.
+/* device/cpu/offload.c - norms, classifier and soft-max as programs, a panel of columns at a time.
  */
 #include <math.h>
 #include <string.h>
@@ -54,7 +54,7 @@ void anepy_cpu_final_rmsnorm(anepy_kernel *k, int32_t n, int32_t columns) {
     each_panel(k, columns, rmsnorm_panel);
 }
 
-/* Of the classifier: the rows of the program's part of the vocabulary. */
+/* Rows of the classifier for the program's part of the vocabulary. */
 static anepy_storage classifier_rows(const anepy_kernel *k, int32_t rows) {
     return anepy_storage_rows(anepy_cpu_weights(k, ANEPY_CLASSIFIER), k->program.first_row, rows);
 }
@@ -83,7 +83,8 @@ void anepy_cpu_classifier_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
     anepy_gemm_run(o->gemm, &product);
 }
 
-/* One group of tokens in one panel of columns; the rows of a group lie `groups` rows apart. */
+/* Soft-max of one group of tokens in one panel of columns; rows of a group are `groups` rows apart.
+ */
 static void softmax_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_kernel *k = context;

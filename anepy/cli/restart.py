@@ -58,7 +58,8 @@ def _given_up(plan: Plan, trainer: Trainer, failure: NativeError) -> NativeError
     folder = Path(f"{(plan.checkpoint or Path('anepy')).stem}.mil")
     with contextlib.suppress(AnepyError, OSError):
         write_layer(trainer.model, trainer.seq, folder)
-        text += f"; please send `anepy info --json` and {folder}, the first layer's programs as MIL"
+        text += f"; the MIL of the first layer's programs is in {folder}"
+        text += ": please send it with `anepy info --json`"
     if plan.checkpoint is not None:
         trainer.save_checkpoint(plan.checkpoint)
         text += f"; the run is in {plan.checkpoint}"

@@ -234,7 +234,7 @@ def test_programs_that_never_compile_end_the_run_with_their_text(
     line = done.stderr.splitlines()[-1]
     assert line.startswith("anepy: error: ANECCompile() FAILED; a new process did not help either")
     name = "b.mil" if "--ckpt" in keep else "anepy.mil"
-    assert f"the MIL of the first layer's programs is in {name}" in line
+    assert f"the MIL of the first layer's programs is in {name}: please send it with `anepy" in line
     assert (folder / name / "model.mil").read_text().startswith("program(1.3)")
     assert (folder / name / "weights" / "weight.bin").stat().st_size > 1000
     assert leftovers(folder) == []

@@ -122,7 +122,7 @@ typedef struct anepy_tensor {
     int64_t offset; /* first element in the arena; tensors follow each other without gaps */
     int64_t rows;   /* 1 for vectors */
     int64_t cols;
-    int32_t is_matrix; /* matrices get weight decay, vectors (norms) do not */
+    int32_t is_matrix; /* matrices get weight decay, vectors (norms, biases) do not */
     int32_t reserved;
 } anepy_tensor;
 

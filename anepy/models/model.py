@@ -280,7 +280,7 @@ class Model:
         """Make a model with random weights, as llama2.c's trainer starts.
 
         Matrices are normal with deviation 0.02, those that write to the residual stream (wo, w3)
-        with 0.02 / sqrt(2 n_layers); norm weights are 1 (model.py of llama2.c).
+        with 0.02 / sqrt(2 n_layers); norm weights are 1, biases 0 (model.py of llama2.c).
 
         Example:
             >>> Model.init(PRESETS["stories260K"], seed=1).n_parameters
@@ -291,7 +291,7 @@ class Model:
         model = cls(config)
         for index, (name, weight) in enumerate(model.weights.items()):
             if weight.ndim == 1:
-                weight.fill(1.0)
+                weight.fill(0.0 if name.endswith(".bias") else 1.0)
                 continue
             deviation = 0.02
             if name.endswith(("attention.wo.weight", "feed_forward.w3.weight")):

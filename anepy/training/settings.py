@@ -73,7 +73,7 @@ class LoopConfig:
     beta1: float = setting(0.9, "AdamW: decay of the first moment.")
     beta2: float = setting(0.999, "AdamW: decay of the second moment.")
     eps: float = setting(1e-8, "AdamW: added to the root of the second moment.")
-    weight_decay: float = setting(0.0, "AdamW: decay of matrices (never of norm weights).")
+    weight_decay: float = setting(0.0, "AdamW: decay of matrices (not of norms and biases).")
     grad_clip: float | None = setting(None, "Clip gradients to this global norm. Default: off.")
     schedule: str = setting("constant", "Learning-rate schedule: constant or cosine.")
     min_lr_ratio: float = setting(0.1, "Cosine schedule: final learning rate as a part of --lr.")

@@ -63,6 +63,7 @@ static void multiply(const anepy_decoder *d, float *y, anepy_storage w, const fl
 static void project(const anepy_decoder *d, float *y, int32_t layer, int32_t role, int32_t count,
                     const float *x) {
     anepy_storage w = {0};
+    float *out = y;
     for (int32_t i = 0; i < count; i++) {
         anepy_projection p = anepy_model_projection(d->model, layer, role + i);
         anepy_storage next = anepy_stored(p.weight, d->params);
@@ -72,6 +73,12 @@ static void project(const anepy_decoder *d, float *y, int32_t layer, int32_t rol
         w = next;
     }
     multiply(d, y, w, x);
+    for (int32_t i = 0; i < count; i++) {
+        anepy_projection p = anepy_model_projection(d->model, layer, role + i);
+        if (p.bias != NULL)
+            d->kernels->add(out, out, anepy_weights_vector(anepy_stored(p.bias, d->params)), p.out);
+        out += p.out;
+    }
 }
 
 static void normalize(const anepy_decoder *d, int64_t weight) {

@@ -83,9 +83,8 @@ static int32_t validate(const anepy_config *c) {
     if (c->norm_eps != 0.0) ANEPY_TRY(check_between("norm_eps", c->norm_eps, 1e-12, 0.1));
     ANEPY_TRY(check_flag("qkv_bias", c->qkv_bias));
     ANEPY_TRY(check_flag("qk_norm", c->qk_norm));
-    if (c->qkv_bias || c->qk_norm)
-        return anepy_fail(ANEPY_E_UNSUPPORTED, "%s is not supported yet: use a model without",
-                          c->qkv_bias ? "qkv_bias" : "qk_norm");
+    if (c->qk_norm)
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "qk_norm is not supported yet: use a model without");
     return check_flag("tied", c->tied);
 }
 
@@ -97,15 +96,18 @@ static const struct {
     const char *name;
     extent rows, cols;
 } LAYER[ANEPY_LAYER_TENSORS] = {
-    [ANEPY_ATTENTION_NORM] = {"attention_norm", VECTOR, DIM},
-    [ANEPY_WQ] = {"attention.wq", Q, DIM},
-    [ANEPY_WK] = {"attention.wk", KV, DIM},
-    [ANEPY_WV] = {"attention.wv", KV, DIM},
-    [ANEPY_WO] = {"attention.wo", DIM, Q},
-    [ANEPY_FFN_NORM] = {"ffn_norm", VECTOR, DIM},
-    [ANEPY_W1] = {"feed_forward.w1", HIDDEN, DIM},
-    [ANEPY_W3] = {"feed_forward.w3", HIDDEN, DIM},
-    [ANEPY_W2] = {"feed_forward.w2", DIM, HIDDEN},
+    [ANEPY_ATTENTION_NORM] = {"attention_norm.weight", VECTOR, DIM},
+    [ANEPY_WQ] = {"attention.wq.weight", Q, DIM},
+    [ANEPY_WK] = {"attention.wk.weight", KV, DIM},
+    [ANEPY_WV] = {"attention.wv.weight", KV, DIM},
+    [ANEPY_BQ] = {"attention.wq.bias", VECTOR, Q},
+    [ANEPY_BK] = {"attention.wk.bias", VECTOR, KV},
+    [ANEPY_BV] = {"attention.wv.bias", VECTOR, KV},
+    [ANEPY_WO] = {"attention.wo.weight", DIM, Q},
+    [ANEPY_FFN_NORM] = {"ffn_norm.weight", VECTOR, DIM},
+    [ANEPY_W1] = {"feed_forward.w1.weight", HIDDEN, DIM},
+    [ANEPY_W3] = {"feed_forward.w3.weight", HIDDEN, DIM},
+    [ANEPY_W2] = {"feed_forward.w2.weight", DIM, HIDDEN},
 };
 
 static int64_t extent_of(const anepy_model *model, extent e) {
@@ -122,8 +124,8 @@ static void append(anepy_model *model, int32_t layer, const char *name, int64_t 
                    int64_t cols) {
     anepy_tensor *t = &model->tensors[model->tensor_n++];
     t->struct_size = sizeof *t;
-    if (layer >= 0) snprintf(t->name, sizeof t->name, "layers.%d.%s.weight", layer, name);
-    else snprintf(t->name, sizeof t->name, "%s.weight", name);
+    if (layer >= 0) snprintf(t->name, sizeof t->name, "layers.%d.%s", layer, name);
+    else snprintf(t->name, sizeof t->name, "%s", name);
     t->offset = model->arena_n;
     t->is_matrix = rows != VECTOR;
     t->rows = t->is_matrix ? rows : 1;
@@ -131,10 +133,25 @@ static void append(anepy_model *model, int32_t layer, const char *name, int64_t 
     model->arena_n += /* mutate: arena-size */ t->rows * cols;
 }
 
+static int has(const anepy_config *config, int32_t role) {
+    switch (role) {
+    case ANEPY_BQ:
+    case ANEPY_BK:
+    case ANEPY_BV: return config->qkv_bias;
+    default: return 1;
+    }
+}
+
 static void append_layer(anepy_model *model, int32_t layer) {
-    for (int32_t role = 0; role < ANEPY_LAYER_TENSORS; role++)
-        append(model, layer, LAYER[role].name, extent_of(model, LAYER[role].rows),
-               extent_of(model, LAYER[role].cols));
+    int32_t first = model->tensor_n;
+    for (int32_t role = 0; role < ANEPY_LAYER_TENSORS; role++) {
+        int32_t there = has(&model->config, role);
+        model->position[role] = there ? model->tensor_n - first : -1;
+        if (there)
+            append(model, layer, LAYER[role].name, extent_of(model, LAYER[role].rows),
+                   extent_of(model, LAYER[role].cols));
+    }
+    model->layer_n = model->tensor_n - first;
 }
 
 int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
@@ -155,10 +172,10 @@ int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
         .low_freq_factor = config->rope_low_freq_factor,
         .high_freq_factor = config->rope_high_freq_factor,
     };
-    append(m, -1, "tok_embeddings", config->vocab_size, config->dim);
+    append(m, -1, "tok_embeddings.weight", config->vocab_size, config->dim);
     for (int32_t layer = 0; layer < config->n_layers; layer++) append_layer(m, layer);
-    append(m, -1, "norm", VECTOR, config->dim);
-    if (!config->tied) append(m, -1, "output", config->vocab_size, config->dim);
+    append(m, -1, "norm.weight", VECTOR, config->dim);
+    if (!config->tied) append(m, -1, "output.weight", config->vocab_size, config->dim);
     *out = m;
     return ANEPY_OK;
 }
@@ -180,10 +197,11 @@ const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, in
     const anepy_config *c = &model->config;
     switch (role) {
     case ANEPY_EMBEDDING: return &model->tensors[0];
-    case ANEPY_FINAL_NORM: return &model->tensors[1 + c->n_layers * ANEPY_LAYER_TENSORS];
+    case ANEPY_FINAL_NORM: return &model->tensors[1 + c->n_layers * model->layer_n];
     case ANEPY_CLASSIFIER: return &model->tensors[c->tied ? 0 : model->tensor_n - 1];
-    default: return &model->tensors[1 + layer * ANEPY_LAYER_TENSORS + role];
     }
+    int32_t position = model->position[role];
+    return position >= 0 ? &model->tensors[1 + layer * model->layer_n + position] : NULL;
 }
 
 anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena) {
@@ -207,9 +225,19 @@ int64_t anepy_model_classifier(const anepy_model *model) {
     return anepy_model_find(model, 0, ANEPY_CLASSIFIER)->offset;
 }
 
+static const anepy_tensor *bias_of(const anepy_model *model, int32_t layer, int32_t role) {
+    switch (role) {
+    case ANEPY_WQ: return anepy_model_find(model, layer, ANEPY_BQ);
+    case ANEPY_WK: return anepy_model_find(model, layer, ANEPY_BK);
+    case ANEPY_WV: return anepy_model_find(model, layer, ANEPY_BV);
+    default: return NULL;
+    }
+}
+
 anepy_projection anepy_model_projection(const anepy_model *model, int32_t layer, int32_t role) {
     const anepy_tensor *weight = anepy_model_find(model, layer, role);
-    return (anepy_projection){weight, (int32_t)weight->cols, (int32_t)weight->rows};
+    return (anepy_projection){weight, bias_of(model, layer, role), (int32_t)weight->cols,
+                              (int32_t)weight->rows};
 }
 
 /* theta^(-2i/head_dim) for pair i (Su et al. 2021, arXiv 2104.09864), and what scaling makes of it.

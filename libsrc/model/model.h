@@ -14,6 +14,9 @@ enum {
     ANEPY_WQ,
     ANEPY_WK,
     ANEPY_WV,
+    ANEPY_BQ, /* biases of wq, wk, wv */
+    ANEPY_BK,
+    ANEPY_BV,
     ANEPY_WO,
     ANEPY_FFN_NORM,
     ANEPY_W1,
@@ -39,12 +42,14 @@ struct anepy_model {
     int32_t kv_dim; /* n_kv_heads * head_dim */
     float norm_eps;
     anepy_rope rope;
+    int32_t layer_n;                       /* tensors of a layer */
+    int32_t position[ANEPY_LAYER_TENSORS]; /* among them, by role; -1: the model has none */
     int32_t tensor_n;
     int64_t arena_n;
     anepy_tensor tensors[]; /* embeddings, layers, final norm, classifier if separate */
 };
 
-/* The tensor of a layer (ignored for those of none) for this. */
+/* The tensor of a layer (ignored for those of none) for this; NULL: the model has none. */
 const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, int32_t role);
 
 /* Where its weights are in an arena. */
@@ -56,10 +61,11 @@ int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t role)
 int64_t anepy_model_final_norm(const anepy_model *model);
 int64_t anepy_model_classifier(const anepy_model *model); /* the embedding when tied */
 
-/* A linear map y = W x. All that multiplies with weights, writes their gradients or counts
+/* A linear map y = W x + b. All that multiplies with weights, writes their gradients or counts
  * operations takes shapes and tensors from here. */
 typedef struct {
     const anepy_tensor *weight; /* [out, in] */
+    const anepy_tensor *bias;   /* [out]; NULL: none */
     int32_t in, out;            /* channels */
 } anepy_projection;
 

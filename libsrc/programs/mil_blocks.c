@@ -26,6 +26,15 @@ static int32_t find(mil_writer *w, const anepy_tensor *tensor, anepy_program_mat
     return index;
 }
 
+/* A vector, times a factor, as an operand of the channels it has a value for. */
+static mil_tensor vector(mil_writer *w, const anepy_tensor *tensor, double factor) {
+    anepy_program_matrix m;
+    int32_t index = find(w, tensor, &m);
+    if (!w->program->live) return anepy_emit_baked_vector(w, &m, factor);
+    if (factor == 1.0) return w->parameters[index];
+    return anepy_emit_with_scalar(w, "mul", w->parameters[index], factor, "weight");
+}
+
 /* One layout serves both directions: the transpose is a flag, and nothing is copied. */
 static mil_tensor live_linear(mil_writer *w, int32_t index, int transposed, mil_tensor x,
                               int32_t rows, const char *hint) {
@@ -45,9 +54,12 @@ mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_te
     anepy_projection p = anepy_model_projection(w->model, w->layer, role);
     anepy_program_matrix m;
     int32_t index = find(w, p.weight, &m);
-    if (w->program->live)
-        return live_linear(w, index, transposed, x, transposed ? m.cols : m.rows, hint);
-    return anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, transposed, 0, m.rows), x, hint);
+    mil_tensor y =
+        w->program->live
+            ? live_linear(w, index, transposed, x, transposed ? m.cols : m.rows, hint)
+            : anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, transposed, 0, m.rows), x, hint);
+    if (p.bias == NULL || transposed) return y;
+    return anepy_emit_binary(w, "add", y, vector(w, p.bias, 1.0), hint);
 }
 
 /* --------------------------------------------------------------------------------------- norms */
@@ -83,11 +95,7 @@ mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_invers
 }
 
 mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role) {
-    double factor = sqrt(w->model->config.dim) / 16;
-    anepy_program_matrix m;
-    int32_t index = find(w, anepy_model_find(w->model, w->layer, role), &m);
-    if (!w->program->live) return anepy_emit_baked_vector(w, &m, factor);
-    return anepy_emit_with_scalar(w, "mul", w->parameters[index], factor, "weight");
+    return vector(w, anepy_model_find(w->model, w->layer, role), sqrt(w->model->config.dim) / 16);
 }
 
 mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint) {

@@ -16,7 +16,8 @@ typedef struct {
 } range;
 
 /* Mathematics, per column unless attention says otherwise (float64 form: tests/reference):
- *   sdpa_fwd   xnorm = rmsnorm(x); q, k = rope(wq xnorm), rope(wk xnorm); v = wv xnorm;
+ *   sdpa_fwd   xnorm = rmsnorm(x); q, k = rope(wq xnorm + bq), rope(wk xnorm + bk);
+ *              v = wv xnorm + bv, without biases where the model has none;
  *              attn = softmax(q^T k / sqrt(head) + causal) v per head; out = wo attn
  *   ffn_fwd    xnorm = rmsnorm(x); h1 = w1 xnorm; h3 = w3 xnorm; gate = silu(h1) h3; out = w2 gate
  *   ffn_bwd    gradients of h1, h3 and xnorm (dx) from that of out (dy)
@@ -35,14 +36,15 @@ static const struct {
     const char *name;
     range inputs[5], outputs[7];
     int32_t weight_n;
-    int32_t weights[ANEPY_PROGRAM_WEIGHTS];
+    int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* those that the model has not are left out */
 } TABLE[ANEPY_PROGRAM_N] = {
     [ANEPY_SDPA_FWD] =
         {"sdpa_fwd",
          {{"x", DIM}},
          {{"out", DIM}, {"q", Q}, {"k", KV}, {"v", KV}, {"attn", Q}, {"xnorm", DIM | FACTOR}},
-         5,
-         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO}},
+         8,
+         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO, ANEPY_BQ, ANEPY_BK,
+          ANEPY_BV}},
     [ANEPY_FFN_FWD] = {"ffn_fwd",
                        {{"x", DIM}},
                        {{"out", DIM},
@@ -92,6 +94,9 @@ static const char *const WEIGHT_NAMES[] = {
     [ANEPY_WQ] = "wq",
     [ANEPY_WK] = "wk",
     [ANEPY_WV] = "wv",
+    [ANEPY_BQ] = "wq_bias",
+    [ANEPY_BK] = "wk_bias",
+    [ANEPY_BV] = "wv_bias",
     [ANEPY_WO] = "wo",
     [ANEPY_FFN_NORM] = "ffn_norm",
     [ANEPY_W1] = "w1",
@@ -144,8 +149,9 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
     out->first_row = part * ((vocab + out->parts - 1) / out->parts);
     out->input_n = fill(out, 0, TABLE[id].inputs, model, &out->input_channels);
     out->output_n = fill(out, out->input_n, TABLE[id].outputs, model, &out->output_channels);
-    out->weight_n = TABLE[id].weight_n;
-    memcpy(out->weights, TABLE[id].weights, sizeof out->weights);
+    for (int32_t i = 0; i < TABLE[id].weight_n; i++)
+        if (anepy_model_find(model, 0, TABLE[id].weights[i]) != NULL)
+            out->weights[out->weight_n++] = TABLE[id].weights[i];
 }
 
 void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,

@@ -30,7 +30,7 @@ typedef enum {
 } anepy_program_id;
 
 #define ANEPY_PROGRAM_TENSORS 8
-#define ANEPY_PROGRAM_WEIGHTS 5
+#define ANEPY_PROGRAM_WEIGHTS 8
 
 typedef struct {
     const char *name;
@@ -55,13 +55,13 @@ typedef struct {
 } anepy_program;
 
 /* A weight of a program. As an input it is a surface of its own: a matrix [1, channels, 1, columns]
- * is itself, row = channel, padded with zeros to multiples of 32 (contractions must be); a norm
+ * is itself, row = channel, padded with zeros to multiples of 32 (contractions must be); a vector
  * repeats each value along its row (one column would be below what the engine handles). */
 typedef struct {
     const char *name;   /* wq */
     char parameter[24]; /* w1_wq: names sort in program order, behind a_in */
     const anepy_tensor *tensor;
-    int32_t first_row, rows, cols; /* the part of it that is used; a norm is [1, dim] */
+    int32_t first_row, rows, cols; /* the part of it that is used; a vector is one row */
     int32_t channels, columns;     /* of its surface */
 } anepy_program_matrix;
 

@@ -1,4 +1,5 @@
-/* train/dw.c - weight gradients: dW (+)= dY . X^T of each layer, in the background. */
+/* train/dw.c - weight gradients: dW (+)= dY . X^T of each layer, and those of biases, in the
+ * background. */
 #include "train/dw.h"
 
 #include <stdatomic.h>
@@ -6,7 +7,7 @@
 
 #include "runtime/memory.h"
 
-#define CONVERT_ROWS 64 /* per piece */
+#define PIECE_ROWS 64 /* of a factor */
 
 static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
@@ -87,12 +88,12 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
 
 static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
     int converts = task_rounds(e, o) || anepy_capture_raw(e, o) != NULL;
-    return converts ? (o->channels + CONVERT_ROWS - 1) / CONVERT_ROWS : 0;
+    return converts ? (o->channels + PIECE_ROWS - 1) / PIECE_ROWS : 0;
 }
 
 static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece) {
-    int64_t first = (int64_t)piece * CONVERT_ROWS * e->room->width;
-    int32_t rows = anepy_min_i32(CONVERT_ROWS, o->channels - piece * CONVERT_ROWS);
+    int64_t first = (int64_t)piece * PIECE_ROWS * e->room->width;
+    int32_t rows = anepy_min_i32(PIECE_ROWS, o->channels - piece * PIECE_ROWS);
     if (task_rounds(e, o)) {
         uint16_t *out = (uint16_t *)(void *)o->capture;
         for (int64_t at = first; at < first + (int64_t)rows * e->room->width; at += e->room->width)
@@ -101,6 +102,20 @@ static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece
     }
     e->kernels->from_half(o->capture + first, anepy_capture_raw(e, o) + first,
                           (int64_t)rows * e->room->width);
+}
+
+/* The gradient of a bias is that of its output, summed over the tokens. It is never rounded. */
+static void sum_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const anepy_dw *dw = context;
+    const anepy_engine *e = dw->engine;
+    const anepy_product *p = &dw->job.product;
+    float *gradient = e->grads + dw->bias;
+    int32_t end = anepy_min_i32(p->m, (index + 1) * PIECE_ROWS);
+    for (int32_t r = index * PIECE_ROWS; r < end; r++) {
+        float sum = e->kernels->sum(p->a + (int64_t)r * p->a_row, p->k);
+        gradient[r] = p->accumulate ? gradient[r] + sum : sum;
+    }
 }
 
 /* Indices are taken in order, so whoever waits here waits for conversions that are being done. */
@@ -116,21 +131,27 @@ static void dw_piece(void *context, int32_t index, int32_t worker) {
     }
     while (atomic_load_explicit(&dw->converted, memory_order_acquire) < dw->conversions)
         anepy_cpu_pause();
-    anepy_gemm_piece(&dw->job, index - dw->conversions, worker);
+    index -= dw->conversions;
+    if (index < dw->sums) sum_rows(dw, index, worker);
+    else anepy_gemm_piece(&dw->job, index - dw->sums, worker);
 }
 
 /* On the GPU the products of a layer are one group: the last is that of wq, wk, wv. */
 static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->room->layers[layer].dw[which];
     e->run.dw_started++;
-    if (e->room->metal != NULL)
+    dw->engine = e;
+    dw->sums = dw->bias >= 0 ? (dw->dy.channels + PIECE_ROWS - 1) / PIECE_ROWS : 0;
+    if (e->room->metal != NULL) {
+        anepy_pool_run(e->pool, dw->sums, sum_rows, dw);
         return anepy_gpu.multiply(e->room->metal, layer * DW_N + which, &dw->job.product,
                                   /* mutate: dw-last-of-layer */ which == DW_QKV);
-    dw->engine = e;
+    }
     dw->conversions = conversions(e, &dw->dy) + conversions(e, &dw->x);
     atomic_store(&dw->converted, 0);
-    anepy_pool_submit(e->pool, &dw->loop, dw->conversions + anepy_gemm_pieces(&dw->job.product),
-                      dw_piece, dw, !anepy_on(e, ANEPY_CONCURRENT_DW));
+    anepy_pool_submit(e->pool, &dw->loop,
+                      dw->conversions + dw->sums + anepy_gemm_pieces(&dw->job.product), dw_piece,
+                      dw, !anepy_on(e, ANEPY_CONCURRENT_DW));
     return ANEPY_OK;
 }
 

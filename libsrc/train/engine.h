@@ -51,10 +51,12 @@ typedef struct {
 typedef struct {
     anepy_operand dy, x;
     int64_t gradient; /* offset in the arena */
-    double *squares;  /* one per piece of the product, of the gradient that it leaves */
+    int64_t bias;    /* of the gradient of the biases, sums of the rows of dy; -1: there are none */
+    double *squares; /* one per piece of the product, of the gradient that it leaves */
     anepy_engine *engine;
     anepy_gemm_job job;
     int32_t conversions;       /* pieces that convert factors come first */
+    int32_t sums;              /* then those of the biases */
     _Atomic int32_t converted; /* and have to be done before the product's */
     anepy_loop loop;
 } anepy_dw;

@@ -205,7 +205,8 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     return ANEPY_OK;
 }
 
-/* Of each weight-gradient product: the role of the first weight, and how many follow it. */
+/* Of each weight-gradient product: the role of the first weight, and how many there are. Their
+ * biases lie beside each other as well. */
 static const struct {
     int32_t role, count;
 } DW[DW_N] = {
@@ -224,8 +225,11 @@ static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy
         dy.channels += p.out;
         x.channels = p.in;
     }
-    return (anepy_dw){
-        .dy = dy, .x = x, .gradient = anepy_model_layer(e->model, layer, DW[which].role)};
+    anepy_projection first = anepy_model_projection(e->model, layer, DW[which].role);
+    return (anepy_dw){.dy = dy,
+                      .x = x,
+                      .gradient = first.weight->offset,
+                      .bias = first.bias != NULL ? first.bias->offset : -1};
 }
 
 static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t tensor) {

@@ -25,6 +25,7 @@ static const anepy_config CONFIGS[FIXTURE_N + 1] = {
      .seq_len = 65,
      .tied = 0,
      .head_dim = 18,
+     .qkv_bias = 1,
      .norm_eps = 1e-3,
      .rope_theta = 500.0,
      .rope_scaling = ANEPY_ROPE_LINEAR,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tolerances
 from cases import (
+    BIASES,
     GQA,
     NARROW_HEADS,
     SEPARATE,
@@ -24,8 +25,8 @@ from anepy.models.model import ModelConfig
 
 @pytest.mark.parametrize(
     "config",
-    [GQA, SEPARATE, WIDE_HEADS, NARROW_HEADS],
-    ids=["gqa", "separate", "wide-heads", "narrow-heads"],
+    [GQA, SEPARATE, WIDE_HEADS, NARROW_HEADS, BIASES],
+    ids=["gqa", "separate", "wide-heads", "narrow-heads", "biases"],
 )
 @pytest.mark.parametrize("threads", [1, 3])
 def test_decoder_logits_are_those_of_the_engine(config: ModelConfig, threads: int) -> None:

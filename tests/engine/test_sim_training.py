@@ -27,12 +27,15 @@ WIDE_HEADS = ModelConfig(
 NARROW_HEADS = ModelConfig(
     100, 80, 1, 3, 1, 97, 64, 20, 1e-3, 500.0, RopeScaling("linear", 2.5), tied=False
 )
+BIASES = ModelConfig(64, 96, 2, 6, 2, 160, 128, 20, qkv_bias=True)
 WIDE = ModelConfig(768, 2048, 2, 12, 12, 1000, 256)
 
 
 def make(config: ModelConfig, seed: int = 1) -> tuple[Model, dict[str, np.ndarray]]:
     """Return a model with random weights and the same weights in float64."""
-    weights = llama64.random_weights(config, seed)
+    # Biases of 0.5 make all keys alike unless products are as large: dq is then a small difference
+    # of large terms, which fp16 has rounded (3 % of it with weights of 0.02).
+    weights = llama64.random_weights(config, seed, 0.1 if config.qkv_bias else 0.02)
     model = Model(config)
     for name, value in weights.items():
         model.weights[name][...] = value
@@ -72,6 +75,7 @@ STEPS = {
     "dim-768": (WIDE, 256),
     "wide-heads": (WIDE_HEADS, 100),
     "narrow-heads": (NARROW_HEADS, 64),
+    "biases": (BIASES, 100),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerances
-from cases import GQA, SEPARATE, bits, make_engine, make_model, message, sequence
+from cases import BIASES, GQA, SEPARATE, bits, make_engine, make_model, message, sequence
 from reference import adamw64
 from reference import llama64 as ref
 from tolerances import assert_tensors_close
@@ -130,8 +130,9 @@ def test_update_tells_of_no_compiling_where_weights_are_read_in_place() -> None:
         assert stats.compile_ms == 0 and stats.update_ms > 0 and engine.compiles == 0
 
 
-def test_update_decays_matrices_only() -> None:
-    with make_engine(SEPARATE) as engine:
+@pytest.mark.parametrize("config", [SEPARATE, BIASES], ids=["separate", "biases"])
+def test_update_decays_matrices_only(config: ModelConfig) -> None:
+    with make_engine(config) as engine:
         for gradient in engine.gradients.values():
             gradient[...] = 0.0
         before = {n: np.array(w) for n, w in engine.model.weights.items()}

@@ -71,7 +71,7 @@ def test_rope_scaling_that_makes_no_sense_is_refused(scaling: dict[str, Any], sa
         ("rope_theta", 0, "rope_theta is 0"),
         ("rope_theta", math.inf, "rope_theta is inf"),
         ("rope_theta", None, "rope_theta is None, expected a number"),
-        ("qkv_bias", True, "qkv_bias is not supported yet"),
+        ("qkv_bias", 2, "qkv_bias is 2"),
         ("qk_norm", True, "qk_norm is not supported yet"),
     ],
 )
@@ -95,3 +95,11 @@ def test_save_of_the_usual_head_dim_is_that_of_none(tmp_path: Path) -> None:
     usual = dataclasses.replace(SMALL, head_dim=SMALL.dim // SMALL.n_heads)
     Model.init(usual).save(tmp_path / "m.bin")
     assert Model.load(tmp_path / "m.bin").config == SMALL
+
+
+def test_biases_have_names_and_start_at_zero() -> None:
+    model = Model.init(dataclasses.replace(SMALL, qkv_bias=True), seed=1)
+    assert {n: w.shape for n, w in model.weights.items()} == ref.tensor_shapes(model.config)
+    biases = [n for n in model.weights if n.endswith(".bias")]
+    assert len(biases) == 3 * SMALL.n_layers
+    assert not any(model.weights[n].any() for n in biases)

@@ -4,6 +4,7 @@
 #include "device/cpu/cpu.h"
 
 #define COLS ANEPY_COLUMNS
+#define PIECE_ROWS 64
 
 /* ----------------------------------------------------------------------------- building blocks */
 
@@ -53,6 +54,32 @@ static void multiply(const anepy_cpu *cpu, const anepy_product *product, int pac
     else anepy_gemm_run(gemm, product);
 }
 
+/* The biases of projections, added to all columns of their outputs. */
+typedef struct {
+    const anepy_cpu *cpu;
+    float *y;
+    const float *bias;
+    int32_t rows, columns;
+} biased;
+
+static void add_bias_rows(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const biased *b = context;
+    int32_t end = anepy_min_i32(b->rows, (index + 1) * PIECE_ROWS);
+    for (int32_t row = index * PIECE_ROWS; row < end; row++) {
+        float *y = b->y + (int64_t)row * b->cpu->base.options.width, bias = b->bias[row];
+        for (int32_t j = 0; j < b->columns; j++) y[j] += bias;
+    }
+}
+
+static void add_bias(const anepy_kernel *k, int32_t role, float *y, int32_t columns) {
+    const anepy_device_options *o = &k->cpu->base.options;
+    anepy_projection p = anepy_model_projection(o->model, k->layer, role);
+    if (p.bias == NULL) return;
+    biased b = {k->cpu, y, anepy_weights_vector(anepy_stored(p.bias, k->params)), p.out, columns};
+    anepy_pool_run(o->gemm->pool, (p.out + PIECE_ROWS - 1) / PIECE_ROWS, add_bias_rows, &b);
+}
+
 /* The projections of x, or of x16 if it is rounded. */
 static void project(const anepy_kernel *k, projections p, const float *x, const uint16_t *x16,
                     int32_t columns) {
@@ -65,6 +92,7 @@ static void project(const anepy_kernel *k, projections p, const float *x, const 
         anepy_weights_factor(&product, runs[i].w, 0);
         multiply(k->cpu, &product, p.packed);
     }
+    for (int32_t i = 0; i < p.count; i++) add_bias(k, p.roles[i], p.y[i], columns);
 }
 
 /* dx, the gradient of x: what the projections make of y, added up. */
@@ -95,8 +123,6 @@ typedef struct {
     int32_t rows, columns;
     int32_t packed_k; /* the reduction of that product; 0: it is not packed */
 } elementwise;
-
-#define PIECE_ROWS 64
 
 /* Rows of a factor as they were computed. k: packed_k; `row`: the first of them there. */
 static void put_rows(const anepy_cpu *cpu, uint16_t *dst, int32_t k, int32_t row, int32_t rows,

@@ -118,7 +118,7 @@ def test_commands_say_it_once_and_only_if_the_device_was_not_named(
     chosen = run(*words)
     lines = [line for line in chosen.err.splitlines() if "chosen automatically" in line]
     assert chosen.code == 0 and len(lines) == 1, chosen
-    assert lines[0].startswith("anepy: note: device ") and "chosen" not in chosen.out
+    assert lines[0].startswith("anepy: note: device ") and "device cpu, chosen" not in chosen.out
     named = run(*words, "--device", "cpu")
     assert named.code == 0 and "chosen automatically" not in named.err + named.out
     record = json.loads(run(*words, "--json").out)

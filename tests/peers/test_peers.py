@@ -34,7 +34,10 @@ def ids(pair: Pair) -> list[Any]:
 def losses_of_both(
     model: Model, data: list[Pair], lr: float, accum: int = 1, **options: float
 ) -> tuple[list[float], list[float]]:
-    """Train both on the same sequences and return their losses, step by step."""
+    """Train both on the same sequences and return their losses, step by step.
+
+    An update is the mean over the tokens of its sequences, which need not be of one length.
+    """
     from peers import torch_llama
 
     peer = torch_llama.build(model.config, model.weights)
@@ -42,8 +45,10 @@ def losses_of_both(
     ours, theirs = [], []
     with Engine(model, "opt", "cpu", "fp32", threads=2) as engine:
         for number, pair in enumerate(data, 1):
+            first = (number - 1) // accum * accum
+            tokens = sum(len(targets) for _, targets in data[first : first + accum])
             loss = peer.loss(*ids(pair))
-            (loss / accum).backward()
+            (loss * len(pair[1]) / tokens).backward()
             theirs.append(float(loss.detach()))
             ours.append(engine.step(*pair).loss)
             if number % accum:

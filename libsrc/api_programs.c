@@ -151,16 +151,16 @@ int32_t anepy_mil_write(const anepy_model *model, const float *params,
 static int32_t run(anepy_device *device, const anepy_program *p, const float *params, int32_t layer,
                    int32_t n, const float *in, float *out) {
     anepy_surface *input, *output;
-    anepy_kernel *kernel;
+    anepy_executable *executable;
     anepy_instance instance = {p, layer};
     ANEPY_TRY(device->ops->surface_create(device, p->input_channels, 0, &input));
     ANEPY_TRY(device->ops->surface_create(device, p->output_channels, 0, &output));
-    ANEPY_TRY(device->ops->compile(device, &instance, 1, params, &kernel));
+    ANEPY_TRY(device->ops->compile(device, &instance, 1, params, &executable));
     for (int32_t t = 0; t < p->input_n + p->output_n; t++)
-        ANEPY_TRY(
-            device->ops->bind(kernel, t, t < p->input_n ? input : output, p->tensors[t].channel));
+        ANEPY_TRY(device->ops->bind(executable, t, t < p->input_n ? input : output,
+                                    p->tensors[t].channel));
     ANEPY_TRY(anepy_surface_write(input, 0, p->input_channels, in));
-    ANEPY_TRY(device->ops->evaluate(kernel, n, 1));
+    ANEPY_TRY(device->ops->evaluate(executable, n, 1));
     return anepy_surface_read(output, 0, p->output_channels, out);
 }
 

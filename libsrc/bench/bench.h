@@ -11,7 +11,7 @@
 #include "device/device.h"
 
 #define ANEPY_BENCH_BUFFERS 8
-#define ANEPY_BENCH_ENDS 96     /* rows computed by the reference, at both ends of a product */
+#define ANEPY_BENCH_ENDS 96 /* rows computed by the reference, at both ends of a product */
 
 typedef enum { IN, OUT, INOUT, HALVES /* input of binary16 */ } anepy_bench_role;
 
@@ -63,7 +63,7 @@ struct anepy_bench {
     int32_t reduction; /* longest reduction of anepy_gemm_piece */
     anepy_model *one;  /* the model with a single layer */
     anepy_device *device;
-    anepy_kernel *programs[3]; /* the program; or sdpa_fwd, sdpa_bwd1, sdpa_bwd2 of a layer */
+    anepy_executable *programs[3]; /* the program; or sdpa_fwd, sdpa_bwd1, sdpa_bwd2 of a layer */
     /* Input and output of programs[0]; gradients of q, k, v; gradient of the layer. */
     anepy_surface *surfaces[4];
 };

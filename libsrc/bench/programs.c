@@ -81,7 +81,7 @@ int32_t anepy_bench_prepare_program(anepy_bench *b) {
     return ANEPY_OK;
 }
 
-static int32_t compile(anepy_bench *b, anepy_program *p, int32_t id, anepy_kernel **out) {
+static int32_t compile(anepy_bench *b, anepy_program *p, int32_t id, anepy_executable **out) {
     anepy_instance instance = {p, 0};
     describe(p, b, id);
     return b->device->ops->compile(b->device, &instance, 1, b->buffers[WEIGHTS].data, out);

@@ -1,4 +1,4 @@
-/* device/bank.c - surfaces, kernels and weights of devices that run MIL. */
+/* device/bank.c - surfaces, executables and weights of devices that run MIL. */
 #include "device/bank.h"
 
 #include <stdatomic.h>
@@ -10,12 +10,11 @@
 /* Default size step of surfaces: smaller ones fail on some chips (docs/neural-engine.md#surfaces).
  */
 #define SURFACE_STEP 65536
-#define WEIGHT_ROWS 64 /* rows of a live weight per piece */
 
 /* A compiled text. */
 struct anepy_bank {
     void *compiled;
-    int32_t users; /* references: kernels that are functions of it */
+    int32_t users; /* references: executables that are functions of it */
 };
 
 /* ------------------------------------------------------------------------------------ surfaces */
@@ -71,7 +70,7 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
     const weight_task *t = context;
     const anepy_bank_surface *s = t->surface;
     anepy_storage from = anepy_program_stored(&s->weight, t->params);
-    int32_t first = index * WEIGHT_ROWS, end = first + WEIGHT_ROWS;
+    int32_t first = index * ANEPY_PIECE_ROWS, end = first + ANEPY_PIECE_ROWS;
     if (!s->weight.tensor->is_matrix) { /* a vector: each value fills its row */
         for (int32_t r = first; r < anepy_min_i32(end, s->base.channels); r++) {
             uint16_t *row = (uint16_t *)s->base.data + (int64_t)r * s->base.width;
@@ -88,7 +87,7 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
 static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const float *params) {
     weight_task task = {s, d->base.options.gemm->kernels, params};
     ANEPY_TRY(bank_lock(&s->base, 1));
-    anepy_pool_run(d->base.options.gemm->pool, (s->base.channels + WEIGHT_ROWS - 1) / WEIGHT_ROWS,
+    anepy_pool_run(d->base.options.gemm->pool, anepy_pieces(s->base.channels, ANEPY_PIECE_ROWS),
                    write_weight_rows, &task);
     return bank_unlock(&s->base, 1);
 }
@@ -111,47 +110,48 @@ static int32_t weight_surface(anepy_bank_device *d, const anepy_program_matrix *
     return write_weight(d, *out, params);
 }
 
-/* ------------------------------------------------------------------------------------- kernels */
+/* --------------------------------------------------------------------------------- executables */
 
-static void bank_release(anepy_kernel *kernel) {
-    anepy_bank_device *d = kernel->device;
-    if (kernel->request != NULL) d->backend->forget(kernel);
-    if (kernel->previous != NULL) kernel->previous->next = kernel->next;
-    else d->kernels = kernel->next;
-    if (kernel->next != NULL) kernel->next->previous = kernel->previous;
-    if (--kernel->bank->users == 0) {
-        d->backend->release(d, kernel->bank->compiled);
-        free(kernel->bank);
+static void bank_release(anepy_executable *executable) {
+    anepy_bank_device *d = executable->device;
+    if (executable->request != NULL) d->backend->forget(executable);
+    if (executable->previous != NULL) executable->previous->next = executable->next;
+    else d->executables = executable->next;
+    if (executable->next != NULL) executable->next->previous = executable->previous;
+    if (--executable->bank->users == 0) {
+        d->backend->release(d, executable->bank->compiled);
+        free(executable->bank);
     }
-    free(kernel);
+    free(executable);
 }
 
-static int32_t add_kernel(anepy_bank_device *d, anepy_bank *bank, const anepy_instance *instance,
-                          int32_t function, const float *params, anepy_kernel **out) {
+static int32_t add_executable(anepy_bank_device *d, anepy_bank *bank,
+                              const anepy_instance *instance, int32_t function, const float *params,
+                              anepy_executable **out) {
     const anepy_program *program = instance->program;
-    anepy_kernel *kernel = calloc(1, sizeof *kernel);
-    if (kernel == NULL)
+    anepy_executable *executable = calloc(1, sizeof *executable);
+    if (executable == NULL)
         return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
-    kernel->device = d;
-    kernel->program = program;
-    kernel->function = function;
-    kernel->input_n = 1;
+    executable->device = d;
+    executable->program = program;
+    executable->function = function;
+    executable->input_n = 1;
     int32_t status = ANEPY_OK;
     for (int32_t i = 0; program->live && i < program->weight_n && status == ANEPY_OK; i++) {
         anepy_program_matrix matrix;
         anepy_program_weight(&matrix, program, d->base.options.model, instance->layer, i);
-        status = weight_surface(d, &matrix, params, &kernel->inputs[kernel->input_n++]);
+        status = weight_surface(d, &matrix, params, &executable->inputs[executable->input_n++]);
     }
     if (status != ANEPY_OK) {
-        free(kernel);
+        free(executable);
         return status;
     }
-    kernel->bank = bank;
+    executable->bank = bank;
     bank->users++;
-    kernel->next = d->kernels;
-    if (d->kernels != NULL) d->kernels->previous = kernel;
-    d->kernels = kernel;
-    *out = kernel;
+    executable->next = d->executables;
+    if (d->executables != NULL) d->executables->previous = executable;
+    d->executables = executable;
+    *out = executable;
     return ANEPY_OK;
 }
 
@@ -234,7 +234,7 @@ typedef struct {
 } plan;
 
 static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
-                            int32_t n, const float *params, const form *f, anepy_kernel **out) {
+                            int32_t n, const float *params, const form *f, anepy_executable **out) {
     int32_t count = distinct(instances, n, params, p->items, p->functions), made = 0, status;
     int32_t texts = f->single ? count : 1, each = f->single ? 1 : count;
     ANEPY_TRY(check_budget(d, texts));
@@ -244,12 +244,12 @@ static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_ins
         status = compile_text(d, p->items + t * each, each, f->dialect, &p->banks[t]);
     while (made < n && status == ANEPY_OK) {
         int32_t which = p->functions[made];
-        status = add_kernel(d, p->banks[which / each], &instances[made], which % each, params,
-                            &out[made]);
+        status = add_executable(d, p->banks[which / each], &instances[made], which % each, params,
+                                &out[made]);
         made += status == ANEPY_OK;
     }
     if (status == ANEPY_OK) return ANEPY_OK;
-    /* A text without kernels is freed here, others with their last kernel. */
+    /* A text without executables is freed here, others with their last executable. */
     for (int32_t t = 0; t < texts; t++) {
         if (p->banks[t] == NULL || p->banks[t]->users > 0) continue;
         d->backend->release(d, p->banks[t]->compiled);
@@ -262,7 +262,7 @@ static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_ins
 /* Tries the forms in turn until the hardware takes one; the next compilation begins with that one.
  * If none is taken, the error is that of the first. */
 static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
-                            int32_t n, const float *params, anepy_kernel **out) {
+                            int32_t n, const float *params, anepy_executable **out) {
     char first[512] = "";
     for (int32_t i = d->form; i < FORM_N; i++) {
         if (!possible(&d->traits, &FORMS[i])) continue;
@@ -275,7 +275,7 @@ static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_ins
 }
 
 static int32_t bank_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
-                            const float *params, anepy_kernel **out) {
+                            const float *params, anepy_executable **out) {
     plan p = {.items = calloc((size_t)n, sizeof *p.items),
               .functions = calloc((size_t)n, sizeof *p.functions),
               .banks = calloc((size_t)n, sizeof(anepy_bank *))};
@@ -288,14 +288,14 @@ static int32_t bank_compile(anepy_device *device, const anepy_instance *instance
     return status;
 }
 
-static int32_t bank_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surface,
+static int32_t bank_bind(anepy_executable *executable, int32_t index, anepy_surface *surface,
                          int32_t channel) {
-    const anepy_program *program = kernel->program;
+    const anepy_program *program = executable->program;
     int32_t is_input = index < program->input_n;
     int32_t channels = is_input ? program->input_channels : program->output_channels;
-    anepy_bank_surface **slot = is_input ? &kernel->inputs[0] : &kernel->output;
+    anepy_bank_surface **slot = is_input ? &executable->inputs[0] : &executable->output;
     anepy_bank_surface *packed = (anepy_bank_surface *)surface;
-    if (surface->device != &kernel->device->base || surface->channels != channels ||
+    if (surface->device != &executable->device->base || surface->channels != channels ||
         channel != program->tensors[index].channel || (*slot != NULL && *slot != packed))
         return anepy_fail(ANEPY_E_UNSUPPORTED, "%s.%s is not at its place in the packed surface",
                           program->name, program->tensors[index].name);
@@ -303,14 +303,14 @@ static int32_t bank_bind(anepy_kernel *kernel, int32_t index, anepy_surface *sur
     return ANEPY_OK;
 }
 
-static int32_t bank_evaluate(anepy_kernel *kernel, int32_t n, int32_t count) {
+static int32_t bank_evaluate(anepy_executable *executable, int32_t n, int32_t count) {
     (void)n, (void)count; /* the ANE always computes whole surfaces */
-    return kernel->device->backend->run(kernel, kernel->bank->compiled);
+    return executable->device->backend->run(executable, executable->bank->compiled);
 }
 
 static void bank_close(anepy_device *device) {
     anepy_bank_device *d = (anepy_bank_device *)device;
-    while (d->kernels != NULL) bank_release(d->kernels);
+    while (d->executables != NULL) bank_release(d->executables);
     while (d->surfaces != NULL) {
         anepy_bank_surface *surface = d->surfaces;
         d->surfaces = surface->next;

@@ -27,7 +27,7 @@ typedef struct anepy_bank_surface {
     struct anepy_bank_surface *next;
 } anepy_bank_surface;
 
-struct anepy_kernel {
+struct anepy_executable {
     anepy_bank_device *device;
     const anepy_program *program;
     anepy_bank *bank;
@@ -36,8 +36,8 @@ struct anepy_kernel {
     /* [0] is the packed input; in the order of names in MIL. */
     anepy_bank_surface *inputs[ANEPY_BANK_INPUTS];
     anepy_bank_surface *output;
-    void *request;                 /* owned by the backend, made when all surfaces are bound */
-    anepy_kernel *previous, *next; /* in the list of all kernels of the device */
+    void *request;                     /* owned by the backend, made when all surfaces are bound */
+    anepy_executable *previous, *next; /* in the list of all executables of the device */
 };
 
 typedef struct {
@@ -54,8 +54,9 @@ typedef struct {
                        const anepy_mil_item *items, int32_t n, void **out, int32_t *compiled);
     void (*release)(anepy_bank_device *device, void *compiled);
     int32_t (*compiles)(void); /* compilations of this process so far */
-    int32_t (*run)(anepy_kernel *kernel, void *compiled);
-    void (*forget)(anepy_kernel *kernel); /* frees kernel->request; NULL: there is none */
+    int32_t (*run)(anepy_executable *executable, void *compiled);
+    void (*forget)(
+        anepy_executable *executable); /* frees executable->request; NULL: there is none */
     void (*close)(anepy_bank_device *device);
 } anepy_bank_backend;
 
@@ -65,7 +66,7 @@ struct anepy_bank_device {
     anepy_traits traits;
     int32_t form; /* index of the form of texts that was taken last */
     anepy_bank_surface *surfaces;
-    anepy_kernel *kernels;
+    anepy_executable *executables;
 };
 
 extern const anepy_device_ops anepy_bank_ops;

@@ -23,7 +23,7 @@
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;
-typedef struct anepy_kernel anepy_kernel; /* a compiled program */
+typedef struct anepy_executable anepy_executable; /* a compiled program */
 
 struct anepy_surface {
     anepy_device *device;
@@ -98,7 +98,7 @@ typedef struct {
 } anepy_device_type;
 
 typedef struct {
-    void (*close)(anepy_device *device); /* also frees its surfaces and kernels */
+    void (*close)(anepy_device *device); /* also frees its surfaces and executables */
     /* factors != 0: for tensors that are only factors of products. */
     int32_t (*surface_create)(anepy_device *device, int32_t channels, int32_t factors,
                               anepy_surface **out);
@@ -108,18 +108,19 @@ typedef struct {
     /* Compiles all instances, in as few compilations as the device can, with the current weights in
      * params. Gives all of out[0..n), or none and an error: ANEPY_E_BUDGET, before anything is
      * compiled, if the process may not compile so many. With ANEPY_COMPILES_BESIDE, and if no
-     * weight is live, it may run on another thread while older kernels are evaluated. */
+     * weight is live, it may run on another thread while older executables are evaluated. */
     int32_t (*compile)(anepy_device *device, const anepy_instance *instances, int32_t n,
-                       const float *params, anepy_kernel **out);
-    void (*release)(anepy_kernel *kernel);
+                       const float *params, anepy_executable **out);
+    void (*release)(anepy_executable *executable);
     /* Loads the current live weights from params; NULL without ANEPY_DYNAMIC. */
     int32_t (*load_weights)(anepy_device *device, const float *params);
     /* Binds tensor `index` of the program to the channels of surface from `channel` on. */
-    int32_t (*bind)(anepy_kernel *kernel, int32_t index, anepy_surface *surface, int32_t channel);
+    int32_t (*bind)(anepy_executable *executable, int32_t index, anepy_surface *surface,
+                    int32_t channel);
     /* Computes `count` sequences of n tokens, each in columns from a multiple of 64 on. count is 1
      * unless the device has ANEPY_BATCHES. Other columns of the outputs are finite, but otherwise
      * undefined. */
-    int32_t (*evaluate)(anepy_kernel *kernel, int32_t n, int32_t count);
+    int32_t (*evaluate)(anepy_executable *executable, int32_t n, int32_t count);
 } anepy_device_ops;
 
 struct anepy_device {

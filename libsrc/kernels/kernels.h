@@ -20,8 +20,9 @@
 
 #define ANEPY_TILE_ROWS 6   /* rows of C that a matrix kernel computes at once, on every set */
 #define ANEPY_COLUMNS 64    /* columns of a panel; activations are padded to multiples */
-#define ANEPY_PIECE_ROWS 64 /* rows of activations in a piece of an element-wise loop */
-#define ANEPY_PIECE_ELEMENTS 65536 /* elements in a piece of a loop over long vectors */
+#define ANEPY_PIECE_ROWS 64 /* rows in a piece of a loop over rows */
+#define ANEPY_PIECE_ELEMENTS 65536 /* in a piece of a loop over long vectors: 1 MiB of an update   \
+                                    */
 #define ANEPY_LOSS_ROWS 512        /* vocabulary rows in a piece of the loss; sums depend on it */
 
 typedef struct {

@@ -56,7 +56,7 @@ typedef struct {
 
 /* A weight of a program. As an input it is a surface of its own: a matrix [1, channels, 1, columns]
  * is itself, row = channel, padded with zeros to multiples of 32 (contractions must be); a vector
- * repeats each value along its row (one column would be below what the engine handles). */
+ * repeats each value along its row (one column would be below what the ANE handles). */
 typedef struct {
     const char *name;   /* wq */
     char parameter[24]; /* w1_wq: names sort in program order, behind a_in */
@@ -116,7 +116,7 @@ anepy_storage anepy_program_stored(const anepy_program_matrix *matrix, const flo
 int64_t anepy_program_offset(const anepy_program_matrix *matrix);
 
 /* Token v belongs to group v % G of `softmax`, G = this: up to 128 tokens each. Probabilities over
- * a vocabulary of 32000 lie around 3e-5, where the engine flushes to zero; within a group they do
+ * a vocabulary of 32000 lie around 3e-5, where the ANE flushes to zero; within a group they do
  * not, and 128 is an axis every chip takes. The host joins the groups with one logit of each:
  *     lse_g = logits[r] - log(probs[r])   for the token r of group g with the largest probs[r]
  *     lse = log(sum_g exp(lse_g));  p[v] = probs[v] * exp(lse_{v % G} - lse)

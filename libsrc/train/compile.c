@@ -27,7 +27,7 @@ struct anepy_compiler {
     pid_t pid;       /* the process it runs in */
     int32_t running; /* it was started and not yet joined */
     anepy_instance *instances;
-    anepy_kernel **kernels;
+    anepy_executable **executables;
     int32_t n;
     int32_t status;
     char error[512];
@@ -42,20 +42,20 @@ static int32_t list(const anepy_room *room, anepy_instance *instances) {
     int32_t n = 0;
     for (int32_t i = 0; i < room->node_n; i++) {
         const anepy_node *node = &room->nodes[i];
-        if (node->kernel == NULL || baked(node))
+        if (node->executable == NULL || baked(node))
             instances[n++] = (anepy_instance){&node->program, node->layer};
     }
     return n;
 }
 
-/* Takes over the kernels of the list. The new set is complete before the old one goes. */
-static int32_t install(anepy_engine *e, anepy_kernel *const *kernels) {
+/* Takes over the executables of the list. The new set is complete before the old one goes. */
+static int32_t install(anepy_engine *e, anepy_executable *const *executables) {
     anepy_room *room = e->room;
     for (int32_t i = 0; i < room->node_n; i++) {
         anepy_node *node = &room->nodes[i];
-        if (node->kernel != NULL && !baked(node)) continue;
-        if (node->kernel != NULL) room->device->ops->release(node->kernel);
-        node->kernel = *kernels++;
+        if (node->executable != NULL && !baked(node)) continue;
+        if (node->executable != NULL) room->device->ops->release(node->executable);
+        node->executable = *executables++;
     }
     for (int32_t i = 0; i < room->node_n; i++) ANEPY_TRY(anepy_bind(e, &room->nodes[i]));
     return ANEPY_OK;
@@ -64,17 +64,17 @@ static int32_t install(anepy_engine *e, anepy_kernel *const *kernels) {
 static int32_t compile_now(anepy_engine *e, const float *weights) {
     anepy_device *device = e->room->device;
     anepy_instance *instances = calloc((size_t)e->room->node_n, sizeof *instances);
-    anepy_kernel **kernels = calloc((size_t)e->room->node_n, sizeof *kernels);
+    anepy_executable **executables = calloc((size_t)e->room->node_n, sizeof *executables);
     int32_t status;
-    if (instances == NULL || kernels == NULL) {
+    if (instances == NULL || executables == NULL) {
         status = anepy_fail(ANEPY_E_MEMORY, "no memory for the program list");
     } else {
         int32_t n = list(e->room, instances);
-        status = device->ops->compile(device, instances, n, weights, kernels);
-        if (status == ANEPY_OK) status = install(e, kernels);
+        status = device->ops->compile(device, instances, n, weights, executables);
+        if (status == ANEPY_OK) status = install(e, executables);
     }
     free(instances);
-    free(kernels);
+    free(executables);
     return status;
 }
 
@@ -110,8 +110,8 @@ static int32_t create(anepy_engine *e) {
     c->sets[0] = anepy_map(c->nbytes);
     c->sets[1] = anepy_map(c->nbytes);
     c->instances = calloc((size_t)e->room->node_n, sizeof *c->instances);
-    c->kernels = calloc((size_t)e->room->node_n, sizeof *c->kernels);
-    if (c->sets[0] == NULL || c->sets[1] == NULL || c->instances == NULL || c->kernels == NULL)
+    c->executables = calloc((size_t)e->room->node_n, sizeof *c->executables);
+    if (c->sets[0] == NULL || c->sets[1] == NULL || c->instances == NULL || c->executables == NULL)
         return anepy_fail(ANEPY_E_MEMORY, "no memory for two copies of the weights, %llu bytes",
                           (unsigned long long)(2 * c->nbytes));
     copy_parameters(c);
@@ -123,7 +123,7 @@ static void *compile_main(void *context) {
     anepy_compiler *c = context;
     anepy_device *device = c->room->device;
     anepy_fpmode_enter();
-    c->status = device->ops->compile(device, c->instances, c->n, c->sets[!c->used], c->kernels);
+    c->status = device->ops->compile(device, c->instances, c->n, c->sets[!c->used], c->executables);
     if (c->status != ANEPY_OK) anepy_last_error(c->error, sizeof c->error);
     return NULL;
 }
@@ -169,7 +169,7 @@ int32_t anepy_compile_settle(anepy_engine *e) {
                           "in use: %s",
                           c->error);
     change_sets(c);
-    return install(e, c->kernels);
+    return install(e, c->executables);
 }
 
 int32_t anepy_compile(anepy_engine *e) {
@@ -178,10 +178,10 @@ int32_t anepy_compile(anepy_engine *e) {
     anepy_device *device = room->device;
     if (c != NULL) {
         if (c->running && finish(c) == ANEPY_OK) /* what it made is out of date */
-            for (int32_t i = 0; i < c->n; i++) device->ops->release(c->kernels[i]);
+            for (int32_t i = 0; i < c->n; i++) device->ops->release(c->executables[i]);
         copy_parameters(c);
     }
-    if (anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) && room->nodes[0].kernel != NULL)
+    if (anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) && room->nodes[0].executable != NULL)
         ANEPY_TRY(device->ops->load_weights(device, e->params));
     else ANEPY_TRY(compile_now(e, c != NULL ? c->sets[!c->used] : e->params));
     if (c != NULL) change_sets(c);
@@ -209,7 +209,7 @@ void anepy_compile_close(anepy_room *room) {
     anepy_unmap(c->sets[0], c->nbytes);
     anepy_unmap(c->sets[1], c->nbytes);
     free(c->instances);
-    free(c->kernels);
+    free(c->executables);
     free(c);
     room->compiler = NULL;
 }

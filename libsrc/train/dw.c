@@ -7,8 +7,6 @@
 
 #include "runtime/memory.h"
 
-#define PIECE_ROWS 64 /* of a factor */
-
 static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
 }
@@ -88,12 +86,12 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
 
 static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
     int converts = task_rounds(e, o) || anepy_capture_raw(e, o) != NULL;
-    return converts ? (o->channels + PIECE_ROWS - 1) / PIECE_ROWS : 0;
+    return converts ? anepy_pieces(o->channels, ANEPY_PIECE_ROWS) : 0;
 }
 
 static void convert(const anepy_engine *e, const anepy_operand *o, int32_t piece) {
-    int64_t first = (int64_t)piece * PIECE_ROWS * e->room->width;
-    int32_t rows = anepy_min_i32(PIECE_ROWS, o->channels - piece * PIECE_ROWS);
+    int64_t first = (int64_t)piece * ANEPY_PIECE_ROWS * e->room->width;
+    int32_t rows = anepy_min_i32(ANEPY_PIECE_ROWS, o->channels - piece * ANEPY_PIECE_ROWS);
     if (task_rounds(e, o)) {
         uint16_t *out = (uint16_t *)(void *)o->capture;
         for (int64_t at = first; at < first + (int64_t)rows * e->room->width; at += e->room->width)
@@ -111,8 +109,8 @@ static void sum_rows(void *context, int32_t index, int32_t worker) {
     const anepy_engine *e = dw->engine;
     const anepy_product *p = &dw->job.product;
     float *gradient = e->grads + dw->bias;
-    int32_t end = anepy_min_i32(p->m, (index + 1) * PIECE_ROWS);
-    for (int32_t r = index * PIECE_ROWS; r < end; r++) {
+    int32_t end = anepy_min_i32(p->m, (index + 1) * ANEPY_PIECE_ROWS);
+    for (int32_t r = index * ANEPY_PIECE_ROWS; r < end; r++) {
         float sum = e->kernels->sum(p->a + (int64_t)r * p->a_row, p->k);
         gradient[r] = p->accumulate ? gradient[r] + sum : sum;
     }
@@ -141,7 +139,7 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->room->layers[layer].dw[which];
     e->run.dw_started++;
     dw->engine = e;
-    dw->sums = dw->bias >= 0 ? (dw->dy.channels + PIECE_ROWS - 1) / PIECE_ROWS : 0;
+    dw->sums = dw->bias >= 0 ? anepy_pieces(dw->dy.channels, ANEPY_PIECE_ROWS) : 0;
     if (e->room->metal != NULL) {
         anepy_pool_run(e->pool, dw->sums, sum_rows, dw);
         return anepy_gpu.multiply(e->room->metal, layer * DW_N + which, &dw->job.product,

@@ -20,8 +20,6 @@
 /* Programs that belong to a layer: the first in the table. */
 #define ANEPY_LAYER_PROGRAM_N (ANEPY_RMSNORM_BWD_FFN + 1)
 
-#define ANEPY_UPDATE_PIECE 65536 /* elements per piece of an update: 1 MiB over the four arenas */
-
 /* How a program's input gets there. */
 typedef enum {
     BOUND,  /* the program reads the source itself */
@@ -67,7 +65,7 @@ typedef struct anepy_compiler anepy_compiler;
 typedef struct {
     anepy_program program;
     int32_t layer; /* 0 if it belongs to none */
-    anepy_kernel *kernel;
+    anepy_executable *executable;
     anepy_surface *input;   /* packed; only where tensors cannot be bound */
     anepy_surface *output;  /* packed */
     anepy_surface *factors; /* outputs that only products read, rounded; NULL: in output */

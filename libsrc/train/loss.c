@@ -8,10 +8,9 @@
 #include "kernels/weights.h"
 
 #define COLS ANEPY_COLUMNS
-#define CHUNK 512 /* vocabulary rows per piece: fixed, so that sums do not depend on threads */
 
 int32_t anepy_loss_chunks(const anepy_engine *e) {
-    return (e->model->config.vocab_size + CHUNK - 1) / CHUNK;
+    return anepy_pieces(e->model->config.vocab_size, ANEPY_LOSS_ROWS);
 }
 
 /* A piece of work: a chunk of the vocabulary in a panel of 64 columns. */
@@ -21,9 +20,10 @@ typedef struct {
 
 static place locate(const anepy_engine *e, int32_t index) {
     int32_t panels = e->run.columns / COLS, chunk = index / panels;
-    return (place){chunk, chunk * CHUNK,
-                   anepy_min_i32(CHUNK, e->model->config.vocab_size - chunk * CHUNK),
-                   index % panels * COLS};
+    return (place){
+        chunk, chunk * ANEPY_LOSS_ROWS,
+        anepy_min_i32(ANEPY_LOSS_ROWS, e->model->config.vocab_size - chunk * ANEPY_LOSS_ROWS),
+        index % panels * COLS};
 }
 
 static void partial_sums(void *context, int32_t index, int32_t worker) {

@@ -4,8 +4,6 @@
 #include <string.h>
 
 #define COLS ANEPY_COLUMNS
-#define PIECE_ROWS 64
-
 typedef struct {
     anepy_engine *e;
     float *dx;
@@ -41,8 +39,8 @@ static void backward_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const norm_task *t = context;
     anepy_engine *e = t->e;
-    int32_t end = anepy_min_i32(e->model->config.dim, (index + 1) * PIECE_ROWS);
-    for (int32_t c = index * PIECE_ROWS; c < end; c++) {
+    int32_t end = anepy_min_i32(e->model->config.dim, (index + 1) * ANEPY_PIECE_ROWS);
+    for (int32_t c = index * ANEPY_PIECE_ROWS; c < end; c++) {
         int64_t row = (int64_t)c * e->room->width;
         const float *residual = t->residual != NULL ? t->residual + row : e->room->zeros;
         t->gradient[c] = e->kernels->rmsnorm_row(t->dx + row, residual, t->dy + row, t->x + row,
@@ -58,7 +56,7 @@ void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, cons
     float *gradient = e->norm_gradients + (int64_t)which * e->model->config.dim;
     norm_task task = {e, dx, residual, dy, x, through, weight, gradient};
     anepy_pool_run(e->pool, e->run.columns / COLS, stats_panel, &task);
-    anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, backward_rows,
+    anepy_pool_run(e->pool, anepy_pieces(e->model->config.dim, ANEPY_PIECE_ROWS), backward_rows,
                    &task);
 }
 
@@ -85,8 +83,8 @@ typedef struct {
 static void add_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const add_task *t = context;
-    int32_t end = anepy_min_i32(t->e->model->config.dim, (index + 1) * PIECE_ROWS);
-    for (int32_t c = index * PIECE_ROWS; c < end; c++) {
+    int32_t end = anepy_min_i32(t->e->model->config.dim, (index + 1) * ANEPY_PIECE_ROWS);
+    for (int32_t c = index * ANEPY_PIECE_ROWS; c < end; c++) {
         int64_t row = (int64_t)c * t->e->room->width;
         t->e->kernels->add(t->out + row, t->a + row, t->b + row, t->e->run.columns);
     }
@@ -94,5 +92,5 @@ static void add_rows(void *context, int32_t index, int32_t worker) {
 
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b) {
     add_task task = {e, out, a, b};
-    anepy_pool_run(e->pool, (e->model->config.dim + PIECE_ROWS - 1) / PIECE_ROWS, add_rows, &task);
+    anepy_pool_run(e->pool, anepy_pieces(e->model->config.dim, ANEPY_PIECE_ROWS), add_rows, &task);
 }

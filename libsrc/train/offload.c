@@ -132,7 +132,7 @@ int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, doubl
     const anepy_device_ops *ops = e->room->device->ops;
     ANEPY_TRY(transfer_logits(e, node));
     anepy_count(mark, &e->run.stats.io_ms);
-    ANEPY_TRY(ops->evaluate(node->kernel, e->run.tokens, e->run.beside));
+    ANEPY_TRY(ops->evaluate(node->executable, e->run.tokens, e->run.beside));
     anepy_count(mark, &e->run.stats.device_ms);
     ANEPY_TRY(ops->lock(node->output, 0));
     *loss = join(e, gradient);

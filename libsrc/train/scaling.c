@@ -9,8 +9,6 @@
 
 #define GROWTH_STEPS 2000
 #define LARGEST_SCALE 0x1p24
-#define PIECE ANEPY_UPDATE_PIECE
-
 static int finite(const anepy_engine *e, const float *x, int64_t n) {
     return isfinite(e->kernels->sum_squares(x, n));
 }
@@ -56,8 +54,8 @@ int anepy_gradients_finite(anepy_engine *e) {
 static void halve_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
-    int64_t first = (int64_t)index * PIECE, left = e->model->arena_n - first;
-    e->kernels->scale(e->grads + first, 0.5f, left < PIECE ? left : PIECE);
+    int64_t first = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = e->model->arena_n - first;
+    e->kernels->scale(e->grads + first, 0.5f, anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
 }
 
 void anepy_scale_begin(anepy_engine *e) {
@@ -81,7 +79,7 @@ void anepy_scale_step(anepy_engine *e, int skipped) {
     e->scaling.loss_scale *= 0.5;
     e->squares.known = 0;
     if (anepy_adds(e))
-        anepy_engine_run(e, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), halve_piece);
+        anepy_engine_run(e, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), halve_piece);
 }
 
 void anepy_scale_grow(anepy_engine *e) {

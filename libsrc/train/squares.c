@@ -7,9 +7,6 @@
  * both ways give the same bits. */
 #include "train/squares.h"
 
-#define PIECE ANEPY_UPDATE_PIECE
-#define PIECE_ROWS 64
-
 void anepy_squares_begin(anepy_engine *e) {
     e->squares.known = 0;
     e->squares.taking = e->accumulated + 1 == e->squares.step && e->room->metal == NULL &&
@@ -44,13 +41,14 @@ static void classifier_rows(void *context, int32_t index, int32_t worker) {
                            .ldc = c->dim,
                            .n = c->dim,
                            .squares = e->squares.rows};
-    anepy_gemm_row_squares(&e->room->gemm, &whole, index * PIECE_ROWS,
-                           anepy_min_i32(PIECE_ROWS, c->vocab_size - index * PIECE_ROWS));
+    anepy_gemm_row_squares(
+        &e->room->gemm, &whole, index * ANEPY_PIECE_ROWS,
+        anepy_min_i32(ANEPY_PIECE_ROWS, c->vocab_size - index * ANEPY_PIECE_ROWS));
 }
 
 /* Reads the gradients. */
 static void compute(anepy_engine *e) {
-    anepy_engine_run(e, (e->model->config.vocab_size + PIECE_ROWS - 1) / PIECE_ROWS,
+    anepy_engine_run(e, anepy_pieces(e->model->config.vocab_size, ANEPY_PIECE_ROWS),
                      classifier_rows);
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
@@ -65,9 +63,9 @@ static void embedding_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
     const anepy_tensor *t = &e->model->tensors[0];
-    int64_t at = (int64_t)index * PIECE, left = t->rows * t->cols - at;
-    e->squares.sums[index] =
-        e->kernels->sum_squares(e->grads + t->offset + at, left < PIECE ? left : PIECE);
+    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = t->rows * t->cols - at;
+    e->squares.sums[index] = e->kernels->sum_squares(e->grads + t->offset + at,
+                                                     anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
 }
 
 static double sum_up(const double *sums, int32_t n) {
@@ -85,7 +83,7 @@ static double of_others(anepy_engine *e) {
         if (!t->is_matrix) sum += e->kernels->sum_squares(e->grads + t->offset, t->cols);
     }
     if (m->config.tied) return sum;
-    int32_t pieces = (int32_t)((m->tensors[0].rows * m->tensors[0].cols + PIECE - 1) / PIECE);
+    int32_t pieces = anepy_pieces(m->tensors[0].rows * m->tensors[0].cols, ANEPY_PIECE_ELEMENTS);
     anepy_engine_run(e, pieces, embedding_piece);
     return sum + sum_up(e->squares.sums, pieces);
 }

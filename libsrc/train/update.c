@@ -8,8 +8,6 @@
 #include "train/scaling.h"
 #include "train/squares.h"
 
-#define PIECE ANEPY_UPDATE_PIECE
-
 typedef struct {
     anepy_engine *e;
     const anepy_kernels *kernels;
@@ -22,7 +20,8 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
     const update_task *t = context;
     const anepy_engine *e = t->e;
     const anepy_model *m = e->model;
-    int64_t at = (int64_t)index * PIECE, end = at + PIECE < m->arena_n ? at + PIECE : m->arena_n;
+    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS,
+            end = anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, m->arena_n);
     for (int32_t i = 0; i < m->tensor_n && at < end; i++) {
         const anepy_tensor *tensor = &m->tensors[i];
         int64_t stop = tensor->offset + tensor->rows * tensor->cols;
@@ -70,7 +69,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? e->kernels : anepy_kernels_scalar(), adam,
                         adam};
     task.matrices.decay = (float)(1.0 - o->lr * o->weight_decay);
-    anepy_pool_run(e->pool, (int32_t)((e->model->arena_n + PIECE - 1) / PIECE), update_piece,
+    anepy_pool_run(e->pool, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), update_piece,
                    &task);
     e->updates++;
     e->accumulated = e->counted = 0;

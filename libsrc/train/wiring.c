@@ -305,7 +305,7 @@ int32_t anepy_bind(anepy_engine *e, anepy_node *node) {
             channel = node->links[t].channel;
         }
         if (surface != NULL)
-            ANEPY_TRY(e->room->device->ops->bind(node->kernel, t, surface, channel));
+            ANEPY_TRY(e->room->device->ops->bind(node->executable, t, surface, channel));
     }
     return ANEPY_OK;
 }
@@ -335,7 +335,7 @@ int32_t anepy_transfer_inputs(anepy_engine *e, anepy_node *node) {
 }
 
 int32_t anepy_compute(anepy_engine *e, anepy_node *node) {
-    return e->room->device->ops->evaluate(node->kernel, e->run.tokens, e->run.beside);
+    return e->room->device->ops->evaluate(node->executable, e->run.tokens, e->run.beside);
 }
 
 int32_t anepy_evaluate(anepy_engine *e, anepy_node *node, double *mark) {

@@ -107,12 +107,13 @@ static void ane_release(anepy_bank_device *device, void *compiled) {
     anepy_ane_program_free(compiled);
 }
 
-static int32_t ane_run(anepy_kernel *kernel, void *compiled) {
-    anepy_ane_call_surfaces call = {kernel->function, kernel->input_n, 1, {NULL}};
-    for (int32_t i = 0; i < kernel->input_n; i++) call.surfaces[i] = kernel->inputs[i]->memory;
-    call.surfaces[kernel->input_n] = kernel->output->memory;
+static int32_t ane_run(anepy_executable *executable, void *compiled) {
+    anepy_ane_call_surfaces call = {executable->function, executable->input_n, 1, {NULL}};
+    for (int32_t i = 0; i < executable->input_n; i++)
+        call.surfaces[i] = executable->inputs[i]->memory;
+    call.surfaces[executable->input_n] = executable->output->memory;
     int32_t status = anepy_ane_run(compiled, &call);
-    if (status != ANEPY_OK) anepy_ane_poison(engine_of(kernel->device)->ane);
+    if (status != ANEPY_OK) anepy_ane_poison(engine_of(executable->device)->ane);
     return status;
 }
 

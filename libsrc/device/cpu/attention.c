@@ -19,7 +19,7 @@
 #define SQUARE (COLS * COLS)
 
 typedef struct {
-    const anepy_kernel *kernel;
+    const anepy_executable *executable;
     const anepy_cpu *cpu;
     const anepy_kernels *kernels;
     const anepy_bf16_kernels *bf16; /* NULL: products are float32 */
@@ -34,13 +34,13 @@ typedef struct {
     float scale;  /* factor * log2(e), for soft-max in powers of two */
 } attention;
 
-static attention begin(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    const anepy_device_options *o = &kernel->cpu->base.options;
+static attention begin(const anepy_executable *executable, int32_t n, int32_t columns) {
+    const anepy_device_options *o = &executable->cpu->base.options;
     const anepy_config *c = &o->model->config;
     int32_t pair = o->gemm->bf16 != NULL ? 2 : 1;
     float factor = 1.0f / sqrtf((float)o->model->head_dim);
-    return (attention){.kernel = kernel,
-                       .cpu = kernel->cpu,
+    return (attention){.executable = executable,
+                       .cpu = executable->cpu,
                        .kernels = o->gemm->kernels,
                        .bf16 = o->gemm->bf16,
                        .width = o->width,
@@ -187,7 +187,7 @@ static void load_keys(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const attention *a = context;
     piece p = piece_at(a, index);
-    float *const *t = a->kernel->tensors;
+    float *const *t = a->executable->tensors;
     load(a, shared(a, p, 0), block_of(a, t[SDPA_FWD_K], p, a->head_dim), a->width, STEPS);
     load(a, shared(a, p, 1), block_of(a, t[SDPA_FWD_V], p, a->head_dim), a->width, ROWS);
 }
@@ -199,7 +199,7 @@ static void forward_block(void *context, int32_t index, int32_t worker) {
     piece p = piece_at(a, index);
     /* Pieces with more keys first, so that the last ones are short. */
     p.block = a->blocks - 1 - p.block;
-    float *const *t = a->kernel->tensors;
+    float *const *t = a->executable->tensors;
     float *scores = anepy_cpu_scratch(a->cpu, worker), *copy = scores + SQUARE;
     float *out = copy + SQUARE, max[COLS], sum[COLS], factor[COLS];
     factors q = factors_in(a, out + a->head_dim * COLS);
@@ -214,7 +214,7 @@ static void forward_block(void *context, int32_t index, int32_t worker) {
         if (k.block > 0) a->kernels->scale_columns(out, COLS, out, factor, a->head_dim);
         over_columns(a, out, shared(a, k, 1), panel_of(a, copy, scores), k.block > 0);
     }
-    float *lse = block_of(a, a->kernel->lse, p, 1);
+    float *lse = block_of(a, a->executable->lse, p, 1);
     for (int32_t j = 0; j < COLS; j++) {
         lse[j] = max[j] + log2f(sum[j]);
         factor[j] = 1.0f / sum[j];
@@ -223,8 +223,8 @@ static void forward_block(void *context, int32_t index, int32_t worker) {
                               a->head_dim);
 }
 
-void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    attention a = begin(kernel, n, columns);
+void anepy_cpu_attention(const anepy_executable *executable, int32_t n, int32_t columns) {
+    attention a = begin(executable, n, columns);
     run(&a, a.kv_heads, load_keys);
     run(&a, a.heads, forward_block);
 }
@@ -243,8 +243,8 @@ static void load_queries(void *context, int32_t index, int32_t worker) {
         memcpy(dattn + d * COLS, from + d * a->width, (size_t)valid * sizeof(float));
         memset(dattn + d * COLS + valid, 0, (size_t)(COLS - valid) * sizeof(float));
     }
-    load(a, shared(a, p, 0), block_of(a, a->kernel->tensors[SDPA_BWD2_Q], p, a->head_dim), a->width,
-         STEPS | ROWS);
+    load(a, shared(a, p, 0), block_of(a, a->executable->tensors[SDPA_BWD2_Q], p, a->head_dim),
+         a->width, STEPS | ROWS);
     load(a, shared(a, p, 1), dattn, COLS, STEPS | ROWS);
     if (a->bf16 != NULL) /* rounded as in the products that give dp */
         a->bf16->from_bf16(dattn, (const uint16_t *)(const void *)shared(a, p, 1).rows,
@@ -291,7 +291,7 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
     /* Threads add to dq in the order of keys. */
     anepy_pool_await(&a->cpu->turns[index], b->at.block);
     over_columns(a, dq, b->k, transposed, b->at.block > 0);
-    if (last) paste(a, block_of(a, a->kernel->tensors[SDPA_BWD2_DQ], p, a->head_dim), dq);
+    if (last) paste(a, block_of(a, a->executable->tensors[SDPA_BWD2_DQ], p, a->head_dim), dq);
     atomic_store_explicit(&a->cpu->turns[index], b->at.block + 1, memory_order_release);
 }
 
@@ -300,7 +300,7 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
 static void backward_block(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
     int32_t others = a->kv_heads * a->sequences, size = a->head_dim * COLS;
-    float *const *t = a->kernel->tensors, *const *t1 = a->cpu->bwd1->tensors;
+    float *const *t = a->executable->tensors, *const *t1 = a->cpu->bwd1->tensors;
     keys_block b = {.at = {index % others / a->sequences, index % a->sequences, index / others},
                     .squares = anepy_cpu_scratch(a->cpu, worker)};
     b.dk = b.squares + 4 * SQUARE;
@@ -318,8 +318,8 @@ static void backward_block(void *context, int32_t index, int32_t worker) {
     paste(a, block_of(a, t1[SDPA_BWD1_DV], b.at, a->head_dim), b.dv);
 }
 
-void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    attention a = begin(kernel, n, columns);
+void anepy_cpu_attention_backward(const anepy_executable *executable, int32_t n, int32_t columns) {
+    attention a = begin(executable, n, columns);
     run(&a, a.heads, load_queries);
     run(&a, a.kv_heads, backward_block);
 }

@@ -68,32 +68,32 @@ static int32_t cpu_lock(anepy_surface *surface, int32_t for_writing) {
 }
 
 /* Memory for the log-sum-exp, from which the backward pass of the layer computes probabilities. */
-static int32_t own_lse(anepy_cpu *cpu, anepy_kernel *kernel) {
+static int32_t own_lse(anepy_cpu *cpu, anepy_executable *executable) {
     const anepy_device_options *o = &cpu->base.options;
-    kernel->lse = own_floats(cpu, (int64_t)o->model->config.n_heads * o->width);
-    cpu->forwards[kernel->layer] = kernel;
-    return kernel->lse != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
+    executable->lse = own_floats(cpu, (int64_t)o->model->config.n_heads * o->width);
+    cpu->forwards[executable->layer] = executable;
+    return executable->lse != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
 }
 
 static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
-                           const float *params, anepy_kernel **out) {
+                           const float *params, anepy_executable **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
     for (int32_t i = 0; i < n; i++) {
         const anepy_program *program = instances[i].program;
-        anepy_kernel *kernel = own(cpu, sizeof *kernel, NULL, 0);
-        if (kernel == NULL)
+        anepy_executable *executable = own(cpu, sizeof *executable, NULL, 0);
+        if (executable == NULL)
             return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);
-        kernel->cpu = cpu;
-        kernel->program = *program;
-        kernel->params = params;
-        kernel->layer = instances[i].layer;
-        if (program->id == ANEPY_SDPA_FWD) ANEPY_TRY(own_lse(cpu, kernel));
-        out[i] = kernel;
+        executable->cpu = cpu;
+        executable->program = *program;
+        executable->params = params;
+        executable->layer = instances[i].layer;
+        if (program->id == ANEPY_SDPA_FWD) ANEPY_TRY(own_lse(cpu, executable));
+        out[i] = executable;
     }
     return ANEPY_OK;
 }
 
-static void cpu_release(anepy_kernel *kernel) { (void)kernel; /* freed by close */ }
+static void cpu_release(anepy_executable *executable) { (void)executable; /* freed by close */ }
 
 /* Allocated only if sdpa_bwd2 is bound to scores, because it grows with the square of the sequence.
  */
@@ -103,9 +103,9 @@ static int32_t own_dscores(anepy_cpu *cpu) {
     return cpu->dscores != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
 }
 
-static int32_t cpu_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surface,
+static int32_t cpu_bind(anepy_executable *executable, int32_t index, anepy_surface *surface,
                         int32_t channel) {
-    const anepy_program *program = &kernel->program;
+    const anepy_program *program = &executable->program;
     int32_t n = program->input_n + program->output_n;
     if (index < 0 || index >= n)
         return anepy_fail(ANEPY_E_ARGUMENT, "%s has %d tensors, not %d", program->name, n, index);
@@ -114,14 +114,14 @@ static int32_t cpu_bind(anepy_kernel *kernel, int32_t index, anepy_surface *surf
                           program->tensors[index].name);
     int64_t at = (int64_t)channel * surface->width;
     int rounds = surface->dtype == ANEPY_BF16;
-    kernel->tensors[index] = rounds ? NULL : (float *)surface->data + at;
-    kernel->rounded[index] = rounds ? (uint16_t *)surface->data + at : NULL;
-    if (program->id == ANEPY_SDPA_BWD2 && index == SDPA_BWD2_P) return own_dscores(kernel->cpu);
+    executable->tensors[index] = rounds ? NULL : (float *)surface->data + at;
+    executable->rounded[index] = rounds ? (uint16_t *)surface->data + at : NULL;
+    if (program->id == ANEPY_SDPA_BWD2 && index == SDPA_BWD2_P) return own_dscores(executable->cpu);
     return ANEPY_OK;
 }
 
-static int32_t cpu_evaluate(anepy_kernel *kernel, int32_t n, int32_t count) {
-    anepy_cpu_run(kernel, n, count * (int32_t)anepy_round_up(n, ANEPY_COLUMNS));
+static int32_t cpu_evaluate(anepy_executable *executable, int32_t n, int32_t count) {
+    anepy_cpu_run(executable, n, count * (int32_t)anepy_round_up(n, ANEPY_COLUMNS));
     return ANEPY_OK;
 }
 
@@ -164,8 +164,8 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
         (cpu->factors = own_floats(cpu, 2 * blocks * factors_n)) == NULL ||
         (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
         (cpu->turns = own(cpu, (size_t)blocks * sizeof *cpu->turns, NULL, 0)) == NULL ||
-        (cpu->forwards = own(cpu, (size_t)m->config.n_layers * sizeof(anepy_kernel *), NULL, 0)) ==
-            NULL ||
+        (cpu->forwards =
+             own(cpu, (size_t)m->config.n_layers * sizeof(anepy_executable *), NULL, 0)) == NULL ||
         (cpu->scratch =
              own_floats(cpu, cpu->scratch_n * anepy_pool_threads(options->gemm->pool))) == NULL) {
         cpu_close(&cpu->base);

@@ -16,15 +16,15 @@ typedef struct {
     float *dgate;           /* [hidden, width]: for ffn_bwd with rounded outputs */
     float *dq;              /* [q_dim, width], block by block: for sdpa_bwd2 */
     _Atomic int32_t *turns; /* [n_heads, width / 64]: next block of keys to add to dq */
-    const anepy_kernel **forwards; /* sdpa_fwd of each layer */
+    const anepy_executable **forwards; /* sdpa_fwd of each layer */
     /* sdpa_fwd and sdpa_bwd1 of the layer whose sdpa_bwd1 ran last. */
-    const anepy_kernel *forward, *bwd1;
+    const anepy_executable *forward, *bwd1;
     float *scratch; /* per worker: scratch_n floats */
     int64_t scratch_n;
-    void *owned; /* every surface, kernel and mapping, for close */
+    void *owned; /* every surface, executable and mapping, for close */
 } anepy_cpu;
 
-struct anepy_kernel {
+struct anepy_executable {
     anepy_cpu *cpu;
     anepy_program program;
     float *tensors[ANEPY_PROGRAM_TENSORS];    /* first element of each bound range */
@@ -35,7 +35,7 @@ struct anepy_kernel {
 };
 
 /* Weight with this role of the program's layer, or of the model if it belongs to no layer. */
-static inline anepy_storage anepy_cpu_weights(const anepy_kernel *k, int32_t role) {
+static inline anepy_storage anepy_cpu_weights(const anepy_executable *k, int32_t role) {
     return anepy_stored(anepy_model_find(k->cpu->base.options.model, k->layer, role), k->params);
 }
 
@@ -44,27 +44,27 @@ static inline float *anepy_cpu_scratch(const anepy_cpu *cpu, int32_t worker) {
 }
 
 /* programs.c: runs any program of the table. columns: of all sequences of n tokens together. */
-void anepy_cpu_run(anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_run(anepy_executable *executable, int32_t n, int32_t columns);
 
 /* attention.c: for sequences of n tokens side by side, each with n columns rounded up to 64. */
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,
                     float sign);
-void anepy_cpu_attention(const anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_attention(const anepy_executable *executable, int32_t n, int32_t columns);
 /* Computes sdpa_bwd2, and the dv of sdpa_bwd1, for the layer of the last sdpa_bwd1; its sdpa_fwd
  * must have run before. */
-void anepy_cpu_attention_backward(const anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_attention_backward(const anepy_executable *executable, int32_t n, int32_t columns);
 int64_t anepy_cpu_factors_n(int32_t head_dim);           /* floats of the factors of a block */
 int64_t anepy_cpu_attention_scratch_n(int32_t head_dim); /* floats per worker */
 
 /* scores.c: the backward pass with scores in memory. */
-void anepy_cpu_scores_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_scores_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_scores_backward1(const anepy_executable *executable, int32_t n, int32_t columns);
+void anepy_cpu_scores_backward2(const anepy_executable *executable, int32_t n, int32_t columns);
 
 /* offload.c: the programs of offloads. */
-void anepy_cpu_rmsnorm_bwd(anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_final_rmsnorm(anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_classifier_fwd(anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_classifier_bwd(anepy_kernel *kernel, int32_t n, int32_t columns);
-void anepy_cpu_softmax(anepy_kernel *kernel, int32_t n, int32_t columns);
+void anepy_cpu_rmsnorm_bwd(anepy_executable *executable, int32_t n, int32_t columns);
+void anepy_cpu_final_rmsnorm(anepy_executable *executable, int32_t n, int32_t columns);
+void anepy_cpu_classifier_fwd(anepy_executable *executable, int32_t n, int32_t columns);
+void anepy_cpu_classifier_bwd(anepy_executable *executable, int32_t n, int32_t columns);
+void anepy_cpu_softmax(anepy_executable *executable, int32_t n, int32_t columns);
 
 #endif

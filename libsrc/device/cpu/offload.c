@@ -7,18 +7,18 @@
 
 #define COLS ANEPY_COLUMNS
 
-static const anepy_kernels *kernels_of(const anepy_kernel *k) {
+static const anepy_kernels *kernels_of(const anepy_executable *k) {
     return k->cpu->base.options.gemm->kernels;
 }
 
-static void each_panel(anepy_kernel *k, int32_t columns, anepy_loop_fn fn) {
+static void each_panel(anepy_executable *k, int32_t columns, anepy_loop_fn fn) {
     anepy_pool_run(k->cpu->base.options.gemm->pool, columns / COLS, fn, k);
 }
 
 static void rmsnorm_bwd_panel(void *context, int32_t index, int32_t worker) {
     (void)worker;
     static const float ZEROS[COLS];
-    const anepy_kernel *k = context;
+    const anepy_executable *k = context;
     const anepy_device_options *o = &k->cpu->base.options;
     int32_t dim = o->model->config.dim;
     int64_t j = (int64_t)index * COLS;
@@ -32,14 +32,14 @@ static void rmsnorm_bwd_panel(void *context, int32_t index, int32_t worker) {
     }
 }
 
-void anepy_cpu_rmsnorm_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
+void anepy_cpu_rmsnorm_bwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     each_panel(k, columns, rmsnorm_bwd_panel);
 }
 
 static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
     (void)worker;
-    const anepy_kernel *k = context;
+    const anepy_executable *k = context;
     const anepy_device_options *o = &k->cpu->base.options;
     int64_t j = (int64_t)index * COLS;
     const float *w = anepy_weights_vector(anepy_cpu_weights(k, ANEPY_FINAL_NORM));
@@ -49,17 +49,17 @@ static void rmsnorm_panel(void *context, int32_t index, int32_t worker) {
                            o->model->config.dim, o->width);
 }
 
-void anepy_cpu_final_rmsnorm(anepy_kernel *k, int32_t n, int32_t columns) {
+void anepy_cpu_final_rmsnorm(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     each_panel(k, columns, rmsnorm_panel);
 }
 
 /* Rows of the classifier for the program's part of the vocabulary. */
-static anepy_storage classifier_rows(const anepy_kernel *k, int32_t rows) {
+static anepy_storage classifier_rows(const anepy_executable *k, int32_t rows) {
     return anepy_storage_rows(anepy_cpu_weights(k, ANEPY_CLASSIFIER), k->program.first_row, rows);
 }
 
-void anepy_cpu_classifier_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
+void anepy_cpu_classifier_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_device_options *o = &k->cpu->base.options;
     anepy_product product = {.c = k->tensors[CLASSIFIER_FWD_LOGITS],
@@ -71,7 +71,7 @@ void anepy_cpu_classifier_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
     anepy_gemm_run(o->gemm, &product);
 }
 
-void anepy_cpu_classifier_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
+void anepy_cpu_classifier_bwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_device_options *o = &k->cpu->base.options;
     anepy_product product = {.c = k->tensors[CLASSIFIER_BWD_DX],
@@ -87,7 +87,7 @@ void anepy_cpu_classifier_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
  */
 static void softmax_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
-    const anepy_kernel *k = context;
+    const anepy_executable *k = context;
     const anepy_device_options *o = &k->cpu->base.options;
     int32_t groups = anepy_softmax_groups(o->model), group = index % groups;
     int32_t rows = (k->program.input_channels - group + groups - 1) / groups;
@@ -101,7 +101,7 @@ static void softmax_piece(void *context, int32_t index, int32_t worker) {
     kernels_of(k)->softmax_gradient(y, lse, 1.0f, stride, rows);
 }
 
-void anepy_cpu_softmax(anepy_kernel *k, int32_t n, int32_t columns) {
+void anepy_cpu_softmax(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_device_options *o = &k->cpu->base.options;
     anepy_pool_run(o->gemm->pool, columns / COLS * anepy_softmax_groups(o->model), softmax_piece,

@@ -4,8 +4,6 @@
 #include "device/cpu/cpu.h"
 
 #define COLS ANEPY_COLUMNS
-#define PIECE_ROWS 64
-
 /* ----------------------------------------------------------------------------- building blocks */
 
 /* Projections of one input, by the roles of their weights: y[i], or y16[i] if those are rounded,
@@ -31,7 +29,7 @@ static int follows(const run *r, const projections *p, int32_t i, int64_t width)
 }
 
 /* Neighbours that follow each other in both memories are one run. Returns how many there are. */
-static int32_t merge(const anepy_kernel *k, const projections *p, run runs[3]) {
+static int32_t merge(const anepy_executable *k, const projections *p, run runs[3]) {
     int32_t n = 0;
     for (int32_t i = 0; i < p->count; i++) {
         anepy_storage w = anepy_cpu_weights(k, p->roles[i]);
@@ -43,7 +41,7 @@ static int32_t merge(const anepy_kernel *k, const projections *p, run runs[3]) {
     return n;
 }
 
-/* Does whoever computes and rounds a factor pack it for the product that sums over its k rows? */
+/* Whether what computes and rounds a factor also packs it for the product over its k rows. */
 static int packs(const anepy_cpu *cpu, const uint16_t *rounded, int32_t k) {
     return rounded != NULL && k <= anepy_gemm_depth(cpu->base.options.gemm);
 }
@@ -65,23 +63,23 @@ typedef struct {
 static void add_bias_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const biased *b = context;
-    int32_t end = anepy_min_i32(b->rows, (index + 1) * PIECE_ROWS);
-    for (int32_t row = index * PIECE_ROWS; row < end; row++) {
+    int32_t end = anepy_min_i32(b->rows, (index + 1) * ANEPY_PIECE_ROWS);
+    for (int32_t row = index * ANEPY_PIECE_ROWS; row < end; row++) {
         float *y = b->y + (int64_t)row * b->cpu->base.options.width, bias = b->bias[row];
         for (int32_t j = 0; j < b->columns; j++) y[j] += bias;
     }
 }
 
-static void add_bias(const anepy_kernel *k, int32_t role, float *y, int32_t columns) {
+static void add_bias(const anepy_executable *k, int32_t role, float *y, int32_t columns) {
     const anepy_device_options *o = &k->cpu->base.options;
     anepy_projection p = anepy_model_projection(o->model, k->layer, role);
     if (p.bias == NULL) return;
     biased b = {k->cpu, y, anepy_weights_vector(anepy_stored(p.bias, k->params)), p.out, columns};
-    anepy_pool_run(o->gemm->pool, (p.out + PIECE_ROWS - 1) / PIECE_ROWS, add_bias_rows, &b);
+    anepy_pool_run(o->gemm->pool, anepy_pieces(p.out, ANEPY_PIECE_ROWS), add_bias_rows, &b);
 }
 
 /* The projections of x, or of x16 if it is rounded. */
-static void project(const anepy_kernel *k, projections p, const float *x, const uint16_t *x16,
+static void project(const anepy_executable *k, projections p, const float *x, const uint16_t *x16,
                     int32_t columns) {
     int32_t width = k->cpu->base.options.width;
     run runs[3];
@@ -96,7 +94,7 @@ static void project(const anepy_kernel *k, projections p, const float *x, const 
 }
 
 /* dx, the gradient of x: what the projections make of y, added up. */
-static void project_backward(const anepy_kernel *k, float *dx, projections p, int32_t columns) {
+static void project_backward(const anepy_executable *k, float *dx, projections p, int32_t columns) {
     int32_t width = k->cpu->base.options.width;
     run runs[3];
     int32_t count = merge(k, &p, runs);
@@ -145,7 +143,7 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
 }
 
 /* xnorm, or xnorm16 if it is rounded; returns whether it is packed as well. */
-static int normalize(const anepy_kernel *k, float *xnorm, uint16_t *xnorm16, const float *x,
+static int normalize(const anepy_executable *k, float *xnorm, uint16_t *xnorm16, const float *x,
                      int32_t role, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     int32_t dim = cpu->base.options.model->config.dim;
@@ -163,9 +161,9 @@ static void swiglu_rows(void *context, int32_t index, int32_t worker) {
     const elementwise *e = context;
     const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
     int64_t width = e->cpu->base.options.width;
-    int32_t end = anepy_min_i32(e->rows, (index + 1) * PIECE_ROWS);
+    int32_t end = anepy_min_i32(e->rows, (index + 1) * ANEPY_PIECE_ROWS);
     float *pair = anepy_cpu_scratch(e->cpu, worker);
-    for (int32_t row = index * PIECE_ROWS; row < end; row += 2) {
+    for (int32_t row = index * ANEPY_PIECE_ROWS; row < end; row += 2) {
         int32_t count = anepy_min_i32(2, end - row);
         for (int32_t r = 0; r < count; r++) {
             int64_t i = (row + r) * width;
@@ -182,9 +180,9 @@ static void swiglu_backward_rows(void *context, int32_t index, int32_t worker) {
     const elementwise *e = context;
     const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
     int64_t width = e->cpu->base.options.width;
-    int32_t end = anepy_min_i32(e->rows, (index + 1) * PIECE_ROWS);
+    int32_t end = anepy_min_i32(e->rows, (index + 1) * ANEPY_PIECE_ROWS);
     float *pair = anepy_cpu_scratch(e->cpu, worker), *other = pair + 2 * width;
-    for (int32_t row = index * PIECE_ROWS; row < end; row += 2) {
+    for (int32_t row = index * ANEPY_PIECE_ROWS; row < end; row += 2) {
         int32_t count = anepy_min_i32(2, end - row);
         for (int32_t r = 0; r < count; r++) {
             int64_t i = (row + r) * width;
@@ -201,12 +199,12 @@ static void swiglu_backward_rows(void *context, int32_t index, int32_t worker) {
 }
 
 static void run_rows(elementwise *e, anepy_loop_fn fn) {
-    anepy_pool_run(e->cpu->base.options.gemm->pool, (e->rows + PIECE_ROWS - 1) / PIECE_ROWS, fn, e);
+    anepy_pool_run(e->cpu->base.options.gemm->pool, anepy_pieces(e->rows, ANEPY_PIECE_ROWS), fn, e);
 }
 
 /* ------------------------------------------------------------------------------------ programs */
 
-static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
+static void sdpa_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_config *c = &cpu->base.options.model->config;
     float **t = k->tensors;
@@ -225,7 +223,7 @@ static void sdpa_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
             t[SDPA_FWD_ATTN], NULL, columns);
 }
 
-static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
+static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_cpu *cpu = k->cpu;
     int32_t hidden = cpu->base.options.model->config.hidden_dim;
@@ -254,7 +252,7 @@ static void ffn_fwd(anepy_kernel *k, int32_t n, int32_t columns) {
             t[FFN_FWD_GATE], gate16, columns);
 }
 
-static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
+static void ffn_bwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     const anepy_cpu *cpu = k->cpu;
     int32_t hidden = cpu->base.options.model->config.hidden_dim;
@@ -284,7 +282,7 @@ static void ffn_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
                      columns);
 }
 
-static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
+static void sdpa_bwd1(anepy_executable *k, int32_t n, int32_t columns) {
     anepy_cpu *cpu = k->cpu;
     project_backward(
         k, cpu->dattn,
@@ -294,7 +292,7 @@ static void sdpa_bwd1(anepy_kernel *k, int32_t n, int32_t columns) {
     if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
 }
 
-static void sdpa_bwd2(anepy_kernel *k, int32_t n, int32_t columns) {
+static void sdpa_bwd2(anepy_executable *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_config *c = &cpu->base.options.model->config;
     if (k->tensors[SDPA_BWD2_P] != NULL) anepy_cpu_scores_backward2(k, n, columns);
@@ -303,7 +301,7 @@ static void sdpa_bwd2(anepy_kernel *k, int32_t n, int32_t columns) {
     anepy_cpu_rope(cpu, k->tensors[SDPA_BWD2_DK], c->n_kv_heads, n, columns, -1.0f);
 }
 
-static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
+static void qkv_bwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     float **t = k->tensors;
     project_backward(k, t[QKV_BWD_DX],
@@ -313,7 +311,7 @@ static void qkv_bwd(anepy_kernel *k, int32_t n, int32_t columns) {
                      columns);
 }
 
-static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_kernel *, int32_t n, int32_t columns) = {
+static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_executable *, int32_t n, int32_t columns) = {
     [ANEPY_SDPA_FWD] = sdpa_fwd,
     [ANEPY_FFN_FWD] = ffn_fwd,
     [ANEPY_FFN_BWD] = ffn_bwd,
@@ -329,6 +327,6 @@ static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_kernel *, int32_t n, int32_
     [ANEPY_SOFTMAX] = anepy_cpu_softmax,
 };
 
-void anepy_cpu_run(anepy_kernel *kernel, int32_t n, int32_t columns) {
-    PROGRAMS[kernel->program.id](kernel, n, columns);
+void anepy_cpu_run(anepy_executable *executable, int32_t n, int32_t columns) {
+    PROGRAMS[executable->program.id](executable, n, columns);
 }

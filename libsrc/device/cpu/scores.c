@@ -9,7 +9,7 @@
 #include "device/cpu/cpu.h"
 
 typedef struct {
-    const anepy_kernel *kernel;
+    const anepy_executable *executable;
     const anepy_kernels *kernels;
     float *probs, *dprobs, *dscores; /* of one head, [columns, width] */
     int64_t width;
@@ -17,37 +17,37 @@ typedef struct {
     float scale;
 } rows;
 
-static rows rows_of(const anepy_kernel *kernel, float *probs, float *dprobs, int32_t head,
+static rows rows_of(const anepy_executable *executable, float *probs, float *dprobs, int32_t head,
                     int32_t columns) {
-    const anepy_device_options *o = &kernel->cpu->base.options;
-    int64_t first = (int64_t)head * kernel->program.width * o->width;
-    return (rows){kernel,
+    const anepy_device_options *o = &executable->cpu->base.options;
+    int64_t first = (int64_t)head * executable->program.width * o->width;
+    return (rows){executable,
                   o->gemm->kernels,
                   probs + first,
                   dprobs + first,
-                  kernel->cpu->dscores,
+                  executable->cpu->dscores,
                   o->width,
                   columns,
                   1.0f / sqrtf((float)o->model->head_dim)};
 }
 
 static void each_row(rows *r, anepy_loop_fn fn) {
-    anepy_pool_run(r->kernel->cpu->base.options.gemm->pool, r->columns, fn, r);
+    anepy_pool_run(r->executable->cpu->base.options.gemm->pool, r->columns, fn, r);
 }
 
-static float *head_of(const anepy_kernel *kernel, float *tensor, int32_t head) {
-    const anepy_device_options *o = &kernel->cpu->base.options;
+static float *head_of(const anepy_executable *executable, float *tensor, int32_t head) {
+    const anepy_device_options *o = &executable->cpu->base.options;
     return tensor + (int64_t)head * o->model->head_dim * o->width;
 }
 
-static int32_t group_of(const anepy_kernel *kernel) {
-    const anepy_config *c = &kernel->cpu->base.options.model->config;
+static int32_t group_of(const anepy_executable *executable) {
+    const anepy_config *c = &executable->cpu->base.options.model->config;
     return c->n_heads / c->n_kv_heads;
 }
 
 /* scores[q, t] = sum_d left[d, q] right[d, t]. */
 static void over_channels(const rows *r, float *scores, const float *left, const float *right) {
-    const anepy_device_options *o = &r->kernel->cpu->base.options;
+    const anepy_device_options *o = &r->executable->cpu->base.options;
     anepy_product product = {.c = scores,
                              .ldc = r->width,
                              .a = left,
@@ -64,7 +64,7 @@ static void over_channels(const rows *r, float *scores, const float *left, const
 /* out[d, t] = or += sum_q left[d, q] scores[q, t], or with scores[t, q]. */
 static void over_tokens(const rows *r, float *out, const float *left, const float *scores,
                         int32_t transposed, int32_t tokens, int32_t accumulate) {
-    const anepy_device_options *o = &r->kernel->cpu->base.options;
+    const anepy_device_options *o = &r->executable->cpu->base.options;
     anepy_product product = {.c = out,
                              .ldc = r->width,
                              .a = left,
@@ -86,17 +86,18 @@ static void softmax_row(void *context, int32_t index, int32_t worker) {
     r->kernels->softmax_row(r->probs + index * r->width, index + 1, r->columns, r->scale);
 }
 
-void anepy_cpu_scores_backward1(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    float *const *t = kernel->tensors;
-    int32_t heads = kernel->cpu->base.options.model->config.n_heads, group = group_of(kernel);
+void anepy_cpu_scores_backward1(const anepy_executable *executable, int32_t n, int32_t columns) {
+    float *const *t = executable->tensors;
+    int32_t heads = executable->cpu->base.options.model->config.n_heads,
+            group = group_of(executable);
     for (int32_t head = 0; head < heads; head++) {
-        rows r = rows_of(kernel, t[SDPA_BWD1_P], t[SDPA_BWD1_DP], head, columns);
-        const float *dattn = head_of(kernel, kernel->cpu->dattn, head);
-        over_channels(&r, r.probs, head_of(kernel, t[SDPA_BWD1_Q], head),
-                      head_of(kernel, t[SDPA_BWD1_K], head / group));
+        rows r = rows_of(executable, t[SDPA_BWD1_P], t[SDPA_BWD1_DP], head, columns);
+        const float *dattn = head_of(executable, executable->cpu->dattn, head);
+        over_channels(&r, r.probs, head_of(executable, t[SDPA_BWD1_Q], head),
+                      head_of(executable, t[SDPA_BWD1_K], head / group));
         each_row(&r, softmax_row);
-        over_channels(&r, r.dprobs, dattn, head_of(kernel, t[SDPA_BWD1_V], head / group));
-        over_tokens(&r, head_of(kernel, t[SDPA_BWD1_DV], head / group), dattn, r.probs, 0, n,
+        over_channels(&r, r.dprobs, dattn, head_of(executable, t[SDPA_BWD1_V], head / group));
+        over_tokens(&r, head_of(executable, t[SDPA_BWD1_DV], head / group), dattn, r.probs, 0, n,
                     head % group > 0);
     }
 }
@@ -109,15 +110,16 @@ static void softmax_row_backward(void *context, int32_t index, int32_t worker) {
                                      r->columns);
 }
 
-void anepy_cpu_scores_backward2(const anepy_kernel *kernel, int32_t n, int32_t columns) {
-    float *const *t = kernel->tensors;
-    int32_t heads = kernel->cpu->base.options.model->config.n_heads, group = group_of(kernel);
+void anepy_cpu_scores_backward2(const anepy_executable *executable, int32_t n, int32_t columns) {
+    float *const *t = executable->tensors;
+    int32_t heads = executable->cpu->base.options.model->config.n_heads,
+            group = group_of(executable);
     for (int32_t head = 0; head < heads; head++) {
-        rows r = rows_of(kernel, t[SDPA_BWD2_P], t[SDPA_BWD2_DP], head, columns);
+        rows r = rows_of(executable, t[SDPA_BWD2_P], t[SDPA_BWD2_DP], head, columns);
         each_row(&r, softmax_row_backward);
-        over_tokens(&r, head_of(kernel, t[SDPA_BWD2_DQ], head),
-                    head_of(kernel, t[SDPA_BWD2_K], head / group), r.dscores, 1, columns, 0);
-        over_tokens(&r, head_of(kernel, t[SDPA_BWD2_DK], head / group),
-                    head_of(kernel, t[SDPA_BWD2_Q], head), r.dscores, 0, n, head % group > 0);
+        over_tokens(&r, head_of(executable, t[SDPA_BWD2_DQ], head),
+                    head_of(executable, t[SDPA_BWD2_K], head / group), r.dscores, 1, columns, 0);
+        over_tokens(&r, head_of(executable, t[SDPA_BWD2_DK], head / group),
+                    head_of(executable, t[SDPA_BWD2_Q], head), r.dscores, 0, n, head % group > 0);
     }
 }

@@ -47,16 +47,16 @@ static void sim_release(anepy_bank_device *device, void *compiled) {
     anepy_mil_free(compiled);
 }
 
-static int32_t sim_run(anepy_kernel *kernel, void *compiled) {
+static int32_t sim_run(anepy_executable *executable, void *compiled) {
     const void *inputs[ANEPY_BANK_INPUTS];
     uint64_t nbytes[ANEPY_BANK_INPUTS];
-    void *output = kernel->output->base.data;
-    for (int32_t i = 0; i < kernel->input_n; i++) {
-        inputs[i] = kernel->inputs[i]->base.data;
-        nbytes[i] = kernel->inputs[i]->nbytes;
+    void *output = executable->output->base.data;
+    for (int32_t i = 0; i < executable->input_n; i++) {
+        inputs[i] = executable->inputs[i]->base.data;
+        nbytes[i] = executable->inputs[i]->nbytes;
     }
-    return anepy_mil_run(compiled, kernel->function, inputs, nbytes, &output,
-                         &kernel->output->nbytes, kernel->device->base.options.gemm, NULL);
+    return anepy_mil_run(compiled, executable->function, inputs, nbytes, &output,
+                         &executable->output->nbytes, executable->device->base.options.gemm, NULL);
 }
 
 static void sim_close(anepy_bank_device *device) { free(device); }

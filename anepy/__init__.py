@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from .system.version import __version__
 
 _HOMES = {
     "AbiMismatchError": "errors",

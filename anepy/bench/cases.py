@@ -10,16 +10,13 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._version import __version__
 from ..errors import ConfigError
 from ..native import abi, find
-from ..native.info import library_info
-from ..system import machine
+from ..native.info import library_info, provenance
 from .peaks import PRECISIONS, peaks
 
 if TYPE_CHECKING:
@@ -241,16 +238,12 @@ def as_record(
         settings: what was asked for.
         results: what was measured.
     """
-    library = library_info()
     used = dict.fromkeys((result.isa, result.threads) for result in results)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "anepy": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
         "command": ["anepy", *sys.argv[1:]],
-        "machine": machine.describe(),
-        "library": library,
         "model": {"name": name, "shape": asdict(config)},
         "settings": asdict(settings),
         "peaks": [asdict(peaks(isa, threads)) for isa, threads in used],

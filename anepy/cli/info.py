@@ -28,9 +28,9 @@ def info(as_json: JsonOption = False) -> None:
 def _facts() -> dict[str, Any]:
     import numpy
 
-    from .._version import __version__
     from ..engine import adapt
     from ..system import about, download, mac
+    from ..system.version import __version__
 
     this, record = mac.describe(), adapt.stored(adapt.DEVICE)
     return {
@@ -47,7 +47,7 @@ def _facts() -> dict[str, Any]:
         if record is None
         else {
             "path": str(adapt.path(adapt.DEVICE)),
-            "started": record["started"],
+            "created": record["created"],
             "verdicts": record["verdicts"],
             "adapts": [item["detail"] for item in record["adapts"]],
         },
@@ -130,7 +130,7 @@ def _mac_rows(mac: dict[str, Any] | None) -> list[tuple[str, str]]:
 def _probe_text(probe: dict[str, Any]) -> str:
     adapts = ", ".join(probe["adapts"]) or "the library's defaults fit"
     counts = ", ".join(f"{n} {verdict}" for verdict, n in probe["verdicts"].items() if n)
-    return f"{counts} on {probe['started'][:10]}; {adapts} ({probe['path']})"
+    return f"{counts} on {probe['created'][:10]}; {adapts} ({probe['path']})"
 
 
 def _text(value: object) -> str:

@@ -57,7 +57,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .._version import __version__
+        from ..system.version import __version__
 
         print(f"anepy {__version__}")
         raise typer.Exit

@@ -17,6 +17,7 @@ from ..console.text import Header
 from ..console.train import Reporter
 from ..console.train import reporter as make_reporter
 from ..engine.flops import flops_per_step
+from ..engine.variants import gradients_lag
 from ..errors import CheckpointError, ConfigError, NativeError
 from ..models import formats
 from ..models.model import Model, ModelConfig
@@ -196,7 +197,11 @@ def _introduce(
 
 
 def _engine(trainer: Trainer) -> dict[str, Any]:
-    return trainer.engine_settings() | {"precision_note": trainer.engine.precision_note}
+    engine = trainer.engine
+    return trainer.engine_settings() | {
+        "precision_note": engine.precision_note,
+        "gradients_lag": gradients_lag(engine.switches),
+    }
 
 
 def _notes(trainer: Trainer) -> list[str]:

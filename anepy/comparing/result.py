@@ -139,11 +139,11 @@ class Comparison:
     """A whole comparison.
 
     Attributes:
-        created: when it began, UTC, like 2026-01-31T12:00:00Z.
+        created: when it began, UTC, like 2026-01-31T12:00:00+00:00.
         command: the exact command, empty from Python.
         anepy: version.
         machine: system, processor, cpus, memory; on a Mac also macos, macos_build, model.
-        library: `anepy.native.info.library_info()` and the SHA-256 of the file.
+        library: `anepy.native.info.library_facts()`.
         engine: device, precision, isa, threads, seq.
         model: name, parameters, shape.
         data: name, tokens.

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .._version import __version__
 from ..bench.peaks import device_peak
 from ..engine.engine import Engine
 from ..engine.variants import switch_names, variant_switches
 from ..errors import ConfigError, UnsupportedError
 from ..models.model import PRESETS, Model, ModelConfig, TensorTable, sequence_length
-from ..native.info import library_facts
+from ..native.info import provenance
 from ..system import machine
 from ..text.data import TokenData
 from .config import CompareConfig
@@ -329,11 +327,8 @@ class _Session:
                 f"{config.rounds} rounds: intervals are to be trusted from {TRUSTED_ROUNDS} on"
             )
         return Comparison(
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **provenance(),
             command=command,
-            anepy=__version__,
-            machine=machine.describe(),
-            library=library_facts(),
             engine={
                 "device": engine.device,
                 "precision": engine.precision,

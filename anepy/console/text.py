@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.variants import gradients_lag
 from ..system.words import engine_text, milliseconds, perplexity, quantity
 from ..training.reports import Summary
 
@@ -130,7 +129,7 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
 def variant_text(engine: Mapping[str, Any]) -> str:
     """Name a variant and its switches, and say so where steps use weights that are not the last."""
     switches = ", ".join(engine["switches"]) or "no switches"
-    lag = gradients_lag(engine["switches"])
+    lag = engine.get("gradients_lag")
     note = " (gradients belong to the weights one update earlier)" if lag else ""
     return f"{engine['variant']}: {switches}{note}"
 

@@ -25,6 +25,7 @@ from ..system import download, machine
 from ..system.files import replacing
 
 DEVICE = "ane"
+SCHEMA = 2  # of the record; one of another schema is as good as none
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def stored(device: str) -> dict[str, Any] | None:
     """Return what was kept for a device on this machine and system, None if nothing readable is."""
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(path(device).read_text("utf-8"))
-        if isinstance(record, dict) and record.get("schema") == 1:
+        if isinstance(record, dict) and record.get("schema") == SCHEMA:
             return record
     return None
 

@@ -14,19 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .._version import __version__
 from ..engine import adapt
 from ..errors import AnepyError
-from ..native.find import library, loaded
+from ..native.find import loaded
+from ..native.info import provenance
 from ..system import machine
 from .probe_mil import DeviceRunner, Runner, WrongError
 from .probes import CHIPS, PROBES, Probe, find
 
-SCHEMA = 1
 VERDICTS = ("ok", "differs", "failed", "crashed", "hung")
 TIMEOUT_S = 60.0
 Record = dict[str, Any]
@@ -151,9 +149,8 @@ def measure(
         tell: told before each probe how many are done, of how many, and which one comes.
         timeout: seconds for each probe.
     """
-    started, began = datetime.now(timezone.utc), time.perf_counter()
+    begun, began = provenance(), time.perf_counter()
     chip = chip_of(device)
-    lib = library()
     chosen = [probe for probe in PROBES if not names or probe.name in names]
     dialect = "1.3"
     results: list[Record] = []
@@ -171,14 +168,11 @@ def measure(
             | {"seconds": round(time.perf_counter() - asked, 3)}
         )
     return {
-        "schema": SCHEMA,
-        "anepy": __version__,
-        "library": lib.anepy_build_id().decode(),
+        "schema": adapt.SCHEMA,
+        **begun,
         "device": device,
         "chip": chip,
         "dialect": dialect,
-        "machine": _machine(),
-        "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 3),
         "probes": results,
         "adapts": adapt.adaptations(results),
@@ -200,18 +194,6 @@ def chip_of(device: str) -> str | None:
         return next((word for word in details.split(",") if word in CHIPS), "m4")
     words = machine.processor().lower().split()
     return next((word for word in words if word in CHIPS), None)
-
-
-def _machine() -> Record:
-    version, build = machine.macos()
-    return {
-        "system": machine.system(),
-        "processor": machine.processor(),
-        "model": machine.sysctl("hw.model"),
-        "macos": version,
-        "build": build,
-        "memory": machine.memory(),
-    }
 
 
 def lines(record: Record) -> Iterator[tuple[str, str]]:

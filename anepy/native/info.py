@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from datetime import datetime, timezone
 from typing import Any
 
+from ..system import machine
+from ..system.version import __version__
 from . import abi, find
 
 
@@ -32,3 +35,18 @@ def library_facts() -> dict[str, Any]:
     if (found := find.loaded()) is not None and found.path is not None:
         facts["sha256"] = hashlib.sha256(found.path.read_bytes()).hexdigest()
     return facts
+
+
+def provenance() -> dict[str, Any]:
+    """Return what every record of a measurement begins with.
+
+    Returns:
+        `anepy` (version), `created` (UTC, to the second), `machine` (`machine.describe()`) and
+        `library` (`library_facts()`).
+    """
+    return {
+        "anepy": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "library": library_facts(),
+    }

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .._version import __version__
 from ..engine.engine import Engine
 from ..engine.evaluation import mean_loss, sequence_losses
 from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.model import Model, sequence_length
+from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
 from . import checkpoint
 from .config import TrainConfig

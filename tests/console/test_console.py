@@ -152,6 +152,8 @@ def test_header_says_how_many_updates_the_steps_are(changes: dict[str, int], tex
 def test_header_says_why_a_precision_was_chosen() -> None:
     engine = dict(header().engine)
     assert "2 threads, fp32; max" in plain_run(engine=engine | {"precision_note": ""})
+    late = "one update earlier"
+    assert late not in plain_run() and late in plain_run(engine=engine | {"gradients_lag": True})
     note = {"precision_note": "avx2 has no bf16 dot products"}
     expected = "2 threads, fp32 (chosen automatically: avx2 has no bf16 dot products); max"
     assert expected in plain_run(engine=engine | note)

@@ -20,7 +20,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 # From the ground up. Rooms of one floor do not import each other.
 FLOORS = (
-    ("_version", "errors"),
+    ("errors",),
     ("system",),
     ("native",),
     ("models",),

@@ -175,7 +175,7 @@ def test_info_shows_what_was_probed(
 ) -> None:
     monkeypatch.setenv("ANEPY_CACHE", str(tmp_path))
     record = {
-        "schema": 1, "device": "ane", "started": "2026-11-23T04:09:05+00:00",
+        "schema": adapt.SCHEMA, "device": "ane", "created": "2026-11-23T04:09:05+00:00",
         "verdicts": {"ok": 16, "differs": 1, "failed": 0},
         "adapts": [{"detail": "dialect=1.0", "because": "x"}],
     }  # fmt: skip

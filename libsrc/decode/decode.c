@@ -81,11 +81,25 @@ static void project(const anepy_decoder *d, float *y, int32_t layer, int32_t rol
     }
 }
 
+static void rmsnorm(const anepy_decoder *d, float *y, const float *x, const float *weight,
+                    int32_t n) {
+    double sum = d->kernels->sum_squares(x, n);
+    float r = (float)(1.0 / sqrt(sum / n + (double)d->model->norm_eps));
+    for (int32_t c = 0; c < n; c++) y[c] = weight[c] * (x[c] * r);
+}
+
 static void normalize(const anepy_decoder *d, int64_t weight) {
-    int32_t dim = d->model->config.dim;
-    double sum = d->kernels->sum_squares(d->x, dim);
-    float r = (float)(1.0 / sqrt(sum / dim + (double)d->model->norm_eps));
-    for (int32_t c = 0; c < dim; c++) d->xnorm[c] = d->params[weight + c] * (d->x[c] * r);
+    rmsnorm(d, d->xnorm, d->x, d->params + weight, d->model->config.dim);
+}
+
+/* The heads of q or k, each by itself. */
+static void normalize_heads(const anepy_decoder *d, float *x, int32_t layer, int32_t role,
+                            int32_t heads) {
+    const anepy_tensor *tensor = anepy_model_find(d->model, layer, role);
+    int32_t head_dim = d->model->head_dim;
+    if (tensor == NULL) return;
+    const float *weight = anepy_weights_vector(anepy_stored(tensor, d->params));
+    for (int32_t h = 0; h < heads; h++, x += head_dim) rmsnorm(d, x, x, weight, head_dim);
 }
 
 static void rotate(const anepy_decoder *d, float *x, int32_t heads) {
@@ -135,6 +149,8 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     int64_t cache = (int64_t)l * d->max_len * kv;
     normalize(d, anepy_model_layer(m, l, ANEPY_ATTENTION_NORM));
     project(d, d->qkv, l, ANEPY_WQ, 3, d->xnorm);
+    normalize_heads(d, d->qkv, l, ANEPY_Q_NORM, m->config.n_heads);
+    normalize_heads(d, d->qkv + q, l, ANEPY_K_NORM, m->config.n_kv_heads);
     rotate(d, d->qkv, m->config.n_heads + m->config.n_kv_heads);
     remember(d, d->keys + cache, d->qkv + q);
     remember(d, d->values + cache, d->qkv + q + kv);

@@ -21,9 +21,10 @@
 #define ANEPY_TILE_ROWS 6   /* rows of C that a matrix kernel computes at once, on every set */
 #define ANEPY_COLUMNS 64    /* columns of a panel; activations are padded to multiples */
 #define ANEPY_PIECE_ROWS 64 /* rows in a piece of a loop over rows */
-#define ANEPY_PIECE_ELEMENTS 65536 /* in a piece of a loop over long vectors: 1 MiB of an update   \
-                                    */
-#define ANEPY_LOSS_ROWS 512        /* vocabulary rows in a piece of the loss; sums depend on it */
+#define ANEPY_PIECE_ELEMENTS                                                                       \
+    65536                   /* in a piece of a loop over long vectors: 1 MiB of an update          \
+                             */
+#define ANEPY_LOSS_ROWS 512 /* vocabulary rows in a piece of the loss; sums depend on it */
 
 typedef struct {
     float lr; /* already divided by 1 - beta1^t */
@@ -105,7 +106,7 @@ typedef struct anepy_kernels {
     void (*rmsnorm_stats)(float *rstd, float *coef, const float *dy, const float *x, const float *w,
                           float eps, int32_t channels, int64_t ld);
     /* Second half, for one channel of n columns: dx = residual + rstd*w*dy - coef*x; returns sum_s
-     * dy*x*rstd, the gradient of w. dx may be residual. */
+     * dy*x*rstd, the gradient of w. dx may be residual or dy. */
     float (*rmsnorm_row)(float *dx, const float *residual, const float *dy, const float *x,
                          const float *rstd, const float *coef, float w, int32_t n);
 

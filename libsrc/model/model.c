@@ -83,13 +83,11 @@ static int32_t validate(const anepy_config *c) {
     if (c->norm_eps != 0.0) ANEPY_TRY(check_between("norm_eps", c->norm_eps, 1e-12, 0.1));
     ANEPY_TRY(check_flag("qkv_bias", c->qkv_bias));
     ANEPY_TRY(check_flag("qk_norm", c->qk_norm));
-    if (c->qk_norm)
-        return anepy_fail(ANEPY_E_UNSUPPORTED, "qk_norm is not supported yet: use a model without");
     return check_flag("tied", c->tied);
 }
 
 /* What a count of channels is made of. */
-typedef enum { VECTOR, DIM, Q, KV, HIDDEN } extent;
+typedef enum { VECTOR, DIM, Q, KV, HEAD, HIDDEN } extent;
 
 /* The tensors of a layer, as Meta's Llama names them. A vector has one row. */
 static const struct {
@@ -103,6 +101,8 @@ static const struct {
     [ANEPY_BQ] = {"attention.wq.bias", VECTOR, Q},
     [ANEPY_BK] = {"attention.wk.bias", VECTOR, KV},
     [ANEPY_BV] = {"attention.wv.bias", VECTOR, KV},
+    [ANEPY_Q_NORM] = {"attention.q_norm.weight", VECTOR, HEAD},
+    [ANEPY_K_NORM] = {"attention.k_norm.weight", VECTOR, HEAD},
     [ANEPY_WO] = {"attention.wo.weight", DIM, Q},
     [ANEPY_FFN_NORM] = {"ffn_norm.weight", VECTOR, DIM},
     [ANEPY_W1] = {"feed_forward.w1.weight", HIDDEN, DIM},
@@ -115,6 +115,7 @@ static int64_t extent_of(const anepy_model *model, extent e) {
     case DIM: return model->config.dim;
     case Q: return model->q_dim;
     case KV: return model->kv_dim;
+    case HEAD: return model->head_dim;
     case HIDDEN: return model->config.hidden_dim;
     default: return VECTOR;
     }
@@ -138,6 +139,8 @@ static int has(const anepy_config *config, int32_t role) {
     case ANEPY_BQ:
     case ANEPY_BK:
     case ANEPY_BV: return config->qkv_bias;
+    case ANEPY_Q_NORM:
+    case ANEPY_K_NORM: return config->qk_norm;
     default: return 1;
     }
 }

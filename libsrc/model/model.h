@@ -17,6 +17,8 @@ enum {
     ANEPY_BQ, /* biases of wq, wk, wv */
     ANEPY_BK,
     ANEPY_BV,
+    ANEPY_Q_NORM, /* of each head of q, of each head of k */
+    ANEPY_K_NORM,
     ANEPY_WO,
     ANEPY_FFN_NORM,
     ANEPY_W1,

@@ -23,6 +23,8 @@ enum {
     TRANSPOSED,
     VECTOR,
     COLUMN,
+    HEAD_SQUARE,
+    HEAD_CONV,
     SQUARE,
     ZEROS,
     NO_LOGIT,
@@ -110,7 +112,8 @@ mil_tensor anepy_emit_baked_matrix(mil_writer *w, const anepy_program_matrix *m,
                       : declare(w, record, rows, m->cols, 1, 1, m->name);
 }
 
-mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m, double factor) {
+mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m, double factor,
+                                   int of_head) {
     uint16_t *fresh;
     mil_record *record = find(w, (mil_key){VECTOR, anepy_program_offset(m), 0, 0}, m->cols, &fresh);
     if (fresh != NULL) {
@@ -118,7 +121,8 @@ mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m,
         for (int32_t i = 0; i < m->cols; i++) fresh[i] = anepy_to_half((float)(values[i] * factor));
         check_finite(w, m->name, fresh, m->cols);
     }
-    return declare(w, record, 1, m->cols, 1, 1, m->name);
+    return of_head ? declare(w, record, 1, 1, m->cols, 1, m->name)
+                   : declare(w, record, 1, m->cols, 1, 1, m->name);
 }
 
 /* ------------------------------------------------------------------------------------ constants */
@@ -133,6 +137,17 @@ mil_tensor anepy_emit_ones_column(mil_writer *w, double value) {
     mil_record *record = find(w, (mil_key){COLUMN, dim, bits, 0}, dim, &fresh);
     fill(fresh, dim, bits);
     return declare(w, record, 1, dim, 1, 1, "sum");
+}
+
+mil_tensor anepy_emit_head_sum(mil_writer *w, int32_t heads, double value, int as_conv) {
+    int32_t head = w->model->head_dim, rows = heads * head, cols = as_conv ? rows : head;
+    uint16_t *fresh, bits = anepy_to_half((float)value);
+    mil_record *record = find(w, (mil_key){as_conv ? HEAD_CONV : HEAD_SQUARE, heads, head, bits},
+                              (int64_t)rows * cols, &fresh);
+    for (int32_t i = 0; fresh != NULL && i < rows; i++)
+        fill(fresh + (int64_t)i * cols + (as_conv ? i / head * head : 0), head, bits);
+    return as_conv ? declare(w, record, rows, rows, 1, 1, "sum")
+                   : declare(w, record, 1, heads, head, head, "sum");
 }
 
 mil_tensor anepy_emit_ones_square(mil_writer *w, int32_t channels) {

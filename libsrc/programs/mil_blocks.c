@@ -26,13 +26,15 @@ static int32_t find(mil_writer *w, const anepy_tensor *tensor, anepy_program_mat
     return index;
 }
 
-/* A vector, times a factor, as an operand of the channels it has a value for. */
-static mil_tensor vector(mil_writer *w, const anepy_tensor *tensor, double factor) {
+/* A vector, times a factor, as an operand of the channels it has a value for. of_head: they are the
+ * channels of each head, in [1, heads, head_dim, width]. */
+static mil_tensor vector(mil_writer *w, const anepy_tensor *tensor, double factor, int of_head) {
     anepy_program_matrix m;
     int32_t index = find(w, tensor, &m);
-    if (!w->program->live) return anepy_emit_baked_vector(w, &m, factor);
-    if (factor == 1.0) return w->parameters[index];
-    return anepy_emit_with_scalar(w, "mul", w->parameters[index], factor, "weight");
+    if (!w->program->live) return anepy_emit_baked_vector(w, &m, factor, of_head);
+    mil_tensor x = w->parameters[index];
+    if (of_head) x = anepy_emit_reshape(w, x, 1, m.cols, w->width, "weight");
+    return factor == 1.0 ? x : anepy_emit_with_scalar(w, "mul", x, factor, "weight");
 }
 
 /* One layout serves both directions: the transpose is a flag, and nothing is copied. */
@@ -59,10 +61,16 @@ mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_te
             ? live_linear(w, index, transposed, x, transposed ? m.cols : m.rows, hint)
             : anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, transposed, 0, m.rows), x, hint);
     if (p.bias == NULL || transposed) return y;
-    return anepy_emit_binary(w, "add", y, vector(w, p.bias, 1.0), hint);
+    return anepy_emit_binary(w, "add", y, vector(w, p.bias, 1.0, 0), hint);
 }
 
 /* --------------------------------------------------------------------------------------- norms */
+
+/* Sums of squares: a convolution of all channels, or a product per head. */
+static mil_tensor sum(mil_writer *w, mil_tensor ones, mil_tensor x, const char *hint) {
+    return x.dims[2] == 1 ? anepy_emit_conv(w, ones, x, hint)
+                          : anepy_emit_matmul(w, ones, 0, x, 0, hint);
+}
 
 /* RMSNorm in two passes, because no one scale serves: squares of activations near 0.02 (a fresh
  * model) flush to zero in fp16, squares of those near 200 overflow. The first pass estimates
@@ -71,20 +79,20 @@ mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_te
  *     s1 = sum (x / 8)^2 / 256 = |x|^2 / 2^14;  r1 = (s1 + 2^-13)^-0.5
  *     s2 = sum x1^2 / 256;                      r2 = (s2 + eps dim r1^2 / 256)^-0.5
  * Then x r1 r2 = 16 / sqrt(dim) * x / sqrt(mean x^2 + eps). In range for every |x_c| from 2^-9 to
- * 1400; eps is part of the second pass because alone it is subnormal. Sums are convolutions with a
- * constant: those accumulate wide, reduce_sum does not. */
-mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_inverse) {
-    mil_tensor sum = anepy_emit_ones_column(w, 1.0 / 256);
-    double dim = w->model->config.dim;
+ * 1400; eps is part of the second pass because alone it is subnormal. Sums are products with a
+ * constant: those accumulate wide, reduce_sum does not. `dim` channels are one sum: all, or those
+ * of each head. */
+static mil_normalized normalize(mil_writer *w, mil_tensor x, double dim, mil_tensor ones,
+                                int want_inverse) {
     double eps = sqrt(dim * fmax(w->model->norm_eps, SMALLEST_EPS / dim)) / 16;
     mil_tensor t = anepy_emit_with_scalar(w, "mul", x, 0.125, "eighth");
     t = anepy_emit_binary(w, "mul", t, t, "squares");
-    t = anepy_emit_conv(w, sum, t, "size");
+    t = sum(w, ones, t, "size");
     t = anepy_emit_with_scalar(w, "add", t, 0x1p-13, "size");
     mil_tensor r1 = anepy_emit_with_scalar(w, "pow", t, -0.5, "rough");
     mil_tensor x1 = anepy_emit_binary(w, "mul", x, r1, "scaled");
     t = anepy_emit_binary(w, "mul", x1, x1, "squares");
-    mil_tensor s2 = anepy_emit_conv(w, sum, t, "size");
+    mil_tensor s2 = sum(w, ones, t, "size");
     t = anepy_emit_with_scalar(w, "mul", r1, eps, "eps");
     t = anepy_emit_binary(w, "mul", t, t, "eps");
     t = anepy_emit_binary(w, "add", s2, t, "size");
@@ -94,8 +102,14 @@ mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_invers
     return n;
 }
 
+mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_inverse) {
+    mil_tensor ones = anepy_emit_ones_column(w, 1.0 / 256);
+    return normalize(w, x, w->model->config.dim, ones, want_inverse);
+}
+
 mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role) {
-    return vector(w, anepy_model_find(w->model, w->layer, role), sqrt(w->model->config.dim) / 16);
+    const anepy_tensor *tensor = anepy_model_find(w->model, w->layer, role);
+    return vector(w, tensor, sqrt(w->model->config.dim) / 16, 0);
 }
 
 mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint) {
@@ -107,6 +121,21 @@ mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const c
 
 static mil_tensor split_heads(mil_writer *w, mil_tensor x, int32_t heads, const char *hint) {
     return anepy_emit_reshape(w, x, heads, x.dims[1] / heads, w->width, hint);
+}
+
+/* Sums are spread over the channels of a head by the product that takes them, so that nothing has
+ * to be broadcast. */
+mil_tensor anepy_emit_head_norm(mil_writer *w, int32_t role, mil_tensor x, int32_t heads,
+                                const char *hint) {
+    const anepy_tensor *tensor = anepy_model_find(w->model, w->layer, role);
+    int32_t channels = x.dims[1], head = w->model->head_dim, as_conv = head % CONTRACTION != 0;
+    if (tensor == NULL) return x;
+    if (!as_conv) x = split_heads(w, x, heads, "heads");
+    mil_tensor ones = anepy_emit_head_sum(w, heads, 1.0 / 256, as_conv);
+    x = normalize(w, x, head, ones, 0).unit;
+    if (as_conv) x = split_heads(w, x, heads, "heads");
+    x = anepy_emit_binary(w, "mul", x, vector(w, tensor, sqrt(head) / 16, 1), "normed");
+    return anepy_emit_reshape(w, x, channels, 1, w->width, hint);
 }
 
 /* x cos + (x turned by 90 degrees) sin: no pair of channels is taken apart, which would need slices

@@ -30,15 +30,18 @@ static mil_tensor input(mil_writer *w, int32_t tensor) {
 static void sdpa_fwd(mil_writer *w) {
     const anepy_config *c = &w->model->config;
     mil_tensor xnorm = anepy_emit_rmsnorm(w, ANEPY_ATTENTION_NORM, input(w, SDPA_FWD_X), "xnorm");
-    mil_tensor q =
-        anepy_emit_rope(w, anepy_emit_linear(w, ANEPY_WQ, 0, xnorm, "q"), c->n_heads, 0, "q");
-    mil_tensor k =
-        anepy_emit_rope(w, anepy_emit_linear(w, ANEPY_WK, 0, xnorm, "k"), c->n_kv_heads, 0, "k");
+    mil_tensor q_raw = anepy_emit_linear(w, ANEPY_WQ, 0, xnorm, "q");
+    mil_tensor q = anepy_emit_head_norm(w, ANEPY_Q_NORM, q_raw, c->n_heads, "q");
+    q = anepy_emit_rope(w, q, c->n_heads, 0, "q");
+    mil_tensor k_raw = anepy_emit_linear(w, ANEPY_WK, 0, xnorm, "k");
+    mil_tensor k = anepy_emit_head_norm(w, ANEPY_K_NORM, k_raw, c->n_kv_heads, "k");
+    k = anepy_emit_rope(w, k, c->n_kv_heads, 0, "k");
     mil_tensor v = anepy_emit_linear(w, ANEPY_WV, 0, xnorm, "v");
     mil_tensor probs = anepy_emit_probabilities(w, q, k);
     mil_tensor attn = anepy_emit_gather_keys(w, anepy_emit_keys(w, v), probs, "attn");
-    mil_tensor out[] = {anepy_emit_linear(w, ANEPY_WO, 0, attn, "out"), q, k, v, attn, xnorm};
-    anepy_emit_concat(w, out, 6, "z_out");
+    mil_tensor y = anepy_emit_linear(w, ANEPY_WO, 0, attn, "out");
+    mil_tensor out[] = {y, q, k, v, attn, xnorm, q_raw, k_raw};
+    anepy_emit_concat(w, out, c->qk_norm ? 8 : 6, "z_out");
 }
 
 static void ffn_fwd(mil_writer *w) {

@@ -99,17 +99,21 @@ mil_tensor anepy_emit_declare_blob(mil_writer *w, const int32_t dims[4], uint64_
  * rows, 1, 1]. */
 mil_tensor anepy_emit_baked_matrix(mil_writer *w, const anepy_program_matrix *m, int transposed,
                                    int32_t first, int32_t rows);
-mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m,
-                                   double factor); /* [1, cols, 1, 1] */
+/* Times a factor, [1, cols, 1, 1]; of_head: for the channels of each head, [1, 1, cols, 1]. */
+mil_tensor anepy_emit_baked_vector(mil_writer *w, const anepy_program_matrix *m, double factor,
+                                   int of_head);
 mil_tensor anepy_emit_ones_column(mil_writer *w,
                                   double value); /* [1, dim, 1, 1]: a sum over channels */
+/* Sums over the channels of each head, put in all of its channels: the factor of a product per head
+ * [1, heads, head_dim, head_dim], or a conv weight [heads * head_dim, heads * head_dim, 1, 1]. */
+mil_tensor anepy_emit_head_sum(mil_writer *w, int32_t heads, double value, int as_conv);
 mil_tensor anepy_emit_ones_square(mil_writer *w,
-                                  int32_t channels);           /* [1, channels, width, width] */
-mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels);  /* [1, channels, 1, width] */
+                                  int32_t channels);          /* [1, channels, width, width] */
+mil_tensor anepy_emit_zeros(mil_writer *w, int32_t channels); /* [1, channels, 1, width] */
 /* [1, channels, 1, width] with the value of a masked logit. */
 mil_tensor anepy_emit_masked(mil_writer *w, int32_t channels);
-mil_tensor anepy_emit_causal_mask(mil_writer *w);              /* [1, 1, width, width] */
-mil_tensor anepy_emit_angles(mil_writer *w, int sine);         /* [1, 1, head_dim, width] */
+mil_tensor anepy_emit_causal_mask(mil_writer *w);      /* [1, 1, width, width] */
+mil_tensor anepy_emit_angles(mil_writer *w, int sine); /* [1, 1, head_dim, width] */
 /* The quarter turn of every channel pair: per head [1, heads, head_dim, head_dim], or as one conv
  * weight [heads * head_dim, heads * head_dim, 1, 1]. */
 mil_tensor anepy_emit_quarter_turn(mil_writer *w, int32_t heads, int as_conv);
@@ -135,6 +139,9 @@ typedef struct {
 mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_inverse);
 mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role); /* times sqrt(dim) / 16 */
 mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint);
+/* Of the channels of each head, in [1, heads * head_dim, 1, width]; x if the model has none. */
+mil_tensor anepy_emit_head_norm(mil_writer *w, int32_t role, mil_tensor x, int32_t heads,
+                                const char *hint);
 
 /* RoPE of [1, heads * head_dim, 1, width]; with inverse != 0 rotates back. */
 mil_tensor anepy_emit_rope(mil_writer *w, mil_tensor x, int32_t heads, int inverse,

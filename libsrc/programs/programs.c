@@ -6,25 +6,27 @@
 
 typedef enum { DIM, Q, KV, HIDDEN, SCORES, VOCAB } extent; /* what a channel count is made of */
 
-#define FACTOR 8 /* nothing but products reads this output, inside and outside */
+#define FACTOR 8   /* nothing but products reads this output, inside and outside */
+#define QK_NORM 16 /* there is such an output only in models with qk_norm */
 
 #define PART_ROWS 32768 /* tokens per part of a classifier program: half of what chips take */
 
 typedef struct {
     const char *name; /* NULL ends a list */
-    int32_t channels; /* an extent, and perhaps FACTOR */
+    int32_t channels; /* an extent, and perhaps FACTOR or QK_NORM */
 } range;
 
 /* Mathematics, per column unless attention says otherwise (float64 form: tests/reference):
  *   sdpa_fwd   xnorm = rmsnorm(x); q, k = rope(wq xnorm + bq), rope(wk xnorm + bk);
- *              v = wv xnorm + bv, without biases where the model has none;
+ *              v = wv xnorm + bv, without biases where the model has none; with qk_norm
+ *              q = rope(rmsnorm(q_raw)) per head, q_raw = wq xnorm + bq, and k likewise;
  *              attn = softmax(q^T k / sqrt(head) + causal) v per head; out = wo attn
  *   ffn_fwd    xnorm = rmsnorm(x); h1 = w1 xnorm; h3 = w3 xnorm; gate = silu(h1) h3; out = w2 gate
  *   ffn_bwd    gradients of h1, h3 and xnorm (dx) from that of out (dy)
  *   sdpa_bwd1  probs again from q and k (channel = head * width + query, column = key);
  *              gradients of v and of the probabilities from that of out (dy)
- *   sdpa_bwd2  gradients of wq xnorm and wk xnorm: through soft-max, scale and inverse RoPE
- *   qkv_bwd    gradient of xnorm (dx)
+ *   sdpa_bwd2  gradients of q and k before RoPE: through soft-max, scale and inverse RoPE
+ *   qkv_bwd    gradient of xnorm (dx) from those of v, and of q and k before their norms
  * Offloads:
  *   rmsnorm_bwd*    gradient of x (dx) from that of w * x / rms(x) (dy); w is attention_norm,
  *                   ffn_norm or norm
@@ -34,17 +36,23 @@ typedef struct {
  *   softmax         over groups of tokens: see anepy_softmax_groups */
 static const struct {
     const char *name;
-    range inputs[5], outputs[7];
+    range inputs[5], outputs[9];
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* those that the model has not are left out */
 } TABLE[ANEPY_PROGRAM_N] = {
-    [ANEPY_SDPA_FWD] =
-        {"sdpa_fwd",
-         {{"x", DIM}},
-         {{"out", DIM}, {"q", Q}, {"k", KV}, {"v", KV}, {"attn", Q}, {"xnorm", DIM | FACTOR}},
-         8,
-         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO, ANEPY_BQ, ANEPY_BK,
-          ANEPY_BV}},
+    [ANEPY_SDPA_FWD] = {"sdpa_fwd",
+                        {{"x", DIM}},
+                        {{"out", DIM},
+                         {"q", Q},
+                         {"k", KV},
+                         {"v", KV},
+                         {"attn", Q},
+                         {"xnorm", DIM | FACTOR},
+                         {"q_raw", Q | QK_NORM},
+                         {"k_raw", KV | QK_NORM}},
+                        10,
+                        {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO, ANEPY_BQ,
+                         ANEPY_BK, ANEPY_BV, ANEPY_Q_NORM, ANEPY_K_NORM}},
     [ANEPY_FFN_FWD] = {"ffn_fwd",
                        {{"x", DIM}},
                        {{"out", DIM},
@@ -97,6 +105,8 @@ static const char *const WEIGHT_NAMES[] = {
     [ANEPY_BQ] = "wq_bias",
     [ANEPY_BK] = "wk_bias",
     [ANEPY_BV] = "wv_bias",
+    [ANEPY_Q_NORM] = "q_norm",
+    [ANEPY_K_NORM] = "k_norm",
     [ANEPY_WO] = "wo",
     [ANEPY_FFN_NORM] = "ffn_norm",
     [ANEPY_W1] = "w1",
@@ -126,14 +136,15 @@ static int32_t channels_of(extent e, const anepy_program *program, const anepy_m
 /* Appends a list to tensors from index first on; returns how many, and their channels in *total. */
 static int32_t fill(anepy_program *out, int32_t first, const range *list, const anepy_model *model,
                     int32_t *total) {
-    int32_t n = 0;
-    for (*total = 0; list[n].name != NULL; n++) {
-        int32_t channels = channels_of(list[n].channels & ~FACTOR, out, model);
-        out->tensors[first + n] = (anepy_program_tensor){list[n].name, channels, *total,
-                                                         (list[n].channels & FACTOR) != 0};
+    int32_t n = first;
+    for (*total = 0; list->name != NULL; list++) {
+        if (list->channels & QK_NORM && !model->config.qk_norm) continue;
+        int32_t channels = channels_of(list->channels & ~(FACTOR | QK_NORM), out, model);
+        out->tensors[n++] =
+            (anepy_program_tensor){list->name, channels, *total, (list->channels & FACTOR) != 0};
         *total += channels;
     }
-    return n;
+    return n - first;
 }
 
 void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const anepy_model *model,

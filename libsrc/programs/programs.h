@@ -29,8 +29,8 @@ typedef enum {
     ANEPY_PROGRAM_N
 } anepy_program_id;
 
-#define ANEPY_PROGRAM_TENSORS 8
-#define ANEPY_PROGRAM_WEIGHTS 8
+#define ANEPY_PROGRAM_TENSORS 9
+#define ANEPY_PROGRAM_WEIGHTS 10
 
 typedef struct {
     const char *name;
@@ -73,7 +73,9 @@ enum {
     SDPA_FWD_K,
     SDPA_FWD_V,
     SDPA_FWD_ATTN,
-    SDPA_FWD_XNORM
+    SDPA_FWD_XNORM,
+    SDPA_FWD_Q_RAW, /* of models with qk_norm */
+    SDPA_FWD_K_RAW
 };
 enum { FFN_FWD_X, FFN_FWD_OUT, FFN_FWD_H1, FFN_FWD_H3, FFN_FWD_GATE, FFN_FWD_XNORM };
 enum { FFN_BWD_DY, FFN_BWD_H1, FFN_BWD_H3, FFN_BWD_DX, FFN_BWD_DH1, FFN_BWD_DH3 };

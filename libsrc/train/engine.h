@@ -107,6 +107,8 @@ typedef struct {
     float *rstd, *coef;  /* [width]: statistics of one RMSNorm backward */
     float *lse;          /* [width]: log-sum-exp of the logits of each column */
     float *zeros;        /* [width] */
+    float *head_partial; /* qk_norm: [n_heads, head_dim], gradients of each head of q or k */
+    anepy_surface dqk;   /* host: gradients of q_raw, k_raw, where programs do not read memory */
     float *partial;      /* soft-max: [2, chunks, width], largest logit and sum of each chunk */
 
     float *host; /* one mapping: the buffers above */
@@ -172,6 +174,7 @@ struct anepy_engine {
     int64_t counted; /* targets that the gradients are the sum over; 0: there are no gradients */
     int64_t updates;
     float *norm_gradients; /* [2 * n_layers + 1, dim]: of this step; attention, ffn, ..., final */
+    float *head_gradients; /* qk_norm: [2 * n_layers, head_dim]: of q_norm, k_norm of each layer */
     anepy_run run;
     anepy_scaling scaling;
     anepy_squares squares;
@@ -183,6 +186,11 @@ struct anepy_engine {
 /* The weights of a layer, or of none, that steps compute with. */
 static inline anepy_storage anepy_weights(const anepy_engine *e, int32_t layer, int32_t role) {
     return anepy_stored(anepy_model_find(e->model, layer, role), e->room->effective);
+}
+
+/* Elements of head_gradients. */
+static inline int64_t anepy_head_gradients_n(const anepy_model *model) {
+    return model->config.qk_norm ? 2 * (int64_t)model->config.n_layers * model->head_dim : 0;
 }
 
 static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }

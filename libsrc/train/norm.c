@@ -3,7 +3,10 @@
 
 #include <string.h>
 
+#include "kernels/weights.h"
+
 #define COLS ANEPY_COLUMNS
+
 typedef struct {
     anepy_engine *e;
     float *dx;
@@ -60,18 +63,66 @@ void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, cons
                    &task);
 }
 
-void anepy_norm_accumulate(anepy_engine *e) {
-    const anepy_model *m = e->model;
-    int32_t dim = m->config.dim, layers = m->config.n_layers;
-    for (int32_t i = 0; i <= 2 * layers; i++) {
-        int32_t tensor = i % 2 == 0 ? ANEPY_ATTENTION_NORM : ANEPY_FFN_NORM;
-        int64_t offset =
-            i < 2 * layers ? anepy_model_layer(m, i / 2, tensor) : anepy_model_final_norm(m);
-        float *gradient = e->grads + offset;
-        const float *row = e->norm_gradients + (int64_t)i * dim;
-        if (anepy_adds(e)) e->kernels->add(gradient, gradient, row, dim);
-        else memcpy(gradient, row, (size_t)dim * sizeof(float));
+typedef struct {
+    anepy_engine *e;
+    float *dx;
+    const float *dy, *x, *weight;
+} heads_task;
+
+/* A head is one piece, panel by panel: its rows of a panel are read twice while they are near. */
+static void head_backward(void *context, int32_t head, int32_t worker) {
+    (void)worker;
+    const heads_task *t = context;
+    anepy_engine *e = t->e;
+    int32_t channels = e->model->head_dim;
+    int64_t width = e->room->width, first = (int64_t)head * channels * width;
+    float rstd[COLS], coef[COLS], *gradient = e->room->head_partial + (int64_t)head * channels;
+    memset(gradient, 0, (size_t)channels * sizeof(float));
+    for (int64_t at = first; at < first + e->run.columns; at += COLS) {
+        e->kernels->rmsnorm_stats(rstd, coef, t->dy + at, t->x + at, t->weight, e->model->norm_eps,
+                                  channels, width);
+        for (int32_t c = 0; c < channels; c++) {
+            int64_t row = at + c * width;
+            gradient[c] += e->kernels->rmsnorm_row(t->dx + row, e->room->zeros, t->dy + row,
+                                                   t->x + row, rstd, coef, t->weight[c], COLS);
+        }
     }
+}
+
+static float *head_gradient(const anepy_engine *e, int32_t layer, int32_t role) {
+    return e->head_gradients + (2 * (int64_t)layer + (role == ANEPY_K_NORM)) * e->model->head_dim;
+}
+
+void anepy_heads_backward(anepy_engine *e, float *dx, const float *dy, const float *x,
+                          int32_t layer, int32_t role) {
+    const anepy_config *c = &e->model->config;
+    const float *weight = anepy_weights_vector(anepy_weights(e, layer, role));
+    int32_t heads = role == ANEPY_Q_NORM ? c->n_heads : c->n_kv_heads, n = e->model->head_dim;
+    float *gradient = head_gradient(e, layer, role);
+    heads_task task = {e, dx, dy, x, weight};
+    anepy_pool_run(e->pool, heads, head_backward, &task);
+    memcpy(gradient, e->room->head_partial, (size_t)n * sizeof(float));
+    for (int32_t h = 1; h < heads; h++)
+        e->kernels->add(gradient, gradient, e->room->head_partial + (int64_t)h * n, n);
+}
+
+static void accumulate(anepy_engine *e, int32_t layer, int32_t role, const float *row) {
+    const anepy_tensor *t = anepy_model_find(e->model, layer, role);
+    float *gradient = e->grads + t->offset;
+    if (anepy_adds(e)) e->kernels->add(gradient, gradient, row, t->cols);
+    else memcpy(gradient, row, (size_t)t->cols * sizeof(float));
+}
+
+void anepy_norm_accumulate(anepy_engine *e) {
+    const anepy_config *c = &e->model->config;
+    for (int32_t l = 0; l < c->n_layers; l++) {
+        const float *rows = e->norm_gradients + 2 * (int64_t)l * c->dim;
+        accumulate(e, l, ANEPY_ATTENTION_NORM, rows);
+        accumulate(e, l, ANEPY_FFN_NORM, rows + c->dim);
+        for (int32_t role = ANEPY_Q_NORM; role <= ANEPY_K_NORM && c->qk_norm; role++)
+            accumulate(e, l, role, head_gradient(e, l, role));
+    }
+    accumulate(e, 0, ANEPY_FINAL_NORM, e->norm_gradients + 2 * (int64_t)c->n_layers * c->dim);
 }
 
 typedef struct {

@@ -12,7 +12,12 @@ void anepy_final_norm(anepy_engine *e); /* x_final -> xnorm */
 void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
                          const float *x, const float *through, int64_t weight, int32_t which);
 
-void anepy_norm_accumulate(anepy_engine *e); /* adds norm_gradients to the arena */
+/* The same for the norms of q (ANEPY_Q_NORM) or k of a layer, over the channels of each head; their
+ * row of head_gradients is the weight's gradient. dx may be dy. */
+void anepy_heads_backward(anepy_engine *e, float *dx, const float *dy, const float *x,
+                          int32_t layer, int32_t role);
+
+void anepy_norm_accumulate(anepy_engine *e); /* adds both to the arena */
 
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
 

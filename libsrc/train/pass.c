@@ -78,6 +78,26 @@ int32_t anepy_pass_loss(anepy_engine *e, int gradient, double *loss) {
     return ANEPY_OK;
 }
 
+/* From the gradients of q and k to those of q_raw and k_raw, where qkv_bwd takes them from. */
+static int32_t qk_norm_backward(anepy_engine *e, int32_t l, double *mark) {
+    static const struct {
+        int32_t role, dy, x, dx;
+    } NORMS[] = {{ANEPY_Q_NORM, SDPA_BWD2_DQ, SDPA_FWD_Q_RAW, QKV_BWD_DQ},
+                 {ANEPY_K_NORM, SDPA_BWD2_DK, SDPA_FWD_K_RAW, QKV_BWD_DK}};
+    anepy_node **nodes = e->room->layers[l].nodes;
+    for (int32_t i = 0; i < 2; i++) {
+        const anepy_link *link = &nodes[ANEPY_QKV_BWD]->links[NORMS[i].dx];
+        float *dx = (float *)link->source->data + (int64_t)link->channel * e->room->width;
+        const float *dy, *x;
+        ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_SDPA_BWD2], NORMS[i].dy, 0, &dy));
+        ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_SDPA_FWD], NORMS[i].x, 1, &x));
+        anepy_count(mark, &e->run.stats.io_ms);
+        anepy_heads_backward(e, dx, dy, x, l, NORMS[i].role);
+        anepy_count(mark, &e->run.stats.norm_ms);
+    }
+    return ANEPY_OK;
+}
+
 /* One layer: from the gradient of its output (layer->dy) to that of its input (dx). The products of
  * a layer are queued as soon as both factors are there and are waited for at the end of the step.
  */
@@ -99,6 +119,7 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD1], mark));
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD2], mark));
+    if (e->model->config.qk_norm) ANEPY_TRY(qk_norm_backward(e, l, mark));
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_QKV_BWD], mark));
     ANEPY_TRY(anepy_dw_ready(e, l, DW_QKV));
     ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_QKV_BWD], QKV_BWD_DX, 0, &out));

@@ -43,6 +43,11 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     room->coef = anepy_carve(c, width);
     room->lse = anepy_carve(c, width);
     room->zeros = anepy_carve(c, width);
+    if (config->qk_norm) {
+        room->head_partial = anepy_carve(c, e->model->q_dim);
+        if (!anepy_can(e, ANEPY_BINDS))
+            room->dqk = carve_surface(c, e->model->q_dim + e->model->kv_dim, width);
+    }
     room->partial = anepy_carve(c, 2 * (int64_t)anepy_loss_chunks(e) * width);
     room->gemm.panels = anepy_carve(c, anepy_gemm_panels_n(anepy_max_i32(width, dim)));
     room->gemm.scratch_n = anepy_round_up(anepy_gemm_scratch_n(width), 16);

@@ -31,7 +31,8 @@ static int finite_raw(const anepy_engine *e, const uint16_t *x, int64_t rows) {
 int anepy_input_gradient_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     return finite_rows(e, e->room->dx.data, c->dim, e->room->width) &&
-           finite(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim);
+           finite(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim) &&
+           finite(e, e->head_gradients, anepy_head_gradients_n(e->model));
 }
 
 /* Every gradient that enters a weight gradient, as the host will use it: on the ANE a NaN that goes

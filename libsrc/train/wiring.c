@@ -185,12 +185,22 @@ static anepy_surface *host_source(anepy_engine *e, anepy_layer *layer, origin fr
     }
 }
 
+/* Whether the host changes this input on its way: the gradients of q and k go through their norms.
+ * Where tensors are bound it does so in place. */
+static int through_norm(const anepy_engine *e, size_t row) {
+    return e->model->config.qk_norm && !binds(e) && FLOW[row].reader == ANEPY_QKV_BWD &&
+           FLOW[row].writer == ANEPY_SDPA_BWD2;
+}
+
 static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     anepy_layer *layer = &e->room->layers[node->layer];
     for (size_t i = 0; i < FLOW_N; i++) {
         if (FLOW[i].reader != node->program.id) continue;
         anepy_link *link = &node->links[FLOW[i].input];
-        if (FLOW[i].from == FROM_PROGRAM) {
+        if (through_norm(e, i)) {
+            int32_t channel = node->program.tensors[FLOW[i].input].channel;
+            *link = (anepy_link){WRITE, &e->room->dqk, channel};
+        } else if (FLOW[i].from == FROM_PROGRAM) {
             place_output(e, layer->nodes[FLOW[i].writer], FLOW[i].output, &link->source,
                          &link->channel);
             int bounce = FLOW[i].saved && !anepy_on(e, ANEPY_SKIP_DEAD_READS);

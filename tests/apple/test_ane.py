@@ -31,6 +31,7 @@ CHILD = Path(__file__).with_name("ane_child.py")
 CLEAN = {"broken_rule": "", "live": 0, "loaded": 0, "folders": [], "gpu": [0, 0]}
 GQA = [64, 96, 2, 8, 4, 160, 128]
 BIASES = [64, 96, 2, 6, 2, 160, 128, 20, 1e-5, 1e4, None, True]
+NORMS = [64, 96, 2, 4, 2, 160, 128, 32, 1e-6, 1e6, None, False, True]
 WIDE = [768, 2048, 2, 12, 12, 512, 128]
 LARGER = [256, 512, 1, 4, 4, 61, 64]  # weights are larger than 64 KiB
 TINY = [32, 48, 1, 2, 2, 61, 64]
@@ -161,6 +162,11 @@ def test_tiny_model_trains_like_on_the_simulator(child: Runner) -> None:
 @pytest.mark.parametrize("variant", ["opt", "dynamic", "opt+metal_dw"])
 def test_biases_train_like_on_the_simulator(child: Runner, variant: str) -> None:
     check_same(child, model=BIASES, variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "opt+metal_dw"])
+def test_norms_of_heads_train_like_on_the_simulator(child: Runner, variant: str) -> None:
+    check_same(child, model=NORMS, variant=variant)
 
 
 def test_dim_768_trains_like_on_the_simulator(child: Runner) -> None:

@@ -26,6 +26,7 @@ static const anepy_config CONFIGS[FIXTURE_N + 1] = {
      .tied = 0,
      .head_dim = 18,
      .qkv_bias = 1,
+     .qk_norm = 1,
      .norm_eps = 1e-3,
      .rope_theta = 500.0,
      .rope_scaling = ANEPY_ROPE_LINEAR,

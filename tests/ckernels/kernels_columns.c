@@ -83,12 +83,14 @@ static void check_rmsnorm_stats(const anepy_kernels *set, float eps, int32_t cha
 static void check_rmsnorm_row(const anepy_kernels *set, int32_t n, int place, int in_place) {
     float *residual = guard_matrix(1, n, n, place, random_signed);
     float *start = guard_copy(residual, n, GUARD_START);
-    float *dy = guard_matrix(1, n, n, place, random_signed);
+    float *read = guard_matrix(1, n, n, place, random_signed);
+    float *dy = guard_copy(read, n, GUARD_START);
     float *x = guard_matrix(1, n, n, place, random_signed);
     float *rstd = guard_matrix(1, n, n, place, random_signed);
     float *coef = guard_matrix(1, n, n, place, random_signed);
-    float *dx = in_place ? residual : guard_take(n, place), w = random_signed();
-    float dw = KERNEL(set, rmsnorm_row)(dx, residual, dy, x, rstd, coef, w, n);
+    float *dx = guard_take(n, place), w = random_signed();
+    if (in_place > 0) dx = in_place == 1 ? residual : read;
+    float dw = KERNEL(set, rmsnorm_row)(dx, residual, read, x, rstd, coef, w, n);
     double sum = 0.0, sum_size = 0.0;
     int right = 1;
     for (int32_t s = 0; s < n; s++) {
@@ -363,10 +365,10 @@ void checks_columns(void) {
                 check_dot_columns(set, rows[r], COLS + rows[r] % 3, place);
             }
             for (int32_t s = 0; s < SIZE_N; s++) {
-                for (int in_place = 0; in_place < 2; in_place++) {
+                for (int in_place = 0; in_place < 3; in_place++)
                     check_rmsnorm_row(set, SIZES[s], place, in_place);
+                for (int in_place = 0; in_place < 2; in_place++)
                     check_softmax_row_backward(set, SIZES[s], place, in_place);
-                }
                 if (SIZES[s] == 0) continue; /* a row has an element */
                 check_softmax_row(set, SIZES[s], SIZES[s], 1.0f, place);
                 check_softmax_row(set, SIZES[s], SIZES[s] + 1, 0.25f, place);

@@ -23,7 +23,7 @@ static anepy_config config_of(int32_t dim, int32_t hidden, int32_t layers, int32
                           .tied = tied};
 }
 
-#define CONFIG_N 8
+#define CONFIG_N 9
 
 /* stories260K, stories110M, Llama-3-70B's layer shape, the smallest there is, heads of more and of
  * fewer channels than the model, and biases. */
@@ -40,6 +40,9 @@ static void configs(anepy_config *out) {
     out[7] = config_of(30, 20, 2, 6, 3, 50, 64, 1);
     out[7].head_dim = 8;
     out[7].qkv_bias = 1;
+    out[8] = config_of(40, 20, 3, 4, 2, 50, 64, 0);
+    out[8].head_dim = 12;
+    out[8].qk_norm = 1;
 }
 
 /* -------------------------------------------------------------------------------------- tensors */
@@ -54,8 +57,9 @@ static void check_tensors(const anepy_config *config) {
     int64_t next = 0, dim = config->dim, hidden = config->hidden_dim;
     int64_t head = config->head_dim != 0 ? config->head_dim : dim / config->n_heads;
     int64_t q = head * config->n_heads, kv = head * config->n_kv_heads, layers = config->n_layers;
-    int64_t biases = config->qkv_bias ? 3 : 0, each = 9 + biases;
-    static anepy_tensor rows[LAYERS_MOST * 12 + 3];
+    int64_t biases = config->qkv_bias ? 3 : 0, optional = biases + (config->qk_norm ? 2 : 0);
+    int64_t each = 9 + optional;
+    static anepy_tensor rows[LAYERS_MOST * 14 + 3];
     CHECK(n == layers * each + 2 + !config->tied, "%d tensors", n);
     for (int32_t i = 0; i < n; i++) {
         anepy_tensor *t = &rows[i];
@@ -75,7 +79,7 @@ static void check_tensors(const anepy_config *config) {
     CHECK(distinct, "dim %d: a name twice", config->dim);
     int64_t expected = config->vocab_size * dim * (config->tied ? 1 : 2) + dim +
                        layers * (2 * dim + 2 * dim * q + 2 * kv * dim + 3 * dim * hidden +
-                                 (biases ? q + 2 * kv : 0));
+                                 (biases ? q + 2 * kv : 0) + (config->qk_norm ? 2 * head : 0));
     CHECK(next == expected, "dim %d: %lld parameters, not %lld", config->dim, (long long)next,
           (long long)expected);
     CHECK(strcmp(rows[0].name, "tok_embeddings.weight") == 0 &&
@@ -88,10 +92,10 @@ static void check_tensors(const anepy_config *config) {
               anepy_model_layer(model, (int32_t)layers - 1, ANEPY_W2) == rows[each * layers].offset,
           "dim %d: inner offsets differ from the table", config->dim);
     CHECK(model->head_dim == head && model->q_dim == q && model->kv_dim == kv &&
-              rows[2].rows == q && rows[5 + biases].cols == q,
+              rows[2].rows == q && rows[5 + optional].cols == q,
           "dim %d: heads of %d channels", config->dim, model->head_dim);
     CHECK(rows[3].offset == rows[2].offset + dim * q &&
-              rows[8 + biases].offset == rows[7 + biases].offset + hidden * dim,
+              rows[8 + optional].offset == rows[7 + optional].offset + hidden * dim,
           "wk does not follow wq, or w3 w1");
     for (int32_t role = ANEPY_WQ; role <= ANEPY_WV; role++) {
         anepy_projection p = anepy_model_projection(model, 0, role);
@@ -265,19 +269,13 @@ static void check_frequencies(void) {
           between, divided);
 }
 
-static void check_refused_yet(void) {
+static void check_flags(void) {
     anepy_config c = config_of(64, 172, 5, 8, 4, 512, 512, 1);
-    anepy_model *model = NULL;
-    char text[512] = "";
     c.qkv_bias = 2;
     check_refused(c, "qkv_bias");
     c.qkv_bias = 0;
     c.qk_norm = 2;
     check_refused(c, "qk_norm");
-    c.qk_norm = 1;
-    CHECK(anepy_model_create(&model, &c) == ANEPY_E_UNSUPPORTED, "qk_norm is accepted");
-    anepy_last_error(text, sizeof text);
-    CHECK(strstr(text, "not supported yet") != NULL, "says '%s'", text);
 }
 
 /* ------------------------------------------------------------------------------------- programs */
@@ -394,6 +392,12 @@ static void check_positions(const anepy_model *model) {
                   strcmp(p.tensors[known[i].position].name, known[i].name) == 0,
               "%s: tensor %d is not %s", p.name, known[i].position, known[i].name);
     }
+    anepy_program_describe(&p, ANEPY_SDPA_FWD, model, width_of(model));
+    CHECK(model->config.qk_norm ? p.output_n == 8 && SDPA_FWD_K_RAW == 8 &&
+                                      strcmp(p.tensors[SDPA_FWD_Q_RAW].name, "q_raw") == 0 &&
+                                      strcmp(p.tensors[SDPA_FWD_K_RAW].name, "k_raw") == 0
+                                : p.output_n == 6,
+          "sdpa_fwd has %d outputs", p.output_n);
     anepy_program_describe(&p, ANEPY_SDPA_BWD1, model, width_of(model));
     CHECK(p.tensors[SDPA_BWD1_P].channels == model->config.n_heads * width_of(model) &&
               p.tensors[SDPA_BWD1_DV].channels == model->kv_dim,
@@ -435,5 +439,5 @@ void checks_model(void) {
     check_bad_dimensions();
     check_bad_numbers();
     check_frequencies();
-    check_refused_yet();
+    check_flags();
 }

@@ -14,7 +14,7 @@ import needs
 import numpy as np
 import pytest
 import tolerances
-from cases import BIASES, GQA, SEPARATE, bits, make_engine, make_model, message, sequence
+from cases import BIASES, GQA, NORMS, SEPARATE, bits, make_engine, make_model, message, sequence
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 from typer.testing import CliRunner
@@ -29,7 +29,7 @@ from anepy.text.data import TokenData
 from anepy.training.config import TrainConfig
 from anepy.training.trainer import Trainer
 
-CONFIGS = {"gqa": GQA, "separate": SEPARATE, "biases": BIASES}
+CONFIGS = {"gqa": GQA, "separate": SEPARATE, "biases": BIASES, "norms": NORMS}
 # Several panels with a rest, one token, exactly a panel; more columns than run at once.
 SIZES = [(2, 64), (3, 33), (5, 1), (4, 65), (17, 66)]
 

@@ -9,6 +9,7 @@ from cases import (
     BIASES,
     GQA,
     NARROW_HEADS,
+    NORMS,
     SEPARATE,
     WIDE_HEADS,
     make_engine,
@@ -25,8 +26,8 @@ from anepy.models.model import ModelConfig
 
 @pytest.mark.parametrize(
     "config",
-    [GQA, SEPARATE, WIDE_HEADS, NARROW_HEADS, BIASES],
-    ids=["gqa", "separate", "wide-heads", "narrow-heads", "biases"],
+    [GQA, SEPARATE, WIDE_HEADS, NARROW_HEADS, BIASES, NORMS],
+    ids=["gqa", "separate", "wide-heads", "narrow-heads", "biases", "norms"],
 )
 @pytest.mark.parametrize("threads", [1, 3])
 def test_decoder_logits_are_those_of_the_engine(config: ModelConfig, threads: int) -> None:

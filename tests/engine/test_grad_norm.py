@@ -7,7 +7,7 @@ import math
 import needs
 import numpy as np
 import pytest
-from cases import BIASES, GQA, SEPARATE, bits, make_model, sequence
+from cases import BIASES, GQA, NORMS, SEPARATE, bits, make_model, sequence
 
 from anepy.engine import Engine
 from anepy.models.model import ModelConfig
@@ -15,7 +15,9 @@ from anepy.models.model import ModelConfig
 # More rows than a piece has, more of the vocabulary than a chunk, and panels that are not whole.
 LARGE = ModelConfig(72, 450, 2, 4, 1, 2100, 70)
 CONFIGS = pytest.mark.parametrize(
-    "config", [GQA, SEPARATE, LARGE, BIASES], ids=["gqa", "separate", "large", "biases"]
+    "config",
+    [GQA, SEPARATE, LARGE, BIASES, NORMS],
+    ids=["gqa", "separate", "large", "biases", "norms"],
 )
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 NAME = "layers.0.feed_forward.w2.weight"

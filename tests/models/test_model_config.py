@@ -72,7 +72,7 @@ def test_rope_scaling_that_makes_no_sense_is_refused(scaling: dict[str, Any], sa
         ("rope_theta", math.inf, "rope_theta is inf"),
         ("rope_theta", None, "rope_theta is None, expected a number"),
         ("qkv_bias", 2, "qkv_bias is 2"),
-        ("qk_norm", True, "qk_norm is not supported yet"),
+        ("qk_norm", 2, "qk_norm is 2"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(field: str, value: Any, said: str) -> None:
@@ -103,3 +103,11 @@ def test_biases_have_names_and_start_at_zero() -> None:
     biases = [n for n in model.weights if n.endswith(".bias")]
     assert len(biases) == 3 * SMALL.n_layers
     assert not any(model.weights[n].any() for n in biases)
+
+
+def test_norms_of_heads_have_names_and_start_at_one() -> None:
+    model = Model.init(dataclasses.replace(SMALL, qk_norm=True), seed=1)
+    assert {n: w.shape for n, w in model.weights.items()} == ref.tensor_shapes(model.config)
+    norms = [n for n in model.weights if n.endswith(("q_norm.weight", "k_norm.weight"))]
+    assert len(norms) == 2 * SMALL.n_layers
+    assert all((model.weights[n] == 1).all() for n in norms)

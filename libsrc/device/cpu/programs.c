@@ -157,6 +157,32 @@ static int normalize(const anepy_executable *k, float *xnorm, uint16_t *xnorm16,
     return e.packed_k > 0;
 }
 
+/* Heads of q or k, before RoPE. */
+typedef struct {
+    const anepy_cpu *cpu;
+    float *y;
+    const float *x, *weight;
+    int32_t panels; /* of a row */
+} heads_norm;
+
+static void head_panel(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    const heads_norm *t = context;
+    const anepy_device_options *o = &t->cpu->base.options;
+    float rstd[COLS];
+    int64_t at =
+        (int64_t)(index / t->panels) * o->model->head_dim * o->width + index % t->panels * COLS;
+    o->gemm->kernels->rmsnorm(t->y + at, o->width, rstd, t->x + at, t->weight, o->model->norm_eps,
+                              o->model->head_dim, o->width);
+}
+
+static void normalize_heads(const anepy_executable *k, float *y, const float *x, int32_t role,
+                            int32_t heads, int32_t columns) {
+    const float *weight = anepy_weights_vector(anepy_cpu_weights(k, role));
+    heads_norm t = {k->cpu, y, x, weight, columns / COLS};
+    anepy_pool_run(k->cpu->base.options.gemm->pool, heads * t.panels, head_panel, &t);
+}
+
 static void swiglu_rows(void *context, int32_t index, int32_t worker) {
     const elementwise *e = context;
     const anepy_kernels *kernels = e->cpu->base.options.gemm->kernels;
@@ -208,14 +234,20 @@ static void sdpa_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     const anepy_config *c = &cpu->base.options.model->config;
     float **t = k->tensors;
+    float *q = t[c->qk_norm ? SDPA_FWD_Q_RAW : SDPA_FWD_Q];
+    float *key = t[c->qk_norm ? SDPA_FWD_K_RAW : SDPA_FWD_K];
     int packed = normalize(k, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X],
                            ANEPY_ATTENTION_NORM, columns);
     project(k,
             (projections){.roles = {ANEPY_WQ, ANEPY_WK, ANEPY_WV},
-                          .y = {t[SDPA_FWD_Q], t[SDPA_FWD_K], t[SDPA_FWD_V]},
+                          .y = {q, key, t[SDPA_FWD_V]},
                           .count = 3,
                           .packed = packed},
             t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], columns);
+    if (c->qk_norm) {
+        normalize_heads(k, t[SDPA_FWD_Q], q, ANEPY_Q_NORM, c->n_heads, columns);
+        normalize_heads(k, t[SDPA_FWD_K], key, ANEPY_K_NORM, c->n_kv_heads, columns);
+    }
     anepy_cpu_rope(cpu, t[SDPA_FWD_Q], c->n_heads, n, columns, 1.0f);
     anepy_cpu_rope(cpu, t[SDPA_FWD_K], c->n_kv_heads, n, columns, 1.0f);
     anepy_cpu_attention(k, n, columns);

@@ -198,7 +198,7 @@ def test_interrupt_ends_the_probe_that_runs(
 
 def record_of(*details: str, **changes: Any) -> dict[str, Any]:
     adapts = [{"detail": detail, "because": ""} for detail in details]
-    return {"schema": 1, "device": "ane", "adapts": adapts} | changes
+    return {"schema": adapt.SCHEMA, "device": "ane", "adapts": adapts} | changes
 
 
 def test_only_device_ane_without_details_is_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_only_device_ane_without_details_is_adapted(monkeypatch: pytest.MonkeyPa
     assert adapt.adapted("ane") == "ane" and adapt.path("ane").name == "ane-Mac16-5-25C56.json"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2, "adapts": [{"detail": "x"}]}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1, "adapts": [{"detail": "x"}]}'])
 def test_unreadable_record_changes_nothing(text: str) -> None:
     path = adapt.store(record_of("dialect=1.0"))
     path.write_text(text)

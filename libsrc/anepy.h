@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define ANEPY_ABI_VERSION 1
+#define ANEPY_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define ANEPY_API __declspec(dllexport)
@@ -250,7 +250,7 @@ typedef struct anepy_update_options {
 typedef struct anepy_update_stats {
     uint32_t struct_size;
     uint32_t skipped; /* 1: a gradient was not finite: weights untouched, gradients dropped */
-    double grad_norm; /* of the mean gradient, before clipping; NaN when clipping is off */
+    double grad_norm; /* of the mean gradient, before clipping; NaN where nothing asks for it */
     double update_ms;
     double compile_ms; /* baked weights: programs for the new ones */
 } anepy_update_stats;
@@ -289,6 +289,23 @@ ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats
  * compile no more programs. */
 ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *out,
                                       const anepy_update_options *options);
+
+/* Says that the caller will change the gradients in place until the next update, which takes their
+ * norm anew. To train with several engines as one, add the gradients of all of them then, each
+ * having called this with the same numbers: counted is the sum of what their infos say (below 0:
+ * this engine's), scale the smallest of their loss_scale / unit (0: this engine's). The gradients
+ * are multiplied to carry scale first. They become NaN if this engine must not update, because one
+ * of them is not finite or all its steps were skipped: then none does. Fails with ANEPY_E_STATE
+ * without a step since the last update. */
+ANEPY_API int32_t anepy_engine_reduce(anepy_engine *engine, int64_t counted, double scale);
+
+/* Forgets the steps since the last update; gradients are zero. */
+ANEPY_API int32_t anepy_engine_discard(anepy_engine *engine);
+
+/* How many buckets of gradients are final; of how many steps that have begun: *steps. Any thread
+ * may ask, also while a step runs. Buckets become final from the end of the arena down: what stands
+ * behind the layers; each layer, the last one first; the embedding. All are when no step runs. */
+ANEPY_API int32_t anepy_engine_ready(const anepy_engine *engine, int64_t *steps);
 
 /* Mean cross-entropy of the counted targets, without gradients; the same of several sequences, side
  * by side as in a step. losses: double [count, n], that of each target and 0 where it is not

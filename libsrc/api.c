@@ -10,6 +10,7 @@
 #include "runtime/machine.h"
 #include "runtime/memory.h"
 #include "train/create.h"
+#include "train/ready.h"
 #include "train/scaling.h"
 #include "train/step.h"
 #include "train/update.h"
@@ -203,6 +204,44 @@ int32_t anepy_engine_update(anepy_engine *e, anepy_update_stats *out,
     int32_t status = check_update(e, options);
     if (status == ANEPY_OK) status = anepy_update(e, out, options);
     return leave(e, status);
+}
+
+static int32_t check_reduce(const anepy_engine *e, int64_t counted, double scale) {
+    if (e->counted == 0 && !e->scaling.skipped)
+        return anepy_fail(ANEPY_E_STATE, "no step since the last update: nothing to reduce");
+    if (e->scaling.unit == 0.0)
+        return anepy_fail(ANEPY_E_STATE, "gradients of steps whose targets were not told: a step "
+                                         "or restore with `counted` and `unit` comes first");
+    if (counted == 0)
+        return anepy_fail(ANEPY_E_STATE, "no target was counted, every step since the last update "
+                                         "was skipped: nothing to reduce");
+    if (counted < e->counted)
+        return anepy_fail(ANEPY_E_ARGUMENT, "counted is %lld, of this engine alone it is %lld",
+                          (long long)counted, (long long)e->counted);
+    if (!(scale >= 1e-30 && scale <= 1e30) ||
+        (anepy_scaled(e) && scale * e->scaling.unit > ANEPY_LOSS_SCALE_LIMIT))
+        return anepy_fail(ANEPY_E_ARGUMENT, "the scale of gradients is %g, that of this engine %g",
+                          scale, anepy_target_scale(e));
+    return ANEPY_OK;
+}
+
+int32_t anepy_engine_reduce(anepy_engine *e, int64_t counted, double scale) {
+    ANEPY_TRY(enter(e));
+    if (counted < 0) counted = e->counted;
+    if (scale == 0.0 && e->scaling.unit > 0.0) scale = anepy_target_scale(e);
+    int32_t status = check_reduce(e, counted, scale);
+    if (status == ANEPY_OK) anepy_scale_join(e, counted, scale);
+    return leave(e, status);
+}
+
+int32_t anepy_engine_discard(anepy_engine *e) {
+    ANEPY_TRY(enter(e));
+    anepy_scale_discard(e);
+    return leave(e, ANEPY_OK);
+}
+
+int32_t anepy_engine_ready(const anepy_engine *e, int64_t *steps) {
+    return anepy_ready_get(e, steps);
 }
 
 int32_t anepy_engine_restore(anepy_engine *e, const anepy_engine_info *info) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,13 @@ from .variants import named_switches
 
 _DEFER = 1
 Losses = npt.NDArray[np.float64]
+
+
+class Ready(NamedTuple):
+    """How many buckets of gradients are final, of how many steps that have begun."""
+
+    steps: int
+    buckets: int
 
 
 class Engine(Owner):
@@ -131,6 +140,26 @@ class Engine(Owner):
         return float(self._info().unit)
 
     @property
+    def gradient_scale(self) -> float:
+        """The factor that each counted target's gradient carries: loss_scale / unit; 0 without one.
+
+        Where several engines train as one it differs between them; `reduce` takes the smallest.
+        """
+        info = self._info()
+        return float(info.loss_scale / info.unit) if info.unit else 0.0
+
+    @property
+    def ready(self) -> Ready:
+        """How far the gradients of a running step are final; another thread may ask.
+
+        The buckets are those of `reduce`, in its order. All are final when no step runs.
+        """
+        steps = ctypes.c_int64()
+        with self._peek() as handle:
+            buckets = self._lib.anepy_engine_ready(handle, ctypes.byref(steps))
+        return Ready(steps.value, buckets)
+
+    @property
     def updates(self) -> int:
         """Updates so far: Adam's t."""
         return int(self._info().updates)
@@ -168,6 +197,64 @@ class Engine(Owner):
             self._gradients.stale &= bool(stats.skipped)
             self._gradients.exposed = self._gradients.seen
         return StepStats.read(stats)
+
+    def reduce(
+        self,
+        function: Callable[[Array], object],
+        counted: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Lend the gradients to a function that changes them in place, before an update.
+
+        It is called once for each bucket, in the order in which a step finishes them: the final
+        norm with the classifier, each layer from the last to the first, the embedding. The next
+        update takes the norm of what is there then, and is skipped if something is not finite.
+
+        To train with several engines as one, say one for each rank of MPI, the function replaces
+        each bucket by its sum over all of them, and all are given the same two numbers, so that
+        the update of each is that of one engine which made all the steps. If the gradients of one
+        are not finite, or all its steps were skipped, its buckets are NaN: all skip the update.
+
+        Args:
+            function: takes a bucket, float32 (n,), contiguous and writable, and changes its
+                values. What it returns is ignored. If it raises, the gradients are dropped as by
+                `discard`, and the exception is raised again.
+            counted: the sum of `counted` of all engines; default that of this one.
+            scale: what the gradient of each target is to carry, the smallest `gradient_scale` of
+                all engines; the gradients are multiplied first. Default that of this one.
+
+        Raises:
+            NativeError: no step was made since the last update, or none counted a target.
+            ConfigError: `counted` is less than this engine's, or `scale` out of range.
+
+        Example:
+            >>> comm = MPI.COMM_WORLD
+            >>> engine.reduce(
+            ...     lambda bucket: comm.Allreduce(MPI.IN_PLACE, bucket),
+            ...     counted=comm.allreduce(engine.counted),
+            ...     scale=comm.allreduce(engine.gradient_scale, MPI.MIN),
+            ... )
+        """
+        if counted is not None and not 0 <= counted < 2**63:
+            raise ConfigError(f"counted is {counted}, expected a number >= 0")
+        if scale is not None and not scale > 0.0:
+            raise ConfigError(f"scale is {scale}, expected a number above 0")
+        with self._call() as handle:
+            self._lib.anepy_engine_reduce(handle, -1 if counted is None else counted, scale or 0.0)
+            self._gradients.stale = False
+            try:
+                for bucket in self._gradients.buckets():
+                    function(bucket)
+            except BaseException:
+                if not self.closed:
+                    self.discard()
+                raise
+
+    def discard(self) -> None:
+        """Forget the steps since the last update; gradients are zero."""
+        with self._call() as handle:
+            self._lib.anepy_engine_discard(handle)
+            self._gradients.stale = False
 
     def update(
         self,

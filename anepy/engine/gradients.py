@@ -13,6 +13,8 @@ import numpy.typing as npt
 from ..models.model import TensorTable
 from ..models.views import Array, assign
 
+_EMBEDDING = "tok_embeddings.weight"
+
 
 class Gradients(Mapping[str, Array]):
     """The accumulated gradients by name, zero after an update.
@@ -38,13 +40,7 @@ class Gradients(Mapping[str, Array]):
         offset, shape = self._places[name]
         with self._guard:
             self.show()
-            self.exposed = True
-            root = self._root()
-            if root is None:
-                # Each view, and each view of a view, keeps this array alive.
-                root = np.frombuffer(self._arena.data, dtype=np.float32)
-                self._root = weakref.ref(root)
-        return root[offset : offset + math.prod(shape)].reshape(shape)
+            return self._lend()[offset : offset + math.prod(shape)].reshape(shape)
 
     def __setitem__(self, name: str, values: npt.ArrayLike) -> None:
         """Copy values into a gradient, as `assign` does."""
@@ -56,8 +52,38 @@ class Gradients(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def buckets(self) -> list[Array]:
+        """Return views of neighbours in the order in which a step finishes them.
+
+        Final norm and classifier, the layers from the last to the first, the embedding.
+        """
+        names = dict.fromkeys(_bucket(name) for name in reversed(self._places))
+        return [self._bucket_view(bucket) for bucket in names]
+
+    def _bucket_view(self, bucket: str) -> Array:
+        places = [place for name, place in self._places.items() if _bucket(name) == bucket]
+        end = max(offset + math.prod(shape) for offset, shape in places)
+        with self._guard:
+            return self._lend()[min(offset for offset, _ in places) : end]
+
+    def _lend(self) -> Array:
+        self.exposed = True
+        root = self._root()
+        if root is None:
+            # Each view, and each view of a view, keeps this array alive.
+            root = np.frombuffer(self._arena.data, dtype=np.float32)
+            self._root = weakref.ref(root)
+        return root
+
     def show(self) -> None:
         """Write the zeros that an update has left out."""
         if self.stale:
             self._arena.fill(0.0)
             self.stale = False
+
+
+def _bucket(name: str) -> str:
+    """Return what a tensor becomes final with: its layer, the embedding, or what follows both."""
+    if name.startswith("layers."):
+        return name.split(".")[1]
+    return _EMBEDDING if name == _EMBEDDING else ""

@@ -25,6 +25,7 @@ class Owner:
     def _own(self, handle: ctypes.c_void_p, free: Any) -> None:
         self._handle = handle
         self._guard = threading.RLock()
+        self._peeking = threading.Lock()
         self._finalizer = weakref.finalize(self, free, handle)
         self._finalizer.atexit = False  # threads and memory end with the process
 
@@ -34,9 +35,14 @@ class Owner:
         Waits for a call that is running in another thread.
         """
         self._handle = None
-        with self._guard:
+        with self._guard, self._peeking:
             if self._finalizer is not None:
                 self._finalizer()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._handle is None
 
     def __enter__(self: _O) -> _O:
         return self
@@ -60,6 +66,12 @@ class Owner:
             yield self._open_handle()
         finally:
             self._guard.release()
+
+    @contextlib.contextmanager
+    def _peek(self) -> Iterator[ctypes.c_void_p]:
+        """Lend the handle for a short question, also while a call runs in another thread."""
+        with self._peeking:
+            yield self._open_handle()
 
     def _open_handle(self) -> ctypes.c_void_p:
         if self._handle is None:

@@ -117,7 +117,8 @@ class UpdateStats:
     """What one update did.
 
     Attributes:
-        grad_norm: global norm of the mean gradient before clipping; NaN when clipping is off.
+        grad_norm: global norm of the mean gradient before clipping; NaN where nothing asks
+            for it: neither clipping, nor fp16, nor a reduction.
         update_ms: time of the update in milliseconds.
         compile_ms: time to compile the programs for the new weights, where they are baked.
         skipped: a gradient was not finite; the weights are untouched, the gradients dropped.

@@ -19,7 +19,7 @@ from ..errors import (
     UnsupportedError,
 )
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
 
 
@@ -406,6 +406,8 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     ),
     "anepy_engine_logits": (handle, _floats, _ids, c_int32),
     "anepy_engine_logits_batch": (handle, _floats, _ids, c_int32, c_int32),
+    "anepy_engine_reduce": (handle, c_int64, c_double),
+    "anepy_engine_discard": (handle,),
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),
     "anepy_decoder_create": (POINTER(handle), handle, handle, c_int32, c_int32),
     "anepy_decoder_forward": (handle, _floats, c_int32, c_int32),
@@ -464,6 +466,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_rope_frequency": (c_double, (handle, c_int32)),
     "anepy_memory_free": (None, (handle, u64)),
     "anepy_engine_free": (None, (handle,)),
+    "anepy_engine_ready": (c_int32, (handle, POINTER(c_int64))),
     "anepy_decoder_free": (None, (handle,)),
     "anepy_program_at": (c_char_p, (c_int32,)),
     "anepy_sim_free": (None, (handle,)),

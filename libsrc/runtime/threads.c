@@ -77,8 +77,11 @@ int32_t anepy_thread_start(pthread_t *out, void *(*main)(void *), void *context)
 
 /* ------------------------------------------------------------------------ with the mutex held */
 
+/* Workers enter a loop with the mutex held, so whoever took an index is counted. */
+static int finished(anepy_loop *loop) { return exhausted(loop) && atomic_load(&loop->active) == 0; }
+
 static void drop_finished(anepy_pool *pool) {
-    while (pool->head != NULL && exhausted(pool->head) && atomic_load(&pool->head->active) == 0) {
+    while (pool->head != NULL && finished(pool->head)) {
         pool->head = pool->head->link;
         if (pool->head == NULL) pool->tail = NULL;
     }
@@ -309,16 +312,28 @@ void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_
     pthread_mutex_unlock(&pool->mutex);
 }
 
-void anepy_pool_wait(anepy_pool *pool) {
+/* loop NULL: all of them. */
+static void wait_for(anepy_pool *pool, anepy_loop *loop) {
     ensure_started(pool);
     pthread_mutex_lock(&pool->mutex);
-    for (;;) {
+    while (loop == NULL || !finished(loop)) {
         if (work_once(pool, 0)) continue;
         drop_finished(pool);
         if (pool->head == NULL) break;
         await_leavers(pool, pool->head);
     }
     pthread_mutex_unlock(&pool->mutex);
+}
+
+void anepy_pool_wait(anepy_pool *pool) { wait_for(pool, NULL); }
+
+void anepy_pool_wait_for(anepy_pool *pool, anepy_loop *loop) { wait_for(pool, loop); }
+
+int anepy_pool_finished(anepy_pool *pool, anepy_loop *loop) {
+    pthread_mutex_lock(&pool->mutex);
+    int done = finished(loop);
+    pthread_mutex_unlock(&pool->mutex);
+    return done;
 }
 
 double anepy_pool_take_busy_ms(anepy_pool *pool) {

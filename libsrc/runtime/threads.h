@@ -47,8 +47,12 @@ void anepy_pool_stream(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *
 void anepy_pool_submit(anepy_pool *pool, anepy_loop *loop, int32_t count, anepy_loop_fn fn,
                        void *context, int32_t serial);
 
-/* Computes indices of background loops until all of them are done. */
+/* Computes indices of background loops until all of them are done; or until this one is. */
 void anepy_pool_wait(anepy_pool *pool);
+void anepy_pool_wait_for(anepy_pool *pool, anepy_loop *loop);
+
+/* Whether a loop that was queued is done: all that it wrote is visible then. */
+int anepy_pool_finished(anepy_pool *pool, anepy_loop *loop);
 
 /* Tells the processor that this thread spins. */
 void anepy_cpu_pause(void);

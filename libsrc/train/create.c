@@ -7,6 +7,7 @@
 #include "kernels/blas.h"
 #include "runtime/memory.h"
 #include "train/compile.h"
+#include "train/ready.h"
 #include "train/room.h"
 #include "train/scaling.h"
 
@@ -126,6 +127,7 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
     e->grads = o->grads;
     e->adam_m = o->adam_m;
     e->adam_v = o->adam_v;
+    anepy_ready_all(e);
     e->seq_len = o->seq_len > 0 ? o->seq_len : model->config.seq_len;
     int32_t status = build(e, o);
     if (status != ANEPY_OK) {
@@ -170,12 +172,12 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
 }
 
 void anepy_restore(anepy_engine *e, const anepy_engine_info *info) {
+    anepy_scale_forget(e);
     e->accumulated = info->accumulated;
     int steps_only = info->accumulated > 0 && info->counted == 0;
     e->counted = steps_only || info->accumulated == 0 ? info->accumulated : info->counted;
     e->scaling.unit = steps_only ? 0.0 : info->unit;
     e->updates = info->updates;
-    e->scaling.damaged = 0;
     e->squares.known = 0;
     if (anepy_scaled(e)) {
         e->scaling.loss_scale = info->loss_scale;

@@ -185,6 +185,19 @@ int32_t anepy_dw_start_all(anepy_engine *e) {
     return ANEPY_OK;
 }
 
+void anepy_dw_wait_layer(anepy_engine *e, int32_t layer) {
+    if (e->room->metal != NULL) return;
+    for (int32_t i = 0; i < DW_N; i++)
+        anepy_pool_wait_for(e->pool, &e->room->layers[layer].dw[i].loop);
+}
+
+int anepy_dw_layer_done(anepy_engine *e, int32_t layer) {
+    if (e->room->metal != NULL) return 0; /* known when all are waited for */
+    for (int32_t i = 0; i < DW_N; i++)
+        if (!anepy_pool_finished(e->pool, &e->room->layers[layer].dw[i].loop)) return 0;
+    return 1;
+}
+
 int32_t anepy_dw_wait(anepy_engine *e) {
     int32_t status = ANEPY_OK;
     anepy_pool_wait(e->pool);

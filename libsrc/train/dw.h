@@ -9,6 +9,9 @@
 int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which);
 /* Starts those that waited to know that the step is not skipped. */
 int32_t anepy_dw_start_all(anepy_engine *e);
+/* Until those of a layer are done that do not run on the GPU. */
+void anepy_dw_wait_layer(anepy_engine *e, int32_t layer);
+int anepy_dw_layer_done(anepy_engine *e, int32_t layer); /* whether all of it are that started */
 /* Until all are done; frees the capture buffers that were allocated for them. */
 int32_t anepy_dw_wait(anepy_engine *e);
 

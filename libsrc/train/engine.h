@@ -144,8 +144,10 @@ typedef struct {
 typedef struct {
     double loss_scale;   /* 1 unless products are fp16 */
     double unit;         /* 0: not known yet; the gradients are of `counted` steps, all alike */
+    double joint;        /* what anepy_scale_join set last for a target; 0: nothing yet */
     int64_t clean_steps; /* since the scale was last lowered or raised */
     int32_t damaged;     /* something not finite, or half a step, was accumulated: no update */
+    int32_t skipped;     /* a step since the last update was */
 } anepy_scaling;
 
 /* Sums of squares of the gradients, taken by the products that write them, for their norm. */
@@ -155,6 +157,7 @@ typedef struct {
     int64_t step;   /* of an accumulation, from 1: the one whose products take them; 0: none */
     int32_t taking; /* the running sequences are its last */
     int32_t known;  /* what was taken belongs to the gradients as they are */
+    int32_t lent;   /* since the last update the caller may have changed gradients */
 } anepy_squares;
 
 struct anepy_engine {
@@ -178,6 +181,7 @@ struct anepy_engine {
     anepy_run run;
     anepy_scaling scaling;
     anepy_squares squares;
+    _Atomic int64_t ready; /* what ready.c tells other threads */
     anepy_room *room;
     float *memory; /* one mapping: norm_gradients and squares */
     uint64_t memory_nbytes;
@@ -205,6 +209,11 @@ static inline int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY
 
 /* Whether the running sequences add to gradients. The first after an update replace them. */
 static inline int anepy_adds(const anepy_engine *e) { return e->counted > 0 || e->run.added > 0; }
+
+/* Whether no sequence of the step comes after the running ones. */
+static inline int anepy_last_group(const anepy_engine *e) {
+    return e->run.added + e->run.beside == e->run.sequences;
+}
 
 /* Runs on [0, count) pieces on all threads with the engine as context. */
 static inline void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_fn fn) {

@@ -219,6 +219,7 @@ void anepy_classifier_backward(anepy_engine *e) {
 void anepy_classifier_dw(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
     if (in_chunks(e)) return; /* computed together with dX */
+    e->run.dw_started++;
     anepy_product product = {.c = e->grads + anepy_model_classifier(e->model),
                              .ldc = dim,
                              .a = e->room->logits,

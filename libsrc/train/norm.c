@@ -113,16 +113,17 @@ static void accumulate(anepy_engine *e, int32_t layer, int32_t role, const float
     else memcpy(gradient, row, (size_t)t->cols * sizeof(float));
 }
 
-void anepy_norm_accumulate(anepy_engine *e) {
+void anepy_norm_accumulate(anepy_engine *e, int32_t layer) {
     const anepy_config *c = &e->model->config;
-    for (int32_t l = 0; l < c->n_layers; l++) {
-        const float *rows = e->norm_gradients + 2 * (int64_t)l * c->dim;
-        accumulate(e, l, ANEPY_ATTENTION_NORM, rows);
-        accumulate(e, l, ANEPY_FFN_NORM, rows + c->dim);
-        for (int32_t role = ANEPY_Q_NORM; role <= ANEPY_K_NORM && c->qk_norm; role++)
-            accumulate(e, l, role, head_gradient(e, l, role));
+    const float *rows = e->norm_gradients + 2 * (int64_t)layer * c->dim;
+    if (layer == c->n_layers) {
+        accumulate(e, 0, ANEPY_FINAL_NORM, rows);
+        return;
     }
-    accumulate(e, 0, ANEPY_FINAL_NORM, e->norm_gradients + 2 * (int64_t)c->n_layers * c->dim);
+    accumulate(e, layer, ANEPY_ATTENTION_NORM, rows);
+    accumulate(e, layer, ANEPY_FFN_NORM, rows + c->dim);
+    for (int32_t role = ANEPY_Q_NORM; role <= ANEPY_K_NORM && c->qk_norm; role++)
+        accumulate(e, layer, role, head_gradient(e, layer, role));
 }
 
 typedef struct {

@@ -17,7 +17,8 @@ void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, cons
 void anepy_heads_backward(anepy_engine *e, float *dx, const float *dy, const float *x,
                           int32_t layer, int32_t role);
 
-void anepy_norm_accumulate(anepy_engine *e); /* adds both to the arena */
+/* Adds both to the arena: those of a layer, or, with n_layers, that of the final norm. */
+void anepy_norm_accumulate(anepy_engine *e, int32_t layer);
 
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b);
 

@@ -7,6 +7,7 @@
 #include "train/loss.h"
 #include "train/norm.h"
 #include "train/offload.h"
+#include "train/ready.h"
 #include "train/scaling.h"
 #include "train/squares.h"
 #include "train/wiring.h"
@@ -100,7 +101,7 @@ static int32_t qk_norm_backward(anepy_engine *e, int32_t l, double *mark) {
 
 /* One layer: from the gradient of its output (layer->dy) to that of its input (dx). The products of
  * a layer are queued as soon as both factors are there and are waited for at the end of the step.
- */
+ * With scaled losses gradients of weights wait until all others are known to be finite. */
 static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
     anepy_step_stats *stats = &e->run.stats;
     anepy_layer *layer = &e->room->layers[l];
@@ -128,6 +129,24 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
                          anepy_model_layer(e->model, l, ANEPY_ATTENTION_NORM), 2 * l, mark);
 }
 
+/* Gradients of what comes after the layers. */
+static void add_last(anepy_engine *e, double *mark) {
+    anepy_norm_accumulate(e, e->model->config.n_layers);
+    anepy_count(mark, &e->run.stats.norm_ms);
+    anepy_classifier_dw(e);
+    anepy_ready_last(e);
+    anepy_count(mark, &e->run.stats.classifier_ms);
+}
+
+/* What waited to know that the step is not skipped. */
+static int32_t add_all(anepy_engine *e, double *mark) {
+    ANEPY_TRY(anepy_dw_start_all(e));
+    for (int32_t l = 0; l < e->model->config.n_layers; l++) anepy_norm_accumulate(e, l);
+    anepy_count(mark, &e->run.stats.norm_ms);
+    add_last(e, mark);
+    return ANEPY_OK;
+}
+
 int32_t anepy_backward(anepy_engine *e) {
     anepy_step_stats *stats = &e->run.stats;
     int32_t layers = e->model->config.n_layers;
@@ -143,20 +162,26 @@ int32_t anepy_backward(anepy_engine *e) {
     ANEPY_TRY(norm_backward(e, e->room->tail[ANEPY_RMSNORM_BWD_FINAL], top, NULL, e->room->dxnorm,
                             e->room->x_final.data, anepy_model_final_norm(e->model), 2 * layers,
                             &mark));
-    for (int32_t l = layers - 1; l >= 0; l--)
+    if (!anepy_scaled(e)) add_last(e, &mark);
+    for (int32_t l = layers - 1; l >= 0; l--) {
         ANEPY_TRY(
             layer_backward(e, l, l > 0 ? e->room->layers[l - 1].dy.data : e->room->dx.data, &mark));
+        if (anepy_scaled(e)) continue;
+        anepy_norm_accumulate(e, l);
+        anepy_count(&mark, &stats->norm_ms);
+        anepy_ready_layers(e, l);
+    }
     if (anepy_scaled(e) && !anepy_gradients_finite(e)) {
         stats->skipped = 1;
         return ANEPY_OK;
     }
     if (!anepy_scaled(e) && !anepy_input_gradient_finite(e)) e->scaling.damaged = 1;
     anepy_count(&mark, &stats->elementwise_ms);
-    ANEPY_TRY(anepy_dw_start_all(e));
-    anepy_classifier_dw(e);
-    anepy_count(&mark, &stats->classifier_ms);
-    anepy_norm_accumulate(e);
-    anepy_count(&mark, &stats->norm_ms);
+    if (anepy_scaled(e)) ANEPY_TRY(add_all(e, &mark));
+    for (int32_t l = layers - 1; l >= 0; l--) {
+        anepy_dw_wait_layer(e, l);
+        anepy_ready_layers(e, l);
+    }
     ANEPY_TRY(anepy_dw_wait(e));
     anepy_count(&mark, &stats->dw_wait_ms);
     stats->dw_ms += anepy_pool_take_busy_ms(e->pool);

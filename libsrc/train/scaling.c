@@ -4,6 +4,7 @@
 #include "train/scaling.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "train/dw.h"
 
@@ -52,11 +53,24 @@ int anepy_gradients_finite(anepy_engine *e) {
     return 1;
 }
 
-static void halve_piece(void *context, int32_t index, int32_t worker) {
+typedef struct {
+    anepy_engine *e;
+    float factor;
+} scale_task;
+
+static void scale_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
-    anepy_engine *e = context;
+    const scale_task *t = context;
+    anepy_engine *e = t->e;
     int64_t first = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = e->model->arena_n - first;
-    e->kernels->scale(e->grads + first, 0.5f, anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
+    e->kernels->scale(e->grads + first, t->factor, anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
+}
+
+static void scale_gradients(anepy_engine *e, double factor) {
+    scale_task task = {e, (float)factor};
+    e->squares.known = 0;
+    anepy_pool_run(e->pool, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), scale_piece,
+                   &task);
 }
 
 void anepy_scale_begin(anepy_engine *e) {
@@ -76,11 +90,35 @@ void anepy_scale_step(anepy_engine *e, int skipped) {
         e->scaling.clean_steps++;
         return;
     }
+    e->scaling.skipped = 1;
     e->scaling.clean_steps = 0;
     e->scaling.loss_scale *= 0.5;
     e->squares.known = 0;
-    if (anepy_adds(e))
-        anepy_engine_run(e, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), halve_piece);
+    if (anepy_adds(e)) scale_gradients(e, 0.5);
+}
+
+void anepy_scale_join(anepy_engine *e, int64_t counted, double scale) {
+    anepy_scaling *s = &e->scaling;
+    double own = anepy_target_scale(e);
+    int lost = s->damaged || e->counted == 0;
+    if (lost || scale != own) scale_gradients(e, lost ? /* mutate: join-lost */ NAN : scale / own);
+    /* All see one sequence of scales, so that they raise theirs after the same update. */
+    if (scale < 0.75 * s->joint) s->clean_steps = 0;
+    s->joint = scale;
+    if (scale != own && anepy_scaled(e)) s->loss_scale = scale * s->unit;
+    else if (scale != own) s->unit = 1.0 / scale;
+    e->counted = counted;
+    e->squares.lent = 1;
+}
+
+void anepy_scale_forget(anepy_engine *e) {
+    e->accumulated = e->counted = 0;
+    e->scaling.damaged = e->scaling.skipped = e->squares.lent = 0;
+}
+
+void anepy_scale_discard(anepy_engine *e) {
+    memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
+    anepy_scale_forget(e);
 }
 
 void anepy_scale_grow(anepy_engine *e) {

@@ -19,4 +19,12 @@ void anepy_scale_begin(anepy_engine *e);
 void anepy_scale_step(anepy_engine *e, int skipped); /* after a step */
 void anepy_scale_grow(anepy_engine *e); /* after an update, when nothing is accumulated */
 
+/* Several engines train as one: their gradients are about to be added. counted: targets of all;
+ * scale: what the gradient of each carries. Gradients that must not reach an update become NaN, so
+ * that no engine makes one. */
+void anepy_scale_join(anepy_engine *e, int64_t counted, double scale);
+
+void anepy_scale_forget(anepy_engine *e);  /* there was no step since the last update */
+void anepy_scale_discard(anepy_engine *e); /* and gradients are zero */
+
 #endif

@@ -9,8 +9,8 @@
 
 void anepy_squares_begin(anepy_engine *e) {
     e->squares.known = 0;
-    e->squares.taking = e->accumulated + 1 == e->squares.step && e->room->metal == NULL &&
-                        e->run.added + e->run.beside == e->run.sequences;
+    e->squares.taking =
+        e->accumulated + 1 == e->squares.step && e->room->metal == NULL && anepy_last_group(e);
 }
 
 /* A tied classifier's rows are read once more: the embedding's part was added after the product. */

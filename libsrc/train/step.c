@@ -10,6 +10,7 @@
 #include "train/dw.h"
 #include "train/loss.h"
 #include "train/pass.h"
+#include "train/ready.h"
 #include "train/room.h"
 #include "train/scaling.h"
 
@@ -66,6 +67,7 @@ static int32_t abandon(anepy_engine *e, int32_t status) {
     if (/* mutate: step-damaged */ (e->run.dw_started > 0 || e->run.added > 0) && e->counted > 0)
         e->scaling.damaged = 1;
     e->run.added = 0;
+    anepy_ready_all(e);
     return anepy_fail(status, "%s", sentence);
 }
 
@@ -121,6 +123,7 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
     anepy_step_stats *stats = &e->run.stats;
     ANEPY_TRY(begin(e, ids, targets, sequences, tokens));
     anepy_scale_begin(e);
+    anepy_ready_begin(e);
     int32_t status = add_sequences(e, &mark);
     if (status != ANEPY_OK) return abandon(e, status);
     e->run.added = 0;
@@ -129,6 +132,7 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
         e->counted += e->run.counted;
     }
     if (anepy_scaled(e)) anepy_scale_step(e, (int)stats->skipped);
+    anepy_ready_all(e);
     stats->tokens = e->run.counted;
     anepy_flops flops = {.struct_size = sizeof flops};
     ANEPY_TRY(anepy_step_flops(e->model, &flops, sequences, tokens));

@@ -2,7 +2,6 @@
 #include "train/update.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "train/compile.h"
 #include "train/scaling.h"
@@ -41,15 +40,14 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     if (baked) anepy_count(&start, &stats->compile_ms);
     double unit = e->scaling.unit > 0.0 ? e->scaling.unit : 1.0;
     double scale = 1.0 / ((double)e->counted / unit * e->scaling.loss_scale);
-    int wanted = o->grad_clip > 0.0 || anepy_scaled(e);
-    int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0;
+    int wanted = o->grad_clip > 0.0 || anepy_scaled(e) || e->squares.lent;
+    int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0 &&
+                  /* mutate: update-lent */ !e->squares.lent;
     stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
     e->squares.step = wanted && as_left ? e->accumulated : 0;
     stats->skipped = e->scaling.damaged || (wanted && !isfinite(stats->grad_norm));
     if (stats->skipped) { /* infinities and NaN must not reach the weights */
-        memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
-        e->accumulated = e->counted = 0;
-        e->scaling.damaged = 0;
+        anepy_scale_discard(e);
         stats->update_ms = anepy_now_ms() - start;
         return ANEPY_OK;
     }
@@ -72,7 +70,7 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     anepy_pool_run(e->pool, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), update_piece,
                    &task);
     e->updates++;
-    e->accumulated = e->counted = 0;
+    anepy_scale_forget(e);
     if (anepy_scaled(e)) anepy_scale_grow(e);
     stats->update_ms = 0.0;
     anepy_count(&start, &stats->update_ms);

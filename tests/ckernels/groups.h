@@ -34,5 +34,6 @@ void checks_batch(void);
 void checks_masks(void);
 void checks_handles(void);
 void checks_weights(void);
+void checks_ready(void);
 
 #endif

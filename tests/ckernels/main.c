@@ -107,6 +107,7 @@ static const struct {
     {"model", checks_model},       {"engine", checks_engine},
     {"batch", checks_batch},       {"masks", checks_masks},
     {"handles", checks_handles},   {"weights", checks_weights},
+    {"ready", checks_ready},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

@@ -159,6 +159,12 @@ static void check_background(int32_t threads, int32_t serial, int foreground, in
             atomic_store(&q->early, 0);
             total += count;
             anepy_pool_submit(pool, &q->loop, count, hit_queued, q, serial);
+            if (l % 8 == 7) {
+                queued *wanted = &queue[l - random_below(8)];
+                anepy_pool_wait_for(pool, &wanted->loop);
+                CHECK(anepy_pool_finished(pool, &wanted->loop) && complete(&wanted->w),
+                      "a loop that was waited for: threads %d, serial %d", threads, serial);
+            }
             for (int f = 0; f < foreground; f++) {
                 int32_t n = 1 + random_below(30);
                 start(&front, n, threads, spin / 4);
@@ -166,6 +172,9 @@ static void check_background(int32_t threads, int32_t serial, int foreground, in
                 CHECK(complete(&front), "a foreground loop of %d beside background loops", n);
             }
         }
+        for (int l = 0; l < LOOPS; l++)
+            CHECK(!anepy_pool_finished(pool, &queue[l].loop) || complete(&queue[l].w),
+                  "a finished loop is not complete: threads %d, serial %d", threads, serial);
         anepy_pool_wait(pool);
         for (int l = 0; l < LOOPS; l++) {
             right &= complete(&queue[l].w);

@@ -14,7 +14,7 @@ import pytest
 
 from ckernels import mutate, toolchain
 
-THREADED = ("gemm", "pool", "runtime", "engine", "batch", "masks", "handles", "weights")
+THREADED = ("gemm", "pool", "runtime", "engine", "batch", "masks", "handles", "weights", "ready")
 ARM = ["neonbf16", "neon", "scalar"]
 UNMASKED = {"ANEPY_CPU_MASK": ""}  # whatever mask the tests run under
 
@@ -171,7 +171,7 @@ def test_checks_with_a_mask_run_that_set_or_the_best_below(
     masked = {"ANEPY_CPU_MASK": mask}
     listed = toolchain.run([path, "--list"], env=masked).stdout.split()
     assert listed == available[available.index(expected) :]
-    groups = ("table", "engine", "batch", "masks", "handles")
+    groups = ("table", "engine", "batch", "masks", "handles", "ready")
     assert_passes(path, "--isa", expected, *groups, env=masked)
 
 

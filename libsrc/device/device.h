@@ -89,6 +89,7 @@ typedef struct {
     uint32_t precisions; /* bit per anepy_dtype; "auto" takes the fastest */
     uint32_t capabilities;
     uint32_t slow; /* capabilities whose switches cost time here, so that "max" leaves them out */
+    int32_t channels; /* most that a tensor of a program may have; 0: any number */
     /* OK, or ANEPY_E_UNAVAILABLE with the reason as error sentence. */
     int32_t (*probe)(void);
     /* OK, or ANEPY_E_UNSUPPORTED and why this machine lacks a precision; NULL: it has all. */

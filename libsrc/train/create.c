@@ -103,7 +103,7 @@ static int32_t allocate(anepy_engine *e) {
 
 static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     ANEPY_TRY(choose_device(e, o->device));
-    ANEPY_TRY(anepy_switches_parse(o->variant, e->type, &e->switches));
+    ANEPY_TRY(anepy_switches_parse(o->variant, e->type, e->model, &e->switches));
     ANEPY_TRY(anepy_blas_get(&e->blas));
     ANEPY_TRY(choose_precision(e, o->precision));
     e->scaling.loss_scale = !anepy_scaled(e)      ? 1.0

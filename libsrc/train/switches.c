@@ -89,12 +89,19 @@ static int32_t need_gpu(const char *text) {
                       reason);
 }
 
-int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, uint32_t *out) {
+/* The soft-max alone is one program whatever the vocabulary: its groups reach across all of it. */
+static int fits(int32_t index, const anepy_device_type *device, const anepy_model *model) {
+    return index != ANEPY_OFFLOAD_SOFTMAX || model == NULL || device->channels == 0 ||
+           model->config.vocab_size <= device->channels;
+}
+
+int32_t anepy_switches_parse(const char *text, const anepy_device_type *device,
+                             const anepy_model *model, uint32_t *out) {
     uint32_t known = 0, helpful = 0, switches;
     for (int32_t i = 0; i < ANEPY_SWITCH_N; i++) {
         if ((device->capabilities & SWITCHES[i].needs) != SWITCHES[i].needs) continue;
         known |= BIT(i);
-        if ((device->slow & SWITCHES[i].needs) == 0) helpful |= BIT(i);
+        if ((device->slow & SWITCHES[i].needs) == 0 && fits(i, device, model)) helpful |= BIT(i);
     }
     if (text == NULL) text = "max";
     size_t n = 0;
@@ -121,12 +128,20 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, 
         if (sign == '+') switches |= BIT(i);
         else switches &= ~BIT(i);
     }
-    for (int32_t i = 0; i < ANEPY_SWITCH_N; i++)
-        if ((switches & ~known) & BIT(i))
+    for (int32_t i = 0; i < ANEPY_SWITCH_N; i++) {
+        if ((switches & BIT(i)) == 0) continue;
+        if ((known & BIT(i)) == 0)
             return anepy_fail(ANEPY_E_UNSUPPORTED,
                               "variant '%s': switch %s means nothing on device %s; leave it out or "
                               "choose another device",
                               text, SWITCHES[i].name, device->name);
+        if (!fits(i, device, model))
+            return anepy_fail(ANEPY_E_UNSUPPORTED,
+                              "variant '%s': switch %s takes a vocabulary of up to %d on device "
+                              "%s, the model has %d; leave it out",
+                              text, SWITCHES[i].name, device->channels, device->name,
+                              model->config.vocab_size);
+    }
     if (switches & BIT(ANEPY_METAL_DW)) ANEPY_TRY(need_gpu(text));
     *out = switches;
     return ANEPY_OK;
@@ -134,5 +149,5 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, 
 
 int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches) {
     const anepy_device_type *type = anepy_device_find(device, NULL);
-    return type != NULL ? anepy_switches_parse(text, type, switches) : ANEPY_E_NAME;
+    return type != NULL ? anepy_switches_parse(text, type, NULL, switches) : ANEPY_E_NAME;
 }

@@ -20,8 +20,10 @@ typedef enum {
     ANEPY_SWITCH_N
 } anepy_switch;
 
-/* NAME, then any number of +switch or -switch. Fails if a name is unknown or a switch means nothing
- * on the device. text NULL: "max". */
-int32_t anepy_switches_parse(const char *text, const anepy_device_type *device, uint32_t *out);
+/* NAME, then any number of +switch or -switch. Fails if a name is unknown, a switch means nothing
+ * on the device, or its programs are too large there for the model (NULL: any); "max" leaves that
+ * switch out. text NULL: "max". */
+int32_t anepy_switches_parse(const char *text, const anepy_device_type *device,
+                             const anepy_model *model, uint32_t *out);
 
 #endif

@@ -169,6 +169,12 @@ def test_norms_of_heads_train_like_on_the_simulator(child: Runner, variant: str)
     check_same(child, model=NORMS, variant=variant)
 
 
+@pytest.mark.parametrize("variant", ["max", "max+dynamic_weights"])
+def test_large_vocabulary_trains_like_on_the_simulator(child: Runner, variant: str) -> None:
+    """Of more tokens than a program may have channels: the host takes the soft-max."""
+    check_same(child, model=[32, 48, 1, 2, 2, 70000, 64], variant=variant)
+
+
 def test_dim_768_trains_like_on_the_simulator(child: Runner) -> None:
     check_same(child, model=WIDE, updates=1, seq=128)
 

@@ -82,6 +82,26 @@ def test_variant_without_meaning_on_the_cpu_is_refused(text: str, switch: str) -
     assert f"'{text}'" in said and f"switch {switch} means nothing on device cpu" in said
 
 
+@pytest.mark.parametrize(("vocabulary", "fits"), [(65536, True), (65537, False), (70000, False)])
+def test_softmax_of_a_vocabulary_too_large_for_a_program_stays_on_the_host(
+    vocabulary: int, fits: bool
+) -> None:
+    model = Model.init(ModelConfig(32, 48, 1, 2, 2, vocabulary, 64), seed=1)
+    tokens = np.array([vocabulary - 1, 0, 5, 69, 70], np.int32)
+    losses = []
+    for variant in ("opt", "max", "max+dynamic_weights"):
+        with Engine(model, variant, "sim") as engine:
+            assert ("offload_softmax" in engine.switches) == (fits and variant != "opt")
+            assert ("offload_classifier" in engine.switches) == (variant != "opt")
+            losses.append(engine.step(tokens, tokens).loss)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+    for variant in () if fits else ("ane", "opt+offload_softmax", "max+offload_softmax"):
+        said = message(lambda text=variant: Engine(model, text, "sim"))
+        assert f"'{variant}': switch offload_softmax takes a vocabulary of up to 65536" in said
+        assert f"the model has {vocabulary}; leave it out" in said
+    Engine(model, "ane", "cpu").close()  # where a tensor may have any number of channels
+
+
 @pytest.mark.parametrize("option", ["variant", "device", "precision"])
 @pytest.mark.parametrize("text", ["a\nb", "opt\0x", "cpu\0", "fp32\0", "\udcff", "é" * 300])
 def test_names_with_odd_characters_are_refused_in_one_line(option: str, text: str) -> None:

@@ -172,6 +172,7 @@ const anepy_device_type anepy_device_ane = {
     .about = "Apple Neural Engine",
     .precisions = 1u << ANEPY_F16,
     .capabilities = ANEPY_OFFLOADS | ANEPY_DYNAMIC | ANEPY_COMPILES_BESIDE,
+    .channels = ANEPY_MIL_LARGEST_CHANNELS,
     .probe = ane_probe,
     .open = ane_open,
     .trial = &anepy_ane_trial,

@@ -97,6 +97,7 @@ const anepy_device_type anepy_device_sim = {
     .about = "simulator of the Neural Engine: interprets its MIL programs in fp16",
     .precisions = 1u << ANEPY_F16,
     .capabilities = ANEPY_OFFLOADS | ANEPY_DYNAMIC | ANEPY_COMPILES_BESIDE,
+    .channels = ANEPY_MIL_LARGEST_CHANNELS,
     .probe = sim_probe,
     .open = sim_open,
 };

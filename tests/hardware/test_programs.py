@@ -557,15 +557,18 @@ def mutants(text: str) -> Iterator[tuple[str, str]]:
 MUTATED = {
     "grouped": ModelConfig(64, 96, 1, 8, 4, 200, 64),
     "plain": ModelConfig(64, 64, 1, 2, 2, 4500, 64, tied=False),
+    "norms": ModelConfig(64, 96, 1, 4, 2, 200, 64, 32, qk_norm=True),
 }
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["baked", "live"])
-@pytest.mark.parametrize("shape", MUTATED)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(n, s) for n in NAMES for s in MUTATED if s != "norms" or n == "sdpa_fwd"],
+)
 def test_change_of_one_place_in_the_text_is_noticed(name: str, shape: str, live: bool) -> None:
-    """None of 3519 changes survives: 312 fall with the frame, 2940 with the parser and its rules,
-    267 parse and return other numbers (counted on 2026-11-23; all of them run here each time).
+    """None of 4151 changes survives: 324 fall with the frame, 3504 with the parser and its rules,
+    323 parse and return other numbers (counted on 2026-11-29; all of them run here each time).
     """
     if shape not in _models:
         _models[shape] = random_model(MUTATED[shape])

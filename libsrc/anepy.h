@@ -275,11 +275,13 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
 
 /* Forward + backward of `count` sequences of n tokens, int32[count, n], as one step. A sequence may
  * have no counted target. Device cpu computes as many sequences side by side as fit into 512
- * columns, n rounded up to 64 for each. The first such step makes room for them; if there is no
- * memory for it the step fails with ANEPY_E_MEMORY and nothing has changed. */
+ * columns, n rounded up to 64 for each. The first such step, or anepy_engine_reserve before it,
+ * makes room for them; if there is no memory for it they fail with ANEPY_E_MEMORY and nothing has
+ * changed. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
                                           const int32_t *tokens, const int32_t *targets,
                                           int32_t count, int32_t n);
+ANEPY_API int32_t anepy_engine_reserve(anepy_engine *engine, int32_t count, int32_t n);
 
 /* AdamW with the mean gradient of the targets counted since the last update (Loshchilov & Hutter
  * 2019; PyTorch's order of operations), then clears the gradients. Fails with ANEPY_E_STATE if none
@@ -307,9 +309,9 @@ ANEPY_API int32_t anepy_engine_discard(anepy_engine *engine);
  * behind the layers; each layer, the last one first; the embedding. All are when no step runs. */
 ANEPY_API int32_t anepy_engine_ready(const anepy_engine *engine, int64_t *steps);
 
-/* Mean cross-entropy of the counted targets, without gradients; the same of several sequences, side
- * by side as in a step. losses: double [count, n], that of each target and 0 where it is not
- * counted; NULL: not wanted. */
+/* Mean cross-entropy of the counted targets, without gradients; the same of several sequences, as
+ * many side by side as there is room for. losses: double [count, n], that of each target and 0
+ * where it is not counted; NULL: not wanted. */
 ANEPY_API int32_t anepy_engine_evaluate(anepy_engine *engine, double *loss, const int32_t *tokens,
                                         const int32_t *targets, int32_t n);
 ANEPY_API int32_t anepy_engine_evaluate_batch(anepy_engine *engine, double *loss, double *losses,

@@ -116,15 +116,20 @@ static int32_t check_ids(const anepy_engine *e, const char *what, const int32_t 
     return ANEPY_OK;
 }
 
-/* targets NULL: none. They may be anything below 0. */
-static int32_t check_sequences(const anepy_engine *e, const int32_t *ids, const int32_t *targets,
-                               int32_t sequences, int32_t tokens) {
+static int32_t check_shape(const anepy_engine *e, int32_t sequences, int32_t tokens) {
     if (tokens < 1 || tokens > e->seq_len)
         return anepy_fail(ANEPY_E_ARGUMENT, "a sequence of %d tokens, this engine takes 1 to %d",
                           tokens, e->seq_len);
     if (sequences < 1 || sequences > INT32_MAX / tokens)
         return anepy_fail(ANEPY_E_ARGUMENT, "%d sequences in one call, expected 1 to %d", sequences,
                           INT32_MAX / tokens);
+    return ANEPY_OK;
+}
+
+/* targets NULL: none. They may be anything below 0. */
+static int32_t check_sequences(const anepy_engine *e, const int32_t *ids, const int32_t *targets,
+                               int32_t sequences, int32_t tokens) {
+    ANEPY_TRY(check_shape(e, sequences, tokens));
     ANEPY_TRY(check_ids(e, "tokens", ids, sequences * tokens, 0));
     return targets != NULL ? check_ids(e, "targets", targets, sequences * tokens, INT32_MIN)
                            : ANEPY_OK;
@@ -147,6 +152,13 @@ int32_t anepy_engine_step_batch(anepy_engine *e, anepy_step_stats *out, const in
         *out = e->run.stats;
         out->struct_size = size;
     }
+    return leave(e, status);
+}
+
+int32_t anepy_engine_reserve(anepy_engine *e, int32_t count, int32_t n) {
+    ANEPY_TRY(enter(e));
+    int32_t status = check_shape(e, count, n);
+    if (status == ANEPY_OK) status = anepy_step_reserve(e, count, n);
     return leave(e, status);
 }
 

@@ -87,6 +87,7 @@ def evaluate(
         with Engine(
             loaded, device=device, precision=precision, seq_len=longest, threads=threads
         ) as engine:
+            engine.reserve(len(sequences))
             began = time.perf_counter()
             losses = sequence_losses(engine, sequences)
             seconds = time.perf_counter() - began

@@ -17,8 +17,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
 from ..engine.engine import Engine
 from ..errors import AnepyError
 from ..models.model import Model
@@ -68,12 +66,7 @@ class Contestant:
         self._loop = Loop(self.engine, Sampler(job.data, job.seq, config.seed), config)
         run.switches = list(self.engine.switches)
         try:
-            if config.batch > 1 and self.engine.device == "cpu":
-                # Sequences run side by side: the first step makes room for them. It is undone, so
-                # that turns begin with the memory they need and with the weights they were given.
-                batch = np.zeros((config.batch, job.seq), np.int32)
-                self.engine.step(batch, batch)
-                self.engine.restore(accumulated=0, updates=0)
+            self.engine.reserve(config.batch)  # turns begin with the memory they need
             run.memory = 4 * model.arena.nbytes + self.engine.memory
         except BaseException:
             self.engine.close()

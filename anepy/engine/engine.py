@@ -198,6 +198,24 @@ class Engine(Owner):
             self._gradients.exposed = self._gradients.seen
         return StepStats.read(stats)
 
+    def reserve(self, sequences: int, tokens: int | None = None) -> None:
+        """Make the room that a step of so many sequences needs, before it or without one.
+
+        `evaluate`, `losses` and `logits` compute in the room there is, as many sequences side by
+        side as fit into it, and no more than a step would.
+
+        Args:
+            sequences: in one call; on devices that run one after the other nothing is needed.
+            tokens: of each; default `seq_len`.
+
+        Raises:
+            ConfigError: a number is out of range.
+            NativeError: no memory for as many at once; nothing has changed then.
+        """
+        check_counts(sequences=sequences, tokens=tokens)
+        with self._call() as handle:
+            self._lib.anepy_engine_reserve(handle, sequences, tokens or self.seq_len)
+
     def reduce(
         self,
         function: Callable[[Array], object],
@@ -305,15 +323,14 @@ class Engine(Owner):
         """Return the logits of every position, without gradients.
 
         Args:
-            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; as in `step`, several
-                sequences run side by side on the CPU.
+            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; several
+                sequences run side by side on the CPU, in the room that steps or `reserve` made.
 
         Returns:
             float32 (n, vocab_size) or (sequences, n, vocab_size): what follows each token.
 
         Raises:
             ConfigError: a wrong shape or an id beyond the vocabulary.
-            NativeError: no memory for as many at once.
         """
         ids = as_ids(tokens, "tokens")
         count, n = np.atleast_2d(ids).shape
@@ -328,13 +345,12 @@ class Engine(Owner):
         """Return the mean cross-entropy of the counted targets in nats, without gradients.
 
         Args:
-            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; as in `step`, several
-                sequences run side by side on the CPU.
+            tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; several
+                sequences run side by side on the CPU, in the room that steps or `reserve` made.
             targets: the ids that follow each of them, of the same shape; below 0: not counted.
 
         Raises:
             ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted.
-            NativeError: no memory for as many at once.
         """
         return self._evaluate(*pair(tokens, targets), None)
 
@@ -350,7 +366,6 @@ class Engine(Owner):
 
         Raises:
             ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted.
-            NativeError: no memory for as many at once.
         """
         ids, wanted = pair(tokens, targets)
         losses = np.empty(ids.shape, dtype=np.float64)
@@ -390,7 +405,7 @@ class Engine(Owner):
 
     @property
     def memory(self) -> int:
-        """Bytes of activations, surfaces and buffers, for as many sequences as ran at once so far.
+        """Bytes of activations, surfaces and buffers, for as many sequences as a step ran at once.
 
         Weights, gradients and moments are not in it.
         """

@@ -393,6 +393,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_get_info": (handle, POINTER(EngineInfo)),
     "anepy_engine_step": (handle, POINTER(StepStats), _ids, _ids, c_int32),
     "anepy_engine_step_batch": (handle, POINTER(StepStats), _ids, _ids, c_int32, c_int32),
+    "anepy_engine_reserve": (handle, c_int32, c_int32),
     "anepy_engine_update": (handle, POINTER(UpdateStats), POINTER(UpdateOptions)),
     "anepy_engine_evaluate": (handle, POINTER(c_double), _ids, _ids, c_int32),
     "anepy_engine_evaluate_batch": (

@@ -126,6 +126,7 @@ typedef struct {
     int32_t counted;        /* targets of the call that are */
     int32_t added;          /* sequences that are done: of a step, in the gradients already */
     int32_t beside;         /* of those, running side by side now */
+    int32_t most;           /* that may, of such a length */
     int32_t tokens;         /* of each sequence */
     int32_t padded;         /* columns of each sequence */
     int32_t columns;        /* beside * padded */

@@ -19,13 +19,12 @@
  * are one percent faster, with twice the memory (15M to 110M parameters, fp32 and bf16). */
 #define GROUP_COLUMNS 512
 
-/* How many of the sequences that are left run next, side by side: as many as the device takes, in
- * groups of one size. */
+/* How many of the sequences that are left run next, side by side: as many as may, in groups of one
+ * size. */
 static void set_group(anepy_engine *e) {
     anepy_run *run = &e->run;
     int32_t left = run->sequences - run->added;
-    int32_t most = anepy_can(e, ANEPY_BATCHES) ? anepy_max_i32(1, GROUP_COLUMNS / run->padded) : 1;
-    int32_t groups = (left - 1) / most + 1;
+    int32_t groups = (left - 1) / run->most + 1;
     run->beside = (left - 1) / groups + 1;
     run->columns = run->beside * run->padded;
 }
@@ -39,23 +38,31 @@ static void advance(anepy_engine *e) {
     run->added += run->beside;
 }
 
-/* Sets up the run, with room and programs for it. */
-static int32_t begin(anepy_engine *e, const int32_t *ids, const int32_t *targets, int32_t sequences,
-                     int32_t tokens) {
-    e->run = (anepy_run){
-        .ids = ids,
-        .targets = targets,
-        .sequences = sequences,
-        .counted = targets != NULL ? anepy_counted(targets, sequences * tokens) : 0,
-        .tokens = tokens,
-        .padded = anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(tokens, ANEPY_COLUMNS)
-                                            : e->room->width};
-    if (targets != NULL && e->run.counted == 0)
-        return anepy_fail(ANEPY_E_ARGUMENT, "no target is counted: all %d are below 0",
-                          sequences * tokens);
+/* Sets up the run, in so many columns. */
+static void set_run(anepy_engine *e, int32_t sequences, int32_t tokens, int32_t columns) {
+    int32_t padded =
+        anepy_can(e, ANEPY_BINDS) ? (int32_t)anepy_round_up(tokens, ANEPY_COLUMNS) : e->room->width;
+    int32_t most = anepy_can(e, ANEPY_BATCHES) ? anepy_max_i32(1, columns / padded) : 1;
+    e->run = (anepy_run){.sequences = sequences, .most = most, .tokens = tokens, .padded = padded};
     set_group(e);
+}
+
+/* What the run computes; its programs. */
+static int32_t begin(anepy_engine *e, const int32_t *ids, const int32_t *targets) {
+    anepy_run *run = &e->run;
+    int32_t n = run->sequences * run->tokens;
+    run->ids = ids;
+    run->targets = targets;
+    run->counted = targets != NULL ? anepy_counted(targets, n) : 0;
+    if (targets != NULL && run->counted == 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "no target is counted: all %d are below 0", n);
     ANEPY_TRY(anepy_room_widen(e));
     return e->room->stale ? anepy_compile(e) : ANEPY_OK;
+}
+
+int32_t anepy_step_reserve(anepy_engine *e, int32_t sequences, int32_t tokens) {
+    set_run(e, sequences, tokens, GROUP_COLUMNS);
+    return anepy_room_widen(e);
 }
 
 /* After a failure nothing may still write, and what was accumulated before may be incomplete. The
@@ -121,7 +128,8 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
     double start = anepy_now_ms(), mark = start;
     int64_t heap = anepy_heap_operations();
     anepy_step_stats *stats = &e->run.stats;
-    ANEPY_TRY(begin(e, ids, targets, sequences, tokens));
+    set_run(e, sequences, tokens, GROUP_COLUMNS);
+    ANEPY_TRY(begin(e, ids, targets));
     anepy_scale_begin(e);
     anepy_ready_begin(e);
     int32_t status = add_sequences(e, &mark);
@@ -143,11 +151,12 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
     return ANEPY_OK;
 }
 
-/* The weights as they are now, even while others compile. */
+/* In the room that there is, with the weights as they are now, even while others compile. */
 static int32_t begin_forward(anepy_engine *e, const int32_t *ids, const int32_t *targets,
                              int32_t sequences, int32_t tokens) {
     ANEPY_TRY(anepy_compile_settle(e));
-    return begin(e, ids, targets, sequences, tokens);
+    set_run(e, sequences, tokens, anepy_min_i32(GROUP_COLUMNS, e->room->width));
+    return begin(e, ids, targets);
 }
 
 int32_t anepy_step_evaluate(anepy_engine *e, double *loss, double *losses, const int32_t *ids,

@@ -8,6 +8,8 @@
 /* ids, targets: int32[sequences, tokens], all valid; targets below 0 are not counted, and without
  * one that is they fail with ANEPY_E_ARGUMENT. */
 
+/* Makes the room that such a step needs. */
+int32_t anepy_step_reserve(anepy_engine *e, int32_t sequences, int32_t tokens);
 /* Forward and backward, all sequences or none; e->run.stats tells about it. */
 int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, int32_t sequences,
                    int32_t tokens);

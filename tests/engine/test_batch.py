@@ -138,6 +138,34 @@ def test_batch_takes_memory_for_what_runs_at_once_and_no_other_allocation() -> N
         assert engine.memory == small, "one sequence after another"
 
 
+def test_evaluation_takes_no_more_memory_than_steps_or_reserve_made() -> None:
+    with make_engine(GQA, "max") as engine, make_engine(GQA, "max") as wide:
+        tokens, targets = sequences(GQA, 9, 40)
+        small = engine.memory
+        wide.reserve(9, 40)
+        large = wide.memory
+        assert large > 1.5 * small
+        losses = [each.losses(tokens, targets) for each in (engine, wide)]
+        assert losses[0].tobytes() == losses[1].tobytes()
+        logits = [each.logits(tokens) for each in (engine, wide)]
+        assert logits[0].tobytes() == logits[1].tobytes()
+        assert engine.evaluate(tokens, targets) == pytest.approx(np.mean(losses[0]), rel=1e-12)
+        assert (engine.memory, wide.memory) == (small, large)
+        wide.step(tokens, targets)
+        assert wide.memory == large, "what a step needs, and no more"
+        wide.reserve(100)
+        wide.reserve(1, 3)
+        assert wide.memory > large
+        for bad in (0, -1, 2**31):
+            message(lambda bad=bad: engine.reserve(bad))
+        assert "takes 1 to 129" in message(lambda: engine.reserve(1, 130))
+        assert engine.memory == small
+    with Engine(make_model(), device="sim", seq_len=64) as engine:
+        small = engine.memory
+        engine.reserve(8)
+        assert engine.memory == small, "one sequence after another"
+
+
 def test_batch_that_finds_no_memory_says_so_and_loses_nothing() -> None:
     code = """
 import resource

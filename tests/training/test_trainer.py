@@ -305,6 +305,17 @@ def test_trainer_without_held_out_data_says_so() -> None:
             trainer.evaluate()
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_evaluation_takes_no_memory_that_training_does_not(batch: int) -> None:
+    memory = []
+    for changes in ({}, {"eval_every": 1, "held_out": 0.2}):
+        config = settings(device="cpu", batch=batch, **changes)
+        with Trainer(Model.init(CONFIG, seed=3), tokens(), config) as trainer:
+            list(trainer)
+            memory.append(trainer.engine.memory)
+    assert memory[0] == memory[1]
+
+
 def test_evaluation_does_not_change_the_training() -> None:
     with_evaluation, _ = trained(settings(eval_every=1, held_out=0.2))
     assert_same(with_evaluation, trained(settings(held_out=0.2))[0])

@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define ANEPY_ABI_VERSION 2
+#define ANEPY_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define ANEPY_API __declspec(dllexport)
@@ -114,16 +114,22 @@ typedef struct anepy_config {
     double rope_high_freq_factor;
 } anepy_config;
 
-/* One row of the tensor table: a named view into each of the four arenas. */
+#define ANEPY_TENSOR_MATRIX 1u    /* [rows, cols]; else a vector [cols] */
+#define ANEPY_TENSOR_DECAYS 2u    /* weight decay shrinks it: matrices, not norms and biases */
+#define ANEPY_TENSOR_TRAINABLE 4u /* it has a gradient and moments */
+
+/* One row of the tensor table. The arena of weights holds all tensors, those of gradients and of
+ * Adam's m and v the trainable ones, each in the order of the table and without gaps. */
 typedef struct anepy_tensor {
     uint32_t struct_size;
-    uint32_t flags;
-    char name[64];  /* as in Meta's Llama, e.g. layers.0.attention.wq.weight */
-    int64_t offset; /* first element in the arena; tensors follow each other without gaps */
-    int64_t rows;   /* 1 for vectors */
+    uint32_t flags;   /* ANEPY_TENSOR_... */
+    char name[64];    /* as in Meta's Llama, e.g. layers.0.attention.wq.weight */
+    int64_t offset;   /* first element in the arena of weights */
+    int64_t gradient; /* first element in the arenas of gradients and moments; -1: it is frozen */
+    int64_t rows;     /* 1 for vectors */
     int64_t cols;
-    int32_t is_matrix; /* matrices get weight decay, vectors (norms, biases) do not */
-    int32_t reserved;
+    int32_t layer; /* -1: of none */
+    int32_t role;  /* a number for what it is in its layer, or in the model */
 } anepy_tensor;
 
 typedef struct anepy_model anepy_model; /* dimensions + tensor table; holds no weights */
@@ -132,8 +138,14 @@ ANEPY_API int32_t anepy_model_create(anepy_model **out, const anepy_config *conf
 ANEPY_API void anepy_model_free(anepy_model *model); /* accepts NULL */
 ANEPY_API int32_t anepy_model_tensor_n(const anepy_model *model);
 ANEPY_API int32_t anepy_model_tensor(const anepy_model *model, int32_t index, anepy_tensor *out);
-/* Elements (float32) of one arena: the number of parameters. */
+/* Elements (float32) of the arena of weights: the number of parameters. */
 ANEPY_API int64_t anepy_model_arena_n(const anepy_model *model);
+/* Elements (float32) of the arenas of gradients and moments: the number of trainable parameters. */
+ANEPY_API int64_t anepy_model_gradient_n(const anepy_model *model);
+
+/* Takes a tensor out of training, before engines are made with this table: it has no gradient and
+ * no moments, and no update changes it. Fails if none would be left to train. */
+ANEPY_API int32_t anepy_model_freeze(anepy_model *model, int32_t index);
 
 /* Radians per position by which RoPE turns pair `pair` of a head, 0 <= pair < head_dim / 2: its
  * channels 2 pair and 2 pair + 1. Scaling included. */
@@ -141,7 +153,7 @@ ANEPY_API double anepy_rope_frequency(const anepy_model *model, int32_t pair);
 
 /* Floating-point operations of one step in matrix products, two per multiply-add. Counted as the
  * research programs do (docs/neural-engine.md#flops): attention counts in the backward pass alone,
- * with five products of [tokens, tokens] per head. */
+ * with five products of [tokens, tokens] per head. What frozen tensors save is not counted. */
 typedef struct anepy_flops {
     uint32_t struct_size;
     uint32_t flags;
@@ -149,7 +161,7 @@ typedef struct anepy_flops {
     double backward_dx;
     double backward_dw;
     double attention;
-    double classifier; /* logits and both gradients */
+    double classifier; /* logits and their gradients */
     double total;
 } anepy_flops;
 
@@ -169,9 +181,10 @@ typedef struct anepy_engine anepy_engine;
  * anepy_engine_restore, which compiles them for the weights it is told of. */
 #define ANEPY_ENGINE_DEFER 1u
 
-/* The arenas are float32[anepy_model_arena_n], 64-byte aligned, owned by the caller and alive until
- * anepy_engine_free; with metal_dw, grads is from anepy_memory_alloc: a GPU takes whole mappings.
- * params is read and, by update, written. */
+/* The arenas are 64-byte aligned, owned by the caller and alive until anepy_engine_free: params
+ * float32[anepy_model_arena_n], which is read and, by update, written; the others
+ * float32[anepy_model_gradient_n]. With metal_dw, grads is from anepy_memory_alloc: a GPU takes
+ * whole mappings. */
 typedef struct anepy_engine_options {
     uint32_t struct_size;
     uint32_t flags; /* ANEPY_ENGINE_DEFER */
@@ -243,7 +256,7 @@ typedef struct anepy_update_options {
     double beta1;
     double beta2;
     double eps;
-    double weight_decay; /* matrices only */
+    double weight_decay; /* of tensors with ANEPY_TENSOR_DECAYS */
     double grad_clip;    /* largest global norm; 0: none */
 } anepy_update_options;
 
@@ -306,7 +319,8 @@ ANEPY_API int32_t anepy_engine_discard(anepy_engine *engine);
 
 /* How many buckets of gradients are final; of how many steps that have begun: *steps. Any thread
  * may ask, also while a step runs. Buckets become final from the end of the arena down: what stands
- * behind the layers; each layer, the last one first; the embedding. All are when no step runs. */
+ * behind the layers; each layer, the last one first; the embedding. One in which everything is
+ * frozen is none. All are when no step runs. */
 ANEPY_API int32_t anepy_engine_ready(const anepy_engine *engine, int64_t *steps);
 
 /* Mean cross-entropy of the counted targets, without gradients; the same of several sequences, as

@@ -20,6 +20,7 @@ from ..engine.flops import flops_per_step
 from ..engine.variants import gradients_lag
 from ..errors import CheckpointError, ConfigError, NativeError
 from ..models import formats
+from ..models.freezing import trained_text
 from ..models.model import Model, ModelConfig
 from ..system import restart
 from ..system.files import check_writable, discard_temporaries, write_failure
@@ -174,7 +175,10 @@ def _introduce(
         data=data,
         settings=settings,
         engine=_engine(trainer),
-        flops=flops_per_step(trainer.model.config, trainer.seq, trainer.config.batch),
+        flops=flops_per_step(
+            trainer.model.config, trainer.seq, trainer.config.batch, trainer.config.freeze
+        ),
+        trained=_trained(trainer),
         start=trainer.start_step,
         losses=list(trainer.losses),
         notes=notes,
@@ -194,6 +198,15 @@ def _introduce(
         "notes": notes,
     }
     log.run(facts, trainer.engine.device)
+
+
+def _trained(trainer: Trainer) -> str:
+    """Say what is trained, if not everything."""
+    weights, moments = trainer.model.weights, trainer.engine.adam_m
+    if not trainer.engine.frozen:
+        return ""
+    total, left = (sum(value.size for value in each.values()) for each in (weights, moments))
+    return f"{trained_text(len(weights), len(moments), total, left)} trained"
 
 
 def _engine(trainer: Trainer) -> dict[str, Any]:

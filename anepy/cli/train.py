@@ -32,9 +32,9 @@ class TrainCommand(TyperCommand):
         return parsed
 
 
-def _option(name: str, *spellings: str) -> Any:
+def _option(name: str, *spellings: str, metavar: str | None = None) -> Any:
     text = setting_help(TrainConfig, name)
-    return typer.Option(*spellings, help=text, show_default=False)
+    return typer.Option(*spellings, help=text, show_default=False, metavar=metavar)
 
 
 @guarded
@@ -71,6 +71,7 @@ def train(
     device: Annotated[str | None, _option("device")] = None,
     precision: Annotated[str | None, _option("precision")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
+    freeze: Annotated[list[str] | None, _option("freeze", "--freeze", metavar="PATTERN")] = None,
     metal: Annotated[bool, _option("metal", "--metal")] = False,
     resume: Annotated[
         str | None,
@@ -117,8 +118,9 @@ def train(
         for name, value in locals().items()
         if name in TrainConfig.__dataclass_fields__ and value is not None
     }
-    if not metal:
-        del given["metal"]
+    for name in ("metal", "freeze"):
+        if not given.get(name):
+            given.pop(name, None)
     request = Request(
         model=one_of(model, model_option, "model"),
         data=data,

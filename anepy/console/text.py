@@ -24,6 +24,7 @@ class Header:
         shape: `dim`, `hidden_dim`, … of the model.
         parameters: number of weights.
         embedding: number of weights in the embedding.
+        trained: what is trained, in words; "" if everything is.
         data: name and size of the data in words.
         settings: effective settings of the run, `seq` filled in.
         engine: device, precision, variant, switches, isa, threads.
@@ -42,6 +43,7 @@ class Header:
     settings: Mapping[str, Any]
     engine: Mapping[str, Any]
     flops: Mapping[str, int]
+    trained: str = ""
     start: int = 0
     losses: Sequence[float] = ()
     notes: Sequence[str] = ()
@@ -120,6 +122,8 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
         ("run", run_text(settings)),
         ("optimizer", f"{optimizer_text(settings)}, lr {settings['lr']:g}"),
     ]
+    if header.trained:
+        rows.append(("trains", header.trained))
     if header.start:
         rows.append(("resumed", f"at step {header.start:,}"))
     rows.extend(header.outputs.items())

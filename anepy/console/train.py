@@ -148,6 +148,8 @@ class Plain(Reporter):
         self._line(
             f"Params: {total:.2f}M (transformer {total - embedding:.2f}M + embed {embedding:.2f}M)"
         )
+        if header.trained:
+            self._line(f"Trains: {header.trained}")
         self._line(
             f"Accum {settings['accum']} steps{batch_text(settings)}, {optimizer_text(settings)}, "
             f"LR={settings['lr']:g}"

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
-from ..models.model import Model
+from ..models.freezing import Freeze
+from ..models.model import Model, TensorTable
 from ..models.views import Array, Tensors
 from ..native import abi
 from .adapt import adapted
@@ -38,7 +39,8 @@ class Engine(Owner):
 
     Use one engine from one thread at a time. The model's weights are updated in place. `gradients`
     (sums since the last update, times the loss scale), `adam_m` and `adam_v` are float32 views by
-    the names of `Model.weights`; assigning to a name copies into the view.
+    the names of `Model.weights`; assigning to a name copies into the view. `frozen` lists the
+    tensors that have none of these.
     `device` and `device_note` say where it runs and, if that was left to anepy, why there;
     `precision` and `precision_note` in what.
 
@@ -54,11 +56,16 @@ class Engine(Owner):
         seq_len: longest sequence; default the model's.
         threads: default from CPU affinity, cgroup quota and physical cores.
         loss_scale: what dynamic loss scaling starts with (fp16 only); default 4096.
+        freeze: tensors that stay as they are, by a pattern of names or several, like
+            "tok_embeddings*" or ("tok_embeddings*", "layers.0.*"). They have no gradient and no
+            moments, which saves that memory and the work; the backward pass ends at the lowest
+            layer that is trained. A tied classifier is the embedding.
         defer: compile programs when they are first needed, not at once. For callers that will call
             `restore`: programs for weights about to be replaced would be wasted.
 
     Raises:
-        ConfigError: a name is unknown, a value out of range, or a device not usable here.
+        ConfigError: a name is unknown, a value out of range, a device not usable here, a pattern of
+            `freeze` matches nothing, or all of them everything.
         CompileBudgetError: this process may compile no more programs.
         NativeError: the system gives no memory.
 
@@ -77,15 +84,18 @@ class Engine(Owner):
         seq_len: int | None = None,
         threads: int | None = None,
         loss_scale: float | None = None,
+        freeze: Freeze = (),
         defer: bool = False,
     ) -> None:
         check_counts(seq_len=seq_len, threads=threads)
         self.model = model
         self.variant = variant
-        self._lib = model.table.lib
-        self._grads, self._m, self._v = (model.table.arena() for _ in range(3))
-        self.adam_m: Tensors = model.table.views(self._m)
-        self.adam_v: Tensors = model.table.views(self._v)
+        table = self._table = TensorTable(model.config, freeze)
+        self.frozen = table.frozen
+        self._lib = table.lib
+        self._grads, self._m, self._v = (table.arena(trainable=True) for _ in range(3))
+        self.adam_m: Tensors = table.views(self._m, trainable=True)
+        self.adam_v: Tensors = table.views(self._v, trainable=True)
         options = abi.EngineOptions(
             flags=_DEFER if defer else 0,
             params=address(model.arena),
@@ -102,14 +112,12 @@ class Engine(Owner):
         def create(name: str) -> ctypes.c_void_p:
             handle = ctypes.c_void_p()
             options.device = encoded(adapted(name))
-            self._lib.anepy_engine_create(
-                ctypes.byref(handle), model.table.handle, ctypes.byref(options)
-            )
+            self._lib.anepy_engine_create(ctypes.byref(handle), table.handle, ctypes.byref(options))
             return handle
 
         handle, self.device_note = open_device(device, create)
         self._own(handle, self._lib.anepy_engine_free)
-        self._gradients = Gradients(model.table, self._grads, self._guard)
+        self._gradients = Gradients(table, self._grads, self._guard)
         self.gradients: Gradients = self._gradients
         info = self._info()
         self.device: str = info.device.decode()

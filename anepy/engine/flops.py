@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 
+from ..models.freezing import Freeze
 from ..models.model import ModelConfig, TensorTable
 from ..native import abi
 
 
-def flops_per_step(config: ModelConfig, seq: int, batch: int = 1) -> dict[str, int]:
+def flops_per_step(
+    config: ModelConfig, seq: int, batch: int = 1, freeze: Freeze = ()
+) -> dict[str, int]:
     """Count the floating-point operations of one step in matrix products, two per multiply-add.
 
     Counted as the research programs do (docs/neural-engine.md#flops).
@@ -17,12 +20,13 @@ def flops_per_step(config: ModelConfig, seq: int, batch: int = 1) -> dict[str, i
         config: dimensions of the model.
         seq: tokens of each sequence.
         batch: sequences per step.
+        freeze: tensors that are not trained, as for `Engine`: products that they save do not count.
 
     Returns:
         FLOPs of `fwd`, `bwd_dx` and `bwd_dw` (matrix products of the layers), `sdpa_bwd`,
         `classifier` and their `total`. Attention products of the forward pass are not counted.
     """
-    table, flops = TensorTable(config), abi.Flops()
+    table, flops = TensorTable(config, freeze), abi.Flops()
     table.lib.anepy_step_flops(table.handle, ctypes.byref(flops), batch, seq)
     return {
         "fwd": int(flops.forward),

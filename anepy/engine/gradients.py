@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models.model import TensorTable
-from ..models.views import Array, assign
+from ..models.views import Array, assign, frozen_text
 
 _EMBEDDING = "tok_embeddings.weight"
 
 
 class Gradients(Mapping[str, Array]):
-    """The accumulated gradients by name, zero after an update.
+    """The accumulated gradients of the trainable tensors by name, zero after an update.
 
     The first step after an update replaces the old gradients. So an update writes zeros only while
     somebody holds a view of them; they would be an eighth of its memory traffic. And its norm is
@@ -26,7 +26,8 @@ class Gradients(Mapping[str, Array]):
     """
 
     def __init__(self, table: TensorTable, arena: Array, guard: threading.RLock) -> None:
-        self._places, self._arena, self._guard = table.places, arena, guard
+        self._places, self._frozen = table.trainable, table.frozen
+        self._arena, self._guard = arena, guard
         self._root: Callable[[], Array | None] = lambda: None
         self.stale = False  # an update has left out the zeros
         self.exposed = False  # somebody held a view since the last step
@@ -37,6 +38,8 @@ class Gradients(Mapping[str, Array]):
         return self._root() is not None
 
     def __getitem__(self, name: str) -> Array:
+        if name in self._frozen:
+            raise KeyError(frozen_text(name))
         offset, shape = self._places[name]
         with self._guard:
             self.show()
@@ -44,7 +47,7 @@ class Gradients(Mapping[str, Array]):
 
     def __setitem__(self, name: str, values: npt.ArrayLike) -> None:
         """Copy values into a gradient, as `assign` does."""
-        assign(self, name, values)
+        assign(self, name, values, self._frozen)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

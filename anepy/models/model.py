@@ -19,10 +19,12 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..native import abi, find
+from .freezing import Freeze, frozen_names
 from .stored_tokenizer import Pieces, StoredTokenizer
 from .views import Array, Tensors
 
 PathLike = str | os.PathLike[str]
+Place = tuple[int, tuple[int, ...]]  # first element, shape
 
 DEFAULT_SEQ = 256
 
@@ -185,12 +187,22 @@ def _native(config: ModelConfig) -> abi.Config:
 class TensorTable:
     """The native table of a model's tensors: where each name lives in an arena.
 
+    Args:
+        config: dimensions of the model.
+        freeze: tensors that have no gradient and no moments, by patterns of names.
+
+    Attributes:
+        places: name -> first element in the arena of weights, shape.
+        trainable: the same in the arenas of gradients and moments, of the tensors they have.
+        frozen: the names of the others.
+        size: elements of the arena of weights.
+
     Raises:
-        ConfigError: the dimensions make no model.
+        ConfigError: the dimensions make no model, or a pattern matches nothing or leaves nothing.
         LibraryNotFoundError: there is no native library.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, freeze: Freeze = ()) -> None:
         self.config = config
         self.lib = find.library()
         handle = ctypes.c_void_p()
@@ -200,41 +212,67 @@ class TensorTable:
         finalizer = weakref.finalize(self, self.lib.anepy_model_free, handle)
         finalizer.atexit = False  # the process takes its memory along
         self.size: int = self.lib.anepy_model_arena_n(handle)
-        self.places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        for index in range(self.lib.anepy_model_tensor_n(handle)):
+        names = [tensor.name.decode() for tensor in self._rows()]
+        self.frozen = tuple(frozen_names(names, freeze))
+        for name in self.frozen:
+            self.lib.anepy_model_freeze(handle, names.index(name))
+        self.places: dict[str, Place] = {}
+        self.trainable: dict[str, Place] = {}
+        for name, tensor in zip(names, self._rows(), strict=True):
+            shape = (tensor.rows, tensor.cols) if tensor.flags & abi.MATRIX else (tensor.cols,)
+            self.places[name] = (tensor.offset, shape)
+            if tensor.gradient >= 0:
+                self.trainable[name] = (tensor.gradient, shape)
+
+    def _rows(self) -> Iterator[abi.Tensor]:
+        for index in range(self.lib.anepy_model_tensor_n(self.handle)):
             tensor = abi.Tensor()
-            self.lib.anepy_model_tensor(handle, index, ctypes.byref(tensor))
-            shape = (tensor.rows, tensor.cols) if tensor.is_matrix else (tensor.cols,)
-            self.places[tensor.name.decode()] = (tensor.offset, shape)
+            self.lib.anepy_model_tensor(self.handle, index, ctypes.byref(tensor))
+            yield tensor
+
+    @property
+    def trainable_size(self) -> int:
+        """Elements of the arenas of gradients and moments."""
+        return int(self.lib.anepy_model_gradient_n(self.handle))
 
     def frequencies(self) -> npt.NDArray[np.float64]:
         """Return the radians per position by which RoPE turns each pair, (head_dim / 2,)."""
         pairs = range(self.config.head_width // 2)
         return np.array([self.lib.anepy_rope_frequency(self.handle, pair) for pair in pairs])
 
-    def arena(self) -> Array:
-        """Return zeroed float32 (size,) memory for one value per parameter.
+    def arena(self, trainable: bool = False) -> Array:
+        """Return zeroed float32 memory for one value per parameter.
 
         It is freed when the last view of it is gone.
+
+        Args:
+            trainable: only for the parameters of trainable tensors.
 
         Raises:
             NativeError: the system gives no memory.
         """
-        nbytes = self.size * 4
+        size = self.trainable_size if trainable else self.size
+        nbytes = size * 4
         address = ctypes.c_void_p()
         self.lib.anepy_memory_alloc(ctypes.byref(address), nbytes)
-        memory = (ctypes.c_float * self.size).from_address(address.value or 0)
+        memory = (ctypes.c_float * size).from_address(address.value or 0)
         finalizer = weakref.finalize(memory, self.lib.anepy_memory_free, address, nbytes)
         finalizer.atexit = False
         return np.frombuffer(memoryview(memory), dtype=np.float32)
 
-    def views(self, arena: Array) -> Tensors:
-        """Name the tensors of an arena, without copying."""
+    def views(self, arena: Array, trainable: bool = False) -> Tensors:
+        """Name the tensors of an arena, without copying.
+
+        Args:
+            arena: as `arena` returns.
+            trainable: it has the trainable tensors only.
+        """
         return Tensors(
             {
                 name: arena[offset : offset + math.prod(shape)].reshape(shape)
-                for name, (offset, shape) in self.places.items()
-            }
+                for name, (offset, shape) in (self.trainable if trainable else self.places).items()
+            },
+            self.frozen if trainable else (),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,18 @@ class Tensors(Mapping[str, Array]):
         >>> model.weights["norm.weight"][0] = 2.0
     """
 
-    def __init__(self, views: Mapping[str, Array]) -> None:
+    def __init__(self, views: Mapping[str, Array], frozen: Collection[str] = ()) -> None:
         self._views = dict(views)
+        self._frozen = frozen
 
     def __getitem__(self, name: str) -> Array:
+        if name in self._frozen:
+            raise KeyError(frozen_text(name))
         return self._views[name]
 
     def __setitem__(self, name: str, values: npt.ArrayLike) -> None:
         """Copy values into a tensor, as `assign` does."""
-        assign(self, name, values)
+        assign(self, name, values, self._frozen)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -38,17 +41,27 @@ class Tensors(Mapping[str, Array]):
         return len(self._views)
 
 
-def assign(tensors: Mapping[str, Array], name: str, values: npt.ArrayLike) -> None:
+def frozen_text(name: str) -> str:
+    """Say why a tensor of the model is not among those that are trained."""
+    return f"{name} is frozen: it has no gradient and no moments"
+
+
+def assign(
+    tensors: Mapping[str, Array], name: str, values: npt.ArrayLike, frozen: Collection[str] = ()
+) -> None:
     """Copy values into a tensor.
 
     Args:
         tensors: writable views by name.
         name: one of theirs.
         values: real numbers of exactly its shape; they are rounded to float32.
+        frozen: names of the model that are not among them.
 
     Raises:
         ConfigError: no such tensor, another shape, or no real numbers; nothing has changed then.
     """
+    if name in frozen:
+        raise ConfigError(frozen_text(name))
     if name not in tensors:
         near = difflib.get_close_matches(str(name), tensors, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"the first is {next(iter(tensors))!r}"

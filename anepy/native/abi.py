@@ -19,8 +19,9 @@ from ..errors import (
     UnsupportedError,
 )
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
+MATRIX = 1  # of the flags of Tensor
 
 
 class _Sized(ctypes.Structure):
@@ -66,10 +67,11 @@ class Tensor(_Sized):
         ("flags", c_uint32),
         ("name", c_char * 64),
         ("offset", c_int64),
+        ("gradient", c_int64),
         ("rows", c_int64),
         ("cols", c_int64),
-        ("is_matrix", c_int32),
-        ("reserved", c_int32),
+        ("layer", c_int32),
+        ("role", c_int32),
     )
 
 
@@ -387,6 +389,7 @@ _floats = POINTER(c_float)
 CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_model_create": (POINTER(handle), POINTER(Config)),
     "anepy_model_tensor": (handle, c_int32, POINTER(Tensor)),
+    "anepy_model_freeze": (handle, c_int32),
     "anepy_step_flops": (handle, POINTER(Flops), c_int32, c_int32),
     "anepy_memory_alloc": (POINTER(handle), u64),
     "anepy_engine_create": (POINTER(handle), handle, POINTER(EngineOptions)),
@@ -464,6 +467,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_model_free": (None, (handle,)),
     "anepy_model_tensor_n": (c_int32, (handle,)),
     "anepy_model_arena_n": (c_int64, (handle,)),
+    "anepy_model_gradient_n": (c_int64, (handle,)),
     "anepy_rope_frequency": (c_double, (handle, c_int32)),
     "anepy_memory_free": (None, (handle, u64)),
     "anepy_engine_free": (None, (handle,)),

@@ -1,9 +1,9 @@
 """Checkpoints: one `.npz` file with everything a run needs to continue bit for bit.
 
-Arrays are named as the weights; Adam's moments are `m.<name>` and `v.<name>`; `grad.<name>` is
-there only if gradients were accumulated when it was saved. `meta` is a JSON text in a 0-d
-unicode array. `numpy.load` reads all of it. A file appears under its name only when it is
-complete: it is written to a temporary file in the same folder, synced, then renamed.
+Arrays are named as the weights; Adam's moments are `m.<name>` and `v.<name>`, of tensors that are
+not frozen; `grad.<name>` is there only if gradients were accumulated when it was saved. `meta` is a
+JSON text in a 0-d unicode array. `numpy.load` reads all of it. A file appears under its name only
+when it is complete: it is written to a temporary file in the same folder, synced, then renamed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +46,7 @@ class Meta:
         engine: device, precision, variant, instruction set and threads that were used.
         losses: the last losses, oldest first.
         scaling: `unit` of the gradients; loss scale and clean steps (fp16).
+        frozen: names of the tensors that are not trained, in the order of the model.
         run: what the next process of the same run needs (restart.py), and a report not yet given.
         anepy: version that wrote the file.
         format: version of this layout.
@@ -61,6 +62,7 @@ class Meta:
     engine: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     scaling: dict[str, Any] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
     counted: int = 0
     anepy: str = ""
@@ -119,15 +121,15 @@ def load(
         path: the checkpoint.
         config: dimensions of the model that is to receive it.
         weights: name -> float32 array, C-contiguous; overwritten, as are the next two.
-        adam_m: first moments, same names.
-        adam_v: second moments, same names.
-        gradients: accumulated gradients, same names; set to zero if the file has none.
+        adam_m: first moments, of all names that are not frozen.
+        adam_v: second moments, of those too.
+        gradients: accumulated gradients, of those too; set to zero if the file has none.
 
     Returns:
         What `read_meta` returns.
 
     Raises:
-        CheckpointError: the file is bad or belongs to a model of other dimensions.
+        CheckpointError: the file is bad, or of a model of other dimensions or frozen tensors.
     """
     targets = {name: array for name, array in weights.items()}
     targets |= {f"m.{name}": array for name, array in adam_m.items()}
@@ -135,6 +137,7 @@ def load(
     with _opened(path) as archive:
         meta = _read_meta(path, archive)
         _check_config(path, meta.config, config)
+        _check_frozen(path, meta.frozen, [name for name in weights if name not in adam_m])
         if meta.accumulated:
             targets |= {f"grad.{name}": array for name, array in gradients.items()}
         for name, array in targets.items():
@@ -213,6 +216,9 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
         raise CheckpointError(f"{path}: 'scaling' in 'meta' is damaged; take another checkpoint")
     if not isinstance(values.get("run", {}), dict):
         raise CheckpointError(f"{path}: 'run' in 'meta' is damaged; take another checkpoint")
+    frozen = values.get("frozen", [])
+    if not isinstance(frozen, list) or not all(isinstance(x, str) for x in frozen):
+        raise CheckpointError(f"{path}: 'frozen' in 'meta' are no names; the file is damaged")
     losses = values.get("losses")
     if not isinstance(losses, list) or not all(isinstance(x, (int, float)) for x in losses):
         raise CheckpointError(f"{path}: 'losses' in 'meta' are no numbers; the file is damaged")
@@ -231,6 +237,20 @@ def _check_config(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[st
         raise CheckpointError(
             f"{path} belongs to another model: {', '.join(differences)}; pass the model it is from"
         )
+
+
+def _check_frozen(path: str | Path, saved: Sequence[str], wanted: Sequence[str]) -> None:
+    if set(saved) != set(wanted):
+        raise CheckpointError(
+            f"{path} is of a run with {_frozen_text(saved)}, this one has {_frozen_text(wanted)}: "
+            "freeze the same tensors"
+        )
+
+
+def _frozen_text(names: Sequence[str]) -> str:
+    if len(names) <= 2:
+        return f"{' and '.join(names) or 'no tensor'} frozen"
+    return f"{names[0]} and {len(names) - 1} more frozen"
 
 
 def _check_member(

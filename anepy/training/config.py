@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import ConfigError
+from ..models.freezing import patterns
 from .settings import LoopConfig, described, require, setting
 
 
@@ -26,10 +27,17 @@ class TrainConfig(LoopConfig):
     steps: int = setting(1000, "Total number of steps (one step is --batch sequences).")
     warmup: int = setting(0, "Updates over which the learning rate rises linearly.")
     variant: str = setting("max", "Set of optimizations, like opt or baseline+simd_adam.")
+    freeze: tuple[str, ...] = setting(
+        (), "Leave tensors with such names as they are, like 'layers.0.*'; may be repeated."
+    )
     metal: bool = setting(False, "Weight gradients on the GPU: switch metal_dw (macOS).")
     held_out: float = setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = setting(0, "Steps between held-out evaluations. 0: at both ends only.")
     eval_windows: int = setting(16, "Sequences per held-out evaluation.")
+
+    def __post_init__(self) -> None:
+        """Take one pattern for several, and the lists of files for tuples."""
+        object.__setattr__(self, "freeze", patterns(self.freeze))
 
     def validate(self) -> None:
         """Check every setting by itself and against the others.

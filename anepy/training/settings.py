@@ -33,7 +33,7 @@ def setting_help(config: type, name: str) -> str:
     for item in fields(config):
         if item.name == name:
             text = str(item.metadata["help"])
-            told = item.default is None or item.default is False or "Default:" in text
+            told = item.default in (None, False, ()) or "Default:" in text
             return text if told else f"{text} Default: {item.default}."
     raise KeyError(name)
 

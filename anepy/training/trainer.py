@@ -39,8 +39,9 @@ class Trainer:
     """Train a model on tokens, one `StepReport` per step.
 
     Iterating trains until `config.steps` and then frees the engine, whose memory is three times
-    that of the weights and more. In a `with` block the engine lives until the end of the block, to
-    evaluate or save a checkpoint after the last step. The model keeps its weights either way.
+    that of the trained weights and more. In a `with` block the engine lives until the end of the
+    block, to evaluate or save a checkpoint after the last step. The model keeps its weights either
+    way.
 
     A process may compile only so many programs for the Neural Engine. When it has, the iteration
     raises `CompileBudgetError` before the step that would need more; nothing is lost then, and a
@@ -52,7 +53,8 @@ class Trainer:
         config: settings; the defaults of `TrainConfig` if None.
         resume: checkpoint to continue from. Its weights, moments, accumulated gradients and
             sampler position replace those of `model`; differences between its settings and
-            `config` follow `config` and are told in `notes`. Only the seed is the file's.
+            `config` follow `config` and are told in `notes`. Only the seed is the file's, and the
+            frozen tensors have to be.
         restarted: the checkpoint is of this very run, which goes on in a new process: times and
             counts are added to those it carries.
 
@@ -118,6 +120,7 @@ class Trainer:
             precision=self.config.precision,
             seq_len=self.seq,
             threads=self.config.threads,
+            freeze=self.config.freeze,
             defer=meta is not None,  # the weights are not those to compile for yet
         )
         self._in_block = False
@@ -125,7 +128,9 @@ class Trainer:
         self.notes: list[str] = []
         self._loop = Loop(self._engine, sampler, self.config)
         self._unevaluated: StepReport | None = None
-        self._flops = flops_per_step(model.config, self.seq, self.config.batch)["total"]
+        self._flops = flops_per_step(model.config, self.seq, self.config.batch, self.config.freeze)[
+            "total"
+        ]
         self._measured = Measurements(self._flops)
         if meta is not None and resume is not None:
             try:
@@ -289,6 +294,7 @@ class Trainer:
             step=self._loop.steps,
             updates=engine.updates,
             accumulated=engine.accumulated,
+            frozen=list(engine.frozen),
             sampler=self._loop.sampler.state(),
             settings=asdict(self.config) | {"seq": self.seq},
             source=self.source,
@@ -307,7 +313,9 @@ class Trainer:
 
     def checkpoint_nbytes(self) -> int:
         """Return the size of the largest checkpoint this run can write, in bytes."""
-        return 4 * sum(value.nbytes for value in self.model.weights.values()) + (1 << 16)
+        weights, moments = self.model.weights.values(), self.engine.adam_m.values()
+        nbytes = sum(value.nbytes for value in weights) + 3 * sum(value.nbytes for value in moments)
+        return nbytes + (1 << 16)
 
     def engine_settings(self) -> dict[str, Any]:
         """Return what the engine runs on: device, precision, variant, isa, threads."""

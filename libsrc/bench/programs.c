@@ -140,7 +140,7 @@ int32_t anepy_bench_open_program(anepy_bench *b) {
     const int32_t norms[2] = {ANEPY_ATTENTION_NORM, ANEPY_FFN_NORM};
     for (int32_t i = 0; i < 2; i++)
         for (int32_t c = 0; c < b->one->config.dim; c++)
-            weights[anepy_model_layer(b->one, 0, norms[i]) + c] = 1.0f;
+            weights[anepy_model_find(b->one, 0, norms[i])->offset + c] = 1.0f;
     ANEPY_TRY(anepy_device_cpu.open(&b->device, &options));
     return is_backward(b) ? open_backward(b) : open_one(b, b->what->option);
 }

@@ -88,8 +88,9 @@ static void rmsnorm(const anepy_decoder *d, float *y, const float *x, const floa
     for (int32_t c = 0; c < n; c++) y[c] = weight[c] * (x[c] * r);
 }
 
-static void normalize(const anepy_decoder *d, int64_t weight) {
-    rmsnorm(d, d->xnorm, d->x, d->params + weight, d->model->config.dim);
+static void normalize(const anepy_decoder *d, int32_t layer, int32_t role) {
+    anepy_storage weight = anepy_stored(anepy_model_find(d->model, layer, role), d->params);
+    rmsnorm(d, d->xnorm, d->x, anepy_weights_vector(weight), d->model->config.dim);
 }
 
 /* The heads of q or k, each by itself. */
@@ -147,7 +148,7 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     const anepy_model *m = d->model;
     int32_t dim = m->config.dim, hidden = m->config.hidden_dim, q = m->q_dim, kv = m->kv_dim;
     int64_t cache = (int64_t)l * d->max_len * kv;
-    normalize(d, anepy_model_layer(m, l, ANEPY_ATTENTION_NORM));
+    normalize(d, l, ANEPY_ATTENTION_NORM);
     project(d, d->qkv, l, ANEPY_WQ, 3, d->xnorm);
     normalize_heads(d, d->qkv, l, ANEPY_Q_NORM, m->config.n_heads);
     normalize_heads(d, d->qkv + q, l, ANEPY_K_NORM, m->config.n_kv_heads);
@@ -158,7 +159,7 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     anepy_pool_run(d->pool, m->config.n_heads, attend_head, &a);
     project(d, d->out, l, ANEPY_WO, 1, d->attn);
     d->kernels->add(d->x, d->x, d->out, dim);
-    normalize(d, anepy_model_layer(m, l, ANEPY_FFN_NORM));
+    normalize(d, l, ANEPY_FFN_NORM);
     project(d, d->hidden, l, ANEPY_W1, 2, d->xnorm);
     d->kernels->swiglu(d->hidden, d->hidden, d->hidden + hidden, hidden);
     project(d, d->out, l, ANEPY_W2, 1, d->hidden);
@@ -183,10 +184,10 @@ static int32_t forward(anepy_decoder *d, float *logits, int32_t token, int32_t p
         d->rotation[2 * i] = (float)cos(angle);
         d->rotation[2 * i + 1] = (float)sin(angle);
     }
-    memcpy(d->x, d->params + anepy_model_embedding(d->model) + (int64_t)token * c->dim,
-           (size_t)c->dim * sizeof(float));
+    anepy_storage table = anepy_stored(anepy_model_find(d->model, 0, ANEPY_EMBEDDING), d->params);
+    memcpy(d->x, anepy_storage_rows(table, token, 1).data, (size_t)c->dim * sizeof(float));
     for (int32_t l = 0; l < c->n_layers; l++) layer_forward(d, l);
-    normalize(d, anepy_model_final_norm(d->model));
+    normalize(d, 0, ANEPY_FINAL_NORM);
     project(d, logits, 0, ANEPY_CLASSIFIER, 1, d->xnorm);
     anepy_fpmode_leave(fpmode);
     return ANEPY_OK;

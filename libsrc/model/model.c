@@ -121,17 +121,34 @@ static int64_t extent_of(const anepy_model *model, extent e) {
     }
 }
 
-static void append(anepy_model *model, int32_t layer, const char *name, int64_t rows,
+static void append(anepy_model *model, int32_t layer, int32_t role, const char *name, int64_t rows,
                    int64_t cols) {
     anepy_tensor *t = &model->tensors[model->tensor_n++];
+    uint32_t kind = rows != VECTOR ? ANEPY_TENSOR_MATRIX | ANEPY_TENSOR_DECAYS : 0;
     t->struct_size = sizeof *t;
     if (layer >= 0) snprintf(t->name, sizeof t->name, "layers.%d.%s", layer, name);
     else snprintf(t->name, sizeof t->name, "%s", name);
-    t->offset = model->arena_n;
-    t->is_matrix = rows != VECTOR;
-    t->rows = t->is_matrix ? rows : 1;
+    t->flags = kind | ANEPY_TENSOR_TRAINABLE;
+    t->layer = layer;
+    t->role = role;
+    t->rows = rows != VECTOR ? rows : 1;
     t->cols = cols;
-    model->arena_n += /* mutate: arena-size */ t->rows * cols;
+    t->offset = model->arena_n;
+    model->arena_n += /* mutate: arena-size */ anepy_tensor_n(t);
+}
+
+/* Where the gradients of trainable tensors are. */
+static void place_gradients(anepy_model *model) {
+    model->gradient_n = 0;
+    model->lowest = model->tensor_n;
+    for (int32_t i = model->tensor_n - 1; i >= 0; i--)
+        if (anepy_tensor_has(&model->tensors[i], ANEPY_TENSOR_TRAINABLE)) model->lowest = i;
+    for (int32_t i = 0; i < model->tensor_n; i++) {
+        anepy_tensor *t = &model->tensors[i];
+        int trainable = anepy_tensor_has(t, ANEPY_TENSOR_TRAINABLE);
+        t->gradient = trainable ? model->gradient_n : -1;
+        if (trainable) model->gradient_n += anepy_tensor_n(t);
+    }
 }
 
 static int has(const anepy_config *config, int32_t role) {
@@ -151,7 +168,7 @@ static void append_layer(anepy_model *model, int32_t layer) {
         int32_t there = has(&model->config, role);
         model->position[role] = there ? model->tensor_n - first : -1;
         if (there)
-            append(model, layer, LAYER[role].name, extent_of(model, LAYER[role].rows),
+            append(model, layer, role, LAYER[role].name, extent_of(model, LAYER[role].rows),
                    extent_of(model, LAYER[role].cols));
     }
     model->layer_n = model->tensor_n - first;
@@ -175,10 +192,12 @@ int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
         .low_freq_factor = config->rope_low_freq_factor,
         .high_freq_factor = config->rope_high_freq_factor,
     };
-    append(m, -1, "tok_embeddings.weight", config->vocab_size, config->dim);
+    append(m, -1, ANEPY_EMBEDDING, "tok_embeddings.weight", config->vocab_size, config->dim);
     for (int32_t layer = 0; layer < config->n_layers; layer++) append_layer(m, layer);
-    append(m, -1, "norm.weight", VECTOR, config->dim);
-    if (!config->tied) append(m, -1, "output.weight", config->vocab_size, config->dim);
+    append(m, -1, ANEPY_FINAL_NORM, "norm.weight", VECTOR, config->dim);
+    if (!config->tied)
+        append(m, -1, ANEPY_CLASSIFIER, "output.weight", config->vocab_size, config->dim);
+    place_gradients(m);
     *out = m;
     return ANEPY_OK;
 }
@@ -187,14 +206,31 @@ void anepy_model_free(anepy_model *model) { free(model); }
 
 int32_t anepy_model_tensor_n(const anepy_model *model) { return model->tensor_n; }
 
+static int32_t check_index(const anepy_model *model, int32_t index) {
+    if (index >= 0 && index < model->tensor_n) return ANEPY_OK;
+    return anepy_fail(ANEPY_E_ARGUMENT, "tensor %d of %d", index, model->tensor_n);
+}
+
 int32_t anepy_model_tensor(const anepy_model *model, int32_t index, anepy_tensor *out) {
-    if (index < 0 || index >= model->tensor_n)
-        return anepy_fail(ANEPY_E_ARGUMENT, "tensor %d of %d", index, model->tensor_n);
+    ANEPY_TRY(check_index(model, index));
     *out = model->tensors[index];
     return ANEPY_OK;
 }
 
 int64_t anepy_model_arena_n(const anepy_model *model) { return model->arena_n; }
+
+int64_t anepy_model_gradient_n(const anepy_model *model) { return model->gradient_n; }
+
+int32_t anepy_model_freeze(anepy_model *model, int32_t index) {
+    ANEPY_TRY(check_index(model, index));
+    anepy_tensor *t = &model->tensors[index];
+    if (model->gradient_n == anepy_tensor_n(t) && anepy_tensor_has(t, ANEPY_TENSOR_TRAINABLE))
+        return anepy_fail(ANEPY_E_ARGUMENT, "with %s frozen there is nothing left to train",
+                          t->name);
+    t->flags &= ~ANEPY_TENSOR_TRAINABLE;
+    place_gradients(model);
+    return ANEPY_OK;
+}
 
 const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, int32_t role) {
     const anepy_config *c = &model->config;
@@ -212,20 +248,8 @@ anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena) {
                            (int32_t)tensor->cols};
 }
 
-int64_t anepy_model_embedding(const anepy_model *model) {
-    return anepy_model_find(model, 0, ANEPY_EMBEDDING)->offset;
-}
-
-int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t role) {
-    return anepy_model_find(model, layer, role)->offset;
-}
-
-int64_t anepy_model_final_norm(const anepy_model *model) {
-    return anepy_model_find(model, 0, ANEPY_FINAL_NORM)->offset;
-}
-
-int64_t anepy_model_classifier(const anepy_model *model) {
-    return anepy_model_find(model, 0, ANEPY_CLASSIFIER)->offset;
+int anepy_model_trains(const anepy_model *model, int32_t layer, int32_t role) {
+    return &model->tensors[model->lowest] <= anepy_model_find(model, layer, role);
 }
 
 static const anepy_tensor *bias_of(const anepy_model *model, int32_t layer, int32_t role) {
@@ -257,26 +281,60 @@ double anepy_rope_frequency(const anepy_model *model, int32_t pair) {
     return kept * plain + (1.0 - kept) * slow;
 }
 
+int anepy_model_projects(const anepy_model *model, const anepy_tensor *tensor) {
+    switch (tensor->role) {
+    case ANEPY_WQ:
+    case ANEPY_WK:
+    case ANEPY_WV:
+    case ANEPY_WO:
+    case ANEPY_W1:
+    case ANEPY_W3:
+    case ANEPY_W2: return 1;
+    default: return tensor == anepy_model_find(model, 0, ANEPY_CLASSIFIER);
+    }
+}
+
+/* Of the products of one token with the weights of this role. */
+static double token_flops(const anepy_model *model, int32_t layer, int32_t role, int trainable) {
+    anepy_projection p = anepy_model_projection(model, layer, role);
+    if (trainable && !anepy_tensor_has(p.weight, ANEPY_TENSOR_TRAINABLE)) return 0.0;
+    return 2.0 * p.in * p.out;
+}
+
+/* The backward pass goes down by halves of layers, as far as something is trainable. */
+static void add_half(const anepy_model *model, anepy_flops *out, int32_t layer, int32_t first,
+                     int32_t last) {
+    int passed = anepy_model_trains(model, layer, last);
+    for (int32_t role = first; role <= last; role++) {
+        const anepy_tensor *t = anepy_model_find(model, layer, role);
+        if (t == NULL || !anepy_model_projects(model, t)) continue;
+        out->forward += token_flops(model, layer, role, 0);
+        if (passed) out->backward_dx += token_flops(model, layer, role, 0);
+        out->backward_dw += token_flops(model, layer, role, 1);
+    }
+}
+
 int32_t anepy_step_flops(const anepy_model *model, anepy_flops *out, int32_t sequences,
                          int32_t tokens) {
     const anepy_config *c = &model->config;
     if (out->struct_size < sizeof *out)
         return anepy_fail(ANEPY_E_ARGUMENT, "flops have %u bytes, expected %zu", out->struct_size,
                           sizeof *out);
-    static const int32_t ROLES[] = {ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO,
-                                    ANEPY_W1, ANEPY_W3, ANEPY_W2};
     double n = (double)sequences * tokens;
-    anepy_projection classifier = anepy_model_projection(model, 0, ANEPY_CLASSIFIER);
-    out->forward = 0.0;
+    int32_t attended = 0;
+    out->forward = out->backward_dx = out->backward_dw = 0.0;
     for (int32_t l = 0; l < c->n_layers; l++) {
-        for (size_t i = 0; i < sizeof ROLES / sizeof ROLES[0]; i++) {
-            anepy_projection p = anepy_model_projection(model, l, ROLES[i]);
-            out->forward += 2.0 * p.in * p.out * n;
-        }
+        add_half(model, out, l, ANEPY_ATTENTION_NORM, ANEPY_WO);
+        add_half(model, out, l, ANEPY_FFN_NORM, ANEPY_W2);
+        attended += anepy_model_trains(model, l, ANEPY_WO);
     }
-    out->backward_dx = out->backward_dw = out->forward;
-    out->attention = 2.0 * 5 * c->n_layers * model->q_dim * tokens * n;
-    out->classifier = 3.0 * 2 * classifier.in * classifier.out * n;
+    out->forward *= n;
+    out->backward_dx *= n;
+    out->backward_dw *= n;
+    out->attention = 2.0 * 5 * attended * model->q_dim * tokens * n;
+    out->classifier = (2.0 * token_flops(model, 0, ANEPY_CLASSIFIER, 0) +
+                       token_flops(model, 0, ANEPY_CLASSIFIER, 1)) *
+                      n;
     out->total =
         out->forward + out->backward_dx + out->backward_dw + out->attention + out->classifier;
     return ANEPY_OK;

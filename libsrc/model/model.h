@@ -1,7 +1,8 @@
 /* model/model.h - dimensions of a model of the Llama family, and the tensor table.
  *
- * One table serves the params, grads, Adam m and Adam v arenas. Tensors that are multiplied with
- * the same input stand next to each other (wq wk wv; w1 w3), so that one product covers them. */
+ * One table serves the params, grads, Adam m and Adam v arenas. Its order is that of the forward
+ * pass. Tensors that are multiplied with the same input stand next to each other (wq wk wv; w1 w3),
+ * so that one product covers them. */
 #ifndef ANEPY_MODEL_H
 #define ANEPY_MODEL_H
 
@@ -47,21 +48,30 @@ struct anepy_model {
     int32_t layer_n;                       /* tensors of a layer */
     int32_t position[ANEPY_LAYER_TENSORS]; /* among them, by role; -1: the model has none */
     int32_t tensor_n;
+    int32_t lowest; /* the first that is trainable */
     int64_t arena_n;
+    int64_t gradient_n;
     anepy_tensor tensors[]; /* embeddings, layers, final norm, classifier if separate */
 };
 
-/* The tensor of a layer (ignored for those of none) for this; NULL: the model has none. */
+/* The tensor of a layer (ignored for those of none) for this; NULL: the model has none. The
+ * classifier is the embedding when tied. */
 const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, int32_t role);
+
+static inline int64_t anepy_tensor_n(const anepy_tensor *tensor) {
+    return tensor->rows * tensor->cols;
+}
+
+static inline int anepy_tensor_has(const anepy_tensor *tensor, uint32_t flag) {
+    return (tensor->flags & flag) != 0;
+}
+
+/* Whether something up to this tensor in the forward pass is trainable, so that a gradient has to
+ * reach it. */
+int anepy_model_trains(const anepy_model *model, int32_t layer, int32_t role);
 
 /* Where its weights are in an arena. */
 anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena);
-
-/* Offsets into an arena. */
-int64_t anepy_model_embedding(const anepy_model *model);
-int64_t anepy_model_layer(const anepy_model *model, int32_t layer, int32_t role);
-int64_t anepy_model_final_norm(const anepy_model *model);
-int64_t anepy_model_classifier(const anepy_model *model); /* the embedding when tied */
 
 /* A linear map y = W x + b. All that multiplies with weights, writes their gradients or counts
  * operations takes shapes and tensors from here. */
@@ -74,5 +84,8 @@ typedef struct {
 /* The one whose weight this is: ANEPY_WQ, WK, WV, WO, W1, W3, W2 of a layer, or ANEPY_CLASSIFIER.
  */
 anepy_projection anepy_model_projection(const anepy_model *model, int32_t layer, int32_t role);
+
+/* Whether this tensor is the weight of one. */
+int anepy_model_projects(const anepy_model *model, const anepy_tensor *tensor);
 
 #endif

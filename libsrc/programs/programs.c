@@ -183,8 +183,9 @@ void anepy_program_weight(anepy_program_matrix *out, const anepy_program *progra
         out->first_row = program->first_row;
         out->rows = rows_of(program, model);
     }
-    out->channels = t->is_matrix ? (int32_t)anepy_round_up(out->rows, 32) : out->cols;
-    out->columns = t->is_matrix ? (int32_t)anepy_round_up(out->cols, 32) : program->width;
+    int matrix = anepy_tensor_has(t, ANEPY_TENSOR_MATRIX);
+    out->channels = matrix ? (int32_t)anepy_round_up(out->rows, 32) : out->cols;
+    out->columns = matrix ? (int32_t)anepy_round_up(out->cols, 32) : program->width;
 }
 
 int32_t anepy_program_find_weight(const anepy_program *program, const anepy_model *model,

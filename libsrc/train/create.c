@@ -85,7 +85,7 @@ static void lay_out(anepy_engine *e, anepy_carver *c) {
     const anepy_config *config = &e->model->config;
     e->norm_gradients = anepy_carve(c, (2 * (int64_t)config->n_layers + 1) * config->dim);
     e->head_gradients = anepy_carve(c, anepy_head_gradients_n(e->model));
-    int64_t pieces = e->model->arena_n / ANEPY_PIECE_ELEMENTS + 1;
+    int64_t pieces = e->model->gradient_n / ANEPY_PIECE_ELEMENTS + 1;
     e->squares.sums = (double *)(void *)anepy_carve(c, 2 * pieces);
     e->squares.rows = (double *)(void *)anepy_carve(c, 2 * (int64_t)config->vocab_size);
 }

@@ -107,13 +107,22 @@ static void sum_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_dw *dw = context;
     const anepy_engine *e = dw->engine;
-    const anepy_product *p = &dw->job.product;
-    float *gradient = e->grads + dw->bias;
-    int32_t end = anepy_min_i32(p->m, (index + 1) * ANEPY_PIECE_ROWS);
+    const anepy_dw_rows *b = dw->biases;
+    for (; index >= anepy_pieces(b->rows, ANEPY_PIECE_ROWS); b++)
+        index -= anepy_pieces(b->rows, ANEPY_PIECE_ROWS);
+    float *gradient = anepy_gradient(e, b->tensor);
+    int32_t end = anepy_min_i32(b->rows, (index + 1) * ANEPY_PIECE_ROWS);
     for (int32_t r = index * ANEPY_PIECE_ROWS; r < end; r++) {
-        float sum = e->kernels->sum(p->a + (int64_t)r * p->a_row, p->k);
-        gradient[r] = p->accumulate ? gradient[r] + sum : sum;
+        const float *dy = dw->dy_rows + (int64_t)(b->row + r) * e->room->width;
+        float sum = e->kernels->sum(dy, anepy_reduction(e));
+        gradient[r] = anepy_adds(e) ? gradient[r] + sum : sum;
     }
+}
+
+static void multiply(anepy_dw *dw, int32_t index, int32_t worker) {
+    anepy_dw_product *p = dw->products;
+    for (; index >= p->pieces; p++) index -= p->pieces;
+    anepy_gemm_piece(&p->job, index, worker);
 }
 
 /* Indices are taken in order, so whoever waits here waits for conversions that are being done. */
@@ -131,25 +140,41 @@ static void dw_piece(void *context, int32_t index, int32_t worker) {
         anepy_cpu_pause();
     index -= dw->conversions;
     if (index < dw->sums) sum_rows(dw, index, worker);
-    else anepy_gemm_piece(&dw->job, index - dw->sums, worker);
+    else multiply(dw, index - dw->sums, worker);
 }
 
-/* On the GPU the products of a layer are one group: the last is that of wq, wk, wv. */
+/* On the GPU the products of a layer are one group. */
+static int32_t start_on_gpu(anepy_engine *e, int32_t layer, int32_t which) {
+    const anepy_layer *l = &e->room->layers[layer];
+    int32_t later = 0, first = (layer * DW_N + which) * ANEPY_DW_RUNS;
+    for (int32_t w = which + 1; w < DW_N; w++) later += l->dw[w].product_n;
+    for (int32_t i = 0; i < l->dw[which].product_n; i++) {
+        int last = later == 0 && i == l->dw[which].product_n - 1;
+        ANEPY_TRY(anepy_gpu.multiply(e->room->metal, first + i,
+                                     &l->dw[which].products[i].job.product,
+                                     /* mutate: dw-last-of-layer */ last));
+    }
+    return ANEPY_OK;
+}
+
 static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->room->layers[layer].dw[which];
+    int32_t pieces = 0;
+    if (dw->dy.channels == 0) return ANEPY_OK;
     e->run.dw_started++;
     dw->engine = e;
-    dw->sums = dw->bias >= 0 ? anepy_pieces(dw->dy.channels, ANEPY_PIECE_ROWS) : 0;
+    dw->sums = 0;
+    for (int32_t i = 0; i < dw->bias_n; i++)
+        dw->sums += anepy_pieces(dw->biases[i].rows, ANEPY_PIECE_ROWS);
     if (e->room->metal != NULL) {
         anepy_pool_run(e->pool, dw->sums, sum_rows, dw);
-        return anepy_gpu.multiply(e->room->metal, layer * DW_N + which, &dw->job.product,
-                                  /* mutate: dw-last-of-layer */ which == DW_QKV);
+        return start_on_gpu(e, layer, which);
     }
     dw->conversions = conversions(e, &dw->dy) + conversions(e, &dw->x);
     atomic_store(&dw->converted, 0);
-    anepy_pool_submit(e->pool, &dw->loop,
-                      dw->conversions + dw->sums + anepy_gemm_pieces(&dw->job.product), dw_piece,
-                      dw, !anepy_on(e, ANEPY_CONCURRENT_DW));
+    for (int32_t i = 0; i < dw->product_n; i++) pieces += dw->products[i].pieces;
+    anepy_pool_submit(e->pool, &dw->loop, dw->conversions + dw->sums + pieces, dw_piece, dw,
+                      !anepy_on(e, ANEPY_CONCURRENT_DW));
     return ANEPY_OK;
 }
 
@@ -157,24 +182,29 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->room->layers[layer].dw[which];
     const float *dy = NULL, *x = NULL;
     const uint16_t *dy16 = NULL, *x16 = NULL;
-    ANEPY_TRY(fetch(e, &dw->dy, &dy, &dy16));
-    ANEPY_TRY(fetch(e, &dw->x, &x, &x16));
-    dw->job = (anepy_gemm_job){&e->room->gemm,
-                               {.c = e->grads + dw->gradient,
-                                .ldc = dw->x.channels,
-                                .a = dy,
-                                .a_row = e->room->width,
-                                .a_step = 1,
-                                .b = x,
-                                .a16 = dy16,
-                                .b16 = x16,
-                                .ldb = e->room->width,
-                                .b_transposed = 1,
-                                .m = dw->dy.channels,
-                                .n = dw->x.channels,
-                                .k = anepy_reduction(e),
-                                .accumulate = anepy_adds(e),
-                                .squares = e->squares.taking ? dw->squares : NULL}};
+    if (dw->dy.channels > 0) ANEPY_TRY(fetch(e, &dw->dy, &dy, &dy16));
+    if (dw->x.channels > 0) ANEPY_TRY(fetch(e, &dw->x, &x, &x16));
+    dw->dy_rows = dy;
+    for (int32_t i = 0; i < dw->product_n; i++) {
+        anepy_dw_product *p = &dw->products[i];
+        int64_t first = (int64_t)p->of.row * e->room->width;
+        p->job = (anepy_gemm_job){&e->room->gemm,
+                                  {.c = anepy_gradient(e, p->of.tensor),
+                                   .ldc = dw->x.channels,
+                                   .a = dy != NULL ? dy + first : NULL,
+                                   .a_row = e->room->width,
+                                   .a_step = 1,
+                                   .b = x,
+                                   .a16 = dy16 != NULL ? dy16 + first : NULL,
+                                   .b16 = x16,
+                                   .ldb = e->room->width,
+                                   .b_transposed = 1,
+                                   .m = p->of.rows,
+                                   .n = dw->x.channels,
+                                   .k = anepy_reduction(e),
+                                   .accumulate = anepy_adds(e),
+                                   .squares = e->squares.taking ? p->squares : NULL}};
+    }
     return anepy_scaled(e) ? ANEPY_OK : start(e, layer, which);
 }
 
@@ -225,16 +255,16 @@ int anepy_keeps_captures(const anepy_engine *e) {
 /* Memory of a surface that is read where it is, without a capture buffer. */
 static int32_t share_surface(anepy_engine *e, const anepy_operand *o) {
     const anepy_surface *s = o->source;
-    if (s->device == NULL || o->capture != NULL) return ANEPY_OK;
+    if (s->device == NULL || o->capture != NULL || o->channels == 0) return ANEPY_OK;
     return anepy_gpu.share(e->room->metal, s->data,
                            (uint64_t)s->channels * (uint64_t)s->width * sizeof(float));
 }
 
 int32_t anepy_dw_open_gpu(anepy_engine *e) {
     int32_t layers = e->model->config.n_layers;
-    ANEPY_TRY(anepy_gpu.open(&e->room->metal, layers * DW_N));
-    ANEPY_TRY(
-        anepy_gpu.share(e->room->metal, e->grads, (uint64_t)e->model->arena_n * sizeof(float)));
+    ANEPY_TRY(anepy_gpu.open(&e->room->metal, layers * DW_N * ANEPY_DW_RUNS));
+    ANEPY_TRY(anepy_gpu.share(e->room->metal, anepy_gradients(e),
+                              (uint64_t)e->model->gradient_n * sizeof(float)));
     ANEPY_TRY(anepy_gpu.share(e->room->metal, e->room->host, e->room->host_nbytes));
     if (e->room->captures != NULL)
         ANEPY_TRY(anepy_gpu.share(e->room->metal, e->room->captures, e->room->captures_nbytes));

@@ -8,7 +8,7 @@
 /* Without vector_embed: element by element, as the research programs do
  * (docs/neural-engine.md#research-programs). */
 static void gather_scalar(anepy_engine *e) {
-    const float *table = e->room->effective + anepy_model_embedding(e->model);
+    const float *table = anepy_weights(e, 0, ANEPY_EMBEDDING).data;
     float *x = e->room->layers[0].x.data;
     int64_t dim = e->model->config.dim;
     for (int64_t d = 0; d < dim; d++, x += e->room->width) {
@@ -20,8 +20,12 @@ static void gather_scalar(anepy_engine *e) {
     }
 }
 
+static float *gradient_of(const anepy_engine *e) {
+    return anepy_gradient(e, anepy_model_find(e->model, 0, ANEPY_EMBEDDING));
+}
+
 static void scatter_scalar(anepy_engine *e) {
-    float *gradient = e->grads + anepy_model_embedding(e->model);
+    float *gradient = gradient_of(e);
     const float *dx = e->room->dx.data;
     int64_t dim = e->model->config.dim;
     for (int64_t d = 0; d < dim; d++, dx += e->room->width) {
@@ -36,7 +40,7 @@ static void scatter_scalar(anepy_engine *e) {
 static void gather_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
-    const float *table = e->room->effective + anepy_model_embedding(e->model);
+    const float *table = anepy_weights(e, 0, ANEPY_EMBEDDING).data;
     int32_t dim = e->model->config.dim, panels = e->run.columns / COLS;
     int32_t first = index % panels * COLS, d0 = index / panels * COLS;
     int32_t depth = anepy_min_i32(COLS, dim - d0);
@@ -56,7 +60,7 @@ static void scatter_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
     int32_t dim = e->model->config.dim, d0 = index * COLS, depth = anepy_min_i32(COLS, dim - d0);
-    float *gradient = e->grads + anepy_model_embedding(e->model) + d0;
+    float *gradient = gradient_of(e) + d0;
     const float *dx = (const float *)e->room->dx.data + (int64_t)d0 * e->room->width;
     float transposed[COLS * COLS];
     for (int32_t s0 = 0; s0 < anepy_reduction(e); s0 += COLS) {
@@ -80,12 +84,13 @@ static void clear_rows(void *context, int32_t index, int32_t worker) {
     anepy_engine *e = context;
     const anepy_config *c = &e->model->config;
     int32_t rows = anepy_min_i32(COLS, c->vocab_size - index * COLS);
-    memset(e->grads + anepy_model_embedding(e->model) + (int64_t)index * COLS * c->dim, 0,
+    memset(gradient_of(e) + (int64_t)index * COLS * c->dim, 0,
            (size_t)rows * (size_t)c->dim * sizeof(float));
 }
 
 void anepy_embed_backward(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
+    if (gradient_of(e) == NULL) return;
     /* The first step replaces what is there; a tied classifier has done so. */
     if (!anepy_adds(e) && !c->tied)
         anepy_engine_run(e, (c->vocab_size + COLS - 1) / COLS, clear_rows);

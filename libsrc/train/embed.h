@@ -5,6 +5,6 @@
 #include "train/engine.h"
 
 void anepy_embed(anepy_engine *e);          /* ids -> layers[0].x */
-void anepy_embed_backward(anepy_engine *e); /* dx -> gradient of the embedding, added */
+void anepy_embed_backward(anepy_engine *e); /* dx -> its gradient, added; frozen: nothing */
 
 #endif

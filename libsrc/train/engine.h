@@ -46,13 +46,30 @@ typedef struct {
     float *capture;
 } anepy_operand;
 
+/* Rows of dy of trainable tensors that lie beside each other, so that their gradients do too. */
+typedef struct {
+    const anepy_tensor *tensor; /* the first */
+    int32_t row, rows;
+} anepy_dw_rows;
+
+#define ANEPY_DW_RUNS 2 /* wq and wv, with wk frozen between them */
+
+typedef struct {
+    anepy_dw_rows of;
+    int32_t pieces;
+    double *squares; /* one per piece, of the gradient that it leaves */
+    anepy_gemm_job job;
+} anepy_dw_product;
+
+/* Each weight gradient that has the factors dy and x, and those of the biases: the sums of the rows
+ * of dy. Factors that nothing trainable needs have no channels. */
 typedef struct {
     anepy_operand dy, x;
-    int64_t gradient; /* offset in the arena */
-    int64_t bias;    /* of the gradient of the biases, sums of the rows of dy; -1: there are none */
-    double *squares; /* one per piece of the product, of the gradient that it leaves */
+    anepy_dw_product products[ANEPY_DW_RUNS];
+    anepy_dw_rows biases[ANEPY_DW_RUNS];
+    int32_t product_n, bias_n;
+    const float *dy_rows; /* dy, once it is there; NULL: only rounded */
     anepy_engine *engine;
-    anepy_gemm_job job;
     int32_t conversions;       /* pieces that convert factors come first */
     int32_t sums;              /* then those of the biases */
     _Atomic int32_t converted; /* and have to be done before the product's */
@@ -132,6 +149,7 @@ typedef struct {
     int32_t columns;        /* beside * padded */
     int32_t summed;         /* targets whose losses stats.loss is the sum of, until the end */
     int32_t dw_started;     /* products whose results may have been added to the gradients */
+    const float *reached;   /* [dim, width]: the gradient that the backward pass ended with */
     anepy_step_stats stats;
 } anepy_run;
 
@@ -165,7 +183,7 @@ struct anepy_engine {
     _Atomic int32_t busy;   /* a call is running, and all that follows is its own */
     uint64_t caller_fpmode; /* given back when it returns */
     const anepy_model *model;
-    float *params, *grads, *adam_m, *adam_v; /* the caller's */
+    float *params, *grads, *adam_m, *adam_v; /* the caller's; grads: by anepy_gradient only */
     const anepy_device_type *type;
     char *detail; /* what followed the device's name and a colon; NULL: nothing */
     uint32_t switches;
@@ -196,6 +214,16 @@ static inline anepy_storage anepy_weights(const anepy_engine *e, int32_t layer, 
 /* Elements of head_gradients. */
 static inline int64_t anepy_head_gradients_n(const anepy_model *model) {
     return model->config.qk_norm ? 2 * (int64_t)model->config.n_layers * model->head_dim : 0;
+}
+
+/* Where the gradient of a tensor is; NULL: it is frozen. */
+static inline float *anepy_gradient(const anepy_engine *e, const anepy_tensor *tensor) {
+    return tensor->gradient >= 0 ? e->grads + tensor->gradient : NULL;
+}
+
+/* All gradients, [gradient_n]. */
+static inline float *anepy_gradients(const anepy_engine *e) {
+    return anepy_gradient(e, &e->model->tensors[e->model->lowest]);
 }
 
 static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }

@@ -169,10 +169,15 @@ static void round_gradient(void *context, int32_t index, int32_t worker) {
     anepy_gemm_pack_rows(&e->room->gemm, c->rows, block, COLS, row, rows, column, COLS);
 }
 
+/* NULL: the classifier is frozen. */
+static float *gradient_of(const anepy_engine *e) {
+    return anepy_gradient(e, anepy_model_find(e->model, 0, ANEPY_CLASSIFIER));
+}
+
 static void backward_in_chunks(anepy_engine *e) {
     int32_t dim = e->model->config.dim, vocab = e->model->config.vocab_size;
     anepy_storage matrix = anepy_weights(e, 0, ANEPY_CLASSIFIER);
-    float *gradient = e->grads + anepy_model_classifier(e->model);
+    float *gradient = gradient_of(e);
     anepy_gemm for_dw = e->room->gemm;
     anepy_product dx = {.c = e->room->dxnorm, .ldc = e->room->width, .n = e->run.columns};
     anepy_product dw = {.ldc = dim,
@@ -186,8 +191,10 @@ static void backward_in_chunks(anepy_engine *e) {
                         .k = anepy_reduction(e),
                         .accumulate = anepy_adds(e)};
     for_dw.panels = e->room->xnorm_panels;
-    e->run.dw_started++;
-    anepy_gemm_pack(&for_dw, &dw);
+    if (gradient != NULL) {
+        e->run.dw_started++;
+        anepy_gemm_pack(&for_dw, &dw);
+    }
     for (int32_t first = 0; first < vocab; first += ANEPY_CHUNK_ROWS) {
         chunk c = {e, first, anepy_min_i32(ANEPY_CHUNK_ROWS, vocab - first)};
         anepy_pool_run(e->pool, (c.rows + COLS - 1) / COLS * (e->run.columns / COLS),
@@ -195,6 +202,7 @@ static void backward_in_chunks(anepy_engine *e) {
         anepy_weights_factor(&dx, anepy_storage_rows(matrix, first, c.rows), 1);
         dx.accumulate = first > 0;
         anepy_gemm_multiply(&e->room->gemm, &dx);
+        if (gradient == NULL) continue;
         dw.c = gradient + (int64_t)first * dim;
         dw.m = c.rows;
         dw.squares = e->squares.taking ? e->squares.rows + first : NULL;
@@ -218,9 +226,9 @@ void anepy_classifier_backward(anepy_engine *e) {
 
 void anepy_classifier_dw(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
-    if (in_chunks(e)) return; /* computed together with dX */
+    if (gradient_of(e) == NULL || in_chunks(e)) return; /* in chunks: computed together with dX */
     e->run.dw_started++;
-    anepy_product product = {.c = e->grads + anepy_model_classifier(e->model),
+    anepy_product product = {.c = gradient_of(e),
                              .ldc = dim,
                              .a = e->room->logits,
                              .a_row = e->room->width,

@@ -6,11 +6,11 @@
 
 void anepy_final_norm(anepy_engine *e); /* x_final -> xnorm */
 
-/* dx = residual (NULL: 0) + gradient through RMSNorm of x with the weight at this offset; row
- * `which` of norm_gradients becomes the weight's own gradient. through: the gradient through the
- * norm where a device computed it; NULL: it is computed here. */
+/* dx = residual (NULL: 0) + gradient through RMSNorm of x with the weight of this role; its row of
+ * norm_gradients becomes the weight's own gradient. through: the gradient through the norm where a
+ * device computed it; NULL: it is computed here. */
 void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, const float *dy,
-                         const float *x, const float *through, int64_t weight, int32_t which);
+                         const float *x, const float *through, int32_t layer, int32_t role);
 
 /* The same for the norms of q (ANEPY_Q_NORM) or k of a layer, over the channels of each head; their
  * row of head_gradients is the weight's gradient. dx may be dy. */

@@ -29,7 +29,7 @@ static int32_t final_norm(anepy_engine *e, double *mark) {
 /* As anepy_norm_backward; node: the program that computes the gradient through the norm, or NULL.
  */
 static int32_t norm_backward(anepy_engine *e, anepy_node *node, float *dx, const float *residual,
-                             const float *dy, const float *x, int64_t weight, int32_t which,
+                             const float *dy, const float *x, int32_t layer, int32_t role,
                              double *mark) {
     const float *through = NULL;
     if (node != NULL) {
@@ -37,7 +37,8 @@ static int32_t norm_backward(anepy_engine *e, anepy_node *node, float *dx, const
         ANEPY_TRY(anepy_read_output(e, node, RMSNORM_BWD_DX, 1, &through));
         anepy_count(mark, &e->run.stats.io_ms);
     }
-    anepy_norm_backward(e, dx, residual, dy, x, through, weight, which);
+    anepy_norm_backward(e, dx, residual, dy, x, through, layer, role);
+    e->run.reached = dx;
     anepy_count(mark, &e->run.stats.norm_ms);
     return ANEPY_OK;
 }
@@ -99,9 +100,10 @@ static int32_t qk_norm_backward(anepy_engine *e, int32_t l, double *mark) {
     return ANEPY_OK;
 }
 
-/* One layer: from the gradient of its output (layer->dy) to that of its input (dx). The products of
- * a layer are queued as soon as both factors are there and are waited for at the end of the step.
- * With scaled losses gradients of weights wait until all others are known to be finite. */
+/* One layer: from the gradient of its output (layer->dy) to that of its input (dx), or of x2 if
+ * nothing before that is trainable. The products of a layer are queued as soon as both factors are
+ * there and are waited for at the end of the step. With scaled losses gradients of weights wait
+ * until all others are known to be finite. */
 static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
     anepy_step_stats *stats = &e->run.stats;
     anepy_layer *layer = &e->room->layers[l];
@@ -114,8 +116,8 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
     ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_FFN_BWD], FFN_BWD_DX, 0, &out));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(norm_backward(e, nodes[ANEPY_RMSNORM_BWD_FFN], layer->dx2.data, layer->dy.data, out,
-                            layer->x2.data, anepy_model_layer(e->model, l, ANEPY_FFN_NORM),
-                            2 * l + 1, mark));
+                            layer->x2.data, l, ANEPY_FFN_NORM, mark));
+    if (!anepy_model_trains(e->model, l, ANEPY_WO)) return ANEPY_OK;
     ANEPY_TRY(anepy_dw_ready(e, l, DW_WO));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD1], mark));
@@ -125,8 +127,8 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
     ANEPY_TRY(anepy_dw_ready(e, l, DW_QKV));
     ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_QKV_BWD], QKV_BWD_DX, 0, &out));
     anepy_count(mark, &stats->io_ms);
-    return norm_backward(e, nodes[ANEPY_RMSNORM_BWD], dx, layer->dx2.data, out, layer->x.data,
-                         anepy_model_layer(e->model, l, ANEPY_ATTENTION_NORM), 2 * l, mark);
+    return norm_backward(e, nodes[ANEPY_RMSNORM_BWD], dx, layer->dx2.data, out, layer->x.data, l,
+                         ANEPY_ATTENTION_NORM, mark);
 }
 
 /* Gradients of what comes after the layers. */
@@ -160,10 +162,9 @@ int32_t anepy_backward(anepy_engine *e) {
         anepy_count(&mark, &stats->classifier_ms);
     }
     ANEPY_TRY(norm_backward(e, e->room->tail[ANEPY_RMSNORM_BWD_FINAL], top, NULL, e->room->dxnorm,
-                            e->room->x_final.data, anepy_model_final_norm(e->model), 2 * layers,
-                            &mark));
+                            e->room->x_final.data, 0, ANEPY_FINAL_NORM, &mark));
     if (!anepy_scaled(e)) add_last(e, &mark);
-    for (int32_t l = layers - 1; l >= 0; l--) {
+    for (int32_t l = layers - 1; l >= 0 && anepy_model_trains(e->model, l, ANEPY_W2); l--) {
         ANEPY_TRY(
             layer_backward(e, l, l > 0 ? e->room->layers[l - 1].dy.data : e->room->dx.data, &mark));
         if (anepy_scaled(e)) continue;

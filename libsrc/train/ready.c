@@ -36,8 +36,27 @@ void anepy_ready_layers(anepy_engine *e, int32_t l) {
 
 void anepy_ready_all(anepy_engine *e) { note(e, now(e) / STEP, e->model->config.n_layers + 2); }
 
+static int32_t bucket_of(const anepy_engine *e, const anepy_tensor *tensor) {
+    int32_t layers = e->model->config.n_layers;
+    if (tensor->layer >= 0) return layers - tensor->layer;
+    return tensor->role == ANEPY_EMBEDDING ? layers + 1 : 0;
+}
+
+/* How many of the first so many buckets have a gradient. */
+static int32_t with_gradients(const anepy_engine *e, int32_t buckets) {
+    int32_t n = 0, last = -1;
+    for (int32_t i = e->model->tensor_n - 1; i >= 0; i--) {
+        const anepy_tensor *t = &e->model->tensors[i];
+        int32_t bucket = bucket_of(e, t);
+        if (bucket >= buckets || bucket == last || anepy_gradient(e, t) == NULL) continue;
+        last = bucket;
+        n++;
+    }
+    return n;
+}
+
 int32_t anepy_ready_get(const anepy_engine *e, int64_t *steps) {
     int64_t both = now(e);
     *steps = both / STEP;
-    return (int32_t)(both % STEP);
+    return with_gradients(e, (int32_t)(both % STEP));
 }

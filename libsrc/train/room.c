@@ -78,8 +78,9 @@ static void lay_out_captures(const anepy_engine *e, anepy_room *room, anepy_carv
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
             anepy_dw *dw = &room->layers[l].dw[i];
-            anepy_product shape = {.m = dw->dy.channels, .n = dw->x.channels};
-            dw->squares = (double *)(void *)anepy_carve(c, 2 * anepy_gemm_pieces(&shape));
+            for (int32_t p = 0; p < dw->product_n; p++)
+                dw->products[p].squares =
+                    (double *)(void *)anepy_carve(c, 2 * (int64_t)dw->products[p].pieces);
             if (!anepy_keeps_captures(e)) continue;
             carve_capture(e, c, &dw->dy);
             carve_capture(e, c, &dw->x);
@@ -91,6 +92,7 @@ static int32_t allocate_captures(const anepy_engine *e, anepy_room *room) {
     anepy_carver measure = {NULL, 0};
     lay_out_captures(e, room, &measure);
     room->captures_nbytes = (uint64_t)measure.used * sizeof(float);
+    if (measure.used == 0) return ANEPY_OK;
     room->captures = anepy_map(room->captures_nbytes);
     if (room->captures == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for capture buffers");
     anepy_carver place = {room->captures, 0};

@@ -31,7 +31,7 @@ static int finite_raw(const anepy_engine *e, const uint16_t *x, int64_t rows) {
 
 int anepy_input_gradient_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    return finite_rows(e, e->room->dx.data, c->dim, e->room->width) &&
+    return finite_rows(e, e->run.reached, c->dim, e->room->width) &&
            finite(e, e->norm_gradients, (2 * (int64_t)c->n_layers + 1) * c->dim) &&
            finite(e, e->head_gradients, anepy_head_gradients_n(e->model));
 }
@@ -44,9 +44,10 @@ int anepy_gradients_finite(anepy_engine *e) {
     for (int32_t l = 0; l < c->n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
             const anepy_dw *dw = &e->room->layers[l].dw[i];
+            if (dw->dy.channels == 0) continue;
             const uint16_t *raw = anepy_capture_raw(e, &dw->dy);
             if (raw != NULL ? !finite_raw(e, raw, dw->dy.channels)
-                            : !finite_rows(e, dw->job.product.a, dw->dy.channels, e->room->width))
+                            : !finite_rows(e, dw->dy_rows, dw->dy.channels, e->room->width))
                 return 0;
         }
     }
@@ -62,14 +63,15 @@ static void scale_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const scale_task *t = context;
     anepy_engine *e = t->e;
-    int64_t first = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = e->model->arena_n - first;
-    e->kernels->scale(e->grads + first, t->factor, anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
+    int64_t first = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = e->model->gradient_n - first;
+    e->kernels->scale(anepy_gradients(e) + first, t->factor,
+                      anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
 }
 
 static void scale_gradients(anepy_engine *e, double factor) {
     scale_task task = {e, (float)factor};
     e->squares.known = 0;
-    anepy_pool_run(e->pool, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), scale_piece,
+    anepy_pool_run(e->pool, anepy_pieces(e->model->gradient_n, ANEPY_PIECE_ELEMENTS), scale_piece,
                    &task);
 }
 
@@ -117,7 +119,7 @@ void anepy_scale_forget(anepy_engine *e) {
 }
 
 void anepy_scale_discard(anepy_engine *e) {
-    memset(e->grads, 0, (size_t)e->model->arena_n * sizeof(float));
+    memset(anepy_gradients(e), 0, (size_t)e->model->gradient_n * sizeof(float));
     anepy_scale_forget(e);
 }
 

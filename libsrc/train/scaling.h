@@ -4,8 +4,8 @@
 
 #include "train/engine.h"
 
-/* Whether the gradient of the step's input is finite, and those of the norms. In IEEE arithmetic a
- * NaN or infinity anywhere upstream reaches them, so this one check is enough. */
+/* Whether the gradient that the backward pass ended with is finite, and those of the norms. In IEEE
+ * arithmetic a NaN or infinity anywhere upstream reaches them, so this one check is enough. */
 int anepy_input_gradient_finite(anepy_engine *e);
 /* Whether every gradient of the running step is, before anything is added. */
 int anepy_gradients_finite(anepy_engine *e);

@@ -13,31 +13,27 @@ void anepy_squares_begin(anepy_engine *e) {
         e->accumulated + 1 == e->squares.step && e->room->metal == NULL && anepy_last_group(e);
 }
 
+static const anepy_tensor *classifier(const anepy_engine *e) {
+    return anepy_model_find(e->model, 0, ANEPY_CLASSIFIER);
+}
+
 /* A tied classifier's rows are read once more: the embedding's part was added after the product. */
 void anepy_squares_end(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    const float *matrix = e->grads + anepy_model_embedding(e->model);
+    const float *matrix = anepy_gradient(e, classifier(e));
+    int again = c->tied && matrix != NULL;
     if (!e->squares.taking) return;
-    for (int32_t t = 0; t < /* mutate: squares-tokens */ anepy_running_tokens(e) && c->tied; t++)
+    for (int32_t t = 0; t < /* mutate: squares-tokens */ anepy_running_tokens(e) && again; t++)
         e->squares.rows[e->run.ids[t]] =
             e->kernels->sum_squares(matrix + (int64_t)e->run.ids[t] * c->dim, c->dim);
     e->squares.known = 1;
-}
-
-static anepy_gemm_job gradient_of(const anepy_engine *e, const anepy_dw *dw) {
-    return (anepy_gemm_job){&e->room->gemm,
-                            {.c = e->grads + dw->gradient,
-                             .ldc = dw->x.channels,
-                             .m = dw->dy.channels,
-                             .n = dw->x.channels,
-                             .squares = dw->squares}};
 }
 
 static void classifier_rows(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_engine *e = context;
     const anepy_config *c = &e->model->config;
-    anepy_product whole = {.c = e->grads + anepy_model_classifier(e->model),
+    anepy_product whole = {.c = anepy_gradient(e, classifier(e)),
                            .ldc = c->dim,
                            .n = c->dim,
                            .squares = e->squares.rows};
@@ -46,55 +42,66 @@ static void classifier_rows(void *context, int32_t index, int32_t worker) {
         anepy_min_i32(ANEPY_PIECE_ROWS, c->vocab_size - index * ANEPY_PIECE_ROWS));
 }
 
-/* Reads the gradients. */
-static void compute(anepy_engine *e) {
-    anepy_engine_run(e, anepy_pieces(e->model->config.vocab_size, ANEPY_PIECE_ROWS),
-                     classifier_rows);
-    for (int32_t l = 0; l < e->model->config.n_layers; l++) {
-        for (int32_t i = 0; i < DW_N; i++) {
-            anepy_gemm_job job = gradient_of(e, &e->room->layers[l].dw[i]);
-            anepy_pool_run(e->pool, anepy_gemm_pieces(&job.product), anepy_gemm_piece_squares,
-                           &job);
-        }
-    }
-}
-
-static void embedding_piece(void *context, int32_t index, int32_t worker) {
-    (void)worker;
-    anepy_engine *e = context;
-    const anepy_tensor *t = &e->model->tensors[0];
-    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = t->rows * t->cols - at;
-    e->squares.sums[index] = e->kernels->sum_squares(e->grads + t->offset + at,
-                                                     anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
-}
-
 static double sum_up(const double *sums, int32_t n) {
     double sum = 0.0;
     for (int32_t i = 0; i < n; i++) sum += sums[i];
     return sum;
 }
 
-/* What no product writes: norm weights, and an embedding of its own. */
+/* Of the gradients that a product writes: read now, or as its pieces left it. */
+static double of_product(anepy_engine *e, const anepy_dw_product *p, int now) {
+    anepy_gemm_job job = {&e->room->gemm,
+                          {.c = anepy_gradient(e, p->of.tensor),
+                           .ldc = p->of.tensor->cols,
+                           .m = p->of.rows,
+                           .n = (int32_t)p->of.tensor->cols,
+                           .squares = p->squares}};
+    if (now) anepy_pool_run(e->pool, p->pieces, anepy_gemm_piece_squares, &job);
+    return sum_up(p->squares, p->pieces);
+}
+
+static double of_classifier(anepy_engine *e, int now) {
+    int32_t vocab = e->model->config.vocab_size;
+    if (anepy_gradient(e, classifier(e)) == NULL) return 0.0;
+    if (now) anepy_engine_run(e, anepy_pieces(vocab, ANEPY_PIECE_ROWS), classifier_rows);
+    return sum_up(e->squares.rows, vocab);
+}
+
+static void embedding_piece(void *context, int32_t index, int32_t worker) {
+    (void)worker;
+    anepy_engine *e = context;
+    const anepy_tensor *t = anepy_model_find(e->model, 0, ANEPY_EMBEDDING);
+    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = anepy_tensor_n(t) - at;
+    e->squares.sums[index] = e->kernels->sum_squares(anepy_gradient(e, t) + at,
+                                                     anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
+}
+
+/* What no product writes: vectors, and an embedding of its own. */
 static double of_others(anepy_engine *e) {
     const anepy_model *m = e->model;
-    double sum = 0.0;
+    double sum = 0.0, embedding = 0.0;
     for (int32_t i = 0; i < m->tensor_n; i++) {
         const anepy_tensor *t = &m->tensors[i];
-        if (!t->is_matrix) sum += e->kernels->sum_squares(e->grads + t->offset, t->cols);
+        const float *gradient = anepy_gradient(e, t);
+        if (gradient == NULL || anepy_model_projects(m, t)) continue;
+        if (t->role == ANEPY_EMBEDDING) {
+            int32_t pieces = anepy_pieces(anepy_tensor_n(t), ANEPY_PIECE_ELEMENTS);
+            anepy_engine_run(e, pieces, embedding_piece);
+            embedding = sum_up(e->squares.sums, pieces);
+        } else {
+            sum += e->kernels->sum_squares(gradient, t->cols);
+        }
     }
-    if (m->config.tied) return sum;
-    int32_t pieces = anepy_pieces(m->tensors[0].rows * m->tensors[0].cols, ANEPY_PIECE_ELEMENTS);
-    anepy_engine_run(e, pieces, embedding_piece);
-    return sum + sum_up(e->squares.sums, pieces);
+    return sum + embedding;
 }
 
 double anepy_squares_sum(anepy_engine *e, int as_left) {
-    if (!as_left || !e->squares.known) compute(e);
-    double sum = sum_up(e->squares.rows, e->model->config.vocab_size);
+    int now = !as_left || !e->squares.known;
+    double sum = of_classifier(e, now);
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
-            anepy_gemm_job job = gradient_of(e, &e->room->layers[l].dw[i]);
-            sum += sum_up(job.product.squares, anepy_gemm_pieces(&job.product));
+            const anepy_dw *dw = &e->room->layers[l].dw[i];
+            for (int32_t p = 0; p < dw->product_n; p++) sum += of_product(e, &dw->products[p], now);
         }
     }
     return sum + of_others(e);

@@ -10,24 +10,27 @@
 typedef struct {
     anepy_engine *e;
     const anepy_kernels *kernels;
-    anepy_adam matrices, vectors; /* differ in weight decay */
+    anepy_adam decaying, others;
 } update_task;
 
-/* A piece may span several tensors; each run of elements gets its tensor's weight decay. */
+/* A piece of the gradients may span several tensors; each run of elements has weights of its own
+ * and its tensor's weight decay. */
 static void update_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const update_task *t = context;
     const anepy_engine *e = t->e;
     const anepy_model *m = e->model;
     int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS,
-            end = anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, m->arena_n);
+            end = anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, m->gradient_n);
     for (int32_t i = 0; i < m->tensor_n && at < end; i++) {
         const anepy_tensor *tensor = &m->tensors[i];
-        int64_t stop = tensor->offset + tensor->rows * tensor->cols;
-        if (stop <= at) continue;
+        float *gradient = anepy_gradient(e, tensor);
+        int64_t stop = tensor->gradient + anepy_tensor_n(tensor), done = at - tensor->gradient;
+        if (gradient == NULL || stop <= at) continue;
         if (stop > end) stop = end;
-        t->kernels->adam(e->params + at, e->grads + at, e->adam_m + at, e->adam_v + at, stop - at,
-                         tensor->is_matrix ? &t->matrices : &t->vectors);
+        t->kernels->adam(e->params + tensor->offset + done, gradient + done, e->adam_m + at,
+                         e->adam_v + at, stop - at,
+                         anepy_tensor_has(tensor, ANEPY_TENSOR_DECAYS) ? &t->decaying : &t->others);
         at = stop;
     }
 }
@@ -66,8 +69,8 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
                        .clear = !(o->flags & ANEPY_LEAVE_GRADIENTS)};
     update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? e->kernels : anepy_kernels_scalar(), adam,
                         adam};
-    task.matrices.decay = (float)(1.0 - o->lr * o->weight_decay);
-    anepy_pool_run(e->pool, anepy_pieces(e->model->arena_n, ANEPY_PIECE_ELEMENTS), update_piece,
+    task.decaying.decay = (float)(1.0 - o->lr * o->weight_decay);
+    anepy_pool_run(e->pool, anepy_pieces(e->model->gradient_n, ANEPY_PIECE_ELEMENTS), update_piece,
                    &task);
     e->updates++;
     anepy_scale_forget(e);

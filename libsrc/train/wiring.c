@@ -215,8 +215,8 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     return ANEPY_OK;
 }
 
-/* Of each weight-gradient product: the role of the first weight, and how many there are. Their
- * biases lie beside each other as well. */
+/* Of each pair of factors: the role of the first weight, and how many there are. Their biases lie
+ * beside each other as well. */
 static const struct {
     int32_t role, count;
 } DW[DW_N] = {
@@ -226,20 +226,38 @@ static const struct {
     [DW_QKV] = {ANEPY_WQ, 3},
 };
 
-/* The product whose factors begin at these channels; how many they have is the projections' matter.
- */
+/* Adds the rows of a tensor, if it is trainable, to those right before them or as new ones. */
+static void append(anepy_dw_rows *list, int32_t *n, const anepy_tensor *tensor, int32_t row,
+                   int32_t rows) {
+    anepy_dw_rows *last = *n > 0 ? &list[*n - 1] : NULL;
+    if (tensor == NULL || !anepy_tensor_has(tensor, ANEPY_TENSOR_TRAINABLE)) return;
+    if (last != NULL && last->row + last->rows == row) last->rows += rows;
+    else list[(*n)++] = (anepy_dw_rows){tensor, row, rows};
+}
+
+/* The gradients whose factors begin at these channels; how many they have is the projections'
+ * matter, and which of them are trainable. */
 static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy_operand dy,
                       anepy_operand x) {
+    anepy_dw dw = {.dy = dy, .x = x};
+    anepy_dw_rows weights[ANEPY_DW_RUNS];
+    int32_t row = 0;
     for (int32_t i = 0; i < DW[which].count; i++) {
         anepy_projection p = anepy_model_projection(e->model, layer, DW[which].role + i);
-        dy.channels += p.out;
-        x.channels = p.in;
+        append(weights, &dw.product_n, p.weight, row, p.out);
+        append(dw.biases, &dw.bias_n, p.bias, row, p.out);
+        row += p.out;
+        if (dw.product_n > 0) dw.x.channels = p.in;
+        if (dw.product_n + dw.bias_n > 0) dw.dy.channels += p.out;
+        else dw.dy.channel += p.out;
     }
-    anepy_projection first = anepy_model_projection(e->model, layer, DW[which].role);
-    return (anepy_dw){.dy = dy,
-                      .x = x,
-                      .gradient = first.weight->offset,
-                      .bias = first.bias != NULL ? first.bias->offset : -1};
+    for (int32_t i = 0; i < dw.product_n; i++) {
+        anepy_product shape = {.m = weights[i].rows, .n = dw.x.channels};
+        weights[i].row -= dw.dy.channel - dy.channel;
+        dw.products[i] = (anepy_dw_product){.of = weights[i], .pieces = anepy_gemm_pieces(&shape)};
+    }
+    for (int32_t i = 0; i < dw.bias_n; i++) dw.biases[i].row -= dw.dy.channel - dy.channel;
+    return dw;
 }
 
 static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t tensor) {

@@ -361,7 +361,7 @@ static void check_update(double clip, int restored) {
             double gi = g[i] * scale, mi = 0.9 * m[i] + 0.1 * gi,
                    vi = 0.999 * v[i] + 0.001 * gi * gi;
             double expected =
-                p[i] * (tensor.is_matrix ? 1.0 - 0.01 * 0.1 : 1.0) -
+                p[i] * (tensor.flags & ANEPY_TENSOR_DECAYS ? 1.0 - 0.01 * 0.1 : 1.0) -
                 0.01 / (1.0 - pow(0.9, t)) * mi / (sqrt(vi) / sqrt(1.0 - pow(0.999, t)) + 1e-8);
             worst = fmax(worst, fabs(f.params[i] - expected));
             cleared &= f.grads[i] == 0.0f;

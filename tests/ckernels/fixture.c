@@ -62,7 +62,8 @@ void fixture_reset(fixture *f) {
         anepy_model_tensor(f->model, i, &t);
         float width = 1.5f / sqrtf((float)t.cols);
         for (int64_t e = t.offset; e < t.offset + t.rows * t.cols; e++)
-            f->params[e] = t.is_matrix ? random_float(-width, width) : random_float(0.5f, 1.5f);
+            f->params[e] = t.flags & ANEPY_TENSOR_MATRIX ? random_float(-width, width)
+                                                         : random_float(0.5f, 1.5f);
     }
     for (int32_t i = 0; i < f->config.seq_len; i++) {
         f->tokens[i] = random_below(f->config.vocab_size);

@@ -65,9 +65,13 @@ static void check_tensors(const anepy_config *config) {
         anepy_tensor *t = &rows[i];
         t->struct_size = sizeof *t;
         shaped &= anepy_model_tensor(model, i, t) == ANEPY_OK && t->struct_size == sizeof *t;
-        shaped &= t->rows >= 1 && t->cols >= 1 && (t->is_matrix == 1 || t->rows == 1);
+        uint32_t kind = ANEPY_TENSOR_MATRIX | ANEPY_TENSOR_DECAYS;
+        int is_matrix = (t->flags & kind) == kind;
+        shaped &= t->rows >= 1 && t->cols >= 1 && (is_matrix || t->rows == 1);
         int is_vector = strstr(t->name, "norm") != NULL || strstr(t->name, ".bias") != NULL;
-        shaped &= is_vector == (t->is_matrix == 0);
+        shaped &= is_vector == ((t->flags & kind) == 0) && is_vector != is_matrix;
+        shaped &= t->gradient == t->offset && (t->flags & ANEPY_TENSOR_TRAINABLE);
+        shaped &= anepy_model_find(model, t->layer, t->role) == &model->tensors[i];
         without_gaps &= t->offset == next;
         next += t->rows * t->cols;
         for (int32_t j = 0; j < i; j++) distinct &= strcmp(t->name, rows[j].name) != 0;
@@ -86,11 +90,11 @@ static void check_tensors(const anepy_config *config) {
               strcmp(rows[each * layers + 1].name, "norm.weight") == 0 &&
               strcmp(rows[2].name, "layers.0.attention.wq.weight") == 0,
           "the first tensors are %s, %s", rows[0].name, rows[2].name);
-    CHECK(anepy_model_embedding(model) == 0 &&
-              anepy_model_classifier(model) == (config->tied ? 0 : rows[n - 1].offset) &&
-              anepy_model_final_norm(model) == rows[each * layers + 1].offset &&
-              anepy_model_layer(model, (int32_t)layers - 1, ANEPY_W2) == rows[each * layers].offset,
-          "dim %d: inner offsets differ from the table", config->dim);
+    const anepy_tensor *classifier = anepy_model_find(model, 0, ANEPY_CLASSIFIER);
+    CHECK(classifier == &model->tensors[config->tied ? 0 : n - 1] &&
+              anepy_model_projects(model, classifier) &&
+              anepy_model_gradient_n(model) == anepy_model_arena_n(model),
+          "dim %d: another classifier, or something is frozen", config->dim);
     CHECK(model->head_dim == head && model->q_dim == q && model->kv_dim == kv &&
               rows[2].rows == q && rows[5 + optional].cols == q,
           "dim %d: heads of %d channels", config->dim, model->head_dim);

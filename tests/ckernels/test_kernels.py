@@ -14,7 +14,9 @@ import pytest
 
 from ckernels import mutate, toolchain
 
-THREADED = ("gemm", "pool", "runtime", "engine", "batch", "masks", "handles", "weights", "ready")
+THREADED = (
+    "gemm", "pool", "runtime", "engine", "batch", "masks", "frozen", "handles", "weights", "ready",
+)  # fmt: skip
 ARM = ["neonbf16", "neon", "scalar"]
 UNMASKED = {"ANEPY_CPU_MASK": ""}  # whatever mask the tests run under
 

@@ -127,6 +127,27 @@ def test_train_json_is_alone_on_standard_output(run: Run, files: dict[str, Path]
     assert record["summary"]["phases"]["forward"] > 0 < record["summary"]["phases"]["backward"]
 
 
+def test_train_with_frozen_tensors_says_so_and_resumes(run: Run, files: dict[str, Path]) -> None:
+    words = ["train", "m.bin", "--data", "d.bin", "--seq", 16, "--accum", 2, "--save", "new.bin"]
+    freeze = ["--freeze", "layers.0.*", "--freeze", "norm*"]
+    before = Model.load("m.bin").weights
+    trained = len(before) - sum(n.startswith(("layers.0.", "norm")) for n in before)
+    result = run(*words, "--steps", 4, *freeze)
+    assert result.code == 0, result.err
+    assert f"Trains: {trained} of {len(before)} tensors, " in result.out
+    assert run(*words, "--steps", 6, "--resume").code == 0  # as the checkpoint has it
+    resumed = {name: np.array(value) for name, value in Model.load("new.bin").weights.items()}
+    for name, value in resumed.items():
+        frozen = name.startswith(("layers.0.", "norm"))
+        assert np.array_equal(value, before[name]) == frozen, name
+    assert run(*words, "--steps", 6, "--checkpoint", "whole.npz", *freeze).code == 0
+    for name, value in Model.load("new.bin").weights.items():
+        assert value.tobytes() == resumed[name].tobytes(), name
+    other = run(*words, "--steps", 8, "--resume", "--freeze", "norm*")
+    assert_one_line_error(other, "m.ckpt.npz", "freeze the same tensors")
+    assert_one_line_error(run(*words, "--freeze", "layer.*"), "'layer.*'", "no tensor is named")
+
+
 @pytest.mark.parametrize(
     "spelling",
     [

@@ -18,6 +18,7 @@ from anepy.console import train as console
 from anepy.console.text import (
     Header,
     History,
+    header_rows,
     run_text,
     sparkline,
     summary_rows,
@@ -237,6 +238,13 @@ def plain_run(**changes: Any) -> str:
 )
 def test_plain_lines_match_what_dashboards_look_for(pattern: str) -> None:
     assert re.search(pattern, plain_run()), pattern
+
+
+def test_header_says_what_is_trained_if_not_everything() -> None:
+    trained = "12 of 57 tensors, 3.1 of 15.2 M parameters trained"
+    assert f"\nTrains: {trained}\n" in plain_run(trained=trained)
+    assert ("trains", trained) in header_rows(header(trained=trained))
+    assert "Trains" not in plain_run() and "trains" not in dict(header_rows(header()))
 
 
 def test_plain_summary_names_the_peak_of_its_utilization() -> None:

@@ -406,3 +406,52 @@ def test_trainer_lowers_the_loss_of_a_real_model() -> None:
         summary = trainer.summary()
     assert summary.held_out_before is not None and summary.held_out_after is not None
     assert summary.held_out_after < summary.held_out_before - 0.3
+
+
+def test_freezing_lasts_through_a_checkpoint(tmp_path: Path) -> None:
+    path, patterns = tmp_path / "c.npz", ("tok_embeddings*", "layers.0.*")
+    config = settings(freeze=patterns, weight_decay=0.1, grad_clip=0.5)
+    start = {name: np.array(value) for name, value in Model.init(CONFIG, seed=3).weights.items()}
+    expected, reports = trained(config)
+    trained(config, stop=5, save=path)
+    frozen = {n for n in start if n.startswith(("tok", "layers.0."))}
+    for name, value in expected.items():
+        assert (value.tobytes() == start[name].tobytes()) == (name in frozen)
+    with np.load(path) as file:
+        for part in ("m", "v", "grad"):
+            assert {n for n in start if f"{part}.{n}" in file} == set(start) - frozen
+    meta = checkpoint.read_meta(path)
+    assert set(meta.frozen) == frozen and meta.settings["freeze"] == list(patterns)
+    assert reports[0].gflops * reports[0].ms_per_step * 1e6 == pytest.approx(
+        flops_per_step(CONFIG, 16, freeze=patterns)["total"]
+    )
+    assert config_from(meta.settings, {}).freeze == patterns
+    assert_same(trained(config_from(meta.settings, {"steps": 12}), resume=path)[0], expected)
+    same = settings(freeze=["layers.0.*", "tok_*"], weight_decay=0.1, grad_clip=0.5)
+    assert_same(trained(same, resume=path)[0], expected)
+
+
+def test_resume_with_other_frozen_tensors_leaves_the_model_alone(tmp_path: Path) -> None:
+    frozen, free = tmp_path / "frozen.npz", tmp_path / "free.npz"
+    trained(settings(freeze=["norm*"]), stop=5, save=frozen)
+    trained(settings(), stop=5, save=free)
+    for path, freeze, reason in (
+        (frozen, (), r"norm\.weight frozen, this one has no tensor frozen"),
+        (frozen, "layers.0.*", r"layers\.0\.attention_norm\.weight and 8 more frozen"),
+        (free, "norm*", r"with no tensor frozen, this one has norm\.weight frozen"),
+    ):
+        model = Model.init(CONFIG, seed=1)
+        before = {name: np.array(value) for name, value in model.weights.items()}
+        with pytest.raises(CheckpointError, match=reason):
+            Trainer(model, tokens(), settings(freeze=freeze), path)
+        assert_same({name: np.array(value) for name, value in model.weights.items()}, before)
+    with pytest.raises(ConfigError, match=r"'layers\.2\.\*'"):
+        Trainer(Model.init(CONFIG), tokens(), settings(freeze="layers.2.*"))
+
+
+def test_checkpoint_of_a_run_with_frozen_tensors_fits_its_estimate(tmp_path: Path) -> None:
+    path = tmp_path / "c.npz"
+    with Trainer(Model.init(CONFIG), tokens(), settings(freeze="layers.*")) as trainer:
+        trainer.run_step()
+        assert trainer.save_checkpoint(path) <= trainer.checkpoint_nbytes()
+        assert path.stat().st_size > trainer.checkpoint_nbytes() - (1 << 16)

@@ -516,8 +516,10 @@ ANEPY_API int32_t anepy_library_get_info(anepy_library_info *out);
 ANEPY_API int32_t anepy_device_get_info(int32_t index, anepy_device_info *out);
 ANEPY_API const char *anepy_switch_name(int32_t index);  /* NULL beyond the last */
 ANEPY_API const char *anepy_variant_name(int32_t index); /* NULL beyond the last */
-/* The switches a variant text stands for on a device ("auto" included). */
-ANEPY_API int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches);
+/* The switches a variant text stands for on a device ("auto" included), for a model or, with NULL,
+ * for one that every switch takes. */
+ANEPY_API int32_t anepy_variant_parse(const char *text, const char *device,
+                                      const anepy_model *model, uint32_t *switches);
 
 /* --------------------------------------------------------------------------------- measurement */
 

@@ -97,8 +97,8 @@ def compare(
     """
     config = config if config is not None else CompareConfig()
     config.validate()
-    plan = _Plan.make(variants, config)
     base = _load(model, preset, config.seed)
+    plan = _Plan.make(variants, config, base)
     if data is None:
         data = synthetic(base.config.vocab_size, config.seed)
     elif not isinstance(data, TokenData):
@@ -128,6 +128,7 @@ class _Contender:
 
 
 _Section = tuple[_Contender, list[_Contender]]
+_SwitchesOf = Callable[[str], tuple[str, ...]]  # what a variant means here
 
 
 @dataclass
@@ -147,12 +148,13 @@ class _Plan:
     ablation: list[Ablation]
 
     @classmethod
-    def make(cls, variants: Sequence[str], config: CompareConfig) -> _Plan:
+    def make(cls, variants: Sequence[str], config: CompareConfig, base: Model) -> _Plan:
+        switches_of = functools.partial(variant_switches, device=config.device, model=base)
         refused: dict[str, str] = {}
         found: list[_Contender] = []
         for text in variants:
             try:
-                switches = variant_switches(text, config.device)
+                switches = switches_of(text)
             except UnsupportedError as error:
                 refused[text] = str(error)
                 continue
@@ -168,35 +170,35 @@ class _Plan:
         plan = cls([item.label for item in found], refused, [], [])
         plan.sections.append((found[0], found[1:]))
         if config.ablate:
-            plan._ablate(found, config.device)
+            plan._ablate(found, switches_of)
         plan.sections = [section for section in plan.sections if section[1]]
         if not plan.sections:
             raise ConfigError("there is nothing to compare: name two variants")
         return plan
 
-    def _ablate(self, found: Sequence[_Contender], device: str) -> None:
+    def _ablate(self, found: Sequence[_Contender], switches_of: _SwitchesOf) -> None:
         """Add every switch to the baseline, and leave each out of the fullest variant."""
         fullest = max(found, key=lambda item: len(item.switches))
         bases = {
-            "add": self._reference(BASELINE, device),
-            "leave out": self._reference(fullest.variant, device),
+            "add": self._reference(BASELINE, switches_of),
+            "leave out": self._reference(fullest.variant, switches_of),
         }
         for switch in switch_names():
-            reason = _reason(f"{BASELINE}+{switch}", device)
+            reason = _reason(f"{BASELINE}+{switch}", switches_of)
             forms = ["leave out"] if switch in fullest.switches else []
             for form in ["add", *forms]:
                 reference, others = bases[form]
                 sign = "+" if form == "add" else "-"
                 text = f"{reference.variant}{sign}{switch}"
-                why = reason or _reason(text, device)
+                why = reason or _reason(text, switches_of)
                 row = Ablation(switch, form, reference.label, "", why)
                 if not why:
-                    row.label = self._contender(text, device, reference, others)
+                    row.label = self._contender(text, switches_of, reference, others)
                 self.ablation.append(row)
 
-    def _reference(self, variant: str, device: str) -> _Section:
+    def _reference(self, variant: str, switches_of: _SwitchesOf) -> _Section:
         """Find the section of a reference, or begin one."""
-        switches = variant_switches(variant, device)
+        switches = switches_of(variant)
         for section in self.sections:
             if section[0].switches == switches:
                 return section
@@ -206,9 +208,11 @@ class _Plan:
         return self.sections[-1]
 
     @staticmethod
-    def _contender(text: str, device: str, reference: _Contender, others: list[_Contender]) -> str:
+    def _contender(
+        text: str, switches_of: _SwitchesOf, reference: _Contender, others: list[_Contender]
+    ) -> str:
         """Return the label of a variant in a section, adding it unless it is there already."""
-        switches = variant_switches(text, device)
+        switches = switches_of(text)
         for item in others:
             if item.switches == switches:
                 return item.label
@@ -216,9 +220,9 @@ class _Plan:
         return text
 
 
-def _reason(text: str, device: str) -> str:
+def _reason(text: str, switches_of: _SwitchesOf) -> str:
     try:
-        variant_switches(text, device)
+        switches_of(text)
     except UnsupportedError as error:
         # The variant is not what the user typed, and its advice does not fit.
         return re.sub(r"^variant '.*?': |;.*$", "", str(error))

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Collection
 
 from ..errors import ConfigError
+from ..models.model import Model
 from ..native import find
 from .device import AUTO
 from .handle import encoded
@@ -20,23 +21,29 @@ def variants(device: str = AUTO) -> dict[str, tuple[str, ...]]:
         index += 1
         switches = ctypes.c_uint32()
         try:
-            lib.anepy_variant_parse(name, device.encode(), ctypes.byref(switches))
+            lib.anepy_variant_parse(name, device.encode(), None, ctypes.byref(switches))
         except ConfigError:
             continue
         found[name.decode()] = named_switches(lib, switches.value)
     return found
 
 
-def variant_switches(text: str, device: str = "auto") -> tuple[str, ...]:
+def variant_switches(text: str, device: str = AUTO, model: Model | None = None) -> tuple[str, ...]:
     """Return the switches that a variant stands for on a device.
 
+    Args:
+        text: a variant, with any of +switch and -switch behind it.
+        device: a device.
+        model: what is to be trained; None: one that every switch takes.
+
     Raises:
-        UnsupportedError: one of them means nothing on this device.
+        UnsupportedError: one of them means nothing on this device, or does not take this model.
         ConfigError: an unknown variant, switch or device.
     """
     lib = find.library()
     switches = ctypes.c_uint32()
-    lib.anepy_variant_parse(encoded(text), encoded(device), ctypes.byref(switches))
+    handle = model.table.handle if model is not None else None
+    lib.anepy_variant_parse(encoded(text), encoded(device), handle, ctypes.byref(switches))
     return named_switches(lib, switches.value)
 
 

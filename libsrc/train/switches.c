@@ -147,7 +147,8 @@ int32_t anepy_switches_parse(const char *text, const anepy_device_type *device,
     return ANEPY_OK;
 }
 
-int32_t anepy_variant_parse(const char *text, const char *device, uint32_t *switches) {
+int32_t anepy_variant_parse(const char *text, const char *device, const anepy_model *model,
+                            uint32_t *switches) {
     const anepy_device_type *type = anepy_device_find(device, NULL);
-    return type != NULL ? anepy_switches_parse(text, type, NULL, switches) : ANEPY_E_NAME;
+    return type != NULL ? anepy_switches_parse(text, type, model, switches) : ANEPY_E_NAME;
 }

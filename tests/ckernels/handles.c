@@ -57,7 +57,7 @@ static void check_engine_options(fixture *f) {
         o = good;
         o.variant = variants[i].text;
         try_engine(f, o, variants[i].status, variants[i].about);
-        refuses(anepy_variant_parse(variants[i].text, "cpu", &switches), variants[i].status,
+        refuses(anepy_variant_parse(variants[i].text, "cpu", NULL, &switches), variants[i].status,
                 variants[i].about);
         CHECK(switches == 12345, "a refused variant writes its output");
     }
@@ -286,7 +286,7 @@ static void check_names(void) {
           "names before the first");
     for (int32_t i = 0; i < variants; i++) {
         uint32_t bits = 0;
-        int32_t status = anepy_variant_parse(anepy_variant_name(i), "cpu", &bits);
+        int32_t status = anepy_variant_parse(anepy_variant_name(i), "cpu", NULL, &bits);
         CHECK(status != ANEPY_OK || bits >> (switches - 1) <= 1, "%s has switches without a name",
               anepy_variant_name(i));
         if (status == ANEPY_OK) working++;
@@ -303,12 +303,13 @@ static void check_names(void) {
                  {"opt-prealloc+prealloc", 0x3f}};
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
         uint32_t bits = 12345;
-        CHECK(anepy_variant_parse(known[i].text, "cpu", &bits) == ANEPY_OK && bits == known[i].bits,
+        CHECK(anepy_variant_parse(known[i].text, "cpu", NULL, &bits) == ANEPY_OK &&
+                  bits == known[i].bits,
               "%s means %x", known[i].text, bits);
     }
     uint32_t best = 0, unnamed = 0;
-    CHECK(anepy_variant_parse("max", "cpu", &best) == ANEPY_OK && (best & 0x3f) == 0x3f &&
-              anepy_variant_parse(NULL, NULL, &unnamed) == ANEPY_OK,
+    CHECK(anepy_variant_parse("max", "cpu", NULL, &best) == ANEPY_OK && (best & 0x3f) == 0x3f &&
+              anepy_variant_parse(NULL, NULL, NULL, &unnamed) == ANEPY_OK,
           "max means %x, nothing means %x", best, unnamed);
 }
 

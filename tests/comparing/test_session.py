@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from anepy.comparing.session import Progress, compare, synthetic
 from anepy.comparing.turns import rotated
 from anepy.engine import Engine
 from anepy.errors import ConfigError, DataError, ModelError, NativeError
-from anepy.models.model import Model
+from anepy.models.model import Model, ModelConfig
 from anepy.system import machine
 from anepy.text.data import Sampler, TokenData
 from anepy.training.config import TrainConfig
@@ -222,6 +223,17 @@ def test_variant_of_another_device_is_left_out_with_its_reason() -> None:
     result = small(["baseline", "opt+metal_dw", "opt"])
     assert result.columns == ["baseline", "opt"]
     assert "switch metal_dw" in result.refused["opt+metal_dw"]
+
+
+def test_variant_that_does_not_take_the_model_is_left_out_with_its_reason() -> None:
+    model = make_model(ModelConfig(32, 48, 1, 2, 2, 65537, 64))
+    config = replace(SMALL, device="sim", precision="fp16", steps=1, rounds=1, ablate=True)
+    result = compare(["baseline", "ane", "max"], model, config=config)
+    assert result.columns == ["baseline", "max"]
+    assert "offload_softmax takes a vocabulary of up to 65536" in result.refused["ane"]
+    assert "offload_softmax" not in result.runs("max")[0].switches
+    (row,) = (row for row in result.ablation if row.switch == "offload_softmax")
+    assert row.reason.endswith("on device sim, the model has 65537")
 
 
 # Memory

@@ -318,8 +318,8 @@ info = (ctypes.c_uint32 * 512)()
 info[0] = 4 * len(info)
 say(lib.anepy_library_get_info(info))
 bits = ctypes.c_uint32()
-say(lib.anepy_variant_parse(b"max", None, ctypes.byref(bits)))
-say(lib.anepy_variant_parse(b"max", b"auto", ctypes.byref(bits)))
+say(lib.anepy_variant_parse(b"max", None, None, ctypes.byref(bits)))
+say(lib.anepy_variant_parse(b"max", b"auto", None, ctypes.byref(bits)))
 """
     lines = python(code, library.path, ANEPY_CPU_MASK="sse9").splitlines()
     assert len(lines) == 3

@@ -78,14 +78,14 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
 
 def fail(message: str, output: str = "") -> None:
     """Print an error as one line, another program's output below, and leave with exit code 1."""
-    _say("\n".join(filter(None, (f"anepy: error: {' '.join(message.split())}", output))))
+    _say("\n".join(filter(None, (f"anepy: error: {_line(message)}", output))))
     raise typer.Exit(EXIT_FAILURE) from None
 
 
 def note(text: str) -> None:
     """Say something worth knowing on standard error, in one line; nothing if there is nothing."""
     if text:
-        _say(f"anepy: note: {text}")
+        _say(f"anepy: note: {_line(text)}")
 
 
 def print_json(record: Mapping[str, Any]) -> None:
@@ -141,6 +141,12 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     from ..console.train import print_table
 
     print_table(title, rows)
+
+
+def _line(text: str) -> str:
+    """Put a text on one line; what a name from a file would make a terminal do is escaped."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _say(text: str) -> None:

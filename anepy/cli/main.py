@@ -98,11 +98,12 @@ def generate(
     from ..text.generation import choose_device, stream
 
     told = choose_device(device)
+    began = time.perf_counter()
+    text = stream(path, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads)
     if not as_json:
         note(told)
     pieces = []
-    began = time.perf_counter()
-    for piece in stream(path, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads):
+    for piece in text:
         pieces.append(piece)
         if not as_json:
             print(piece, end="", flush=True)

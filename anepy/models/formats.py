@@ -22,10 +22,13 @@ def load(path: PathLike) -> Model:
     path = Path(path)
     try:
         stored = _open(path)
-    except OSError as error:
-        raise ModelError(f"cannot read model {path}: {error.strerror or error}; {_READS}") from None
-    try:
         model = Model(stored.config)
+    except OSError as error:
+        inside = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+        advice = "make it readable" if isinstance(error, PermissionError) else _READS
+        raise ModelError(
+            f"cannot read model {path}: {inside}{error.strerror or error}; {advice}"
+        ) from None
     except ConfigError as error:
         raise ModelError(f"model {path} cannot be computed: {error}") from None
     stored.fill(model.weights)

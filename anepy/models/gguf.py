@@ -117,11 +117,19 @@ def open_file(path: Path) -> Stored:
         ModelError: the file is malformed, or something in it is missing or not supported.
     """
     package = _gguf()
+    with path.open("rb") as file:
+        version = int.from_bytes(file.read(8)[4:], "little")
+    known = package.gguf_reader.READER_SUPPORTED_VERSIONS
+    if 0 < version < 0x10000 and version not in known:  # a larger one may be in the other order
+        raise ModelError(
+            f"model {path} is a GGUF file of version {version}, the package gguf reads "
+            f"{' and '.join(map(str, known))}; convert it with llama.cpp, or get a newer one"
+        )
     try:
         reader = package.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError):
         raise ModelError(
-            f"model {path} is no whole GGUF file: {error or type(error).__name__}; get it again"
+            f"model {path} is no whole GGUF file: it is truncated or damaged; get it again"
         ) from None
     found = {tensor.name: tensor for tensor in reader.tensors}
     meta = _Metadata(path, reader.fields)

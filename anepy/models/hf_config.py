@@ -307,7 +307,7 @@ def _rope(s: _Settings, longest: int) -> tuple[float, dict[str, Any] | None]:
                 "whole heads"
             )
     kind = given.pop("rope_type")
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ModelError(
             f"model {s.path.parent}: rope_type {kind!r} is not supported; anepy computes "
             f"{', '.join(_SCALINGS)}"
@@ -351,7 +351,7 @@ def json_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}; get it again") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds no JSON object; get it again")

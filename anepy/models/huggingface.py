@@ -131,10 +131,19 @@ def _places(folder: Path, weights: Path | None) -> dict[str, _Place]:
             if not (folder / file).is_file():
                 raise ModelError(f"model {folder} lacks {file}, which {INDEX} names; get it again")
             headers[file] = _header(folder / file)
+            _check_listed(folder / file, headers[file], listed)
         if name not in headers[file]:
             raise ModelError(f"{folder / file} holds no tensor {name}, which {INDEX} promises")
         places[name] = headers[file][name]
     return places
+
+
+def _check_listed(path: Path, header: Mapping[str, _Place], listed: Mapping[str, str]) -> None:
+    """Refuse a file with a tensor that the index does not look for there."""
+    for name in header:
+        if listed.get(name) != path.name and not name.endswith(_DERIVED):
+            where = f"places in {listed[name]}" if name in listed else "does not list"
+            raise ModelError(f"{path} holds tensor {name}, which {INDEX} {where}; get both again")
 
 
 def _in_index(index: Path, name: str) -> bool:

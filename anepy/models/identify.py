@@ -38,6 +38,8 @@ def known_as(path: Path) -> str | None:
         return "an HDF5 file"
     if text.startswith((b"{", b"[")):
         return "a JSON file"
+    if len(text) > 28 and head.isascii():
+        return "a text file"
     return None
 
 

@@ -207,8 +207,8 @@ def _parameters(path: Path, config: ModelConfig) -> int:
         return TensorTable(config).size
     except ConfigError as error:
         raise ModelError(
-            f"model {path} has a header of which {error}: it is not a llama2.c .bin file of "
-            "version 0 or 1"
+            f"model {path} has a header of which {error}: it is no llama2.c .bin file of "
+            "version 0 or 1; anepy also reads GGUF files and Hugging Face folders"
         ) from None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .model import ModelConfig
+from .model import ModelConfig, TensorTable
 from .stored_tokenizer import StoredTokenizer
 from .views import Array
 
@@ -69,7 +69,12 @@ class Stored(NamedTuple):
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-    """List every tensor of a model of these dimensions."""
+    """List every tensor of a model of these dimensions.
+
+    Raises:
+        ConfigError: no engine computes such a model; its list may be longer than memory.
+    """
+    TensorTable(config)
     c, width = config, config.head_width
     extents = {
         "dim": c.dim,
@@ -131,7 +136,8 @@ def put(weights: Mapping[str, Array], name: str, values: npt.NDArray[Any], where
     Raises:
         ModelError: a value is NaN or infinite.
     """
-    weights[name][...] = values
+    with np.errstate(over="ignore"):  # of float64
+        weights[name][...] = values
     if not np.isfinite(weights[name]).all():
         raise ModelError(f"{where} has NaN or infinite weights: it is damaged; get it again")
 

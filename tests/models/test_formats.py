@@ -326,6 +326,7 @@ def _torch() -> bytes:
         (json.dumps({"model_type": "llama"}).encode(), "a JSON file"),
         (b"", "empty"),
         (b"BZh91AY&SY", "a compressed file"),
+        (b"Once upon a time there was a model that was a text.\n" * 20, "a text file"),
     ],
 )
 def test_other_files_are_named_as_what_they_are(

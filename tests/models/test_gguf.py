@@ -18,7 +18,7 @@ from tolerances import relative_error
 
 from anepy.errors import ModelError
 from anepy.models import gguf, huggingface, rope
-from anepy.models.model import ModelConfig
+from anepy.models.model import Model, ModelConfig
 from anepy.models.stored_tokenizer import StoredTokenizer
 from anepy.text.tokenizer import Tokenizer
 
@@ -327,7 +327,7 @@ def write(
 
 
 def failure(path: Path) -> str:
-    text = message(lambda: load(path), ModelError)
+    text = message(lambda: Model.load(path), ModelError)
     assert str(path) in text
     return text
 
@@ -349,6 +349,7 @@ def failure(path: Path) -> str:
         ({"attention__head_count_kv": 3}, "must divide the 2 heads"),
         ({"attention__head_count": 4}, "blk.0.attn_k.weight has shape [16, 32]"),
         ({"block_count": 2}, "holds no tensor blk.1.attn_norm.weight"),
+        ({"block_count": 10**9}, "cannot be computed: n_layers is 1000000000"),
         ({"block_count": ...}, "llama.block_count is missing"),
         ({"embedding_length": 64}, "token_embd.weight has shape [300, 32]"),
         ({"attention__layer_norm_rms_epsilon": ...}, "epsilon is missing"),
@@ -389,7 +390,7 @@ def test_damaged_file_is_named_in_one_line(tmp_path: Path) -> None:
         cut.write_bytes(whole[:length])
         assert "no whole GGUF file" in failure(cut)
     path.write_bytes(whole[:4] + b"\x09\0\0\0" + whole[8:])
-    assert "no whole GGUF file" in failure(path)
+    assert "a GGUF file of version 9, the package gguf reads 2 and 3" in failure(path)
 
 
 @pytest.mark.parametrize(

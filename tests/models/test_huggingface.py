@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tolerances import assert_tensors_close, relative_error
 
 from anepy.errors import ModelError
 from anepy.models import hf_config, huggingface
-from anepy.models.model import ModelConfig
+from anepy.models.model import Model, ModelConfig
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -164,17 +165,22 @@ def change(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in given.items() if v is not ...}))
 
 
-def rewrite(folder: Path, add: dict[str, Any] = {}, drop: str = "") -> None:  # noqa: B006
+def rewrite(
+    folder: Path,
+    add: dict[str, Any] = {},  # noqa: B006
+    drop: str = "",
+    file: str = "model.safetensors",
+) -> None:
     """Write the tensors of a folder anew, some added or one left out."""
     from safetensors.numpy import load_file, save_file
 
-    path = folder / "model.safetensors"
+    path = folder / file
     save_file({n: v for n, v in load_file(path).items() if n != drop} | add, path)
 
 
 def failure(folder: Path) -> str:
     """Return the one line that loading a folder fails with."""
-    return message(lambda: load(folder), ModelError)
+    return message(lambda: Model.load(folder), ModelError)
 
 
 @pytest.fixture
@@ -222,6 +228,7 @@ def folder(tmp_path: Path) -> Path:
             },
             "rope_parameters says otherwise",
         ),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type ['linear'] is not supported"),
         ({"rope_scaling": "linear"}, "must be objects"),
         ({"rope_theta": "10000"}, "rope_theta"),
         ({"rms_norm_eps": 0}, "rms_norm_eps 0 is wrong"),
@@ -233,6 +240,8 @@ def folder(tmp_path: Path) -> Path:
         ({"num_key_value_heads": 2}, "shape [4, 8], but config.json asks for [8, 8]"),
         ({"head_dim": 3}, "head_dim 3 is odd"),
         ({"hidden_size": 10}, "model.embed_tokens.weight has shape [11, 8]"),
+        ({"hidden_size": 10**9}, "cannot be computed: dim is 1000000000"),
+        ({"num_hidden_layers": 10**9}, "cannot be computed: n_layers is 1000000000"),
         ({"vocab_size": 12}, "model.embed_tokens.weight has shape [11, 8]"),
         ({"tie_word_embeddings": False}, "lm_head.weight"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings null is wrong"),
@@ -376,6 +385,11 @@ def test_damaged_folder_is_named_in_one_line(folder: Path) -> None:
     load(folder)
     rewrite(folder, add={"model.layers.0.mlp.gate_proj.bias": np.ones(12, "f4")})
     assert "model.layers.0.mlp.gate_proj.bias" in failure(folder)
+    rewrite(folder, drop="model.layers.0.mlp.gate_proj.bias")
+    rewrite(folder, add={"model.norm.weight": np.full(8, 1e300)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "model.norm.weight has NaN or infinite weights" in failure(folder)
 
 
 def test_damaged_index_and_config_are_named_in_one_line(
@@ -394,19 +408,34 @@ def test_damaged_index_and_config_are_named_in_one_line(
     for wrong in ("../model.safetensors", "/etc/passwd", "", 3):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": wrong}}))
         assert "which is no file name" in failure(folder)
-    listed["weight_map"]["model.norm.weight"] = next(iter(listed["weight_map"].values()))
+    index.write_text(json.dumps({"weight_map": listed["weight_map"] | {"x": shard.name}}))
+    assert "holds no tensor x, which" in failure(folder)
+    place = shard.name
     index.write_text(json.dumps(listed))
-    assert "holds no tensor model.norm.weight, which" in failure(folder)
+    load(folder)
+    twice = "model.embed_tokens.weight"
+    other = listed["weight_map"][twice]
+    assert other != place
+    rewrite(folder, {twice: np.ones((3, 2), "f4")}, file=place)
+    text = failure(folder)
+    assert f"{shard} holds tensor {twice}, which" in text and f"places in {other}" in text
+    shard.write_bytes(content)
+    del listed["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(listed))
+    text = failure(folder)
+    assert "holds tensor model.norm.weight, which model.safetensors.index.json does not" in text
     index.write_text("{}")
     assert "has no weight_map" in failure(folder)
     index.unlink()
     assert "no model.safetensors and no model.safetensors.index.json" in failure(folder)
     (folder / "config.json").write_text("{")
     assert "is not JSON" in failure(folder)
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "is not JSON" in failure(folder)
     (folder / "config.json").write_text("[]")
     assert "holds no JSON object" in failure(folder)
     (folder / "config.json").unlink()
-    assert "cannot read" in failure(folder)
+    assert "a folder without config.json" in failure(folder)
 
 
 def test_save_that_fails_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,9 @@ struct anepy_bench {
     anepy_model *one;  /* the model with a single layer */
     anepy_device *device;
     anepy_executable *programs[3]; /* the program; or sdpa_fwd, sdpa_bwd1, sdpa_bwd2 of a layer */
-    /* Input and output of programs[0]; gradients of q, k, v; gradient of the layer. */
-    anepy_surface *surfaces[4];
+    /* Input and output of programs[0]; gradients of q, k, v; gradient of the layer; what sdpa_fwd
+     * saves. */
+    anepy_surface *surfaces[5];
 };
 
 /* Adds a buffer of n numbers in [low, high). */

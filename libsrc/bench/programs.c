@@ -95,6 +95,10 @@ static int32_t open_one(anepy_bench *b, int32_t id) {
     ANEPY_TRY(ops->surface_create(b->device, p.output_channels, 0, &b->surfaces[1]));
     for (int32_t t = 0; t < p.input_n + p.output_n; t++)
         ANEPY_TRY(ops->bind(b->programs[0], t, b->surfaces[t >= p.input_n], p.tensors[t].channel));
+    if (id == ANEPY_SDPA_FWD) {
+        ANEPY_TRY(ops->surface_create(b->device, p.host_channels, 0, &b->surfaces[4]));
+        ANEPY_TRY(ops->bind(b->programs[0], SDPA_FWD_LSE, b->surfaces[4], 0));
+    }
     ANEPY_TRY(anepy_surface_write(b->surfaces[0], 0, p.input_channels, b->buffers[INPUT].data));
     /* attention reads q, k, v from the output of sdpa_fwd */
     return anepy_surface_write(b->surfaces[1], 0, p.output_channels, b->buffers[OUTPUT].data);
@@ -109,11 +113,13 @@ static int32_t open_backward(anepy_bench *b) {
     int32_t q = fwd.tensors[SDPA_FWD_Q].channel, k = fwd.tensors[SDPA_FWD_K].channel;
     const struct {
         int32_t program, tensor, surface, channel;
-    } bound[] = {{0, SDPA_BWD1_V, 1, fwd.tensors[SDPA_FWD_V].channel},
-                 {0, SDPA_BWD1_DV, 2, q_dim + kv},
-                 {0, SDPA_BWD1_DY, 3, 0},
+    } bound[] = {{0, SDPA_BWD1_DY, 3, 0},
                  {1, SDPA_BWD2_Q, 1, q},
                  {1, SDPA_BWD2_K, 1, k},
+                 {1, SDPA_BWD2_V, 1, fwd.tensors[SDPA_FWD_V].channel},
+                 {1, SDPA_BWD2_ATTN, 1, fwd.tensors[SDPA_FWD_ATTN].channel},
+                 {1, SDPA_BWD2_LSE, 4, 0},
+                 {1, SDPA_BWD2_DV, 2, q_dim + kv},
                  {1, SDPA_BWD2_DQ, 2, 0},
                  {1, SDPA_BWD2_DK, 2, q_dim}};
     ANEPY_TRY(open_one(b, ANEPY_SDPA_FWD));

@@ -11,9 +11,9 @@
 #include "programs/programs.h"
 
 /* Capabilities: they say what the step engine may skip and which switches have an effect. */
-/* Tensors may be bound to channels of any surface, so nothing is packed. The scores of sdpa_bwd1
- * and sdpa_bwd2 may stay unbound, if sdpa_fwd, sdpa_bwd1 and sdpa_bwd2 of a layer run in this
- * order. */
+/* Tensors may be bound to channels of any surface, so nothing is packed, and programs have host
+ * tensors. The scores of sdpa_bwd1 and sdpa_bwd2 may stay unbound, if these are bound and both run
+ * one after the other. */
 #define ANEPY_BINDS 1u
 #define ANEPY_LIVE_WEIGHTS 2u /* reads the parameters themselves: updates need no recompilation */
 #define ANEPY_OFFLOADS 4u     /* has the programs for norms, classifier and soft-max */

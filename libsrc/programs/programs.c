@@ -4,28 +4,33 @@
 #include <stdio.h>
 #include <string.h>
 
-typedef enum { DIM, Q, KV, HIDDEN, SCORES, VOCAB } extent; /* what a channel count is made of */
+/* What a channel count is made of. */
+typedef enum { DIM, Q, KV, HIDDEN, HEADS, SCORES, VOCAB } extent;
 
 #define FACTOR 8   /* nothing but products reads this output, inside and outside */
 #define QK_NORM 16 /* there is such an output only in models with qk_norm */
+#define PLACED 32  /* times an anepy_place: where this output lives */
+#define IN(place) (PLACED * ANEPY_PLACE_##place)
 
 #define PART_ROWS 32768 /* tokens per part of a classifier program: half of what chips take */
 
 typedef struct {
     const char *name; /* NULL ends a list */
-    int32_t channels; /* an extent, and perhaps FACTOR or QK_NORM */
+    int32_t channels; /* an extent, perhaps FACTOR or QK_NORM, and IN a place */
 } range;
 
 /* Mathematics, per column unless attention says otherwise (float64 form: tests/reference):
  *   sdpa_fwd   xnorm = rmsnorm(x); q, k = rope(wq xnorm + bq), rope(wk xnorm + bk);
  *              v = wv xnorm + bv, without biases where the model has none; with qk_norm
  *              q = rope(rmsnorm(q_raw)) per head, q_raw = wq xnorm + bq, and k likewise;
- *              attn = softmax(q^T k / sqrt(head) + causal) v per head; out = wo attn
+ *              attn = softmax(q^T k / sqrt(head) + causal) v per head; out = wo attn;
+ *              lse = log2 of the sum that soft-max divides by, of each query of each head
  *   ffn_fwd    xnorm = rmsnorm(x); h1 = w1 xnorm; h3 = w3 xnorm; gate = silu(h1) h3; out = w2 gate
  *   ffn_bwd    gradients of h1, h3 and xnorm (dx) from that of out (dy)
  *   sdpa_bwd1  probs again from q and k (channel = head * width + query, column = key);
  *              gradients of v and of the probabilities from that of out (dy)
- *   sdpa_bwd2  gradients of q and k before RoPE: through soft-max, scale and inverse RoPE
+ *   sdpa_bwd2  gradients of q and k before RoPE: through soft-max, scale and inverse RoPE; native
+ *              from lse, without scores in memory, and then also that of v
  *   qkv_bwd    gradient of xnorm (dx) from those of v, and of q and k before their norms
  * Offloads:
  *   rmsnorm_bwd*    gradient of x (dx) from that of w * x / rms(x) (dy); w is attention_norm,
@@ -69,12 +74,14 @@ static const struct {
                        {ANEPY_W2, ANEPY_W1, ANEPY_W3}},
     [ANEPY_SDPA_BWD1] = {"sdpa_bwd1",
                          {{"q", Q}, {"k", KV}, {"v", KV}, {"dy", DIM}},
-                         {{"dv", KV}, {"probs", SCORES}, {"dprobs", SCORES}},
+                         {{"dv", KV | IN(QKV_BWD)},
+                          {"probs", SCORES | IN(NONE)},
+                          {"dprobs", SCORES | IN(NONE)}},
                          1,
                          {ANEPY_WO}},
     [ANEPY_SDPA_BWD2] = {"sdpa_bwd2",
                          {{"probs", SCORES}, {"dprobs", SCORES}, {"q", Q}, {"k", KV}},
-                         {{"dq", Q}, {"dk", KV}},
+                         {{"dq", Q | IN(QKV_BWD)}, {"dk", KV | IN(QKV_BWD)}},
                          0,
                          {0}},
     [ANEPY_QKV_BWD] = {"qkv_bwd",
@@ -89,12 +96,18 @@ static const struct {
     [ANEPY_RMSNORM_BWD_FINAL] =
         {"rmsnorm_bwd_final", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_FINAL_NORM}},
     [ANEPY_FINAL_RMSNORM] =
-        {"final_rmsnorm", {{"x", DIM}}, {{"xnorm", DIM}}, 1, {ANEPY_FINAL_NORM}},
+        {"final_rmsnorm", {{"x", DIM}}, {{"xnorm", DIM | IN(XNORM)}}, 1, {ANEPY_FINAL_NORM}},
     [ANEPY_CLASSIFIER_FWD] =
-        {"classifier_fwd", {{"x", DIM}}, {{"logits", VOCAB}}, 1, {ANEPY_CLASSIFIER}},
+        {"classifier_fwd", {{"x", DIM}}, {{"logits", VOCAB | IN(LOGITS)}}, 1, {ANEPY_CLASSIFIER}},
     [ANEPY_CLASSIFIER_BWD] =
         {"classifier_bwd", {{"dlogits", VOCAB}}, {{"dx", DIM}}, 1, {ANEPY_CLASSIFIER}},
     [ANEPY_SOFTMAX] = {"softmax", {{"logits", VOCAB}}, {{"probs", VOCAB}}, 0, {0}},
+};
+
+/* Tensors in memory of the host. */
+static const range HOST[ANEPY_PROGRAM_N][ANEPY_PROGRAM_TENSORS - ANEPY_HOST_TENSOR + 1] = {
+    [ANEPY_SDPA_FWD] = {{"lse", HEADS}},
+    [ANEPY_SDPA_BWD2] = {{"v", KV}, {"attn", Q}, {"lse", HEADS}, {"dv", KV | IN(QKV_BWD)}},
 };
 
 static const char *const WEIGHT_NAMES[] = {
@@ -128,6 +141,7 @@ static int32_t channels_of(extent e, const anepy_program *program, const anepy_m
     case Q: return model->q_dim;
     case KV: return model->kv_dim;
     case HIDDEN: return model->config.hidden_dim;
+    case HEADS: return model->config.n_heads;
     case VOCAB: return rows_of(program, model);
     default: return model->config.n_heads * program->width;
     }
@@ -139,9 +153,10 @@ static int32_t fill(anepy_program *out, int32_t first, const range *list, const 
     int32_t n = first;
     for (*total = 0; list->name != NULL; list++) {
         if (list->channels & QK_NORM && !model->config.qk_norm) continue;
-        int32_t channels = channels_of(list->channels & ~(FACTOR | QK_NORM), out, model);
+        int32_t channels = channels_of(list->channels & (FACTOR - 1), out, model);
         out->tensors[n++] =
-            (anepy_program_tensor){list->name, channels, *total, (list->channels & FACTOR) != 0};
+            (anepy_program_tensor){list->name, channels, *total, (list->channels & FACTOR) != 0,
+                                   (anepy_place)(list->channels / PLACED)};
         *total += channels;
     }
     return n - first;
@@ -160,6 +175,7 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
     out->first_row = part * ((vocab + out->parts - 1) / out->parts);
     out->input_n = fill(out, 0, TABLE[id].inputs, model, &out->input_channels);
     out->output_n = fill(out, out->input_n, TABLE[id].outputs, model, &out->output_channels);
+    out->host_n = fill(out, ANEPY_HOST_TENSOR, HOST[id], model, &out->host_channels);
     for (int32_t i = 0; i < TABLE[id].weight_n; i++)
         if (anepy_model_find(model, 0, TABLE[id].weights[i]) != NULL)
             out->weights[out->weight_n++] = TABLE[id].weights[i];

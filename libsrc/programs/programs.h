@@ -29,22 +29,38 @@ typedef enum {
     ANEPY_PROGRAM_N
 } anepy_program_id;
 
-#define ANEPY_PROGRAM_TENSORS 9
+#define ANEPY_HOST_TENSOR 9 /* the first that is in memory of the host only */
+#define ANEPY_PROGRAM_TENSORS 13
 #define ANEPY_PROGRAM_WEIGHTS 10
+
+/* Where an output lives where tensors can be bound to any memory. A program has all of its outputs
+ * in surfaces of its own, or none. */
+typedef enum {
+    ANEPY_PLACE_OWN,
+    ANEPY_PLACE_NONE,    /* neither it nor its reader needs it in memory */
+    ANEPY_PLACE_QKV_BWD, /* the input of this name in the packed ones of qkv_bwd, so that dX and dW
+                            of wq, wk, wv are one product */
+    ANEPY_PLACE_XNORM,   /* in host memory, where the step goes on with it */
+    ANEPY_PLACE_LOGITS,
+} anepy_place;
 
 typedef struct {
     const char *name;
     int32_t channels;
     int32_t channel; /* first channel when all inputs (or all outputs) share one packed surface */
     int32_t factor;  /* an output that nothing but products reads, inside and outside */
+    anepy_place place;
 } anepy_program_tensor;
 
-/* Inputs first, then outputs, each in packed order. */
+/* Inputs first, then outputs, each in packed order. From ANEPY_HOST_TENSOR on: what programs save
+ * and take besides on devices whose tensors are bound; MIL has none of it. Their channels count
+ * from 0 again. */
 typedef struct {
     anepy_program_id id;
     const char *name;
-    int32_t input_n, output_n;
+    int32_t input_n, output_n, host_n;
     int32_t input_channels, output_channels; /* of the packed surfaces */
+    int32_t host_channels;
     anepy_program_tensor tensors[ANEPY_PROGRAM_TENSORS];
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* roles of tensors, ANEPY_WQ... */
@@ -75,7 +91,8 @@ enum {
     SDPA_FWD_ATTN,
     SDPA_FWD_XNORM,
     SDPA_FWD_Q_RAW, /* of models with qk_norm */
-    SDPA_FWD_K_RAW
+    SDPA_FWD_K_RAW,
+    SDPA_FWD_LSE = ANEPY_HOST_TENSOR
 };
 enum { FFN_FWD_X, FFN_FWD_OUT, FFN_FWD_H1, FFN_FWD_H3, FFN_FWD_GATE, FFN_FWD_XNORM };
 enum { FFN_BWD_DY, FFN_BWD_H1, FFN_BWD_H3, FFN_BWD_DX, FFN_BWD_DH1, FFN_BWD_DH3 };
@@ -88,7 +105,18 @@ enum {
     SDPA_BWD1_P,
     SDPA_BWD1_DP
 };
-enum { SDPA_BWD2_P, SDPA_BWD2_DP, SDPA_BWD2_Q, SDPA_BWD2_K, SDPA_BWD2_DQ, SDPA_BWD2_DK };
+enum {
+    SDPA_BWD2_P,
+    SDPA_BWD2_DP,
+    SDPA_BWD2_Q,
+    SDPA_BWD2_K,
+    SDPA_BWD2_DQ,
+    SDPA_BWD2_DK,
+    SDPA_BWD2_V = ANEPY_HOST_TENSOR, /* this and what follows instead of P and DP */
+    SDPA_BWD2_ATTN,
+    SDPA_BWD2_LSE,
+    SDPA_BWD2_DV /* which sdpa_bwd1 leaves out then */
+};
 enum { QKV_BWD_DQ, QKV_BWD_DK, QKV_BWD_DV, QKV_BWD_DX };
 enum { RMSNORM_BWD_DY, RMSNORM_BWD_X, RMSNORM_BWD_DX };
 enum { FINAL_RMSNORM_X, FINAL_RMSNORM_XNORM };

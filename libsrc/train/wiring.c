@@ -7,6 +7,7 @@
 #include "train/wiring.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* The switch that puts a program on the device; the others always run there. */
 static const struct {
@@ -61,6 +62,9 @@ static const struct {
     {ANEPY_SDPA_BWD2, SDPA_BWD2_DP, FROM_PROGRAM, ANEPY_SDPA_BWD1, SDPA_BWD1_DP, 0},
     {ANEPY_SDPA_BWD2, SDPA_BWD2_Q, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_Q, 1},
     {ANEPY_SDPA_BWD2, SDPA_BWD2_K, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_K, 1},
+    {ANEPY_SDPA_BWD2, SDPA_BWD2_V, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_V, 0},
+    {ANEPY_SDPA_BWD2, SDPA_BWD2_ATTN, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_ATTN, 0},
+    {ANEPY_SDPA_BWD2, SDPA_BWD2_LSE, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_LSE, 0},
     {ANEPY_QKV_BWD, QKV_BWD_DQ, FROM_PROGRAM, ANEPY_SDPA_BWD2, SDPA_BWD2_DQ, 0},
     {ANEPY_QKV_BWD, QKV_BWD_DK, FROM_PROGRAM, ANEPY_SDPA_BWD2, SDPA_BWD2_DK, 0},
     {ANEPY_QKV_BWD, QKV_BWD_DV, FROM_PROGRAM, ANEPY_SDPA_BWD1, SDPA_BWD1_DV, 0},
@@ -79,38 +83,8 @@ static const struct {
 
 static int binds(const anepy_engine *e) { return anepy_can(e, ANEPY_BINDS); }
 
-typedef enum {
-    NOWHERE,    /* neither it nor its reader needs it in memory */
-    IN_QKV_BWD, /* in the packed input of qkv_bwd, so that dX and dW of wq, wk, wv are one product
-                 */
-    IN_XNORM,   /* in host memory, where the step goes on with it */
-    IN_LOGITS,
-} anepy_place;
-
-/* Outputs that live elsewhere than in a surface of their program, where tensors can be bound. A
- * program has all of its outputs here, or none. */
-static const struct {
-    anepy_program_id writer;
-    int32_t output;
-    anepy_place place;
-    int32_t input; /* of qkv_bwd */
-} PLACES[] = {
-    {ANEPY_SDPA_BWD1, SDPA_BWD1_DV, IN_QKV_BWD, QKV_BWD_DV},
-    {ANEPY_SDPA_BWD1, SDPA_BWD1_P, NOWHERE, 0},
-    {ANEPY_SDPA_BWD1, SDPA_BWD1_DP, NOWHERE, 0},
-    {ANEPY_SDPA_BWD2, SDPA_BWD2_DQ, IN_QKV_BWD, QKV_BWD_DQ},
-    {ANEPY_SDPA_BWD2, SDPA_BWD2_DK, IN_QKV_BWD, QKV_BWD_DK},
-    {ANEPY_FINAL_RMSNORM, FINAL_RMSNORM_XNORM, IN_XNORM, 0},
-    {ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_LOGITS, IN_LOGITS, 0},
-};
-#define PLACE_N ((int32_t)(sizeof PLACES / sizeof PLACES[0]))
-
-/* The row of an output (-1: of any output of the program); -1: it lives in the program's surface.
- */
-static int32_t find_place(const anepy_engine *e, anepy_program_id id, int32_t output) {
-    for (int32_t i = 0; i < PLACE_N && binds(e); i++)
-        if (PLACES[i].writer == id && (output < 0 || PLACES[i].output == output)) return i;
-    return -1;
+static anepy_place place_of(const anepy_engine *e, const anepy_program *p, int32_t tensor) {
+    return binds(e) ? p->tensors[tensor].place : ANEPY_PLACE_OWN;
 }
 
 /* Whether this output lies apart from the packed ones, rounded to what products take. */
@@ -118,30 +92,36 @@ static int lies_apart(const anepy_engine *e, const anepy_program_tensor *t) {
     return binds(e) && e->dtype != ANEPY_F32 && t->factor;
 }
 
+static int32_t input_named(const anepy_program *p, const char *name) {
+    int32_t t = 0;
+    while (strcmp(p->tensors[t].name, name) != 0) t++;
+    return t;
+}
+
 static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
     const anepy_program *p = &node->program;
-    int32_t row = find_place(e, p->id, tensor);
-    *channel = 0;
-    if (row >= 0) {
-        const anepy_node *reader = e->room->layers[node->layer].nodes[ANEPY_QKV_BWD];
-        switch (PLACES[row].place) {
-        case NOWHERE: *surface = NULL; return;
-        case IN_XNORM: *surface = &e->room->host_xnorm; return;
-        case IN_LOGITS:
-            *surface = &e->room->host_logits;
-            *channel = p->first_row;
-            return;
-        case IN_QKV_BWD:
-            *surface = reader->input;
-            *channel = reader->program.tensors[PLACES[row].input].channel;
-            return;
-        }
-    }
+    const anepy_node *reader = e->room->layers[node->layer].nodes[ANEPY_QKV_BWD];
     int rounded = lies_apart(e, &p->tensors[tensor]);
+    *channel = 0;
+    switch (place_of(e, p, tensor)) {
+    case ANEPY_PLACE_NONE: *surface = NULL; return;
+    case ANEPY_PLACE_XNORM: *surface = &e->room->host_xnorm; return;
+    case ANEPY_PLACE_LOGITS:
+        *surface = &e->room->host_logits;
+        *channel = p->first_row;
+        return;
+    case ANEPY_PLACE_QKV_BWD:
+        *surface = reader->input;
+        *channel =
+            reader->program.tensors[input_named(&reader->program, p->tensors[tensor].name)].channel;
+        return;
+    case ANEPY_PLACE_OWN: break;
+    }
     *surface = rounded ? node->factors : node->output;
-    for (int32_t t = p->input_n; t < tensor; t++)
+    for (int32_t t = p->input_n; t < anepy_min_i32(tensor, p->input_n + p->output_n); t++)
         if (lies_apart(e, &p->tensors[t]) == rounded) *channel += p->tensors[t].channels;
+    if (tensor >= ANEPY_HOST_TENSOR) *channel += p->tensors[tensor].channel;
 }
 
 static int32_t packed_input(anepy_engine *e, anepy_node *node) {
@@ -154,10 +134,11 @@ static int32_t packed_input(anepy_engine *e, anepy_node *node) {
 static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
     const anepy_device_ops *ops = e->room->device->ops;
     const anepy_program *p = &node->program;
-    int32_t rounded = 0;
+    int32_t rounded = 0, host = binds(e) ? p->host_channels : 0;
     for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++)
         if (lies_apart(e, &p->tensors[t])) rounded += p->tensors[t].channels;
-    ANEPY_TRY(ops->surface_create(e->room->device, p->output_channels - rounded, 0, &node->output));
+    ANEPY_TRY(ops->surface_create(e->room->device, p->output_channels - rounded + host, 0,
+                                  &node->output));
     if (rounded == 0) return ANEPY_OK;
     return ops->surface_create(e->room->device, rounded, 1, &node->factors);
 }
@@ -165,9 +146,9 @@ static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
 static int32_t create_surfaces(anepy_engine *e) {
     for (int32_t i = 0; i < e->room->node_n; i++) {
         anepy_node *node = &e->room->nodes[i];
-        anepy_program_id id = node->program.id;
-        if (id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
-        if (find_place(e, id, -1) < 0) ANEPY_TRY(packed_outputs(e, node));
+        const anepy_program *p = &node->program;
+        if (p->id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
+        if (place_of(e, p, p->input_n) == ANEPY_PLACE_OWN) ANEPY_TRY(packed_outputs(e, node));
     }
     return ANEPY_OK;
 }
@@ -196,6 +177,7 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     anepy_layer *layer = &e->room->layers[node->layer];
     for (size_t i = 0; i < FLOW_N; i++) {
         if (FLOW[i].reader != node->program.id) continue;
+        if (FLOW[i].input >= ANEPY_HOST_TENSOR && !binds(e)) continue;
         anepy_link *link = &node->links[FLOW[i].input];
         if (through_norm(e, i)) {
             int32_t channel = node->program.tensors[FLOW[i].input].channel;
@@ -321,20 +303,26 @@ int32_t anepy_wire(anepy_engine *e) {
     return ANEPY_OK;
 }
 
+static int32_t bind_tensor(anepy_engine *e, anepy_node *node, int32_t tensor, int input) {
+    const anepy_link *link = &node->links[tensor];
+    anepy_surface *surface = node->input;
+    int32_t channel = node->program.tensors[tensor].channel;
+    if (!input) {
+        place_output(e, node, tensor, &surface, &channel);
+    } else if (link->how == BOUND) {
+        surface = link->source;
+        channel = link->channel;
+    }
+    if (surface == NULL) return ANEPY_OK;
+    return e->room->device->ops->bind(node->executable, tensor, surface, channel);
+}
+
 int32_t anepy_bind(anepy_engine *e, anepy_node *node) {
     const anepy_program *p = &node->program;
-    for (int32_t t = 0; t < p->input_n + p->output_n; t++) {
-        anepy_surface *surface = node->input;
-        int32_t channel = p->tensors[t].channel;
-        if (t >= p->input_n) {
-            place_output(e, node, t, &surface, &channel);
-        } else if (node->links[t].how == BOUND) {
-            surface = node->links[t].source;
-            channel = node->links[t].channel;
-        }
-        if (surface != NULL)
-            ANEPY_TRY(e->room->device->ops->bind(node->executable, t, surface, channel));
-    }
+    for (int32_t t = 0; t < p->input_n + p->output_n; t++)
+        ANEPY_TRY(bind_tensor(e, node, t, t < p->input_n));
+    for (int32_t t = ANEPY_HOST_TENSOR; binds(e) && t < ANEPY_HOST_TENSOR + p->host_n; t++)
+        ANEPY_TRY(bind_tensor(e, node, t, node->links[t].source != NULL));
     return ANEPY_OK;
 }
 

@@ -169,6 +169,13 @@ def test_norms_of_heads_train_like_on_the_simulator(child: Runner, variant: str)
     check_same(child, model=NORMS, variant=variant)
 
 
+@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "opt+metal_dw"])
+def test_frozen_tensors_train_like_on_the_simulator(child: Runner, variant: str) -> None:
+    freeze = ["layers.0.*", "*.wk.weight", "*.w1.weight", "tok_embeddings*"]
+    seen = check_same(child, model=BIASES, variant=variant, freeze=freeze)
+    assert seen["digest"] != check_same(child, model=BIASES, variant=variant)["digest"]
+
+
 @pytest.mark.parametrize("variant", ["max", "max+dynamic_weights"])
 def test_large_vocabulary_trains_like_on_the_simulator(child: Runner, variant: str) -> None:
     """Of more tokens than a program may have channels: the host takes the soft-max."""

@@ -314,7 +314,8 @@ static void check_program(anepy_program_id id, const anepy_model *model) {
     int32_t n = p.input_n + p.output_n, weights = 1;
     CHECK(p.id == id && strcmp(p.name, anepy_program_name(id)) == 0, "program %d is %s", (int)id,
           p.name);
-    if (!CHECK(p.input_n >= 1 && p.output_n >= 1 && n <= ANEPY_PROGRAM_TENSORS && p.weight_n >= 0 &&
+    if (!CHECK(p.input_n >= 1 && p.output_n >= 1 && n <= ANEPY_HOST_TENSOR && p.host_n >= 0 &&
+                   p.host_n <= ANEPY_PROGRAM_TENSORS - ANEPY_HOST_TENSOR && p.weight_n >= 0 &&
                    p.weight_n <= ANEPY_PROGRAM_WEIGHTS,
                "%s has %d inputs, %d outputs, %d weights", p.name, p.input_n, p.output_n,
                p.weight_n))
@@ -322,8 +323,15 @@ static void check_program(anepy_program_id id, const anepy_model *model) {
     CHECK(packed(p.tensors, p.input_n, p.input_channels), "%s: inputs have gaps", p.name);
     CHECK(packed(p.tensors + p.input_n, p.output_n, p.output_channels), "%s: outputs have gaps",
           p.name);
-    CHECK(named_once(p.tensors, p.input_n) && named_once(p.tensors + p.input_n, p.output_n),
+    const anepy_program_tensor *outputs = p.tensors + p.input_n;
+    const anepy_program_tensor *host = p.tensors + ANEPY_HOST_TENSOR;
+    CHECK(packed(host, p.host_n, p.host_channels), "%s: what is saved has gaps", p.name);
+    CHECK(named_once(p.tensors, p.input_n) && named_once(outputs, p.output_n) &&
+              named_once(host, p.host_n),
           "%s: a name twice", p.name);
+    for (int32_t i = 0; i < p.output_n; i++)
+        CHECK((outputs[i].place == ANEPY_PLACE_OWN) == (outputs[0].place == ANEPY_PLACE_OWN),
+              "%s has some of its outputs in surfaces of its own", p.name);
     for (int32_t i = 0; i < p.weight_n; i++) {
         weights &= p.weights[i] >= 0 && p.weights[i] <= ANEPY_CLASSIFIER;
         for (int32_t j = 0; j < i; j++) weights &= p.weights[i] != p.weights[j];
@@ -347,6 +355,11 @@ static void check_positions(const anepy_model *model) {
         {ANEPY_SDPA_FWD, SDPA_FWD_V, "v"},
         {ANEPY_SDPA_FWD, SDPA_FWD_ATTN, "attn"},
         {ANEPY_SDPA_FWD, SDPA_FWD_XNORM, "xnorm"},
+        {ANEPY_SDPA_FWD, SDPA_FWD_LSE, "lse"},
+        {ANEPY_SDPA_BWD2, SDPA_BWD2_V, "v"},
+        {ANEPY_SDPA_BWD2, SDPA_BWD2_ATTN, "attn"},
+        {ANEPY_SDPA_BWD2, SDPA_BWD2_LSE, "lse"},
+        {ANEPY_SDPA_BWD2, SDPA_BWD2_DV, "dv"},
         {ANEPY_FFN_FWD, FFN_FWD_X, "x"},
         {ANEPY_FFN_FWD, FFN_FWD_OUT, "out"},
         {ANEPY_FFN_FWD, FFN_FWD_H1, "h1"},
@@ -392,7 +405,8 @@ static void check_positions(const anepy_model *model) {
     anepy_program p;
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
         anepy_program_describe(&p, known[i].id, model, width_of(model));
-        CHECK(known[i].position < p.input_n + p.output_n &&
+        int32_t position = known[i].position, host = position - ANEPY_HOST_TENSOR;
+        CHECK((host < 0 ? position < p.input_n + p.output_n : host < p.host_n) &&
                   strcmp(p.tensors[known[i].position].name, known[i].name) == 0,
               "%s: tensor %d is not %s", p.name, known[i].position, known[i].name);
     }

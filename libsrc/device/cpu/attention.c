@@ -214,11 +214,11 @@ static void forward_block(void *context, int32_t index, int32_t worker) {
         if (k.block > 0) a->kernels->scale_columns(out, COLS, out, factor, a->head_dim);
         over_columns(a, out, shared(a, k, 1), panel_of(a, copy, scores), k.block > 0);
     }
-    float *lse = block_of(a, a->executable->lse, p, 1);
     for (int32_t j = 0; j < COLS; j++) {
-        lse[j] = max[j] + log2f(sum[j]);
+        max[j] += log2f(sum[j]);
         factor[j] = 1.0f / sum[j];
     }
+    if (t[SDPA_FWD_LSE] != NULL) memcpy(block_of(a, t[SDPA_FWD_LSE], p, 1), max, sizeof max);
     a->kernels->scale_columns(block_of(a, t[SDPA_FWD_ATTN], p, a->head_dim), a->width, out, factor,
                               a->head_dim);
 }
@@ -250,7 +250,7 @@ static void load_queries(void *context, int32_t index, int32_t worker) {
         a->bf16->from_bf16(dattn, (const uint16_t *)(const void *)shared(a, p, 1).rows,
                            a->head_dim * COLS);
     a->kernels->dot_columns(block_of(a, a->cpu->dot, p, 1), dattn,
-                            block_of(a, a->cpu->forward->tensors[SDPA_FWD_ATTN], p, a->head_dim),
+                            block_of(a, a->executable->tensors[SDPA_BWD2_ATTN], p, a->head_dim),
                             a->width, a->head_dim);
     atomic_store_explicit(&a->cpu->turns[index], 0, memory_order_relaxed);
 }
@@ -281,7 +281,7 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
     over_channels(a, probs, q, b->k);
     over_channels(a, ds, dattn, b->v);
     int32_t last = p.block == b->at.block; /* the last block of keys that these queries see */
-    a->kernels->softmax_again(probs, ds, block_of(a, a->cpu->forward->lse, p, 1),
+    a->kernels->softmax_again(probs, ds, block_of(a, a->executable->tensors[SDPA_BWD2_LSE], p, 1),
                               block_of(a, a->cpu->dot, p, 1), COLS, a->scale, a->factor, last);
     over_columns(a, b->dv, dattn, panel_of(a, copy, probs), accumulate);
     over_columns(a, b->dk, q, panel_of(a, copy, ds), accumulate);
@@ -300,7 +300,7 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
 static void backward_block(void *context, int32_t index, int32_t worker) {
     const attention *a = context;
     int32_t others = a->kv_heads * a->sequences, size = a->head_dim * COLS;
-    float *const *t = a->executable->tensors, *const *t1 = a->cpu->bwd1->tensors;
+    float *const *t = a->executable->tensors;
     keys_block b = {.at = {index % others / a->sequences, index % a->sequences, index / others},
                     .squares = anepy_cpu_scratch(a->cpu, worker)};
     b.dk = b.squares + 4 * SQUARE;
@@ -308,14 +308,14 @@ static void backward_block(void *context, int32_t index, int32_t worker) {
     b.k = factors_in(a, b.dv + size);
     b.v = factors_in(a, b.k.steps + anepy_cpu_factors_n(a->head_dim));
     load(a, b.k, block_of(a, t[SDPA_BWD2_K], b.at, a->head_dim), a->width, STEPS | ROWS);
-    load(a, b.v, block_of(a, t1[SDPA_BWD1_V], b.at, a->head_dim), a->width, STEPS);
+    load(a, b.v, block_of(a, t[SDPA_BWD2_V], b.at, a->head_dim), a->width, STEPS);
     piece p = b.at;
     int32_t first = b.at.head * a->group;
     for (p.head = first; p.head < first + a->group; p.head++)
         for (p.block = b.at.block; p.block < a->blocks; p.block++)
             backward_pair(a, &b, p, p.head > first || p.block > b.at.block);
     paste(a, block_of(a, t[SDPA_BWD2_DK], b.at, a->head_dim), b.dk);
-    paste(a, block_of(a, t1[SDPA_BWD1_DV], b.at, a->head_dim), b.dv);
+    paste(a, block_of(a, t[SDPA_BWD2_DV], b.at, a->head_dim), b.dv);
 }
 
 void anepy_cpu_attention_backward(const anepy_executable *executable, int32_t n, int32_t columns) {

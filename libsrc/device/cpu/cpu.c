@@ -67,14 +67,6 @@ static int32_t cpu_lock(anepy_surface *surface, int32_t for_writing) {
     return ANEPY_OK;
 }
 
-/* Memory for the log-sum-exp, from which the backward pass of the layer computes probabilities. */
-static int32_t own_lse(anepy_cpu *cpu, anepy_executable *executable) {
-    const anepy_device_options *o = &cpu->base.options;
-    executable->lse = own_floats(cpu, (int64_t)o->model->config.n_heads * o->width);
-    cpu->forwards[executable->layer] = executable;
-    return executable->lse != NULL ? ANEPY_OK : ANEPY_E_MEMORY;
-}
-
 static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
                            const float *params, anepy_executable **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
@@ -87,7 +79,6 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
         executable->program = *program;
         executable->params = params;
         executable->layer = instances[i].layer;
-        if (program->id == ANEPY_SDPA_FWD) ANEPY_TRY(own_lse(cpu, executable));
         out[i] = executable;
     }
     return ANEPY_OK;
@@ -106,8 +97,8 @@ static int32_t own_dscores(anepy_cpu *cpu) {
 static int32_t cpu_bind(anepy_executable *executable, int32_t index, anepy_surface *surface,
                         int32_t channel) {
     const anepy_program *program = &executable->program;
-    int32_t n = program->input_n + program->output_n;
-    if (index < 0 || index >= n)
+    int32_t n = program->input_n + program->output_n, host = index - ANEPY_HOST_TENSOR;
+    if (index < 0 || (index >= n && (host < 0 || host >= program->host_n)))
         return anepy_fail(ANEPY_E_ARGUMENT, "%s has %d tensors, not %d", program->name, n, index);
     if (channel < 0 || channel + program->tensors[index].channels > surface->channels)
         return anepy_fail(ANEPY_E_ARGUMENT, "%s.%s does not fit its surface", program->name,
@@ -164,8 +155,6 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
         (cpu->factors = own_floats(cpu, 2 * blocks * factors_n)) == NULL ||
         (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
         (cpu->turns = own(cpu, (size_t)blocks * sizeof *cpu->turns, NULL, 0)) == NULL ||
-        (cpu->forwards =
-             own(cpu, (size_t)m->config.n_layers * sizeof(anepy_executable *), NULL, 0)) == NULL ||
         (cpu->scratch =
              own_floats(cpu, cpu->scratch_n * anepy_pool_threads(options->gemm->pool))) == NULL) {
         cpu_close(&cpu->base);

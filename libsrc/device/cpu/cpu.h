@@ -16,10 +16,7 @@ typedef struct {
     float *dgate;           /* [hidden, width]: for ffn_bwd with rounded outputs */
     float *dq;              /* [q_dim, width], block by block: for sdpa_bwd2 */
     _Atomic int32_t *turns; /* [n_heads, width / 64]: next block of keys to add to dq */
-    const anepy_executable **forwards; /* sdpa_fwd of each layer */
-    /* sdpa_fwd and sdpa_bwd1 of the layer whose sdpa_bwd1 ran last. */
-    const anepy_executable *forward, *bwd1;
-    float *scratch; /* per worker: scratch_n floats */
+    float *scratch;         /* per worker: scratch_n floats */
     int64_t scratch_n;
     void *owned; /* every surface, executable and mapping, for close */
 } anepy_cpu;
@@ -31,7 +28,6 @@ struct anepy_executable {
     uint16_t *rounded[ANEPY_PROGRAM_TENSORS]; /* instead of tensors where the surface is bf16 */
     const float *params;                      /* the arena it was compiled for */
     int32_t layer;
-    float *lse; /* of sdpa_fwd: [n_heads, width] */
 };
 
 /* Weight with this role of the program's layer, or of the model if it belongs to no layer. */
@@ -50,8 +46,7 @@ void anepy_cpu_run(anepy_executable *executable, int32_t n, int32_t columns);
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,
                     float sign);
 void anepy_cpu_attention(const anepy_executable *executable, int32_t n, int32_t columns);
-/* Computes sdpa_bwd2, and the dv of sdpa_bwd1, for the layer of the last sdpa_bwd1; its sdpa_fwd
- * must have run before. */
+/* Computes sdpa_bwd2 from its host tensors, after sdpa_bwd1 of the same layer. */
 void anepy_cpu_attention_backward(const anepy_executable *executable, int32_t n, int32_t columns);
 int64_t anepy_cpu_factors_n(int32_t head_dim);           /* floats of the factors of a block */
 int64_t anepy_cpu_attention_scratch_n(int32_t head_dim); /* floats per worker */

@@ -315,12 +315,10 @@ static void ffn_bwd(anepy_executable *k, int32_t n, int32_t columns) {
 }
 
 static void sdpa_bwd1(anepy_executable *k, int32_t n, int32_t columns) {
-    anepy_cpu *cpu = k->cpu;
+    const anepy_cpu *cpu = k->cpu;
     project_backward(
         k, cpu->dattn,
         (projections){.roles = {ANEPY_WO}, .y = {k->tensors[SDPA_BWD1_DY]}, .count = 1}, columns);
-    cpu->bwd1 = k;
-    cpu->forward = cpu->forwards[k->layer];
     if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
 }
 

@@ -166,7 +166,8 @@ def _file_order_1(config: ModelConfig) -> Iterator[str]:
 def _rotary_tables(table: TensorTable) -> Array:
     """Return the legacy cos and sin tables, float32 (2, seq_len, head_dim / 2)."""
     angles = np.outer(np.arange(table.config.seq_len), table.frequencies())
-    return np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
+    tables: Array = np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
+    return tables
 
 
 def _with_base(path: Path, config: ModelConfig) -> ModelConfig:

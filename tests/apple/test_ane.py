@@ -462,7 +462,7 @@ def sanitizer(name: str) -> str:
 def test_faults_touch_no_foreign_memory_and_leak_none(tmp_path: Path) -> None:
     """The same faults under AddressSanitizer."""
     runtime = sanitizer("asan")
-    library = apple.build(tmp_path, ("--asan",))
+    library = apple.build(tmp_path, ("--asan", "--ubsan"))
     result = run_child(
         library, tmp_path, "faults", selection(),
         LD_PRELOAD=runtime, PYTHONMALLOC="malloc",

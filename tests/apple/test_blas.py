@@ -41,7 +41,7 @@ class Build:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = tmp_path_factory.mktemp("blas")
-    compiler = needs.program("clang", "gcc", "cc")
+    compiler = needs.program(*needs.CLANGS, "gcc", "cc")
     flags = toolchain.script_flags(folder, "--werror")
     sources = [path for path in toolchain.library_sources() if path != PROVIDER]
     made = toolchain.compile_files(compiler, flags, sources, folder / "library")
@@ -147,6 +147,6 @@ def test_checks_of_a_broken_provider_fail(
     def flags(source: Path) -> list[str]:
         return [*built.flags, *(APPLE if source == PROVIDER else [])]
 
-    made = mutate.rebuilt(mutation, built.objects, built.compiler, flags, tmp_path)
+    made = mutate.rebuilt([mutation], built.objects, built.compiler, flags, tmp_path)
     program = toolchain.link(built.compiler, [], made, tmp_path / "run")
     assert toolchain.run([program, *mutation.groups], check=False).returncode != 0

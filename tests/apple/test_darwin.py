@@ -17,7 +17,7 @@ PERFORMANCE, ALL = "hw.perflevel0.physicalcpu", "hw.physicalcpu"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("darwin")
-    compiler = needs.program("clang", "gcc", "cc")
+    compiler = needs.program(*needs.CLANGS, "gcc", "cc")
     flags = [*toolchain.script_flags(folder, "--werror"), "-D__APPLE__", f"-I{FOLDER}"]
     sources = [*sorted((toolchain.ROOT / "libsrc" / "runtime").glob("*.c")), FOLDER / "check.c"]
     objects = toolchain.compile_files(compiler, flags, sources, folder)

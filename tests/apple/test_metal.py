@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,9 +46,10 @@ class Program:
     link: list[str]
 
 
-def build(folder: Path, options: list[str], extra: list[str]) -> Program:
+def build(folder: Path, options: Sequence[str] = (), extra: Sequence[str] = ()) -> Program:
+    """Build with the options of build_lib.sh and further flags for the device and for linking."""
     compiler = gnustep.compiler()
-    flags = [*toolchain.script_flags(folder, "--werror", *options), *extra]
+    flags = toolchain.script_flags(folder, "--werror", *options)
     objc = [*gnustep.objc_flags(folder), f"-I{FOLDER}"]
     objects: dict[Path, Path] = {}
 
@@ -56,10 +58,10 @@ def build(folder: Path, options: list[str], extra: list[str]) -> Program:
         objects.update(zip(sources, made, strict=True))
 
     compile_all(toolchain.library_sources(), [])
-    compile_all([METAL], [*objc, *NAMES])
+    compile_all([METAL], [*objc, *NAMES, *extra])
     compile_all(sorted(FOLDER.glob("*.m")), objc)
     compile_all([*sorted(FOLDER.glob("*.c")), *NATIVE], ["-Itests/ckernels", f"-I{FOLDER}"])
-    link = [flag for flag in flags if flag.startswith(("-fsanitize=", "-fprofile-instr"))]
+    link = [flag for flag in [*flags, *extra] if flag.startswith(("-fsanitize=", "-fprofile-in"))]
     return finish(Program(folder / "run", compiler, flags, objc, objects, link))
 
 
@@ -71,7 +73,7 @@ def finish(program: Program) -> Program:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return build(tmp_path_factory.mktemp("metal"), ["--debug"], [])
+    return build(tmp_path_factory.mktemp("metal"))
 
 
 def assert_passes(*command: str | Path, env: dict[str, str] | None = None) -> None:
@@ -122,7 +124,7 @@ def test_checks_of_a_broken_library_fail(
     program: Program, tmp_path: Path, mutation: mutate.Mutation
 ) -> None:
     made = mutate.rebuilt(
-        mutation, program.objects, program.compiler, partial(flags_of, program), tmp_path
+        [mutation], program.objects, program.compiler, partial(flags_of, program), tmp_path
     )
     path = broken(program, made, tmp_path)
     assert toolchain.run([path, *mutation.groups], check=False).returncode != 0

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pty
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,14 +153,12 @@ def test_only_selects_by_the_beginning_of_a_name() -> None:
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the library with a mistake in some vector kernels; the scalar ones stay right."""
-    needs.compiler()
-    root = tmp_path_factory.mktemp("broken")
-    shutil.copytree(mutate.LIBSRC, root / "libsrc")
-    shutil.copy(toolchain.SCRIPT, root)
-    for mutation in mutate.of("bench"):
-        mutate.mutate(root / "libsrc", mutation)
-    toolchain.run([root / "build_lib.sh", "--quiet", "--out", root / "out"])
-    return next((root / "out").glob("libanepy.*"))
+    compiler, folder = needs.program("gcc", "cc", *needs.CLANGS), tmp_path_factory.mktemp("broken")
+    flags, sources = toolchain.script_flags(folder, "--werror"), toolchain.library_sources()
+    objects = toolchain.compile_files(compiler, flags, sources, folder / "right")
+    right = dict(zip(sources, objects, strict=True))
+    made = mutate.rebuilt(mutate.of("bench"), right, compiler, lambda _: flags, folder)
+    return toolchain.link(compiler, ["-shared"], made, folder / "libanepy.so")
 
 
 def anepy(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

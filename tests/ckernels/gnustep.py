@@ -16,8 +16,7 @@ LIBRARIES = ["-lgnustep-base", "-lobjc", "-lm"]
 def compiler() -> str:
     """Return a clang, or skip: gcc's Objective-C has no autorelease pools."""
     needs.program("gnustep-config", package="gnustep-devel")
-    names = [*(f"clang-{version}" for version in range(30, 13, -1)), "clang"]
-    return needs.program(*names)
+    return needs.program(*needs.CLANGS)
 
 
 def objc_flags(folder: Path) -> list[str]:

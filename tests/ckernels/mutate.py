@@ -170,26 +170,29 @@ def users(tree: Path, changed: Path) -> set[Path]:
 
 
 def rebuilt(
-    mutation: Mutation,
+    mutations: Sequence[Mutation],
     objects: dict[Path, Path],
     compiler: str,
     flags: Callable[[Path], Sequence[str]],
     folder: Path,
 ) -> list[Path]:
-    """Return the objects of a program whose library has the mistake.
+    """Return the objects of a program whose library has the mistakes.
 
     Args:
-        mutation: the mistake.
+        mutations: the mistakes.
         objects: those of the right program, by source.
-        compiler: what compiles the sources that the mistake touches once more.
+        compiler: what compiles the sources that the mistakes touch once more.
         flags: gives the flags that a source of the library was compiled with.
         folder: for copies and objects.
     """
     tree = folder / "libsrc"
     shutil.copytree(LIBSRC, tree)
-    touched = {LIBSRC / path.relative_to(tree) for path in users(tree, mutate(tree, mutation))}
-    again = sorted(touched & objects.keys())
-    assert again, f"nothing that is compiled has {mutation.name}"
+    again: set[Path] = set()
+    for mutation in mutations:
+        changed = users(tree, mutate(tree, mutation))
+        touched = {LIBSRC / path.relative_to(tree) for path in changed} & objects.keys()
+        assert touched, f"nothing that is compiled has {mutation.name}"
+        again |= touched
     return [
         compile_in(tree, compiler, flags(source), source, folder) if source in again else made
         for source, made in objects.items()

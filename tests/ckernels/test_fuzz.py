@@ -18,7 +18,8 @@ import numpy as np
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]
+    tests = CHECKOUT / "tests"
+    sys.path[:0] = [str(CHECKOUT), str(tests), str(tests / "helpers")]
 
 import needs  # noqa: E402
 from mil_samples import SAMPLES  # noqa: E402
@@ -26,6 +27,7 @@ from mil_text import Sample, old_dialect  # noqa: E402
 
 from anepy import Model, ModelConfig  # noqa: E402
 from anepy.hardware import programs as mil  # noqa: E402
+from ckernels import toolchain  # noqa: E402
 
 # The long run: clang 19, seed 1, one thread; nothing failed.
 RECORDED = {
@@ -87,22 +89,16 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 def find_compiler(folder: Path) -> str:
     """Return a compiler that has the sanitizers' libraries."""
-    return needs.compiler_with(FLAGS, ("clang-19", "clang", "gcc", "cc"), folder)
+    return needs.compiler_with(FLAGS, (*needs.CLANGS, "gcc", "cc"), folder)
 
 
 def build(folder: Path, compiler: str) -> Path:
     """Compile library and harness with both sanitizers."""
-    subprocess.run(
-        [CHECKOUT / "build_lib.sh", "--quiet", "--asan", "--ubsan", "--out", folder],
-        check=True,
-        env={**os.environ, "CC": compiler},
-    )
-    harness = folder / "fuzz_mil"
-    source = CHECKOUT / "tests" / "ckernels" / "fuzz" / "fuzz_mil.c"
-    flags = ["-std=gnu11", "-O1", "-g", *FLAGS, f"-I{CHECKOUT / 'libsrc'}"]
-    library = [f"-L{folder}", "-lanepy", f"-Wl,-rpath,{folder}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(harness), *library], check=True)
-    return harness
+    flags = toolchain.script_flags(folder, "--werror", "--asan", "--ubsan")
+    objects = toolchain.compile_files(compiler, flags, toolchain.library_sources(), folder)
+    harness = CHECKOUT / "tests" / "ckernels" / "fuzz" / "fuzz_mil.c"
+    objects += toolchain.compile_files(compiler, [*flags, "-std=gnu11"], [harness], folder)
+    return toolchain.link(compiler, FLAGS, objects, folder / "fuzz_mil")
 
 
 def run(harness: Path, seeds: list[str], seed: int, first: int, count: int) -> dict[str, float]:

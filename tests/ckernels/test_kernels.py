@@ -31,17 +31,16 @@ class Build:
     link: tuple[str, ...] = ()
 
 
-PLAIN = Build("plain", ("cc", "gcc", "clang"))
-GCC = Build("gcc", ("gcc",))
-CLANG = Build("clang", ("clang",))
+PLAIN = Build("plain", ("gcc", "cc", *needs.CLANGS))
+CLANG = Build("clang", needs.CLANGS)
 # clang's sanitized programs run twice as fast.
 ADDRESS = Build(
     "address",
-    ("clang", "gcc"),
+    (*needs.CLANGS, "gcc"),
     ("--asan", "--ubsan"),
     ("-fsanitize=address,undefined",),
 )
-THREAD = Build("thread", ("clang", "gcc"), ("--tsan",), ("-fsanitize=thread",))
+THREAD = Build("thread", (*needs.CLANGS, "gcc"), ("--tsan",), ("-fsanitize=thread",))
 AARCH64 = Build(
     "aarch64", ("aarch64-linux-gnu-gcc",), ("--target", "linux-aarch64-glibc"), ("-static",)
 )
@@ -59,14 +58,15 @@ class Program:
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Build], Program]:
-    """Return a function that builds each kind of program once."""
+    """Return a function that builds each kind of program once; a warning fails all its tests."""
     made: dict[Build, Program] = {}
 
     def make(build: Build) -> Program:
         if build not in made:
             folder = tmp_path_factory.mktemp(build.name)
             compiler = needs.compiler_with(build.link, build.compilers, folder)
-            flags = toolchain.script_flags(folder, *build.options)
+            flags = toolchain.script_flags(folder, "--werror", *build.options)
+            assert "-Werror" in flags
             sources = toolchain.library_sources()
             objects = toolchain.compile_files(compiler, flags, sources, folder / "library")
             checks = toolchain.compile_checks(compiler, flags, folder / "checks")
@@ -211,7 +211,7 @@ def test_checks_of_a_broken_library_fail(
 ) -> None:
     mutation.ask()
     good = program(PLAIN)
-    made = mutate.rebuilt(mutation, good.objects, good.compiler, lambda _: good.flags, tmp_path)
+    made = mutate.rebuilt([mutation], good.objects, good.compiler, lambda _: good.flags, tmp_path)
     path = toolchain.link(good.compiler, (), made, tmp_path / "run")
     assert toolchain.run([path, *mutation.groups], check=False).returncode != 0
 
@@ -220,21 +220,3 @@ def test_every_marker_has_one_mutation() -> None:
     names = [mutation.name for mutation in mutate.MUTATIONS]
     assert sorted(mutate.markers()) == sorted(names)
     assert len(set(names)) == len(names) > 20
-
-
-# --------------------------------------------------------------------------------------- warnings
-
-
-@pytest.mark.parametrize("build", [GCC, CLANG, AARCH64], ids=lambda build: build.name)
-def test_library_compiles_without_a_warning(build: Build, tmp_path: Path) -> None:
-    compiler = needs.program(*build.compilers)
-    command = [toolchain.SCRIPT, "--quiet", "--werror", "--out", tmp_path, *build.options]
-    toolchain.run(command, env={"CC": compiler})
-
-
-@pytest.mark.parametrize("build", [GCC, CLANG], ids=lambda build: build.name)
-def test_checks_compile_without_a_warning(build: Build, tmp_path: Path) -> None:
-    compiler = needs.program(*build.compilers)
-    flags = toolchain.script_flags(tmp_path, "--werror")
-    assert "-Werror" in flags
-    toolchain.compile_checks(compiler, flags, tmp_path / "objects")

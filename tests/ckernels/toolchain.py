@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "build_lib.sh"
 CHECKS = sorted((ROOT / "tests" / "ckernels").glob("*.c"))
+# Objects of this process, which lie in folders that outlive it: compiler, flags, source.
+_compiled: dict[tuple[str, tuple[str, ...], Path], Path] = {}
 PATIENCE = 900  # seconds for one compilation or one run: a hang, not slowness, ends it
 
 # Stands in for the compiler: notes its arguments and makes the file it was asked for.
@@ -73,13 +75,19 @@ def script_flags(folder: Path, *options: str) -> list[str]:
 def compile_files(
     compiler: str, flags: Sequence[str], sources: Iterable[Path], folder: Path
 ) -> list[Path]:
-    """Compile sources on all processors of this process; return the objects, in the same order."""
+    """Compile sources on all processors of this process; return the objects, in the same order.
+
+    What was compiled before, by the same compiler with the same flags, is not compiled again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        output = folder / (re.sub(r"\W", "-", str(source.relative_to(source.anchor))) + ".o")
-        run([compiler, *flags, "-c", source, "-o", output])
-        return output
+        key = (compiler, tuple(flags), source)
+        if key not in _compiled:
+            output = folder / (re.sub(r"\W", "-", str(source.relative_to(source.anchor))) + ".o")
+            run([compiler, *flags, "-c", source, "-o", output])
+            _compiled[key] = output
+        return _compiled[key]
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     with ThreadPoolExecutor(workers) as pool:

@@ -62,6 +62,10 @@ def program(*names: str, package: str = "") -> str:
     _missing_tool(" or ".join(names) + (f" (Debian: {package})" if package else ""))
 
 
+# The newest first: its sanitizers run on the newest kernels.
+CLANGS = (*(f"clang-{version}" for version in range(30, 13, -1)), "clang")
+
+
 def compiler() -> str:
     """Return a C compiler."""
     return program("cc", "gcc", "clang")
@@ -83,7 +87,7 @@ def compiler_with(flags: tuple[str, ...], names: tuple[str, ...], folder: Path) 
 
 def macos_linking_clang() -> str:
     """Return a clang that finds a linker for Mach-O."""
-    for name in ("clang", *(f"clang-{version}" for version in range(30, 13, -1))):
+    for name in CLANGS:
         if shutil.which(name):
             command = [name, "-print-prog-name=ld64.lld"]
             found = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -109,7 +109,8 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Build the library as released, once per compiler."""
     compiler = needs.program(request.param)
     folder = tmp_path_factory.mktemp(request.param)
-    toolchain.run([toolchain.SCRIPT, "--quiet", "--out", folder], env={"CC": compiler})
+    options = ["--quiet", "--werror", "--out", folder]
+    toolchain.run([toolchain.SCRIPT, *options], env={"CC": compiler})
     return Library(folder / "libanepy.so")
 
 

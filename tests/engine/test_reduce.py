@@ -31,7 +31,7 @@ def batch(config: ModelConfig, count: int, length: int, seed: int) -> tuple[np.n
 
 
 @contextmanager
-def ranks(n: int, config: ModelConfig, *args: str, **options: float) -> Iterator[list[Engine]]:
+def ranks(n: int, config: ModelConfig, *args: str, **options: object) -> Iterator[list[Engine]]:
     """Open engines on equal models."""
     with ExitStack() as stack:
         yield [
@@ -118,6 +118,37 @@ def test_engines_with_a_part_each_are_one_engine_with_all(
                 for engine in engines:
                     engine.model.weights[name] = values
                     engine.adam_m[name], engine.adam_v[name] = one.adam_m[name], one.adam_v[name]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "buckets"),
+    [
+        ("tok_embeddings*", 3),
+        (("tok_embeddings*", "layers.1.*"), 2),
+        (("layers.0.*", "norm.weight", "output*", "*.w2.weight"), 2),
+        (("layers.*", "tok_embeddings*"), 1),
+    ],
+)
+def test_buckets_are_of_what_is_trained(freeze: str | tuple[str, ...], buckets: int) -> None:
+    tokens, targets = batch(SEPARATE, 8, 40, 1)
+    with (
+        Engine(make_model(SEPARATE), "max", "cpu", "fp32", freeze=freeze) as one,
+        ranks(2, SEPARATE, "max", "cpu", "fp32", freeze=freeze) as engines,
+    ):
+        for first, end, engine in ((0, 1, engines[0]), (1, 8, engines[1])):
+            one.step(tokens[first:end], targets[first:end])
+            engine.step(tokens[first:end], targets[first:end])
+        lent: list[np.ndarray] = []
+        one.reduce(lent.append)
+        assert len(lent) == one.ready.buckets == buckets
+        assert sum(map(len, lent)) == sum(g.size for g in one.gradients.values())
+        reduce_all(engines)
+        factor = engines[0].gradient_scale / one.gradient_scale
+        wanted = {name: values * factor for name, values in one.gradients.items()}
+        norm = one.update(lr=1e-3).grad_norm
+        for engine in engines:
+            assert off(dict(engine.gradients), wanted) < 2e-6
+            assert engine.update(lr=1e-3).grad_norm == pytest.approx(norm, rel=2e-6)
 
 
 @pytest.mark.parametrize("variant", ["opt", "max"])

@@ -1,4 +1,4 @@
-"""Train Llama-2 models on the Apple Neural Engine, or on any CPU, from plain Python.
+"""Train models of the Llama family from plain Python, on the Apple Neural Engine or any CPU.
 
 Importing this package loads nothing heavy: names are imported, and the native library found, when
 first used.

@@ -37,7 +37,7 @@ def compare(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="llama2.c model. Default: random weights."),
+        typer.Option(metavar="FILE", help="Its weights and shape. Default: random weights."),
     ] = None,
     data: Annotated[
         Path | None,

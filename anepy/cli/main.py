@@ -36,7 +36,7 @@ from .train import TrainCommand, train
 
 app = typer.Typer(
     name="anepy",
-    help="Train Llama-2 models on the Apple Neural Engine, or on any CPU.",
+    help="Train models of the Llama family on the Apple Neural Engine, or on any CPU.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

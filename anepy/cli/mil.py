@@ -27,7 +27,10 @@ def mil(
         ),
     ],
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="llama2.c model to bake.")
+        Path | None,
+        typer.Option(
+            "--model", metavar="FILE", help="Model to bake: .bin, .gguf or Hugging Face folder."
+        ),
     ] = None,
     preset: Annotated[
         str | None,

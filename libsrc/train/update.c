@@ -25,7 +25,8 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
     for (int32_t i = 0; i < m->tensor_n && at < end; i++) {
         const anepy_tensor *tensor = &m->tensors[i];
         float *gradient = anepy_gradient(e, tensor);
-        int64_t stop = tensor->gradient + anepy_tensor_n(tensor), done = at - tensor->gradient;
+        int64_t stop = tensor->gradient + anepy_tensor_n(tensor);
+        int64_t done = /* mutate: frozen-update */ at - tensor->gradient;
         if (gradient == NULL || stop <= at) continue;
         if (stop > end) stop = end;
         t->kernels->adam(e->params + tensor->offset + done, gradient + done, e->adam_m + at,

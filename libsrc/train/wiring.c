@@ -235,7 +235,7 @@ static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy
     }
     for (int32_t i = 0; i < dw.product_n; i++) {
         anepy_product shape = {.m = weights[i].rows, .n = dw.x.channels};
-        weights[i].row -= dw.dy.channel - dy.channel;
+        weights[i].row -= /* mutate: frozen-rows */ dw.dy.channel - dy.channel;
         dw.products[i] = (anepy_dw_product){.of = weights[i], .pieces = anepy_gemm_pieces(&shape)};
     }
     for (int32_t i = 0; i < dw.bias_n; i++) dw.biases[i].row -= dw.dy.channel - dy.channel;

@@ -84,6 +84,8 @@ MUTATIONS = [
     native("token-column", "batch", "token"),
     native("loss-padding", "batch", "s"),
     native("squares-tokens", "batch", "e->run.tokens"),
+    native("frozen-rows", "frozen", "0"),
+    native("frozen-update", "frozen", "at - tensor->offset"),
     native("pool-serial", "pool", "0"),
     native("ready-last-group", "ready", "1"),
     native("ready-done", "ready", "1"),

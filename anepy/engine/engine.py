@@ -266,7 +266,9 @@ class Engine(Owner):
         if scale is not None and not scale > 0.0:
             raise ConfigError(f"scale is {scale}, expected a number above 0")
         with self._call() as handle:
-            self._lib.anepy_engine_reduce(handle, -1 if counted is None else counted, scale or 0.0)
+            self._lib.anepy_engine_reduce(
+                handle, -1 if counted is None else int(counted), float(scale or 0.0)
+            )
             self._gradients.stale = False
             try:
                 for bucket in self._gradients.buckets():

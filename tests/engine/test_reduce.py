@@ -10,7 +10,7 @@ import needs
 import numpy as np
 import pytest
 import tolerances
-from cases import BIASES, BUSY, GQA, NORMS, SEPARATE, make_model, message
+from cases import BIASES, BUSY, GQA, NORMS, SEPARATE, bits, make_model, message
 
 from anepy.engine.engine import Engine
 from anepy.errors import ClosedError, ConfigError, NativeError
@@ -118,6 +118,54 @@ def test_engines_with_a_part_each_are_one_engine_with_all(
                 for engine in engines:
                     engine.model.weights[name] = values
                     engine.adam_m[name], engine.adam_v[name] = one.adam_m[name], one.adam_v[name]
+
+
+def test_ranks_that_add_bucket_by_bucket_are_one() -> None:
+    """Each in a thread of its own, as ranks of MPI are in processes: all meet at every bucket."""
+    tokens, targets = batch(NORMS, 9, 40, 1)
+    targets[:, -1] = 1  # a step without any is refused
+    shared: dict[int, np.ndarray] = {}
+    meet = threading.Barrier(3, timeout=20)
+
+    def allreduce(rank: int, value: np.ndarray) -> np.ndarray:
+        shared[rank] = value
+        meet.wait()
+        total = shared[0] + shared[1] + shared[2]
+        meet.wait()
+        return total
+
+    def run(rank: int, engine: Engine) -> None:
+        for first in (0, 3, 6):
+            at = slice(first + rank, first + rank + 1)
+            engine.step(tokens[at], targets[at])
+            counted = allreduce(rank, np.int64(engine.counted))
+            scale = 1 / allreduce(rank, np.float64(1 / engine.gradient_scale))
+
+            def add(bucket: np.ndarray) -> None:
+                bucket[...] = allreduce(rank, bucket.copy())
+
+            engine.reduce(add, counted, np.float32(scale))
+            engine.update(lr=1e-3)
+
+    with (
+        Engine(make_model(NORMS), "max", "cpu", "fp32") as one,
+        ranks(3, NORMS, "max", "cpu", "fp32") as engines,
+    ):
+        threads = [threading.Thread(target=run, args=each) for each in enumerate(engines)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for first in (0, 3, 6):
+            tokens_of, targets_of = tokens[first : first + 3], targets[first : first + 3]
+            one.step(tokens_of, targets_of)
+            one.update(lr=1e-3)
+        for engine in engines:
+            assert engine.updates == 3
+            assert bits(engine.model.weights) == bits(engines[0].model.weights)
+        for name, values in one.model.weights.items():
+            distance = np.abs(values - engines[0].model.weights[name]).mean()
+            assert distance < 3e-3 * 0.01, name  # of three steps of Adam at most
 
 
 @pytest.mark.parametrize(

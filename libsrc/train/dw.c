@@ -33,7 +33,7 @@ int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {
 }
 
 const uint16_t *anepy_capture_raw(const anepy_engine *e, const anepy_operand *o) {
-    if (o->source->device == NULL || !caches_raw(e)) return NULL;
+    if (o->capture == NULL || o->source->device == NULL || !caches_raw(e)) return NULL;
     return (const uint16_t *)(const void *)(o->capture + (int64_t)o->channels * e->room->width);
 }
 

@@ -77,7 +77,7 @@ static void check_sum(int which, const char *variant, const char *precision, int
     memcpy(alone, f.grads, (size_t)f.n * sizeof(float));
     anepy_engine_free(engine);
     for (int64_t i = 0; i < f.n; i++) alone[i] += one[i];
-    for (int32_t threads = 1; threads <= (emulated ? 2 : 3); threads++) {
+    for (int32_t threads = 1; threads <= (brief ? 2 : 3); threads++) {
         fixture_reset(&f);
         engine = fixture_engine(&f, variant, threads);
         step(engine, d, 0, 1, n);
@@ -106,7 +106,7 @@ static void check_sizes(int which, const char *precision) {
     float *clean = floats(f.n), kept = f.params[0];
     anepy_engine *used = fixture_engine(&f, "max", 2);
     uint64_t memory = 0;
-    for (int i = 0; i < (emulated ? 3 : 6); i++) {
+    for (int i = 0; i < (brief ? 3 : 6); i++) {
         int32_t count = COUNTS[i], n = anepy_min_i32(LENGTHS[i], f.config.seq_len);
         anepy_engine *fresh = fixture_engine(&f, "max", 2);
         double loss = step(fresh, d, 0, count, n);
@@ -165,15 +165,15 @@ void checks_batch(void) {
                                            "opt+offload_softmax+offload_classifier"};
     for (int p = 0; p < (anepy_kernels_get()->bf16 != NULL ? 2 : 1); p++) {
         const char *precision = p > 0 ? "bf16" : "fp32";
-        for (int which = 0; which < (emulated ? 1 : FIXTURE_N); which++) {
-            for (int v = 0; v < (emulated ? 1 : 4); v++) {
+        for (int which = 0; which < (brief ? 1 : FIXTURE_N); which++) {
+            for (int v = 0; v < (brief ? 1 : 4); v++) {
                 check_sum(which, VARIANTS[v], precision, 3, 65);
                 check_sum(which, VARIANTS[v], precision, 4, 1);
             }
-            if (!emulated) check_sum(which, "max", precision, MOST, 65);
+            if (!brief) check_sum(which, "max", precision, MOST, 65);
             check_sizes(which, precision);
             check_norm(which, precision);
         }
     }
-    check_sum(FIXTURE_LONG, "max", "fp32", 2, emulated ? 65 : 150); /* without scores in memory */
+    check_sum(FIXTURE_LONG, "max", "fp32", 2, brief ? 65 : 150); /* without scores in memory */
 }

@@ -15,7 +15,7 @@
 
 #define SHOWN 12 /* failures printed per group: the first ones tell what is wrong */
 
-int emulated;
+int brief;
 
 int forked_child_may_start_threads(void) {
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -25,7 +25,7 @@ int forked_child_may_start_threads(void) {
     return 0;
 #endif
 #endif
-    return !emulated;
+    return !brief;
 }
 
 int child_succeeds(int32_t child) {

@@ -8,8 +8,8 @@
 
 #include "runtime/common.h"
 
-/* Set by --emulated: the program runs in an emulator, slowly. */
-extern int emulated;
+/* Set by --brief: the program runs slowly, in an emulator or watched for races. */
+extern int brief;
 
 /* ThreadSanitizer and emulators in user mode take the threads of a forked child for the parent's;
  * AddressSanitizer deadlocks if one of the parent's threads was allocating just then. */

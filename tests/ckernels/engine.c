@@ -140,8 +140,8 @@ static void check_alike(int which, int32_t n, const char *precision) {
     run(VARIANTS[0], &f, 2, n, loss[0], grads[0], params[0]);
     CHECK(isfinite(loss[0][0]) && loss[0][2] < loss[0][0],
           "an update raises the loss from %g to %g", loss[0][0], loss[0][2]);
-    for (int v = 0; v < VARIANT_N; v += emulated ? 3 : 1) {
-        for (int32_t threads = 1; threads <= (emulated ? 2 : 3); threads++) {
+    for (int v = 0; v < VARIANT_N; v += brief ? 3 : 1) {
+        for (int32_t threads = 1; threads <= (brief ? 2 : 3); threads++) {
             run(VARIANTS[v], &f, threads, n, loss[1], grads[1], params[1]);
             double off = largest_difference(grads[1], grads[0], f.n);
             double moved = largest_difference(params[1], params[0], f.n);
@@ -452,7 +452,7 @@ static void check_engine_fork(void) {
 
 void checks_engine(void) {
     for (int which = 0; which < FIXTURE_N; which++) {
-        for (int i = emulated ? 2 : 0; i < (emulated ? 3 : LENGTH_N); i += 2) {
+        for (int i = brief ? 2 : 0; i < (brief ? 3 : LENGTH_N); i += 2) {
             fixture f = fixture_make(which);
             int32_t n = length(&f, i);
             fixture_free(&f);

@@ -161,7 +161,7 @@ static void check_choices(int which, const char *device, const char *variant) {
     fixture f = fixture_make(which);
     result all = run(&f, nothing, device, variant, 2);
     char what[160];
-    for (int c = 0; c < CHOICE_N; c += emulated ? 3 : 1) {
+    for (int c = 0; c < CHOICE_N; c += brief ? 3 : 1) {
         int32_t left = 0;
         for (int32_t i = 0; i < anepy_model_tensor_n(f.model); i++) {
             anepy_tensor t = row(f.model, i);

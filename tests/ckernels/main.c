@@ -1,10 +1,11 @@
 /* main.c - runs groups of native checks.
  *
- * usage: checks [--list] [--kernels] [--emulated] [--isa NAME] [--threads N] [group ...]
+ * usage: checks [--list] [--kernels] [--brief] [--isa NAME] [--threads N] [group ...]
  *   --list       print the instruction sets this machine can run, best first, and stop
  *   --kernels    at the end print which functions of the kernel tables the groups called
  *   --isa NAME   the library must have chosen this instruction set (see ANEPY_CPU_MASK)
- *   --emulated   this runs in an emulator: fewer combinations, no threads in forked children
+ *   --brief      fewer combinations, no threads in forked children: for an emulator, or where every
+ *                step is watched
  *   --threads N  "0 threads" must mean N (see ANEPY_NUM_THREADS)
  * Without a group, all of them. Exit code 0: no failures; 1: failures; 2: wrong use. */
 #define _GNU_SOURCE
@@ -127,7 +128,7 @@ int main(int argc, char **argv) {
             for (int32_t i = 0; (set = anepy_kernels_at(i)) != NULL; i++) printf("%s\n", set->isa);
             return 0;
         }
-        if (strcmp(argv[first], "--emulated") == 0) emulated = 1;
+        if (strcmp(argv[first], "--brief") == 0) brief = 1;
         else if (strcmp(argv[first], "--kernels") == 0) names = 1;
         else if (strcmp(argv[first], "--isa") == 0 && first + 1 < argc)
             expected_isa = argv[++first];

@@ -69,7 +69,7 @@ static void check_polled(int which, const char *device, const char *variant, con
     targets = tokens + COUNT * n;
     anepy_engine *engine = fixture_engine_on(&f, device, variant, threads);
     int64_t steps = -1;
-    p->f = &f, p->engine = engine, p->copy = copy, p->steps = emulated ? 2 : 15;
+    p->f = &f, p->engine = engine, p->copy = copy, p->steps = brief ? 2 : 15;
     find_buckets(p);
     CHECK(anepy_engine_ready(engine, &steps) == p->buckets && steps == 0, "before the first step");
     pthread_t thread;
@@ -159,11 +159,11 @@ static void check_lost(void) {
 
 void checks_ready(void) {
     int bf16 = anepy_kernels_get()->bf16 != NULL;
-    for (int which = 0; which < (emulated ? 1 : FIXTURE_N); which++) {
+    for (int which = 0; which < (brief ? 1 : FIXTURE_N); which++) {
         for (int32_t threads = 1; threads <= 3; threads++) {
             int32_t sequences = threads == 2 ? 1 : COUNT;
             check_polled(which, "cpu", "max", "fp32", threads, sequences);
-            if (emulated) continue;
+            if (brief) continue;
             check_polled(which, "cpu", "baseline", "fp32", threads, sequences);
             if (bf16) check_polled(which, "cpu", "max", "bf16", threads, sequences);
         }

@@ -47,7 +47,8 @@ seen = []
 for details in ([], ["dialect=1.0"]):
     ane_child.LIBRARY.standin_reset()
     ane_child.setting({"dialect": 10})
-    adapt.store({"schema": 1, "device": "ane", "adapts": [{"detail": d} for d in details]})
+    known = {"adapts": [{"detail": d} for d in details]}
+    adapt.store({"schema": adapt.SCHEMA, "device": "ane"} | known)
     with Engine(ane_child.make_model([32, 48, 1, 2, 2, 61, 64]), "opt", "ane") as engine:
         seen.append([engine.step(*ane_child.sequence(61, 64)).loss,
                      ane_child.calls("compileWithQoS:options:error:")])

@@ -121,9 +121,9 @@ static void check_alike(int which, const char *variant, const char *device, int 
     if (run(&f, variant, device, host, moved) && run(&f, with, device, gpu, moved + f.n)) {
         for (int i = 0; i < STEPS; i++) {
             double off = difference(gpu + i * f.n, host + i * f.n, f.n);
-            /* After the update weights differ in their last bits, and the simulator may round one
-             * to another fp16 number. */
-            double bar = i > 1 && strcmp(device, "sim") == 0 ? 0x1p-11 : 2e-6;
+            /* After the update weights differ in their last bits, and the simulator may round some
+             * to other fp16 numbers: 2^-11 of each, and sums with some of them differ by more. */
+            double bar = i > 1 && strcmp(device, "sim") == 0 ? 0x1p-10 : 2e-6;
             CHECK(off <= bar, "%s on %s, model %d, step %d: off by %g", with, device, which, i,
                   off);
         }

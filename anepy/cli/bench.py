@@ -41,7 +41,8 @@ def bench(
         typer.Option(help="Shapes of stories260K, ... Default: stories110M."),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="Shapes of this model.")
+        Path | None,
+        typer.Option("--model", readable=False, metavar="FILE", help="Shapes of this model."),
     ] = None,
     seq: Annotated[int, typer.Option(min=1, max=65536, help="Tokens per step.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each case.")] = 9,

@@ -19,17 +19,29 @@ from ..errors import AnepyError, LibraryBuildError
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
+# readable=False, here and at every path: a file that may not be read is an error in one line and
+# exit code 1 like any other, and not typer's usage error.
 ModelArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="MODEL", help=".bin, .gguf or Hugging Face folder.", show_default=False),
+    typer.Argument(
+        readable=False,
+        metavar="MODEL",
+        help=".bin, .gguf or Hugging Face folder.",
+        show_default=False,
+    ),
 ]
 ModelOption = Annotated[
-    Path | None, typer.Option("--model", metavar="FILE", help="The same as the argument.")
+    Path | None,
+    typer.Option("--model", readable=False, metavar="FILE", help="The same as the argument."),
 ]
 TokenizerOption = Annotated[
     Path | None,
     typer.Option(
-        "--tokenizer", "-z", metavar="FILE", help="tokenizer.bin. Default: the one beside MODEL."
+        "--tokenizer",
+        "-z",
+        readable=False,
+        metavar="FILE",
+        help="tokenizer.bin. Default: the one beside MODEL.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, sim or ane.")]

@@ -37,11 +37,15 @@ def compare(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Its weights and shape. Default: random weights."),
+        typer.Option(
+            readable=False, metavar="FILE", help="Its weights and shape. Default: random weights."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Token file (anepy prepare). Default: synthetic."),
+        typer.Option(
+            readable=False, metavar="FILE", help="Token file (anepy prepare). Default: synthetic."
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -80,6 +84,7 @@ def compare(
         Path | None,
         typer.Option(
             "--json",
+            readable=False,
             metavar="FILE",
             help="Write every sample; - prints them instead of the table.",
             show_default=False,
@@ -87,7 +92,12 @@ def compare(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write a page with charts.", show_default=False),
+        typer.Option(
+            readable=False,
+            metavar="FILE.html",
+            help="Write a page with charts.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Measure what variants are worth, in turns, with intervals.

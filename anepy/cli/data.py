@@ -39,9 +39,12 @@ BYTES = "bytes"
 def evaluate(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Token file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(readable=False, metavar="FILE", help="Token file.")
+    ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text file, instead of a token file.")
+        Path | None,
+        typer.Option(readable=False, metavar="FILE", help="Text file, instead of a token file."),
     ] = None,
     tokenizer: TokenizerOption = None,
     seq: Annotated[
@@ -179,9 +182,14 @@ def _sequences(
 
 @guarded
 def prepare(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
+    texts: Annotated[
+        list[Path], typer.Argument(readable=False, metavar="TEXT...", help="UTF-8 text files.")
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="D.bin", help="Token file to write.")
+        Path,
+        typer.Option(
+            "--output", "-o", readable=False, metavar="D.bin", help="Token file to write."
+        ),
     ],
     tokenizer: Annotated[
         str,

@@ -37,7 +37,8 @@ def path() -> None:
 @guarded
 def build(
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to put it into instead.")
+        Path | None,
+        typer.Option(readable=False, metavar="DIR", help="Folder to put it into instead."),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Unoptimized, with assertions.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler at work.")] = False,
@@ -52,7 +53,8 @@ def build(
 @guarded
 def fetch(
     from_file: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="Install this file instead.")
+        Path | None,
+        typer.Option("--from", readable=False, metavar="FILE", help="Install this file instead."),
     ] = None,
 ) -> None:
     """Download the library, or install it from a file; print its path."""
@@ -65,7 +67,8 @@ def fetch(
 @guarded
 def verify(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Default: the library in use.")
+        Path | None,
+        typer.Argument(readable=False, metavar="[FILE]", help="Default: the library in use."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -129,7 +129,9 @@ def init(
         str,
         typer.Argument(help="stories260K, stories15M, stories42M or stories110M."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL", help="Result.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, metavar="MODEL", help="Result.")
+    ],
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
 ) -> None:

@@ -29,7 +29,10 @@ def mil(
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model", metavar="FILE", help="Model to bake: .bin, .gguf or Hugging Face folder."
+            "--model",
+            readable=False,
+            metavar="FILE",
+            help="Model to bake: .bin, .gguf or Hugging Face folder.",
         ),
     ] = None,
     preset: Annotated[
@@ -54,7 +57,9 @@ def mil(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Write model.mil and weights/ there."),
+        typer.Option(
+            "--out", "-o", readable=False, metavar="DIR", help="Write model.mil and weights/ there."
+        ),
     ] = None,
 ) -> None:
     """Print the MIL text of a program; its tensor table goes to standard error."""

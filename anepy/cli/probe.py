@@ -21,7 +21,10 @@ def probe(
         str, typer.Option(help="Device: auto, ane, or sim, sim:m1 to sim:m5, the simulator.")
     ] = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write JSON there.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", readable=False, metavar="FILE.json", help="Write JSON there."
+        ),
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="For each probe.")

@@ -41,14 +41,19 @@ def _option(name: str, *spellings: str, metavar: str | None = None) -> Any:
 def train(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help=".bin, .gguf or folder; none trains the demo."),
+        typer.Argument(
+            readable=False, metavar="MODEL", help=".bin, .gguf or folder; none trains the demo."
+        ),
     ] = None,
     model_option: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="The same as the argument.")
+        Path | None,
+        typer.Option("--model", readable=False, metavar="FILE", help="The same as the argument."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Token file, uint16 or uint32 (anepy prepare)."),
+        typer.Option(
+            readable=False, metavar="FILE", help="Token file, uint16 or uint32 (anepy prepare)."
+        ),
     ] = None,
     steps: Annotated[int | None, _option("steps")] = None,
     seq: Annotated[int | None, _option("seq")] = None,
@@ -86,6 +91,7 @@ def train(
         typer.Option(
             "--checkpoint",
             "--ckpt",
+            readable=False,
             metavar="FILE.npz",
             help="Where the run is saved, at its end and on Ctrl-C. Default: MODEL.ckpt.npz here.",
         ),
@@ -99,10 +105,15 @@ def train(
     ] = 0,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", help="Write the trained model: .bin, .gguf, else a folder."),
+        typer.Option(
+            readable=False,
+            metavar="MODEL",
+            help="Write the trained model: .bin, .gguf, else a folder.",
+        ),
     ] = None,
     log: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write one JSON record per event.")
+        Path | None,
+        typer.Option(readable=False, metavar="FILE.jsonl", help="Write one JSON record per event."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing else.")

@@ -40,8 +40,10 @@ def test_compare_prints_a_table_and_what_it_means(run: Run) -> None:
     assert max(map(len, lines[7:end])) <= 80
     head = next(line for line in lines if "delta" in line)
     assert head.split() == ["baseline", "opt", "delta"]
-    for part in ("ms/step", "forward + backward", "allocations/step", "loss curves", "agree to"):
+    for part in ("ms/step", "forward + backward", "allocations/step", "loss curves"):
         assert part in result.out, part
+    # Plain kernels on one thread add in the same order in both.
+    assert "agree to" in result.out or "bit-identical" in result.out
     assert "opt: " in result.out and "time per step against baseline" in result.out
     assert "2 rounds: intervals are to be trusted from 5 on" in result.out
     assert "\x1b" not in result.out, "no colour in a pipe"

@@ -230,8 +230,8 @@ CASES: dict[str, tuple[Case, Case]] = {
     "last_axis_slice": (Case(sliced(16), "m1"), Case(sliced(0), "m1")),
     "last_axis_concat": (Case(sliced(16, True), "m1"), Case(sliced(0, True), "m1")),
     "saturation": (
-        Case(TWO, inputs={"a": 32000 * ONES, "b": -1000 * ONES}),
-        Case(TWO, inputs={"a": 32000 * ONES, "b": -700 * ONES}),
+        Case(TWO, inputs={"a": np.float16(32000) * ONES, "b": np.float16(-1000) * ONES}),
+        Case(TWO, inputs={"a": np.float16(32000) * ONES, "b": np.float16(-700) * ONES}),
     ),
     "subnormal": (
         Case(SCALED, inputs={"x": np.float16(2.0**-14) * ONES}),
@@ -401,7 +401,9 @@ def test_subnormal_inputs_and_weights_become_zero() -> None:
     assert (Program(WEIGHTED, {"g.bin": tiny})(x=1024 * ONES) == 0).all()
     kept = Program(WEIGHTED, {"g.bin": tiny}, rules=all_off())(x=1024 * ONES)
     assert (kept == np.float16(2.0**-5)).all()
-    assert (Program(WEIGHTED, {"g.bin": 1024 * GAIN})(x=np.float16(2.0**-15) * ONES) == 0).all()
+    assert (
+        Program(WEIGHTED, {"g.bin": np.float16(1024) * GAIN})(x=np.float16(2.0**-15) * ONES) == 0
+    ).all()
 
 
 @pytest.mark.parametrize(("chip", "expected"), [("m1", np.inf), ("m2", np.inf), ("m3", 5000.0)])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import guarded, print_json
+from .common import guarded, path_option, print_json
 
 if TYPE_CHECKING:
     from ..bench.cases import Result, Settings
@@ -42,7 +42,7 @@ def bench(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", readable=False, metavar="FILE", help="Shapes of this model."),
+        path_option("--model", metavar="FILE", help="Shapes of this model."),
     ] = None,
     seq: Annotated[int, typer.Option(min=1, max=65536, help="Tokens per step.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each case.")] = 9,

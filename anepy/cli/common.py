@@ -19,12 +19,14 @@ from ..errors import AnepyError, LibraryBuildError
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
-# readable=False, here and at every path: a file that may not be read is an error in one line and
-# exit code 1 like any other, and not typer's usage error.
+# For every path: a file that may not be read is an error in one line and exit code 1 like any
+# other, told by what reads it; typer's own check would make it a usage error.
+path_option = functools.partial(typer.Option, readable=False)
+path_argument = functools.partial(typer.Argument, readable=False)
+
 ModelArgument = Annotated[
     Path | None,
-    typer.Argument(
-        readable=False,
+    path_argument(
         metavar="MODEL",
         help=".bin, .gguf or Hugging Face folder.",
         show_default=False,
@@ -32,14 +34,13 @@ ModelArgument = Annotated[
 ]
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", readable=False, metavar="FILE", help="The same as the argument."),
+    path_option("--model", metavar="FILE", help="The same as the argument."),
 ]
 TokenizerOption = Annotated[
     Path | None,
-    typer.Option(
+    path_option(
         "--tokenizer",
         "-z",
-        readable=False,
         metavar="FILE",
         help="tokenizer.bin. Default: the one beside MODEL.",
     ),

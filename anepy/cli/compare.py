@@ -12,7 +12,7 @@ import typer
 from ..comparing.config import CompareConfig
 from ..errors import ConfigError
 from ..training.settings import setting_help
-from .common import EXIT_FAILURE, distinct, guarded
+from .common import EXIT_FAILURE, distinct, guarded, path_option
 
 if TYPE_CHECKING:
     from ..comparing.result import Comparison
@@ -37,15 +37,11 @@ def compare(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(
-            readable=False, metavar="FILE", help="Its weights and shape. Default: random weights."
-        ),
+        path_option(metavar="FILE", help="Its weights and shape. Default: random weights."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            readable=False, metavar="FILE", help="Token file (anepy prepare). Default: synthetic."
-        ),
+        path_option(metavar="FILE", help="Token file (anepy prepare). Default: synthetic."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -82,9 +78,8 @@ def compare(
     ] = False,
     as_json: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--json",
-            readable=False,
             metavar="FILE",
             help="Write every sample; - prints them instead of the table.",
             show_default=False,
@@ -92,8 +87,7 @@ def compare(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(
-            readable=False,
+        path_option(
             metavar="FILE.html",
             help="Write a page with charts.",
             show_default=False,

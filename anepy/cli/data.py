@@ -23,6 +23,8 @@ from .common import (
     guarded,
     model_path,
     note,
+    path_argument,
+    path_option,
     print_json,
     table,
 )
@@ -39,12 +41,10 @@ BYTES = "bytes"
 def evaluate(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    data: Annotated[
-        Path | None, typer.Option(readable=False, metavar="FILE", help="Token file.")
-    ] = None,
+    data: Annotated[Path | None, path_option(metavar="FILE", help="Token file.")] = None,
     text: Annotated[
         Path | None,
-        typer.Option(readable=False, metavar="FILE", help="Text file, instead of a token file."),
+        path_option(metavar="FILE", help="Text file, instead of a token file."),
     ] = None,
     tokenizer: TokenizerOption = None,
     seq: Annotated[
@@ -182,14 +182,10 @@ def _sequences(
 
 @guarded
 def prepare(
-    texts: Annotated[
-        list[Path], typer.Argument(readable=False, metavar="TEXT...", help="UTF-8 text files.")
-    ],
+    texts: Annotated[list[Path], path_argument(metavar="TEXT...", help="UTF-8 text files.")],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", readable=False, metavar="D.bin", help="Token file to write."
-        ),
+        path_option("--output", "-o", metavar="D.bin", help="Token file to write."),
     ],
     tokenizer: Annotated[
         str,

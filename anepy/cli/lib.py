@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import LibraryNotFoundError
-from .common import JsonOption, examples, guarded, print_json, table
+from .common import JsonOption, examples, guarded, path_argument, path_option, print_json, table
 
 lib = typer.Typer(
     help="Find, build, fetch or check the native library.",
@@ -38,7 +38,7 @@ def path() -> None:
 def build(
     out: Annotated[
         Path | None,
-        typer.Option(readable=False, metavar="DIR", help="Folder to put it into instead."),
+        path_option(metavar="DIR", help="Folder to put it into instead."),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Unoptimized, with assertions.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler at work.")] = False,
@@ -54,7 +54,7 @@ def build(
 def fetch(
     from_file: Annotated[
         Path | None,
-        typer.Option("--from", readable=False, metavar="FILE", help="Install this file instead."),
+        path_option("--from", metavar="FILE", help="Install this file instead."),
     ] = None,
 ) -> None:
     """Download the library, or install it from a file; print its path."""
@@ -68,7 +68,7 @@ def fetch(
 def verify(
     file: Annotated[
         Path | None,
-        typer.Argument(readable=False, metavar="[FILE]", help="Default: the library in use."),
+        path_argument(metavar="[FILE]", help="Default: the library in use."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

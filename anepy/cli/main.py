@@ -24,6 +24,7 @@ from .common import (
     guarded,
     model_path,
     note,
+    path_option,
     print_json,
 )
 from .compare import compare
@@ -129,9 +130,7 @@ def init(
         str,
         typer.Argument(help="stories260K, stories15M, stories42M or stories110M."),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", readable=False, metavar="MODEL", help="Result.")
-    ],
+    output: Annotated[Path, path_option("--output", "-o", metavar="MODEL", help="Result.")],
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import guarded
+from .common import guarded, path_option
 
 if TYPE_CHECKING:
     from ..hardware.programs import Description
@@ -28,9 +28,8 @@ def mil(
     ],
     model: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--model",
-            readable=False,
             metavar="FILE",
             help="Model to bake: .bin, .gguf or Hugging Face folder.",
         ),
@@ -57,9 +56,7 @@ def mil(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "-o", readable=False, metavar="DIR", help="Write model.mil and weights/ there."
-        ),
+        path_option("--out", "-o", metavar="DIR", help="Write model.mil and weights/ there."),
     ] = None,
 ) -> None:
     """Print the MIL text of a program; its tensor table goes to standard error."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .common import EXIT_FAILURE, JsonOption, guarded, note, print_json, table
+from .common import EXIT_FAILURE, JsonOption, guarded, note, path_option, print_json, table
 
 
 @guarded
@@ -22,9 +22,7 @@ def probe(
     ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", readable=False, metavar="FILE.json", help="Write JSON there."
-        ),
+        path_option("--output", "-o", metavar="FILE.json", help="Write JSON there."),
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="For each probe.")

@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from ..training.config import TrainConfig
 from ..training.settings import setting_help
-from .common import guarded, one_of
+from .common import guarded, one_of, path_argument, path_option
 from .plan import BARE_RESUME, Request
 
 
@@ -41,19 +41,15 @@ def _option(name: str, *spellings: str, metavar: str | None = None) -> Any:
 def train(
     model: Annotated[
         Path | None,
-        typer.Argument(
-            readable=False, metavar="MODEL", help=".bin, .gguf or folder; none trains the demo."
-        ),
+        path_argument(metavar="MODEL", help=".bin, .gguf or folder; none trains the demo."),
     ] = None,
     model_option: Annotated[
         Path | None,
-        typer.Option("--model", readable=False, metavar="FILE", help="The same as the argument."),
+        path_option("--model", metavar="FILE", help="The same as the argument."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            readable=False, metavar="FILE", help="Token file, uint16 or uint32 (anepy prepare)."
-        ),
+        path_option(metavar="FILE", help="Token file, uint16 or uint32 (anepy prepare)."),
     ] = None,
     steps: Annotated[int | None, _option("steps")] = None,
     seq: Annotated[int | None, _option("seq")] = None,
@@ -88,10 +84,9 @@ def train(
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--checkpoint",
             "--ckpt",
-            readable=False,
             metavar="FILE.npz",
             help="Where the run is saved, at its end and on Ctrl-C. Default: MODEL.ckpt.npz here.",
         ),
@@ -105,15 +100,14 @@ def train(
     ] = 0,
     save: Annotated[
         Path | None,
-        typer.Option(
-            readable=False,
+        path_option(
             metavar="MODEL",
             help="Write the trained model: .bin, .gguf, else a folder.",
         ),
     ] = None,
     log: Annotated[
         Path | None,
-        typer.Option(readable=False, metavar="FILE.jsonl", help="Write one JSON record per event."),
+        path_option(metavar="FILE.jsonl", help="Write one JSON record per event."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing else.")

@@ -149,7 +149,7 @@ def measure(
         tell: told before each probe how many are done, of how many, and which one comes.
         timeout: seconds for each probe.
     """
-    begun, began = provenance(), time.perf_counter()
+    origin, began = provenance(), time.perf_counter()
     chip = chip_of(device)
     chosen = [probe for probe in PROBES if not names or probe.name in names]
     dialect = "1.3"
@@ -169,7 +169,7 @@ def measure(
         )
     return {
         "schema": adapt.SCHEMA,
-        **begun,
+        **origin,
         "device": device,
         "chip": chip,
         "dialect": dialect,

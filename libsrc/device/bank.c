@@ -71,8 +71,8 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
     const anepy_bank_surface *s = t->surface;
     anepy_storage from = anepy_program_stored(&s->weight, t->params);
     int32_t first = index * ANEPY_PIECE_ROWS, end = first + ANEPY_PIECE_ROWS;
-    if (!anepy_tensor_has(s->weight.tensor,
-                          ANEPY_TENSOR_MATRIX)) { /* a vector: each value fills its row */
+    int vector = !anepy_tensor_has(s->weight.tensor, ANEPY_TENSOR_MATRIX);
+    if (vector) { /* each value fills its row */
         for (int32_t r = first; r < anepy_min_i32(end, s->base.channels); r++) {
             uint16_t *row = (uint16_t *)s->base.data + (int64_t)r * s->base.width;
             t->kernels->to_half(row, anepy_weights_vector(from) + r, 1);

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +123,12 @@ def test_file_that_may_not_be_read_is_named(refused: Callable[..., None]) -> Non
         refused(Path(name[0]), f"{name[0]}/{name}: Permission denied")
     os.chmod("m.bin", 0)
     refused(Path("m.bin"), "m.bin: Permission denied; make it readable")
+
+
+def test_no_path_is_left_to_typers_own_check() -> None:
+    """It would refuse what may not be read with another exit code, which root never sees."""
+    sources = sorted((needs.CHECKOUT / "anepy" / "cli").glob("*.py"))
+    found = [
+        re.findall(r"\bPath(?: \| None|\])?,\s*(\w[\w.]*)\(", path.read_text()) for path in sources
+    ]
+    assert {name for names in found for name in names} == {"path_option", "path_argument"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, ModelError
 from ..system import files
-from . import gguf, huggingface, llama2c
+from . import gguf, huggingface, llama2c, tensor_file
 from .identify import HEAD_BYTES, known_as
 from .model import Model, ModelConfig, PathLike
 from .tensors import Stored
@@ -53,7 +53,7 @@ def _open(path: Path) -> Stored:
         head = file.read(HEAD_BYTES)
     if head.startswith(gguf.MAGIC):
         return gguf.open_file(path)
-    if huggingface.is_safetensors(head):
+    if tensor_file.is_safetensors(head):
         if (path.parent / huggingface.CONFIG).is_file():
             return huggingface.open_folder(path.parent, path)
         raise ModelError(

@@ -10,20 +10,17 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ModelError
 from ..system import files
-from . import hf_config, tensors
-from .identify import known_as
+from . import hf_config, tensor_file, tensors
 from .model import ModelConfig
 from .stored_tokenizer import Pieces, StoredTokenizer
+from .tensor_file import Place
 from .tensors import Stored, Tensor
 from .views import Array
 
@@ -50,17 +47,6 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # -------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor's bytes are."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 # Tables that old checkpoints hold beside the weights; they follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq",)
 
@@ -86,7 +72,7 @@ def open_folder(folder: Path, weights: Path | None = None) -> Stored:
                 f"model {folder} holds no tensor {tensor.hugging_face}, which its {CONFIG} asks "
                 f"for{hint}; get it again"
             )
-        if place.dtype not in _DTYPES:
+        if place.dtype not in tensor_file.DTYPES:
             raise ModelError(
                 f"{place.path}: tensor {tensor.hugging_face} is {place.dtype}, which is not "
                 "supported; get the model in f32, f16 or bf16"
@@ -107,30 +93,30 @@ def open_folder(folder: Path, weights: Path | None = None) -> Stored:
     return Stored(config, partial(_fill, places, wanted, second), _tokenizer(folder))
 
 
-def _places(folder: Path, weights: Path | None) -> dict[str, _Place]:
+def _places(folder: Path, weights: Path | None) -> dict[str, Place]:
     """Return where each tensor of a folder is, by its name."""
     single, index = folder / WEIGHTS, folder / INDEX
     if weights is not None and weights != single and not _in_index(index, weights.name):
-        return _header(weights)
+        return tensor_file.places(weights)
     if single.is_file():
-        return _header(single)
+        return tensor_file.places(single)
     if not index.is_file():
         others = sorted(p.name for p in folder.glob("*.safetensors"))
         if len(others) == 1:
-            return _header(folder / others[0])
+            return tensor_file.places(folder / others[0])
         found = others or sorted(p.name for p in folder.glob("pytorch_model*.bin"))
         raise ModelError(
             f"model {folder} has a {CONFIG} but no {WEIGHTS} and no {INDEX}"
             + (f", only {', '.join(found[:3])}; save it as safetensors" if found else "")
         )
     listed = _weight_map(index)
-    headers: dict[str, dict[str, _Place]] = {}
+    headers: dict[str, dict[str, Place]] = {}
     places = {}
     for name, file in listed.items():
         if file not in headers:
             if not (folder / file).is_file():
                 raise ModelError(f"model {folder} lacks {file}, which {INDEX} names; get it again")
-            headers[file] = _header(folder / file)
+            headers[file] = tensor_file.places(folder / file)
             _check_listed(folder / file, headers[file], listed)
         if name not in headers[file]:
             raise ModelError(f"{folder / file} holds no tensor {name}, which {INDEX} promises")
@@ -138,7 +124,7 @@ def _places(folder: Path, weights: Path | None) -> dict[str, _Place]:
     return places
 
 
-def _check_listed(path: Path, header: Mapping[str, _Place], listed: Mapping[str, str]) -> None:
+def _check_listed(path: Path, header: Mapping[str, Place], listed: Mapping[str, str]) -> None:
     """Refuse a file with a tensor that the index does not look for there."""
     for name in header:
         if listed.get(name) != path.name and not name.endswith(_DERIVED):
@@ -161,61 +147,27 @@ def _weight_map(index: Path) -> dict[str, str]:
     return listed
 
 
-def is_safetensors(head: bytes) -> bool:
-    """Say whether the first bytes of a file are those of a safetensors file."""
-    return head[4:9] == b"\0\0\0\0{"  # the length of the table, then its JSON
-
-
-def _header(path: Path) -> dict[str, _Place]:
-    """Read the table of a safetensors file; the library checks it against the file's size."""
-    package = _safetensors()
-    try:
-        with package.safe_open(path, "numpy"), path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(size))
-    except (OSError, ValueError, package.SafetensorError) as error:
-        what = known_as(path)
-        reason = f"is {what}" if what else f"is no whole safetensors file: {error}"
-        raise ModelError(f"{path} {reason}; get it again") from None
-    table.pop("__metadata__", None)
-    return {
-        name: _Place(path, row["dtype"], tuple(row["shape"]), 8 + size + row["data_offsets"][0])
-        for name, row in table.items()
-    }
-
-
 def _fill(
-    places: Mapping[str, _Place],
+    places: Mapping[str, Place],
     wanted: list[Tensor],
-    second: _Place | None,
+    second: Place | None,
     weights: Mapping[str, Array],
 ) -> None:
     for tensor in wanted:
         place = places[tensor.hugging_face]
-        values = _values(place)
+        values = tensor_file.values(place)
         if tensor.heads:
             values = tensors.from_half_split(values, tensor.heads)
         where = f"{place.path}: tensor {tensor.hugging_face}"
         tensors.put(weights, tensor.name, values, where)
     embedding = weights["tok_embeddings.weight"]
     if second is not None and (
-        second.shape != embedding.shape or not np.array_equal(_values(second), embedding)
+        second.shape != embedding.shape or not np.array_equal(tensor_file.values(second), embedding)
     ):
         raise ModelError(
             f"{second.path}: tensor lm_head.weight differs from model.embed_tokens.weight although "
             f"tie_word_embeddings is true; set that to false in {CONFIG}"
         )
-
-
-def _values(place: _Place) -> npt.NDArray[Any]:
-    """Map a tensor; bfloat16 is widened."""
-    count = math.prod(place.shape)
-    try:
-        stored = np.memmap(place.path, _DTYPES[place.dtype], "r", place.offset, (count,))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot map {place.path}: {error}") from None
-    values = tensors.from_bfloat16(stored) if place.dtype == "BF16" else stored
-    return values.reshape(place.shape)
 
 
 def _tokenizer(folder: Path) -> StoredTokenizer | None:
@@ -228,27 +180,17 @@ def _tokenizer(folder: Path) -> StoredTokenizer | None:
     return StoredTokenizer("huggingface", files=found, ids=ids) if found or ids else None
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError:
-        raise ModelError(
-            "safetensors files need the package safetensors; pip install 'anepy[hf]'"
-        ) from None
-    return safetensors
-
-
 # -------------------------------------------------------------------------------------- writing
 
 
-def check(config: ModelConfig) -> Any:
-    """Refuse a model that no family computes; return the package that writes weights.
+def check(config: ModelConfig) -> None:
+    """Refuse a model that no family computes, before anything is written.
 
     Raises:
         ModelError: the model cannot be expressed, or the package is not installed.
     """
     hf_config.write(config, "f32")
-    return _safetensors()
+    tensor_file.package()
 
 
 def save(
@@ -274,7 +216,7 @@ def save(
         ModelError: the model or a weight cannot be expressed.
         OSError: a file cannot be written; what was there is unchanged.
     """
-    package = check(config)
+    check(config)
     settings = hf_config.write(config, dtype)
     beside: Mapping[str, bytes] = {}
     if isinstance(tokenizer, StoredTokenizer):
@@ -290,7 +232,7 @@ def save(
         for name, content in beside.items():
             (room / name).write_bytes(content)
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(package, room / name, shard, weights, dtype)
+            _write_shard(room / name, shard, weights, dtype)
         if len(shards) > 1:
             placed = {t.hugging_face: n for n, s in zip(names, shards, strict=True) for t in s}
             total = sum(math.prod(t.shape) for shard in shards for t in shard)
@@ -322,23 +264,11 @@ def _stale(folder: Path, names: list[str]) -> list[str]:
     return sorted(found - set(names) - ({INDEX} if len(names) > 1 else set()))
 
 
-def _write_shard(
-    package: Any, path: Path, shard: list[Tensor], weights: Mapping[str, Array], dtype: str
-) -> None:
+def _write_shard(path: Path, shard: list[Tensor], weights: Mapping[str, Array], dtype: str) -> None:
     stored = {}
     for tensor in shard:
         values = tensors.rounded(weights[tensor.name], dtype, tensor.name)
         if tensor.heads:
             values = np.ascontiguousarray(tensors.to_half_split(values, tensor.heads))
         stored[tensor.hugging_face] = values
-    kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
-    table = {
-        name: package.TensorSpec(
-            dtype=kind, shape=list(v.shape), data_ptr=v.ctypes.data, data_len=v.nbytes
-        )
-        for name, v in stored.items()
-    }
-    try:
-        package.serialize_file(table, path, {"format": "pt"})
-    except package.SafetensorError as error:
-        raise OSError(str(error)) from None
+    tensor_file.write(path, stored, dtype)

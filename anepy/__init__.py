@@ -28,6 +28,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "LibraryBuildError": "errors",
     "LibraryNotFoundError": "errors",
+    "Lora": "models.lora",
     "Measured": "comparing.result",
     "MilError": "errors",
     "Model": "models.model",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
         UnsupportedPlatformError,
     )
     from .hardware.program import Program
+    from .models.lora import Lora
     from .models.model import PRESETS, Model, ModelConfig, RopeScaling
     from .native.info import library_info
     from .text.data import Sampler, TokenData, windows

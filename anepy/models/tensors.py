@@ -29,6 +29,10 @@ _LAYER = (  # anepy, Hugging Face, GGUF, extents, are the rows rotary pairs
     ("feed_forward.w2", "mlp.down_proj", "ffn_down", ("dim", "hidden_dim"), False),
     ("feed_forward.w3", "mlp.up_proj", "ffn_up", ("hidden_dim", "dim"), False),
 )
+# The linear maps of a layer: the last word of their names here -> where they are in Hugging Face's.
+PROJECTIONS: Mapping[str, str] = {
+    name.split(".")[-1]: theirs for name, theirs, _, extents, _ in _LAYER if len(extents) == 2
+}
 _BIASES = ("attention.wq", "attention.wk", "attention.wv")
 _NORMS = (
     ("attention.q_norm", "self_attn.q_norm", "attn_q_norm", ("width",), True),

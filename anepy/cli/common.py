@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
 from ..errors import AnepyError, LibraryBuildError
+
+if TYPE_CHECKING:
+    from ..models.model import Model
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
@@ -43,6 +46,15 @@ TokenizerOption = Annotated[
         "-z",
         metavar="FILE",
         help="tokenizer.bin. Default: the one beside MODEL.",
+    ),
+]
+AdapterOption = Annotated[
+    Path | None,
+    path_option(
+        "--adapter",
+        metavar="FOLDER",
+        help="LoRA adapter in PEFT's format, added to the weights of MODEL.",
+        show_default=False,
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, sim or ane.")]
@@ -126,6 +138,15 @@ def model_path(argument: Path | None, option: Path | None) -> Path:
     if path is None:
         raise typer.BadParameter("name a model, like stories110M.bin")
     return path
+
+
+def adapted_model(path: Path, adapter: Path | None) -> Model:
+    """Load a model with the adapter of a folder, if one is named, fused into it."""
+    from ..models.lora import Lora
+    from ..models.model import Model
+
+    model = Model.load(path)
+    return model if adapter is None else Lora.load(adapter).fuse(model)
 
 
 def distinct(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ConfigError, DataError
 from .common import (
+    AdapterOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -20,6 +21,7 @@ from .common import (
     PrecisionOption,
     ThreadsOption,
     TokenizerOption,
+    adapted_model,
     guarded,
     model_path,
     note,
@@ -46,6 +48,7 @@ def evaluate(
         Path | None,
         path_option(metavar="FILE", help="Text file, instead of a token file."),
     ] = None,
+    adapter: AdapterOption = None,
     tokenizer: TokenizerOption = None,
     seq: Annotated[
         int | None,
@@ -77,10 +80,10 @@ def evaluate(
         raise ConfigError("pass what to evaluate on: either --data FILE or --text FILE")
     from ..engine.engine import Engine
     from ..engine.evaluation import mean_loss, sequence_losses
-    from ..models.model import Model, sequence_length
+    from ..models.model import sequence_length
     from ..system.words import perplexity, quantity
 
-    loaded = Model.load(path)
+    loaded = adapted_model(path, adapter)
     context = loaded.config.seq_len
     length = context if documents and seq is None else sequence_length(seq, context)
     with _tokens(data, text, tokenizer, loaded.config.vocab_size, path) as tokens:

@@ -15,11 +15,13 @@ import typer
 from ..errors import ConfigError
 from .bench import bench
 from .common import (
+    AdapterOption,
     JsonOption,
     ModelArgument,
     ModelOption,
     ThreadsOption,
     TokenizerOption,
+    adapted_model,
     examples,
     guarded,
     model_path,
@@ -29,6 +31,7 @@ from .common import (
 )
 from .compare import compare
 from .data import evaluate, prepare
+from .fuse import fuse
 from .info import info
 from .lib import lib
 from .mil import mil
@@ -79,6 +82,7 @@ def generate(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Beginning of the text.")] = "",
+    adapter: AdapterOption = None,
     tokenizer: TokenizerOption = None,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")
@@ -100,7 +104,8 @@ def generate(
 
     told = choose_device(device)
     began = time.perf_counter()
-    text = stream(path, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads)
+    loaded = adapted_model(path, adapter)
+    text = stream(loaded, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads)
     if not as_json:
         note(told)
     pieces = []
@@ -181,6 +186,13 @@ def _register() -> None:
             "anepy eval stories260K.bin --text stories.txt --tokenizer tok512.bin --documents",
         ),
     )(evaluate)
+    app.command(
+        "fuse",
+        epilog=examples(
+            "anepy fuse model --adapter adapter -o tuned.gguf",
+            "anepy fuse stories15M.bin --adapter adapter -o tuned.bin",
+        ),
+    )(fuse)
     app.command(
         "init",
         epilog=examples(

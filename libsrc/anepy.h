@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define ANEPY_ABI_VERSION 3
+#define ANEPY_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define ANEPY_API __declspec(dllexport)
@@ -290,10 +290,16 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
  * have no counted target. Device cpu computes as many sequences side by side as fit into 512
  * columns, n rounded up to 64 for each. The first such step, or anepy_engine_reserve before it,
  * makes room for them; if there is no memory for it they fail with ANEPY_E_MEMORY and nothing has
- * changed. */
+ * changed.
+ *
+ * starts, here and below: uint8[count, n], not 0 for the first token of a document. Documents that
+ * are packed into a sequence are computed as if each were a sequence: no token looks into another
+ * document, and positions begin at 0 in each. Targets know nothing of it: that of a document's last
+ * token, if it is the first token of the next, should be below 0. A sequence always begins one.
+ * NULL: each sequence is one document. Device cpu only; others fail with ANEPY_E_UNSUPPORTED. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
                                           const int32_t *tokens, const int32_t *targets,
-                                          int32_t count, int32_t n);
+                                          const uint8_t *starts, int32_t count, int32_t n);
 ANEPY_API int32_t anepy_engine_reserve(anepy_engine *engine, int32_t count, int32_t n);
 
 /* AdamW with the mean gradient of the targets counted since the last update (Loshchilov & Hutter
@@ -330,14 +336,15 @@ ANEPY_API int32_t anepy_engine_evaluate(anepy_engine *engine, double *loss, cons
                                         const int32_t *targets, int32_t n);
 ANEPY_API int32_t anepy_engine_evaluate_batch(anepy_engine *engine, double *loss, double *losses,
                                               const int32_t *tokens, const int32_t *targets,
-                                              int32_t count, int32_t n);
+                                              const uint8_t *starts, int32_t count, int32_t n);
 
 /* logits: float32 [n, vocab_size], row t predicts token t+1; or [count, n, vocab_size]. No
  * gradients. */
 ANEPY_API int32_t anepy_engine_logits(anepy_engine *engine, float *logits, const int32_t *tokens,
                                       int32_t n);
 ANEPY_API int32_t anepy_engine_logits_batch(anepy_engine *engine, float *logits,
-                                            const int32_t *tokens, int32_t count, int32_t n);
+                                            const int32_t *tokens, const uint8_t *starts,
+                                            int32_t count, int32_t n);
 
 /* Tells the engine that the arenas were filled from a checkpoint: takes over accumulated, counted,
  * unit, updates, loss_scale and clean_steps, and recompiles where weights are baked. counted 0: the

@@ -126,27 +126,28 @@ static int32_t check_shape(const anepy_engine *e, int32_t sequences, int32_t tok
     return ANEPY_OK;
 }
 
-/* targets NULL: none. They may be anything below 0. */
-static int32_t check_sequences(const anepy_engine *e, const int32_t *ids, const int32_t *targets,
-                               int32_t sequences, int32_t tokens) {
-    ANEPY_TRY(check_shape(e, sequences, tokens));
-    ANEPY_TRY(check_ids(e, "tokens", ids, sequences * tokens, 0));
-    return targets != NULL ? check_ids(e, "targets", targets, sequences * tokens, INT32_MIN)
-                           : ANEPY_OK;
+/* Targets may be anything below 0. */
+static int32_t check_batch(const anepy_engine *e, const anepy_batch *b) {
+    ANEPY_TRY(check_shape(e, b->sequences, b->tokens));
+    int32_t n = b->sequences * b->tokens;
+    ANEPY_TRY(check_ids(e, "tokens", b->ids, n, 0));
+    return b->targets != NULL ? check_ids(e, "targets", b->targets, n, INT32_MIN) : ANEPY_OK;
 }
 
 /* ----------------------------------------------------------------------------------- the calls */
 
 int32_t anepy_engine_step(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
                           const int32_t *targets, int32_t n) {
-    return anepy_engine_step_batch(e, out, tokens, targets, 1, n);
+    return anepy_engine_step_batch(e, out, tokens, targets, NULL, 1, n);
 }
 
 int32_t anepy_engine_step_batch(anepy_engine *e, anepy_step_stats *out, const int32_t *tokens,
-                                const int32_t *targets, int32_t count, int32_t n) {
+                                const int32_t *targets, const uint8_t *starts, int32_t count,
+                                int32_t n) {
+    anepy_batch batch = {tokens, targets, starts, count, n};
     ANEPY_TRY(enter(e));
-    int32_t status = check_sequences(e, tokens, targets, count, n);
-    if (status == ANEPY_OK) status = anepy_step(e, tokens, targets, count, n);
+    int32_t status = check_batch(e, &batch);
+    if (status == ANEPY_OK) status = anepy_step(e, &batch);
     if (status == ANEPY_OK) {
         uint32_t size = out->struct_size;
         *out = e->run.stats;
@@ -164,28 +165,29 @@ int32_t anepy_engine_reserve(anepy_engine *e, int32_t count, int32_t n) {
 
 int32_t anepy_engine_evaluate(anepy_engine *e, double *loss, const int32_t *tokens,
                               const int32_t *targets, int32_t n) {
-    return anepy_engine_evaluate_batch(e, loss, NULL, tokens, targets, 1, n);
+    return anepy_engine_evaluate_batch(e, loss, NULL, tokens, targets, NULL, 1, n);
 }
 
 int32_t anepy_engine_evaluate_batch(anepy_engine *e, double *loss, double *losses,
-                                    const int32_t *tokens, const int32_t *targets, int32_t count,
-                                    int32_t n) {
+                                    const int32_t *tokens, const int32_t *targets,
+                                    const uint8_t *starts, int32_t count, int32_t n) {
+    anepy_batch batch = {tokens, targets, starts, count, n};
     ANEPY_TRY(enter(e));
-    int32_t status = check_sequences(e, tokens, targets, count, n);
-    if (status == ANEPY_OK)
-        status = anepy_step_evaluate(e, loss, losses, tokens, targets, count, n);
+    int32_t status = check_batch(e, &batch);
+    if (status == ANEPY_OK) status = anepy_step_evaluate(e, loss, losses, &batch);
     return leave(e, status);
 }
 
 int32_t anepy_engine_logits(anepy_engine *e, float *logits, const int32_t *tokens, int32_t n) {
-    return anepy_engine_logits_batch(e, logits, tokens, 1, n);
+    return anepy_engine_logits_batch(e, logits, tokens, NULL, 1, n);
 }
 
 int32_t anepy_engine_logits_batch(anepy_engine *e, float *logits, const int32_t *tokens,
-                                  int32_t count, int32_t n) {
+                                  const uint8_t *starts, int32_t count, int32_t n) {
+    anepy_batch batch = {tokens, NULL, starts, count, n};
     ANEPY_TRY(enter(e));
-    int32_t status = check_sequences(e, tokens, NULL, count, n);
-    if (status == ANEPY_OK) status = anepy_step_logits(e, logits, tokens, count, n);
+    int32_t status = check_batch(e, &batch);
+    if (status == ANEPY_OK) status = anepy_step_logits(e, logits, &batch);
     return leave(e, status);
 }
 

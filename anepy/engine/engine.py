@@ -18,8 +18,16 @@ from ..native import abi
 from .adapt import adapted
 from .device import AUTO, open_device
 from .gradients import Gradients
-from .handle import Owner, address, check_counts, encoded, float_pointer, id_pointer
-from .ids import Ids, as_ids, pair
+from .handle import (
+    Owner,
+    address,
+    check_counts,
+    encoded,
+    float_pointer,
+    id_pointer,
+    start_pointer,
+)
+from .ids import Ids, Starts, as_ids, as_starts, pair
 from .stats import StepStats, UpdateStats
 from .variants import named_switches
 
@@ -172,7 +180,9 @@ class Engine(Owner):
         """Updates so far: Adam's t."""
         return int(self._info().updates)
 
-    def step(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> StepStats:
+    def step(
+        self, tokens: npt.ArrayLike, targets: npt.ArrayLike, starts: npt.ArrayLike | None = None
+    ) -> StepStats:
         """Run forward and backward on one sequence, or several; gradients accumulate.
 
         Several sequences of one length are one step. On the CPU they run side by side, in groups
@@ -185,22 +195,37 @@ class Engine(Owner):
         weighted by its counted targets against those of the first, so that `update` can take the
         mean over all of them, however they are spread over steps and sequences.
 
+        With `starts` several documents are packed into a sequence, and each is computed as if it
+        were a sequence of its own: no token looks into another document, and positions begin at 0
+        in each. Blocks of 64 tokens that none looks at are left out, so that packed attention
+        costs less. What the last token of a document is to predict is the caller's matter: set its
+        target below 0 if it would be the first token of the next document.
+
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
             targets: the ids that follow each of them, of the same shape; below 0: not counted. A
                 sequence may have none that is counted, a step may not.
+            starts: truth values of the shape of `tokens`: where a document begins. A sequence
+                begins one in any case. Default: each sequence is one document. Device cpu only.
 
         Raises:
-            ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted;
-                nothing has changed then.
+            ConfigError: a wrong shape, an id beyond the vocabulary, no target is counted, or
+                `starts` on another device than cpu; nothing has changed then.
             NativeError: no memory for as many at once; nothing has changed then.
         """
-        tokens, targets = pair(tokens, targets)
-        count, n = np.atleast_2d(tokens).shape
+        ids, wanted = pair(tokens, targets)
+        begun = as_starts(starts, ids)
+        count, n = np.atleast_2d(ids).shape
         stats = abi.StepStats()
         with self._call() as handle:
             self._lib.anepy_engine_step_batch(
-                handle, ctypes.byref(stats), id_pointer(tokens), id_pointer(targets), count, n
+                handle,
+                ctypes.byref(stats),
+                id_pointer(ids),
+                id_pointer(wanted),
+                start_pointer(begun),
+                count,
+                n,
             )
             self._gradients.stale &= bool(stats.skipped)
             self._gradients.exposed = self._gradients.seen
@@ -329,67 +354,88 @@ class Engine(Owner):
                 self._gradients.stale |= leave and self.accumulated == 0
         return UpdateStats.read(stats)
 
-    def logits(self, tokens: npt.ArrayLike) -> Array:
+    def logits(self, tokens: npt.ArrayLike, starts: npt.ArrayLike | None = None) -> Array:
         """Return the logits of every position, without gradients.
 
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; several
                 sequences run side by side on the CPU, in the room that steps or `reserve` made.
+            starts: where documents begin, as for `step`.
 
         Returns:
             float32 (n, vocab_size) or (sequences, n, vocab_size): what follows each token.
 
         Raises:
-            ConfigError: a wrong shape or an id beyond the vocabulary.
+            ConfigError: a wrong shape, an id beyond the vocabulary, or `starts` on another device
+                than cpu.
         """
         ids = as_ids(tokens, "tokens")
+        begun = as_starts(starts, ids)
         count, n = np.atleast_2d(ids).shape
         out = np.empty((*ids.shape, self.model.config.vocab_size), dtype=np.float32)
         with self._call() as handle:
             self._lib.anepy_engine_logits_batch(
-                handle, float_pointer(out), id_pointer(ids), count, n
+                handle, float_pointer(out), id_pointer(ids), start_pointer(begun), count, n
             )
         return out
 
-    def evaluate(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+    def evaluate(
+        self, tokens: npt.ArrayLike, targets: npt.ArrayLike, starts: npt.ArrayLike | None = None
+    ) -> float:
         """Return the mean cross-entropy of the counted targets in nats, without gradients.
 
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len; several
                 sequences run side by side on the CPU, in the room that steps or `reserve` made.
             targets: the ids that follow each of them, of the same shape; below 0: not counted.
+            starts: where documents begin, as for `step`.
 
         Raises:
-            ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted.
+            ConfigError: a wrong shape, an id beyond the vocabulary, no target is counted, or
+                `starts` on another device than cpu.
         """
-        return self._evaluate(*pair(tokens, targets), None)
+        ids, wanted = pair(tokens, targets)
+        return self._evaluate(ids, wanted, as_starts(starts, ids), None)
 
-    def losses(self, tokens: npt.ArrayLike, targets: npt.ArrayLike) -> Losses:
+    def losses(
+        self, tokens: npt.ArrayLike, targets: npt.ArrayLike, starts: npt.ArrayLike | None = None
+    ) -> Losses:
         """Return the cross-entropy of each target in nats, without gradients.
 
         Args:
             tokens: integer ids (n,) or (sequences, n), 1 <= n <= seq_len.
             targets: the ids that follow each of them, of the same shape; below 0: not counted.
+            starts: where documents begin, as for `step`.
 
         Returns:
             float64 of the shape of `targets`; 0 where a target is not counted.
 
         Raises:
-            ConfigError: a wrong shape, an id beyond the vocabulary, or no target is counted.
+            ConfigError: a wrong shape, an id beyond the vocabulary, no target is counted, or
+                `starts` on another device than cpu.
         """
         ids, wanted = pair(tokens, targets)
         losses = np.empty(ids.shape, dtype=np.float64)
-        self._evaluate(ids, wanted, losses)
+        self._evaluate(ids, wanted, as_starts(starts, ids), losses)
         return losses
 
-    def _evaluate(self, tokens: Ids, targets: Ids, losses: Losses | None) -> float:
+    def _evaluate(
+        self, tokens: Ids, targets: Ids, starts: Starts | None, losses: Losses | None
+    ) -> float:
         count, n = np.atleast_2d(tokens).shape
         loss = ctypes.c_double(math.nan)
         doubles = ctypes.POINTER(ctypes.c_double)
         each = losses.ctypes.data_as(doubles) if losses is not None else None
         with self._call() as handle:
             self._lib.anepy_engine_evaluate_batch(
-                handle, ctypes.byref(loss), each, id_pointer(tokens), id_pointer(targets), count, n
+                handle,
+                ctypes.byref(loss),
+                each,
+                id_pointer(tokens),
+                id_pointer(targets),
+                start_pointer(starts),
+                count,
+                n,
             )
         return loss.value
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ..errors import ClosedError, ConfigError, NativeError
 from ..models.views import Array
-from .ids import Ids
+from .ids import Ids, Starts
 
 _O = TypeVar("_O", bound="Owner")
 
@@ -104,3 +104,8 @@ def float_pointer(array: Array) -> Any:
 def id_pointer(array: Ids) -> Any:
     """Return the memory of an int32 array as `int32_t *`."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+
+
+def start_pointer(array: Starts | None) -> Any:
+    """Return the memory of a uint8 array as `uint8_t *`; None is NULL."""
+    return None if array is None else array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from ..errors import ConfigError
 
 Ids = npt.NDArray[np.int32]
+Starts = npt.NDArray[np.uint8]
 
 
 def as_ids(values: npt.ArrayLike, what: str) -> Ids:
@@ -51,3 +52,23 @@ def pair(tokens: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[Ids, Ids]:
     raise ConfigError(
         f"tokens have shape {ids.shape} but targets have shape {wanted.shape}: they go in pairs"
     )
+
+
+def as_starts(starts: npt.ArrayLike | None, ids: Ids) -> Starts | None:
+    """Return which tokens begin a document as contiguous uint8 of the shape of `ids`.
+
+    Raises:
+        ConfigError: they are neither truth values nor integers, or their shape differs.
+    """
+    if starts is None:
+        return None
+    try:
+        array = np.asarray(starts)
+    except ValueError:  # rows of different lengths
+        raise ConfigError("starts is nested unevenly, expected one truth value per token") from None
+    if array.shape != ids.shape or array.dtype.kind not in "biu":
+        raise ConfigError(
+            f"starts has shape {array.shape} and type {array.dtype}, expected a truth value for "
+            f"each token, in the shape {ids.shape}"
+        )
+    return np.ascontiguousarray(array != 0, dtype=np.uint8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32
+from ctypes import c_uint8 as u8
 from ctypes import c_uint64 as u64
 from ctypes import c_void_p as handle
 from typing import Any
@@ -19,7 +20,7 @@ from ..errors import (
     UnsupportedError,
 )
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
 MATRIX = 1  # of the flags of Tensor
 
@@ -384,6 +385,7 @@ STRUCTS: tuple[type[_Sized], ...] = (
 
 _ids = POINTER(c_int32)
 _floats = POINTER(c_float)
+_starts = POINTER(u8)
 
 # Functions that return a status; a negative one becomes an exception.
 CHECKED: dict[str, tuple[Any, ...]] = {
@@ -395,7 +397,15 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_create": (POINTER(handle), handle, POINTER(EngineOptions)),
     "anepy_engine_get_info": (handle, POINTER(EngineInfo)),
     "anepy_engine_step": (handle, POINTER(StepStats), _ids, _ids, c_int32),
-    "anepy_engine_step_batch": (handle, POINTER(StepStats), _ids, _ids, c_int32, c_int32),
+    "anepy_engine_step_batch": (
+        handle,
+        POINTER(StepStats),
+        _ids,
+        _ids,
+        _starts,
+        c_int32,
+        c_int32,
+    ),
     "anepy_engine_reserve": (handle, c_int32, c_int32),
     "anepy_engine_update": (handle, POINTER(UpdateStats), POINTER(UpdateOptions)),
     "anepy_engine_evaluate": (handle, POINTER(c_double), _ids, _ids, c_int32),
@@ -405,11 +415,12 @@ CHECKED: dict[str, tuple[Any, ...]] = {
         POINTER(c_double),
         _ids,
         _ids,
+        _starts,
         c_int32,
         c_int32,
     ),
     "anepy_engine_logits": (handle, _floats, _ids, c_int32),
-    "anepy_engine_logits_batch": (handle, _floats, _ids, c_int32, c_int32),
+    "anepy_engine_logits_batch": (handle, _floats, _ids, _starts, c_int32, c_int32),
     "anepy_engine_reduce": (handle, c_int64, c_double),
     "anepy_engine_discard": (handle,),
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),

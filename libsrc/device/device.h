@@ -20,6 +20,7 @@
 #define ANEPY_DYNAMIC 8u      /* can take weights through surfaces */
 #define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
 #define ANEPY_BATCHES 32u         /* surfaces may hold several sequences beside each other */
+#define ANEPY_PACKS 64u           /* keeps documents within a sequence apart */
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;
@@ -131,6 +132,10 @@ struct anepy_device {
     uint64_t nbytes;          /* bytes of its surfaces */
     _Atomic int64_t compiles; /* so far; another thread may be compiling */
     int64_t compile_budget;   /* most compilations of the process; 0: no limit */
+    /* With ANEPY_PACKS: of each column the position, in its sequence, of the first token of its
+     * document. Attention does not look behind it, and RoPE counts from it. NULL: a sequence is one
+     * document. Set before evaluations, by the step engine. */
+    const int32_t *documents;
 };
 
 /* The device type with this name; NULL or "auto" is the first usable one. If details follow a

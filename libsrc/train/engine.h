@@ -124,6 +124,7 @@ typedef struct {
     float *rstd, *coef;  /* [width]: statistics of one RMSNorm backward */
     float *lse;          /* [width]: log-sum-exp of the logits of each column */
     float *zeros;        /* [width] */
+    int32_t *documents;  /* [width]: of a run with starts, as the device takes them */
     float *head_partial; /* qk_norm: [n_heads, head_dim], gradients of each head of q or k */
     anepy_surface dqk;   /* host: gradients of q_raw, k_raw, where programs do not read memory */
     float *partial;      /* soft-max: [2, chunks, width], largest logit and sum of each chunk */
@@ -138,6 +139,7 @@ typedef struct {
 typedef struct {
     const int32_t *ids;     /* of the running sequences, one after the other */
     const int32_t *targets; /* below 0: not counted; NULL: only logits are wanted */
+    const uint8_t *starts;  /* not 0 where a document begins; NULL: at each sequence only */
     double *losses;         /* of each target, 0 where it is not counted; NULL: not wanted */
     int32_t sequences;      /* of the call */
     int32_t counted;        /* targets of the call that are */

@@ -43,11 +43,26 @@ static int32_t norm_backward(anepy_engine *e, anepy_node *node, float *dx, const
     return ANEPY_OK;
 }
 
+/* Tells the device which columns belong to one document. Those behind the last token do to its. */
+static void place_documents(anepy_engine *e) {
+    const anepy_run *run = &e->run;
+    int32_t *documents = e->room->documents;
+    e->room->device->documents = run->starts != NULL ? documents : NULL;
+    for (int32_t s = 0; s < run->beside && run->starts != NULL; s++) {
+        const uint8_t *starts = run->starts + (int64_t)s * run->tokens;
+        for (int32_t t = 0, first = 0; t < run->padded; t++) {
+            if (t < run->tokens && starts[t]) first = t;
+            documents[s * run->padded + t] = first;
+        }
+    }
+}
+
 int32_t anepy_forward(anepy_engine *e) {
     anepy_step_stats *stats = &e->run.stats;
     int32_t layers = e->model->config.n_layers;
     double mark = anepy_now_ms();
     const float *out;
+    place_documents(e);
     anepy_embed(e);
     anepy_count(&mark, &stats->elementwise_ms);
     for (int32_t l = 0; l < layers; l++) {

@@ -43,6 +43,7 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     room->coef = anepy_carve(c, width);
     room->lse = anepy_carve(c, width);
     room->zeros = anepy_carve(c, width);
+    room->documents = (int32_t *)(void *)anepy_carve(c, width);
     if (config->qk_norm) {
         room->head_partial = anepy_carve(c, e->model->q_dim);
         if (!anepy_can(e, ANEPY_BINDS))

@@ -34,6 +34,7 @@ static void advance(anepy_engine *e) {
     anepy_run *run = &e->run;
     run->ids += anepy_running_tokens(e);
     if (run->targets != NULL) run->targets += anepy_running_tokens(e);
+    if (run->starts != NULL) run->starts += anepy_running_tokens(e);
     if (run->losses != NULL) run->losses += anepy_running_tokens(e);
     run->added += run->beside;
 }
@@ -48,13 +49,19 @@ static void set_run(anepy_engine *e, int32_t sequences, int32_t tokens, int32_t 
 }
 
 /* What the run computes; its programs. */
-static int32_t begin(anepy_engine *e, const int32_t *ids, const int32_t *targets) {
+static int32_t begin(anepy_engine *e, const anepy_batch *batch) {
     anepy_run *run = &e->run;
     int32_t n = run->sequences * run->tokens;
-    run->ids = ids;
-    run->targets = targets;
-    run->counted = targets != NULL ? anepy_counted(targets, n) : 0;
-    if (targets != NULL && run->counted == 0)
+    run->ids = batch->ids;
+    run->targets = batch->targets;
+    run->starts = batch->starts;
+    run->counted = run->targets != NULL ? anepy_counted(run->targets, n) : 0;
+    if (run->starts != NULL && !anepy_can(e, ANEPY_PACKS))
+        return anepy_fail(ANEPY_E_UNSUPPORTED,
+                          "device %s cannot keep documents of a sequence apart: use device cpu, or "
+                          "no starts",
+                          e->type->name);
+    if (run->targets != NULL && run->counted == 0)
         return anepy_fail(ANEPY_E_ARGUMENT, "no target is counted: all %d are below 0", n);
     ANEPY_TRY(anepy_room_widen(e));
     return e->room->stale ? anepy_compile(e) : ANEPY_OK;
@@ -123,13 +130,12 @@ static int32_t add_sequences(anepy_engine *e, double *mark) {
     return ANEPY_OK;
 }
 
-int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, int32_t sequences,
-                   int32_t tokens) {
+int32_t anepy_step(anepy_engine *e, const anepy_batch *batch) {
     double start = anepy_now_ms(), mark = start;
     int64_t heap = anepy_heap_operations();
     anepy_step_stats *stats = &e->run.stats;
-    set_run(e, sequences, tokens, GROUP_COLUMNS);
-    ANEPY_TRY(begin(e, ids, targets));
+    set_run(e, batch->sequences, batch->tokens, GROUP_COLUMNS);
+    ANEPY_TRY(begin(e, batch));
     anepy_scale_begin(e);
     anepy_ready_begin(e);
     int32_t status = add_sequences(e, &mark);
@@ -143,7 +149,7 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
     anepy_ready_all(e);
     stats->tokens = e->run.counted;
     anepy_flops flops = {.struct_size = sizeof flops};
-    ANEPY_TRY(anepy_step_flops(e->model, &flops, sequences, tokens));
+    ANEPY_TRY(anepy_step_flops(e->model, &flops, batch->sequences, batch->tokens));
     stats->flops = flops.total;
     stats->allocations = anepy_heap_operations() - heap;
     anepy_count(&mark, &stats->backward_ms);
@@ -152,19 +158,18 @@ int32_t anepy_step(anepy_engine *e, const int32_t *ids, const int32_t *targets, 
 }
 
 /* In the room that there is, with the weights as they are now, even while others compile. */
-static int32_t begin_forward(anepy_engine *e, const int32_t *ids, const int32_t *targets,
-                             int32_t sequences, int32_t tokens) {
+static int32_t begin_forward(anepy_engine *e, const anepy_batch *batch) {
     ANEPY_TRY(anepy_compile_settle(e));
-    set_run(e, sequences, tokens, anepy_min_i32(GROUP_COLUMNS, e->room->width));
-    return begin(e, ids, targets);
+    set_run(e, batch->sequences, batch->tokens, anepy_min_i32(GROUP_COLUMNS, e->room->width));
+    return begin(e, batch);
 }
 
-int32_t anepy_step_evaluate(anepy_engine *e, double *loss, double *losses, const int32_t *ids,
-                            const int32_t *targets, int32_t sequences, int32_t tokens) {
+int32_t anepy_step_evaluate(anepy_engine *e, double *loss, double *losses,
+                            const anepy_batch *batch) {
     double sum = 0.0, part;
-    ANEPY_TRY(begin_forward(e, ids, targets, sequences, tokens));
+    ANEPY_TRY(begin_forward(e, batch));
     e->run.losses = losses;
-    for (; e->run.added < sequences; advance(e)) {
+    for (; e->run.added < batch->sequences; advance(e)) {
         set_group(e);
         ANEPY_TRY(anepy_forward(e));
         ANEPY_TRY(anepy_pass_loss(e, 0, &part));
@@ -174,13 +179,13 @@ int32_t anepy_step_evaluate(anepy_engine *e, double *loss, double *losses, const
     return ANEPY_OK;
 }
 
-int32_t anepy_step_logits(anepy_engine *e, float *logits, const int32_t *ids, int32_t sequences,
-                          int32_t tokens) {
-    ANEPY_TRY(begin_forward(e, ids, NULL, sequences, tokens));
-    for (; e->run.added < sequences; advance(e)) {
+int32_t anepy_step_logits(anepy_engine *e, float *logits, const anepy_batch *batch) {
+    ANEPY_TRY(begin_forward(e, batch));
+    for (; e->run.added < batch->sequences; advance(e)) {
+        int64_t token = (int64_t)e->run.added * batch->tokens;
         set_group(e);
         ANEPY_TRY(anepy_forward(e));
-        anepy_logits_copy(e, logits + (int64_t)e->run.added * tokens * e->model->config.vocab_size);
+        anepy_logits_copy(e, logits + token * e->model->config.vocab_size);
     }
     return ANEPY_OK;
 }

@@ -42,7 +42,7 @@ static void discard(drawn d) {
 static double step(anepy_engine *engine, drawn d, int32_t first, int32_t count, int32_t n) {
     anepy_step_stats stats = {.struct_size = sizeof stats};
     int32_t at = first * n;
-    CHECK(anepy_engine_step_batch(engine, &stats, d.tokens + at, d.targets + at, count, n) ==
+    CHECK(anepy_engine_step_batch(engine, &stats, d.tokens + at, d.targets + at, NULL, count, n) ==
                   ANEPY_OK &&
               stats.skipped == 0,
           "a step of %d sequences of %d", count, n);

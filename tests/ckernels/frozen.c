@@ -113,7 +113,8 @@ static result run(const fixture *f, choice frozen, const char *device, const cha
     int32_t status = anepy_engine_create(&engine, r.model, &options);
     CHECK(status == ANEPY_OK, "no engine for %s on %s", variant, device);
     for (int i = 0; i < STEPS && status == ANEPY_OK; i++) {
-        status = anepy_engine_step_batch(engine, &stats, f->tokens, f->targets, COUNT, tokens);
+        status =
+            anepy_engine_step_batch(engine, &stats, f->tokens, f->targets, NULL, COUNT, tokens);
         r.loss += stats.loss;
         r.flops = stats.flops;
     }

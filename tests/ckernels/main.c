@@ -107,8 +107,9 @@ static const struct {
     {"pool", checks_pool},         {"runtime", checks_runtime},
     {"model", checks_model},       {"engine", checks_engine},
     {"batch", checks_batch},       {"masks", checks_masks},
-    {"frozen", checks_frozen},     {"handles", checks_handles},
-    {"weights", checks_weights},   {"ready", checks_ready},
+    {"packing", checks_packing},   {"frozen", checks_frozen},
+    {"handles", checks_handles},   {"weights", checks_weights},
+    {"ready", checks_ready},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

@@ -54,7 +54,8 @@ static int32_t take(batch *b, int part) {
 
 static double step(anepy_engine *engine, const batch *b, const int32_t *targets, int32_t counted) {
     anepy_step_stats stats = {.struct_size = sizeof stats};
-    CHECK(anepy_engine_step_batch(engine, &stats, b->tokens, targets, COUNT, b->n) == ANEPY_OK &&
+    CHECK(anepy_engine_step_batch(engine, &stats, b->tokens, targets, NULL, COUNT, b->n) ==
+                  ANEPY_OK &&
               stats.skipped == 0 && stats.tokens == counted,
           "a step with %d targets counted %lld", counted, (long long)stats.tokens);
     return stats.loss;
@@ -91,7 +92,8 @@ static void check_parts(int which, const char *variant, const char *precision, i
     int32_t all = COUNT * b.n, bf16 = strcmp(precision, "bf16") == 0;
     float *whole = floats(f.n), *logits = floats((int64_t)all * f.config.vocab_size);
     anepy_engine *engine = fixture_engine(&f, variant, threads);
-    CHECK(anepy_engine_logits_batch(engine, logits, b.tokens, COUNT, b.n) == ANEPY_OK, "logits");
+    CHECK(anepy_engine_logits_batch(engine, logits, b.tokens, NULL, COUNT, b.n) == ANEPY_OK,
+          "logits");
     double loss = step(engine, &b, b.targets, all), sum = 0.0, found = NAN;
     memcpy(whole, f.grads, (size_t)f.n * sizeof(float));
     CHECK(fixture_restore(engine, 0, 0) == ANEPY_OK, "restore");
@@ -105,8 +107,8 @@ static void check_parts(int which, const char *variant, const char *precision, i
               of_part, expected);
         double *losses = calloc((size_t)all, sizeof *losses), total = 0.0;
         if (losses == NULL) abort();
-        CHECK(anepy_engine_evaluate_batch(engine, &found, losses, b.tokens, b.part, COUNT, b.n) ==
-                      ANEPY_OK &&
+        CHECK(anepy_engine_evaluate_batch(engine, &found, losses, b.tokens, b.part, NULL, COUNT,
+                                          b.n) == ANEPY_OK &&
                   fabs(found - of_part) <= 1e-6,
               "%s, %s: evaluate %.9g, step %.9g", precision, variant, found, of_part);
         for (int32_t i = 0; i < all; i++) {
@@ -147,7 +149,8 @@ static void check_uncounted_sequence(const char *precision) {
     memcpy(alone, f.grads, (size_t)f.n * sizeof(float));
     for (int32_t i = b.n; i < 3 * b.n; i++) b.targets[i] = -100;
     CHECK(fixture_restore(engine, 0, 0) == ANEPY_OK, "restore");
-    CHECK(anepy_engine_step_batch(engine, &stats, b.tokens, b.targets, 3, b.n) == ANEPY_OK, "step");
+    CHECK(anepy_engine_step_batch(engine, &stats, b.tokens, b.targets, NULL, 3, b.n) == ANEPY_OK,
+          "step");
     double off = difference(f.grads, alone, f.n, 1.0);
     CHECK(stats.loss == loss && stats.tokens == b.n && off <= 2e-6,
           "%s: loss %.17g, not %.17g, gradients off by %g", precision, stats.loss, loss, off);

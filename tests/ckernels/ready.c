@@ -77,7 +77,8 @@ static void check_polled(int which, const char *device, const char *variant, con
     for (int64_t step = 1; step <= p->steps; step++) {
         anepy_step_stats stats = {.struct_size = sizeof stats};
         for (int32_t i = 0; i < 2 * COUNT * n; i++) tokens[i] = random_below(f.config.vocab_size);
-        right &= anepy_engine_step_batch(engine, &stats, tokens, targets, sequences, n) == ANEPY_OK;
+        right &= anepy_engine_step_batch(engine, &stats, tokens, targets, NULL, sequences, n) ==
+                 ANEPY_OK;
         right &= anepy_engine_ready(engine, &steps) == p->buckets && steps == step;
         while (atomic_load(&p->done) < step) sched_yield();
         right &= all_same(copy, f.grads, f.n);

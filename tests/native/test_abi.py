@@ -123,6 +123,7 @@ def test_every_function_of_the_header_is_declared_and_the_reverse(header: str) -
 def ctypes_of(kind: str) -> tuple[Any, ...]:
     """List what a C type may be declared as."""
     scalars: dict[str, Any] = {
+        "uint8_t": ctypes.c_uint8,
         "int32_t": ctypes.c_int32,
         "int64_t": ctypes.c_int64,
         "uint32_t": ctypes.c_uint32,

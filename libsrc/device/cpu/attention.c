@@ -6,6 +6,9 @@
  * forward pass keeps one number per query, the log-sum-exp of its scores; from it the backward pass
  * computes each probability again, once.
  *
+ * Of documents packed into a sequence the blocks of keys before the first document of a block of
+ * queries are left out, and in the others what lies before a query's own is masked.
+ *
  * Factors of products are copied into the layout of the matrix kernels, and in bf16 rounded there:
  * only `load` and `panel_of` depend on the precision. Scores and soft-max are float32. KV head k
  * serves the query heads k*g to k*g+g-1. */
@@ -25,9 +28,10 @@ typedef struct {
     const anepy_bf16_kernels *bf16; /* NULL: products are float32 */
     int64_t width;
     int32_t head_dim, heads, kv_heads, group;
-    int32_t n;         /* tokens of a sequence */
-    int32_t blocks;    /* blocks of 64 tokens in a sequence */
-    int32_t sequences; /* how many run side by side */
+    int32_t n;                /* tokens of a sequence */
+    int32_t blocks;           /* blocks of 64 tokens in a sequence */
+    int32_t sequences;        /* how many run side by side */
+    const int32_t *documents; /* of each column: where its document begins; NULL: at 0 */
     /* Units of a reduction over a head's channels, and over a block's columns. */
     int32_t channel_units, column_units;
     float factor; /* 1 / sqrt(head_dim) */
@@ -51,6 +55,7 @@ static attention begin(const anepy_executable *executable, int32_t n, int32_t co
                        .n = n,
                        .blocks = (n + COLS - 1) / COLS,
                        .sequences = columns / (int32_t)anepy_round_up(n, COLS),
+                       .documents = executable->cpu->base.documents,
                        .channel_units = (o->model->head_dim + pair - 1) / pair,
                        .column_units = COLS / pair,
                        .factor = factor,
@@ -92,6 +97,15 @@ typedef struct {
     float sign;
 } rotation;
 
+/* The column behind the document that begins at this one, or behind the sequence. */
+static int32_t document_end(const rotation *r, int32_t start) {
+    const int32_t *documents = r->cpu->base.documents;
+    int32_t behind = (start / r->stride + 1) * r->stride, end = start + 1;
+    if (/* mutate: packed-positions */ documents == NULL) return behind;
+    while (end < behind && documents[end] == documents[start]) end++;
+    return end;
+}
+
 /* Channels 2i and 2i+1 of a head rotate by position * theta^(-2i/head_dim) (Su et al. 2021, the
  * interleaved pairs of llama2.c). */
 static void rotate_head(void *context, int32_t head, int32_t worker) {
@@ -101,11 +115,13 @@ static void rotate_head(void *context, int32_t head, int32_t worker) {
     int64_t width = o->width, positions = r->cpu->positions;
     int32_t head_dim = o->model->head_dim;
     float *x = r->x + (int64_t)head * head_dim * width;
-    for (int32_t i = 0; i < head_dim / 2; i++)
-        for (int32_t start = 0; start < r->columns; start += r->stride)
+    for (int32_t start = 0, end; start < r->columns; start = end) {
+        end = document_end(r, start);
+        for (int32_t i = 0; i < head_dim / 2; i++)
             o->gemm->kernels->rope(x + 2 * i * width + start, x + (2 * i + 1) * width + start,
                                    r->cpu->cosine + i * positions, r->cpu->sine + i * positions,
-                                   r->sign, r->stride);
+                                   r->sign, end - start);
+    }
 }
 
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,
@@ -181,6 +197,34 @@ static void over_columns(const attention *a, float *c, factors left, const float
                      a->head_dim, COLS, a->column_units, accumulate);
 }
 
+/* ----------------------------------------------------------------------------------- documents
+ *
+ * In a sequence they begin at ascending positions, so what a block may not see is a corner of it.
+ */
+
+/* The first block of keys that a block of queries sees. */
+static int32_t first_block(const attention *a, piece p) {
+    if (a->documents == NULL) return 0;
+    return a->documents[(p.sequence * a->blocks + p.block) * COLS] / COLS;
+}
+
+/* A score that is lower than all others, but finite: a query may see nothing of the first blocks
+ * that its neighbours see, and what it makes of them must shrink to zero, not become NaN. A power
+ * of two, so that its product with a scale is exact. */
+#define UNSEEN (-0x1p96f)
+
+/* Masks the scores [query][key], or [key][query], of keys in block `keys` that lie before the
+ * documents of their queries. */
+static void mask_others(const attention *a, float *scores, piece queries, int32_t keys,
+                        int32_t key_step, int32_t query_step) {
+    if (a->documents == NULL) return;
+    const int32_t *documents = a->documents + (queries.sequence * a->blocks + queries.block) * COLS;
+    for (int32_t q = COLS - 1; q >= 0 && documents[q] > keys * COLS; q--) {
+        int32_t before = /* mutate: packed-mask */ anepy_min_i32(COLS, documents[q] - keys * COLS);
+        for (int32_t t = 0; t < before; t++) scores[t * key_step + q * query_step] = UNSEEN;
+    }
+}
+
 /* ------------------------------------------------------------------------------------- forward */
 
 static void load_keys(void *context, int32_t index, int32_t worker) {
@@ -208,11 +252,13 @@ static void forward_block(void *context, int32_t index, int32_t worker) {
         max[j] = -INFINITY;
         sum[j] = 0.0f;
     }
-    for (piece k = {p.head / a->group, p.sequence, 0}; k.block <= p.block; k.block++) {
+    int32_t first = first_block(a, p);
+    for (piece k = {p.head / a->group, p.sequence, first}; k.block <= p.block; k.block++) {
         over_channels(a, scores, shared(a, k, 0), q);
+        mask_others(a, scores, p, k.block, COLS, 1);
         a->kernels->softmax_step(scores, max, sum, factor, COLS, a->scale, k.block == p.block);
-        if (k.block > 0) a->kernels->scale_columns(out, COLS, out, factor, a->head_dim);
-        over_columns(a, out, shared(a, k, 1), panel_of(a, copy, scores), k.block > 0);
+        if (k.block > first) a->kernels->scale_columns(out, COLS, out, factor, a->head_dim);
+        over_columns(a, out, shared(a, k, 1), panel_of(a, copy, scores), k.block > first);
     }
     for (int32_t j = 0; j < COLS; j++) {
         max[j] += log2f(sum[j]);
@@ -252,7 +298,7 @@ static void load_queries(void *context, int32_t index, int32_t worker) {
     a->kernels->dot_columns(block_of(a, a->cpu->dot, p, 1), dattn,
                             block_of(a, a->executable->tensors[SDPA_BWD2_ATTN], p, a->head_dim),
                             a->width, a->head_dim);
-    atomic_store_explicit(&a->cpu->turns[index], 0, memory_order_relaxed);
+    atomic_store_explicit(&a->cpu->turns[index], first_block(a, p), memory_order_relaxed);
 }
 
 static void paste(const attention *a, float *dst, const float *src) {
@@ -280,6 +326,7 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
     factors q = shared(a, p, 0), dattn = shared(a, p, 1);
     over_channels(a, probs, q, b->k);
     over_channels(a, ds, dattn, b->v);
+    mask_others(a, probs, p, b->at.block, 1, COLS);
     int32_t last = p.block == b->at.block; /* the last block of keys that these queries see */
     a->kernels->softmax_again(probs, ds, block_of(a, a->executable->tensors[SDPA_BWD2_LSE], p, 1),
                               block_of(a, a->cpu->dot, p, 1), COLS, a->scale, a->factor, last);
@@ -290,7 +337,8 @@ static void backward_pair(const attention *a, const keys_block *b, piece p, int3
     float *dq = a->cpu->dq + (int64_t)index * a->head_dim * COLS;
     /* Threads add to dq in the order of keys. */
     anepy_pool_await(&a->cpu->turns[index], b->at.block);
-    over_columns(a, dq, b->k, transposed, b->at.block > 0);
+    over_columns(a, dq, b->k, transposed,
+                 /* mutate: packed-first */ b->at.block > first_block(a, p));
     if (last) paste(a, block_of(a, a->executable->tensors[SDPA_BWD2_DQ], p, a->head_dim), dq);
     atomic_store_explicit(&a->cpu->turns[index], b->at.block + 1, memory_order_release);
 }
@@ -312,7 +360,8 @@ static void backward_block(void *context, int32_t index, int32_t worker) {
     piece p = b.at;
     int32_t first = b.at.head * a->group;
     for (p.head = first; p.head < first + a->group; p.head++)
-        for (p.block = b.at.block; p.block < a->blocks; p.block++)
+        for (p.block = b.at.block; p.block < a->blocks && first_block(a, p) <= b.at.block;
+             p.block++)
             backward_pair(a, &b, p, p.head > first || p.block > b.at.block);
     paste(a, block_of(a, t[SDPA_BWD2_DK], b.at, a->head_dim), b.dk);
     paste(a, block_of(a, t[SDPA_BWD2_DV], b.at, a->head_dim), b.dv);

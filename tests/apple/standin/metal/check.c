@@ -190,14 +190,14 @@ static void check_batch(const char *device, const char *precision, double bar) {
         if (status == ANEPY_E_UNSUPPORTED && strcmp(precision, "bf16") == 0) break;
         if (gpu && strcmp(device, "cpu") == 0) {
             gpu_arm("newCommandQueue", 1, GPU_NIL);
-            status = anepy_engine_step_batch(engine, &stats, f.tokens, f.targets, 4, N);
+            status = anepy_engine_step_batch(engine, &stats, f.tokens, f.targets, NULL, 4, N);
             CHECK(status == ANEPY_E_DEVICE && strstr(sentence(), "4 sequences of 30") != NULL,
                   "no room beside a broken GPU: status %d, '%s'", status, sentence());
             gpu_arm(NULL, 1, GPU_WORKS);
             CHECK(step(engine, &f, N, &stats) == ANEPY_OK && fixture_restore(engine, 0, 0) == 0,
                   "the room there was: %s", sentence());
         }
-        status = anepy_engine_step_batch(engine, &stats, f.tokens, f.targets, 4, N);
+        status = anepy_engine_step_batch(engine, &stats, f.tokens, f.targets, NULL, 4, N);
         CHECK(status == ANEPY_OK, "a step of four on %s in %s: %s", device, precision, sentence());
         double off = gpu ? difference(f.grads, host, f.n) : 0.0;
         CHECK(off <= bar, "four sequences on %s in %s: off by %g", device, precision, off);

@@ -13,6 +13,7 @@ from .system.version import __version__
 _HOMES = {
     "AbiMismatchError": "errors",
     "AnepyError": "errors",
+    "BusyError": "errors",
     "CheckpointError": "errors",
     "ChecksumError": "errors",
     "ClosedError": "errors",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from .errors import (
         AbiMismatchError,
         AnepyError,
+        BusyError,
         CheckpointError,
         ChecksumError,
         ClosedError,

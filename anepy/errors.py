@@ -39,6 +39,10 @@ class DivergedError(AnepyError):
     """The loss or a gradient stopped being finite; the weights were left untouched."""
 
 
+class BusyError(AnepyError):
+    """Another process works on the same file or folder."""
+
+
 class ClosedError(AnepyError):
     """An object was used after `close()`."""
 

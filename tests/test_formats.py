@@ -18,6 +18,7 @@ import pytest
 
 import anepy
 from anepy.engine.stats import PHASES
+from anepy.models.fetching import Fetched
 
 PAGE = needs.CHECKOUT / "docs" / "formats.md"
 
@@ -117,6 +118,12 @@ def test_names_are_compared_in_both_directions() -> None:
 def test_json_of_a_command(title: str, words: str, folder: Path) -> None:
     option = ["--json", "-"] if title in ("Bench", "Compare") else ["--json"]
     assert_described(json.loads(run(folder, *words.split(), *option)), documented(title))
+
+
+def test_json_of_fetch(folder: Path) -> None:
+    assert_described(json.loads(run(folder, "fetch", "--json")), documented("Fetch"))
+    names = {field.name for field in fields(Fetched)}
+    assert names == documented("Fetch", "field of `files[]`")
 
 
 def test_json_of_prepare_and_the_file_beside_tokens(folder: Path) -> None:

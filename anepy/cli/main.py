@@ -31,6 +31,7 @@ from .common import (
 )
 from .compare import compare
 from .data import evaluate, prepare
+from .fetch import fetch
 from .fuse import fuse
 from .info import info
 from .lib import lib
@@ -200,6 +201,10 @@ def _register() -> None:
             "anepy init stories110M -o new.bin --seed 7",
         ),
     )(init)
+    app.command(
+        "fetch",
+        epilog=examples("anepy fetch", "anepy fetch stories110M tinystories-valid"),
+    )(fetch)
     app.command(
         "prepare",
         epilog=examples(

@@ -33,6 +33,7 @@ from ..training import demo
 from ..training.run_log import RunLog
 from ..training.trainer import Trainer
 from .common import distinct, print_json
+from .missing import brought
 from .plan import Plan, Request, make_plan
 from .restart import go_on_elsewhere
 
@@ -50,6 +51,8 @@ def run(request: Request) -> None:
         began = restart.pending()
         if began is not None:
             stack.callback(began.discard)
+        else:
+            request = brought(request)
         plan = make_plan(request, began)
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))

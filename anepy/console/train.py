@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -422,3 +422,31 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in rows), default=0) + 2
     for label, text in rows:
         print(f"{label + ':':<{width}}{text}")
+
+
+def print_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with a head: in columns on a terminal, one line a row elsewhere.
+
+    Args:
+        heads: of the columns; one that begins with ">" is set to the right.
+        rows: cells; the last column wraps where a terminal is narrow.
+    """
+    names = [head.lstrip(">") for head in heads]
+    if is_live(sys.stdout):
+        console = make_console(sys.stdout)
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for head, name in zip(heads, names, strict=True):
+            last = name == names[-1]
+            justify: Literal["right", "left"] = "right" if head.startswith(">") else "left"
+            grid.add_column(name, justify=justify, no_wrap=not last, overflow="fold")
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        console.print(grid)
+        return
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        cells = [
+            cell.rjust(width) if head.startswith(">") else cell.ljust(width)
+            for cell, width, head in zip(row, widths, heads, strict=True)
+        ]
+        print("  ".join(cells).rstrip())

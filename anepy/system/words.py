@@ -55,3 +55,12 @@ def quantity(count: int) -> str:
                 else f"{count / limit:.1f} {unit}"
             )
     return str(count)
+
+
+def size(nbytes: int) -> str:
+    """Format a size in bytes: 438 MB, 6.2 kB, 12 B."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= limit:
+            value = nbytes / limit
+            return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+    return f"{nbytes} B"

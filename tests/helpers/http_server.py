@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
@@ -22,6 +23,8 @@ class Answer:
         cut: bytes after which the connection is closed, however long the body is.
         stall: bytes after which nothing more comes until the server stops.
         drip: pause in seconds after every byte; the connection is closed after 100 bytes.
+        header_drip: pause in seconds after every byte of the headers.
+        ranges: whether a part is sent where one is asked for, unless `If-Range` names another ETag.
     """
 
     body: bytes = b""
@@ -32,6 +35,8 @@ class Answer:
     cut: int | None = None
     stall: int | None = None
     drip: float = 0.0
+    header_drip: float = 0.0
+    ranges: bool = False
 
 
 class FileServer:
@@ -40,6 +45,7 @@ class FileServer:
     def __init__(self) -> None:
         self.answers: dict[str, list[Answer]] = {}
         self.requests: list[str] = []
+        self.asked: list[str] = []  # the Range of each request, "" without one
         self.closing = threading.Event()
         server = self
 
@@ -49,6 +55,7 @@ class FileServer:
 
             def do_GET(self) -> None:
                 server.requests.append(self.path)
+                server.asked.append(self.headers.get("Range", ""))
                 queue = server.answers.get(self.path, [Answer(b"nothing here", 404)])
                 answer = queue.pop(0) if len(queue) > 1 else queue[0]
                 server.send(self, answer)
@@ -59,15 +66,28 @@ class FileServer:
 
     def send(self, handler: BaseHTTPRequestHandler, answer: Answer) -> None:
         """Send one answer, faults included."""
-        handler.send_response(answer.status)
+        body, status = answer.body, answer.status
         headers = {"Content-Type": answer.kind}
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        condition = handler.headers.get("If-Range")
+        if answer.ranges and asked and condition in (None, answer.headers.get("ETag")):
+            start, total = int(asked[1]), len(body)
+            status, body = (206, body[start:]) if start < total else (416, b"")
+            headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
         if answer.length:
-            headers["Content-Length"] = str(len(answer.body))
-        for name, value in (headers | answer.headers).items():
-            handler.send_header(name, value)
-        handler.end_headers()
+            headers["Content-Length"] = str(len(body))
+        answer = replace(answer, body=body)
         handler.close_connection = True
         try:
+            if answer.header_drip:
+                for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 1000:
+                    handler.wfile.write(bytes([byte]))
+                    if self.closing.wait(answer.header_drip):
+                        return
+            handler.send_response(status)
+            for name, value in (headers | answer.headers).items():
+                handler.send_header(name, value)
+            handler.end_headers()
             if answer.drip:
                 for index in range(100):
                     handler.wfile.write(answer.body[index : index + 1])

@@ -7,65 +7,19 @@ import os
 import pty
 import signal
 import socket
-import ssl
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import children
 import needs
 import pytest
+from downloads import BODY, QUICK, SHA256, WRONG, fetch, make_secure, refused
 from http_server import Answer, FileServer, wait_for
 
 from anepy.errors import ChecksumError, DownloadError, OfflineError
 from anepy.system import download, files
 
-BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
-SHA256 = hashlib.sha256(BODY).hexdigest()
-WRONG = b"\xff" + BODY[1:]
-QUICK = (2.0, 0.4)
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name in ("ANEPY_OFFLINE", "ANEPY_MIRROR", "ANEPY_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Record the pauses between attempts instead of making them."""
-    recorded: list[float] = []
-    monkeypatch.setattr(download, "_sleep", recorded.append)
-    return recorded
-
-
-def fetch(server: FileServer, dest: Path, *answers: Answer, **options: object) -> Path:
-    server.answers["/f.bin"] = list(answers)
-    settings: dict[str, object] = {"timeout": QUICK, "retries": 0} | options
-    return download.download(server.url("/f.bin"), dest, SHA256, len(BODY), **settings)  # type: ignore[arg-type]
-
-
-def refused(server: FileServer, dest: Path, *answers: Answer, **options: object) -> DownloadError:
-    """Return the error of a download that must fail, after checking what holds for every one."""
-    with pytest.raises(DownloadError) as caught:
-        fetch(server, dest, *answers, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "f.bin" in message
-    if dest.parent.is_dir():
-        assert list(dest.parent.iterdir()) == [], "a failed download left something behind"
-    return caught.value
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def test_download_good_file_arrives_with_umask_mode(server: FileServer, tmp_path: Path) -> None:
@@ -236,15 +190,7 @@ def test_download_server_without_tls_is_a_tls_message(
 def test_download_untrusted_certificate_names_the_bundle_variable(
     server: FileServer, tmp_path: Path
 ) -> None:
-    openssl = needs.program("openssl")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+    _, certificate = make_secure(server, tmp_path)
     server.answers["/f.bin"] = [Answer(BODY)]
     url = server.url("/f.bin").replace("http:", "https:")
     dest = tmp_path / "new" / "f.bin"

@@ -116,7 +116,8 @@ typedef struct {
     float *staging[2];     /* [max(dim, q_dim, hidden), width]: read-back of program outputs */
     float *xnorm;          /* [dim, width] after the final norm */
     float *dxnorm;         /* [dim, width] */
-    float *logits;         /* [vocab, width], then their gradients in place */
+    float *logits;         /* [vocab, logits_width], then their gradients in place */
+    int32_t logits_width;  /* width; less where the classifier is frozen (loss.h) */
     anepy_surface host_xnorm, host_dxnorm, host_logits; /* these as programs see them */
     float *group_lse;    /* offload_softmax: [groups, width], log-sum-exp of each group */
     uint16_t *dlogits;   /* bf16: [ANEPY_CHUNK_ROWS, width], gradients of some logits */
@@ -135,6 +136,11 @@ typedef struct {
     uint64_t captures_nbytes;
 } anepy_room;
 
+/* Columns whose logits exist at a time: a multiple of 64. */
+typedef struct {
+    int32_t first, columns;
+} anepy_window;
+
 /* The running call. */
 typedef struct {
     const int32_t *ids;     /* of the running sequences, one after the other */
@@ -149,6 +155,7 @@ typedef struct {
     int32_t tokens;         /* of each sequence */
     int32_t padded;         /* columns of each sequence */
     int32_t columns;        /* beside * padded */
+    anepy_window window;    /* of these: whose logits there are */
     int32_t summed;         /* targets whose losses stats.loss is the sum of, until the end */
     int32_t dw_started;     /* products whose results may have been added to the gradients */
     const float *reached;   /* [dim, width]: the gradient that the backward pass ended with */

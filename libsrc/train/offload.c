@@ -104,16 +104,15 @@ static void gradient_piece(void *context, int32_t index, int32_t worker) {
     }
 }
 
-static double join(anepy_engine *e, int gradient) {
+static void join(anepy_engine *e, int gradient, double *loss) {
     join_task task = {e, anepy_softmax_groups(e->model)};
     int32_t pieces = task.groups * (e->run.columns / COLS);
     anepy_pool_run(e->pool, pieces, group_piece, &task);
-    double loss = anepy_loss_join(e, e->room->group_lse, NULL, task.groups);
+    anepy_loss_join(e, e->room->group_lse, NULL, task.groups, loss);
     if (gradient) {
         anepy_pool_run(e->pool, pieces, gradient_piece, &task);
         anepy_loss_targets(e);
     }
-    return loss;
 }
 
 /* Logits that are already in surfaces of the device are not written there again. */
@@ -135,7 +134,7 @@ int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, doubl
     ANEPY_TRY(ops->evaluate(node->executable, e->run.tokens, e->run.beside));
     anepy_count(mark, &e->run.stats.device_ms);
     ANEPY_TRY(ops->lock(node->output, 0));
-    *loss = join(e, gradient);
+    join(e, gradient, loss);
     ANEPY_TRY(ops->unlock(node->output, 0));
     anepy_count(mark, &e->run.stats.softmax_ms);
     return ANEPY_OK;

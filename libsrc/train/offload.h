@@ -7,7 +7,7 @@
 
 int32_t anepy_offload_logits(anepy_engine *e, double *mark);              /* as anepy_classifier */
 int32_t anepy_offload_classifier_backward(anepy_engine *e, double *mark); /* to dxnorm */
-/* *loss as anepy_loss returns it. */
+/* *loss as of anepy_loss. */
 int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, double *mark);
 
 #endif

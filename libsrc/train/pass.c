@@ -80,19 +80,52 @@ int32_t anepy_forward(anepy_engine *e) {
         anepy_count(&mark, &stats->elementwise_ms);
     }
     ANEPY_TRY(final_norm(e, &mark));
+    e->run.window = (anepy_window){0};
+    if (!anepy_logits_whole(e)) return ANEPY_OK; /* by who needs them, some columns at a time */
+    anepy_logits_next(e);
     if (e->room->tail[ANEPY_CLASSIFIER_FWD] != NULL) return anepy_offload_logits(e, &mark);
     anepy_classifier(e);
     anepy_count(&mark, &stats->classifier_ms);
     return ANEPY_OK;
 }
 
+/* The loss and, with gradient, that of xnorm, a window of columns after the other. */
+static void loss_by_windows(anepy_engine *e, int gradient, double *loss, double *mark) {
+    anepy_step_stats *stats = &e->run.stats;
+    while (anepy_logits_next(e)) {
+        if (!anepy_loss_any(e)) continue;
+        anepy_classifier(e);
+        anepy_count(mark, &stats->classifier_ms);
+        anepy_loss(e, gradient, loss);
+        anepy_count(mark, &stats->softmax_ms);
+        if (gradient) anepy_classifier_backward(e);
+        anepy_count(mark, &stats->classifier_ms);
+    }
+}
+
 int32_t anepy_pass_loss(anepy_engine *e, int gradient, double *loss) {
     double mark = anepy_now_ms();
+    *loss = 0.0;
     if (e->room->tail[ANEPY_SOFTMAX] != NULL)
         return anepy_offload_softmax(e, gradient, loss, &mark);
-    *loss = anepy_loss(e, gradient);
+    if (!anepy_logits_whole(e)) {
+        loss_by_windows(e, gradient, loss, &mark);
+        return ANEPY_OK;
+    }
+    anepy_loss(e, gradient, loss);
     anepy_count(&mark, &e->run.stats.softmax_ms);
     return ANEPY_OK;
+}
+
+void anepy_pass_logits(anepy_engine *e, float *out) {
+    if (anepy_logits_whole(e)) {
+        anepy_logits_copy(e, out);
+        return;
+    }
+    while (anepy_logits_next(e)) {
+        anepy_classifier(e);
+        anepy_logits_copy(e, out);
+    }
 }
 
 /* From the gradients of q and k to those of q_raw and k_raw, where qkv_bwd takes them from. */
@@ -172,7 +205,7 @@ int32_t anepy_backward(anepy_engine *e) {
     anepy_squares_begin(e);
     if (e->room->tail[ANEPY_CLASSIFIER_BWD] != NULL) {
         ANEPY_TRY(anepy_offload_classifier_backward(e, &mark));
-    } else {
+    } else if (anepy_logits_whole(e)) {
         anepy_classifier_backward(e);
         anepy_count(&mark, &stats->classifier_ms);
     }

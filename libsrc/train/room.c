@@ -29,7 +29,8 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     for (int i = 0; i < 2; i++) room->staging[i] = anepy_carve(c, (int64_t)most * width);
     room->host_xnorm = carve_surface(c, dim, width);
     room->host_dxnorm = carve_surface(c, dim, width);
-    room->host_logits = carve_surface(c, config->vocab_size, width);
+    room->logits_width = anepy_logits_width(e, width);
+    room->host_logits = carve_surface(c, config->vocab_size, room->logits_width);
     room->xnorm = room->host_xnorm.data;
     room->dxnorm = room->host_dxnorm.data;
     room->logits = room->host_logits.data;

@@ -8,7 +8,6 @@
 #include "runtime/memory.h"
 #include "train/compile.h"
 #include "train/dw.h"
-#include "train/loss.h"
 #include "train/pass.h"
 #include "train/ready.h"
 #include "train/room.h"
@@ -185,7 +184,7 @@ int32_t anepy_step_logits(anepy_engine *e, float *logits, const anepy_batch *bat
         int64_t token = (int64_t)e->run.added * batch->tokens;
         set_group(e);
         ANEPY_TRY(anepy_forward(e));
-        anepy_logits_copy(e, logits + token * e->model->config.vocab_size);
+        anepy_pass_logits(e, logits + token * e->model->config.vocab_size);
     }
     return ANEPY_OK;
 }

@@ -225,3 +225,42 @@ def test_words_for_what_is_trained() -> None:
         "12 of 57 tensors, 3.1 of 15.2 M parameters"
     )
     assert trained_text(47, 46, 260_032, 227_264) == "46 of 47 tensors, 227.3 of 260.0 K parameters"
+
+
+# More columns than logits exist for at once where the classifier is frozen; two chunks of it.
+LONG = ModelConfig(48, 64, 2, 4, 2, vocab_size=1100, seq_len=320, tied=False)
+LONG_RUNS = [*RUNS[:4], RUNS[6]]
+
+
+def make_long(run: tuple[str, str, str], freeze: str | Sequence[str] = ()) -> Engine:
+    device, precision, variant = run
+    needs.precision(precision)
+    return Engine(make_model(LONG), variant, device, precision, threads=2, freeze=freeze)
+
+
+@pytest.mark.parametrize("run", LONG_RUNS, ids=["-".join(run) for run in LONG_RUNS])
+@pytest.mark.parametrize(("count", "n"), [(1, 300), (3, 70), (2, 128), (1, 1)])
+def test_logits_of_a_frozen_classifier_are_made_in_part_with_the_same_bits(
+    run: tuple[str, str, str], count: int, n: int
+) -> None:
+    random = np.random.default_rng(5)
+    tokens, targets = random.integers(0, LONG.vocab_size, (2, count, n))
+    targets[:, 2 : n // 3] = -100
+    targets[-1, 100:260] = -100  # none is counted in some columns
+    found = []
+    for freeze in ((), "output.weight"):
+        with make_long(run, freeze) as engine:
+            steps = [engine.step(tokens, targets) for _ in range(2)]
+            assert not steps[1].skipped
+            gradients = bits(engine.gradients)
+            gradients.pop("output.weight", None)
+            losses, logits = engine.losses(tokens, targets), engine.logits(tokens)
+            told = [stats.loss for stats in steps] + [engine.evaluate(tokens, targets)]
+            found.append((told, losses.tobytes(), logits.tobytes(), gradients))
+    assert found[0] == found[1]
+
+
+def test_logits_made_in_part_take_less_memory() -> None:
+    run = ("cpu", "fp32", "max")
+    with make_long(run) as whole, make_long(run, "output.weight") as part:
+        assert whole.memory - part.memory == (320 - 128) * LONG.vocab_size * 4

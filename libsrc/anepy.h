@@ -354,7 +354,7 @@ ANEPY_API int32_t anepy_engine_restore(anepy_engine *engine, const anepy_engine_
 
 /* ----------------------------------------------------------------------------------- decoder */
 
-typedef struct anepy_decoder anepy_decoder; /* one token at a time with a key/value cache */
+typedef struct anepy_decoder anepy_decoder; /* computes logits with a key/value cache */
 
 /* params: float32[anepy_model_arena_n], alive until anepy_decoder_free. */
 ANEPY_API int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model,
@@ -363,6 +363,10 @@ ANEPY_API void anepy_decoder_free(anepy_decoder *decoder); /* accepts NULL */
 /* logits: float32[vocab_size]. Positions run 0, 1, 2, ...; position 0 starts anew. */
 ANEPY_API int32_t anepy_decoder_forward(anepy_decoder *decoder, float *logits, int32_t token,
                                         int32_t position);
+/* The same for n >= 1 tokens at positions [position, position + n), many at once: a prompt. logits
+ * are those after the last one; NULL: none. */
+ANEPY_API int32_t anepy_decoder_prefill(anepy_decoder *decoder, float *logits,
+                                        const int32_t *tokens, int32_t n, int32_t position);
 
 /* ---------------------------------------------------------------------------------- programs */
 

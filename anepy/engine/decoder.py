@@ -1,19 +1,23 @@
-"""Logits one token at a time, for generation."""
+"""Logits for generation: of a prompt in one pass, then one token at a time."""
 
 from __future__ import annotations
 
 import ctypes
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..models.model import Model
 from ..models.views import Array
-from .handle import Owner, address, check_counts, float_pointer
+from .handle import Owner, address, check_counts, float_pointer, id_pointer
+from .ids import as_ids
+
+_PASS = 512  # tokens in one call of the library, which Ctrl-C waits for
 
 
 class Decoder(Owner):
-    """Computes logits one token at a time with a key/value cache, always on the CPU in fp32.
+    """Computes logits with a key/value cache, always on the CPU in fp32.
 
     Args:
         model: the model; its weights may change between tokens, not during one.
@@ -26,8 +30,8 @@ class Decoder(Owner):
 
     Example:
         >>> with Decoder(model) as decoder:
-        ...     for position, token in enumerate([1, 403, 407]):
-        ...         logits = decoder.forward(token, position)
+        ...     logits = decoder.prefill([1, 403, 407])
+        ...     logits = decoder.forward(int(logits.argmax()), position=3)
         ...     text = generate(decoder, "Once", "tok512.bin")  # begins anew, in the same memory
     """
 
@@ -59,11 +63,59 @@ class Decoder(Owner):
             NativeError: a position that is neither the next one nor 0.
             ClosedError: the decoder was closed.
         """
-        for name, value in (("token", token), ("position", position)):
-            if not 0 <= value < 2**31:
-                raise ConfigError(f"{name} is {value}, expected a number >= 0")
+        _check(token=token, position=position)
         with self._call() as handle:
             self._lib.anepy_decoder_forward(
                 handle, float_pointer(self._logits), int(token), position
             )
         return self._logits
+
+    def prefill(self, tokens: npt.ArrayLike, position: int = 0) -> Array:
+        """Read tokens in one pass, many at once, as a prompt is; return what `forward` would last.
+
+        The weights are read once for up to 256 tokens. Sums are in another order than those of
+        `forward`, so that logits differ by rounding; they do not depend on the threads.
+
+        Args:
+            tokens: (n,), at least one; the first is at `position`, the others follow.
+            position: the next one, or 0 for a new sequence.
+
+        Returns:
+            The logits after the last token, float32 (vocab_size,), valid until the next call.
+
+        Raises:
+            ConfigError: as `forward` says, or tokens that are no ids; nothing was read then.
+            NativeError: a position that is neither the next one nor 0.
+            ClosedError: the decoder was closed.
+        """
+        _check(position=position)
+        ids = as_ids(tokens, "tokens")
+        if ids.ndim != 1:
+            raise ConfigError(f"tokens have shape {ids.shape}, expected one sequence")
+        vocabulary = self.model.config.vocab_size
+        for extreme in (int(ids.min()), int(ids.max())):
+            if not 0 <= extreme < vocabulary:
+                raise ConfigError(f"token {extreme}, the vocabulary has 0 to {vocabulary - 1}")
+        if position + len(ids) > self.max_len:
+            raise ConfigError(
+                f"{len(ids)} tokens from position {position} on, this decoder has room for "
+                f"{self.max_len}"
+            )
+        with self._call() as handle:
+            for start in range(0, len(ids), _PASS):
+                part = ids[start : start + _PASS]
+                last = start + len(part) == len(ids)
+                self._lib.anepy_decoder_prefill(
+                    handle,
+                    float_pointer(self._logits) if last else None,
+                    id_pointer(part),
+                    len(part),
+                    position + start,
+                )
+        return self._logits
+
+
+def _check(**values: int) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 2**31:
+            raise ConfigError(f"{name} is {value}, expected a number >= 0")

@@ -426,6 +426,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),
     "anepy_decoder_create": (POINTER(handle), handle, handle, c_int32, c_int32),
     "anepy_decoder_forward": (handle, _floats, c_int32, c_int32),
+    "anepy_decoder_prefill": (handle, _floats, _ids, c_int32, c_int32),
     "anepy_program_get_info": (handle, POINTER(ProgramInfo), POINTER(ProgramOptions)),
     "anepy_program_get_port": (handle, POINTER(ProgramPort), POINTER(ProgramOptions), c_int32),
     "anepy_mil_write": (

@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled, one token at a time, with a KV cache.
+"""Text from a model: greedy or sampled, with a KV cache; the prompt is read in one pass.
 
 Greedy output is what llama2.c's run.c prints: the prompt is encoded with BOS and printed too,
 and BOS as the next token ends the text.
@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -123,25 +124,30 @@ def _stream(
 ) -> Iterator[str]:
     # Characters outside the vocabulary come as single bytes: hold them until they are complete.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    token = prompt[0]
+
+    def text(before: int, token: int) -> Iterator[str]:
+        if piece := decoder.decode(_printable(tokenizer.piece(before, token))):
+            yield piece
+
+    for before, token in pairwise(prompt):
+        yield from text(before, token)
     with contextlib.ExitStack() as stack:
         if isinstance(model, Decoder):
             network = model
         else:
             context = min(length, model.config.seq_len)
             network = stack.enter_context(Decoder(model, max_len=context, threads=threads))
-        for position in range(length - 1):
-            logits = network.forward(token, position)
-            if position + 1 < len(prompt):
-                following = prompt[position + 1]
-            else:
-                following = sampling.pick(logits)
-                if following == tokenizer.bos_id:
-                    break
-            text = decoder.decode(_printable(tokenizer.piece(token, following)))
-            if text:
-                yield text
-            token = following
+        token, read = prompt[-1], len(prompt)
+        if read < length:
+            logits = network.prefill(prompt)
+        while read < length:
+            following = sampling.pick(logits)
+            if following == tokenizer.bos_id:
+                break
+            yield from text(token, following)
+            token, read = following, read + 1
+            if read < length:
+                logits = network.forward(token, read - 1)
     if rest := decoder.decode(b"", final=True):
         yield rest
 

@@ -1,38 +1,22 @@
-/* decode/decode.c - one token at a time with a key/value cache, for generation.
+/* decode/decode.c - logits with a key/value cache, for generation: one token here, the chunks of a
+ * prompt in prefill.c.
  *
- * Every product has one column, so the time is that of reading the weights once, as they lie in
- * memory: each thread goes through neighbouring rows, nothing is packed. Always fp32 on the CPU,
- * whatever device trained the model. */
+ * Every product of one token has one column, so the time is that of reading the weights once, as
+ * they lie in memory: each thread goes through neighbouring rows, nothing is packed. Always fp32 on
+ * the CPU, whatever device trained the model. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/weights.h"
-#include "model/model.h"
+#include "decode/decoder.h"
+#include "kernels/blas.h"
 #include "runtime/fpmode.h"
 #include "runtime/memory.h"
-#include "runtime/threads.h"
 
 #define PIECE_BYTES 65536 /* of weights: 2 us, so that threads end together */
-
-struct anepy_decoder {
-    const anepy_model *model;
-    const float *params;
-    const anepy_kernels *kernels;
-    anepy_pool *pool;
-    int32_t max_len, position;
-    _Atomic int32_t busy; /* a call is running */
-    float *memory;
-    uint64_t nbytes;
-    float *x, *xnorm, *out; /* [dim] */
-    float *qkv;             /* [q_dim + 2 * kv_dim]: of this position */
-    float *attn;            /* [q_dim] */
-    float *hidden;          /* [2 * hidden_dim]: h1, h3 */
-    float *scores;          /* [n_heads, max_len] */
-    float *keys, *values;   /* [n_layers, n_kv_heads, max_len, head_dim] */
-    float *rotation;        /* [head_dim]: cos, sin of this position, pair by pair */
-};
+#define CHUNK 256         /* tokens of a prompt at once: the weights are read once for them */
+#define FEW 4             /* tokens that cost less one by one than together */
 
 /* ------------------------------------------------------------------------------------ products */
 
@@ -51,33 +35,49 @@ static void product_rows(void *context, int32_t index, int32_t worker) {
     anepy_weights_gemv(p->d->kernels, p->y + first, anepy_storage_rows(p->w, first, rows), p->x);
 }
 
-static void multiply(const anepy_decoder *d, float *y, anepy_storage w, const float *x) {
+static void multiply(const anepy_decoder *d, float *y, anepy_storage w, const float *x,
+                     int32_t columns) {
+    if (columns > 1) {
+        anepy_product many = {.c = y, .ldc = columns, .b = x, .ldb = columns, .n = columns};
+        anepy_weights_factor(&many, w, 0);
+        anepy_gemm_run(&d->gemm, &many);
+        return;
+    }
     int64_t row_nbytes = w.cols * anepy_dtype_nbytes(w.dtype);
     int32_t piece = anepy_max_i32(1, (int32_t)(PIECE_BYTES / row_nbytes));
     product p = {d, y, w, x, piece};
     anepy_pool_stream(d->pool, (w.rows + piece - 1) / piece, product_rows, &p);
 }
 
-/* y: the outputs of `count` projections of x, one after the other, of which the weight of the first
- * has this role. Weights that lie behind each other are one product. */
-static void project(const anepy_decoder *d, float *y, int32_t layer, int32_t role, int32_t count,
-                    const float *x) {
+static void add_bias(const anepy_decoder *d, float *y, const float *bias, int32_t rows,
+                     int32_t columns) {
+    if (columns == 1) {
+        d->kernels->add(y, y, bias, rows);
+        return;
+    }
+    for (int32_t r = 0; r < rows; r++, y += columns)
+        for (int32_t j = 0; j < columns; j++) y[j] += bias[r];
+}
+
+/* Weights that lie behind each other are one product. */
+void anepy_decoder_project(const anepy_decoder *d, float *y, int32_t layer, int32_t role,
+                           int32_t count, const float *x, int32_t columns) {
     anepy_storage w = {0};
     float *out = y;
     for (int32_t i = 0; i < count; i++) {
         anepy_projection p = anepy_model_projection(d->model, layer, role + i);
         anepy_storage next = anepy_stored(p.weight, d->params);
         if (i > 0 && anepy_storage_extend(&w, next)) continue;
-        if (i > 0) multiply(d, y, w, x);
-        y += w.rows;
+        if (i > 0) multiply(d, y, w, x, columns);
+        y += (int64_t)w.rows * columns;
         w = next;
     }
-    multiply(d, y, w, x);
+    multiply(d, y, w, x, columns);
     for (int32_t i = 0; i < count; i++) {
         anepy_projection p = anepy_model_projection(d->model, layer, role + i);
         if (p.bias != NULL)
-            d->kernels->add(out, out, anepy_weights_vector(anepy_stored(p.bias, d->params)), p.out);
-        out += p.out;
+            add_bias(d, out, anepy_weights_vector(anepy_stored(p.bias, d->params)), p.out, columns);
+        out += (int64_t)p.out * columns;
     }
 }
 
@@ -89,17 +89,15 @@ static void rmsnorm(const anepy_decoder *d, float *y, const float *x, const floa
 }
 
 static void normalize(const anepy_decoder *d, int32_t layer, int32_t role) {
-    anepy_storage weight = anepy_stored(anepy_model_find(d->model, layer, role), d->params);
-    rmsnorm(d, d->xnorm, d->x, anepy_weights_vector(weight), d->model->config.dim);
+    rmsnorm(d, d->xnorm, d->x, anepy_decoder_vector(d, layer, role), d->model->config.dim);
 }
 
 /* The heads of q or k, each by itself. */
 static void normalize_heads(const anepy_decoder *d, float *x, int32_t layer, int32_t role,
                             int32_t heads) {
-    const anepy_tensor *tensor = anepy_model_find(d->model, layer, role);
     int32_t head_dim = d->model->head_dim;
-    if (tensor == NULL) return;
-    const float *weight = anepy_weights_vector(anepy_stored(tensor, d->params));
+    if (!d->model->config.qk_norm) return;
+    const float *weight = anepy_decoder_vector(d, layer, role);
     for (int32_t h = 0; h < heads; h++, x += head_dim) rmsnorm(d, x, x, weight, head_dim);
 }
 
@@ -149,7 +147,7 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     int32_t dim = m->config.dim, hidden = m->config.hidden_dim, q = m->q_dim, kv = m->kv_dim;
     int64_t cache = (int64_t)l * d->max_len * kv;
     normalize(d, l, ANEPY_ATTENTION_NORM);
-    project(d, d->qkv, l, ANEPY_WQ, 3, d->xnorm);
+    anepy_decoder_project(d, d->qkv, l, ANEPY_WQ, 3, d->xnorm, 1);
     normalize_heads(d, d->qkv, l, ANEPY_Q_NORM, m->config.n_heads);
     normalize_heads(d, d->qkv + q, l, ANEPY_K_NORM, m->config.n_kv_heads);
     rotate(d, d->qkv, m->config.n_heads + m->config.n_kv_heads);
@@ -157,27 +155,17 @@ static void layer_forward(anepy_decoder *d, int32_t l) {
     remember(d, d->values + cache, d->qkv + q + kv);
     attention a = {d, d->keys + cache, d->values + cache};
     anepy_pool_run(d->pool, m->config.n_heads, attend_head, &a);
-    project(d, d->out, l, ANEPY_WO, 1, d->attn);
+    anepy_decoder_project(d, d->out, l, ANEPY_WO, 1, d->attn, 1);
     d->kernels->add(d->x, d->x, d->out, dim);
     normalize(d, l, ANEPY_FFN_NORM);
-    project(d, d->hidden, l, ANEPY_W1, 2, d->xnorm);
+    anepy_decoder_project(d, d->hidden, l, ANEPY_W1, 2, d->xnorm, 1);
     d->kernels->swiglu(d->hidden, d->hidden, d->hidden + hidden, hidden);
-    project(d, d->out, l, ANEPY_W2, 1, d->hidden);
+    anepy_decoder_project(d, d->out, l, ANEPY_W2, 1, d->hidden, 1);
     d->kernels->add(d->x, d->x, d->out, dim);
 }
 
-static int32_t forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
+static void token_forward(anepy_decoder *d, int32_t token, int32_t position) {
     const anepy_config *c = &d->model->config;
-    if (token < 0 || token >= c->vocab_size)
-        return anepy_fail(ANEPY_E_TOKEN, "token %d, the vocabulary has 0 to %d", token,
-                          c->vocab_size - 1);
-    if (position != 0 && position != d->position + 1)
-        return anepy_fail(ANEPY_E_STATE, "position %d after %d: positions follow each other",
-                          position, d->position);
-    if (position >= d->max_len)
-        return anepy_fail(ANEPY_E_ARGUMENT, "position %d, this decoder has room for %d", position,
-                          d->max_len);
-    uint64_t fpmode = anepy_fpmode_enter();
     d->position = position;
     for (int32_t i = 0; i < d->model->head_dim / 2; i++) {
         double angle = position * anepy_rope_frequency(d->model, i);
@@ -185,20 +173,58 @@ static int32_t forward(anepy_decoder *d, float *logits, int32_t token, int32_t p
         d->rotation[2 * i + 1] = (float)sin(angle);
     }
     anepy_storage table = anepy_stored(anepy_model_find(d->model, 0, ANEPY_EMBEDDING), d->params);
-    memcpy(d->x, anepy_storage_rows(table, token, 1).data, (size_t)c->dim * sizeof(float));
+    anepy_weights_read(d->kernels, d->x, table, token, 0, c->dim);
     for (int32_t l = 0; l < c->n_layers; l++) layer_forward(d, l);
-    normalize(d, 0, ANEPY_FINAL_NORM);
-    project(d, logits, 0, ANEPY_CLASSIFIER, 1, d->xnorm);
+}
+
+static int32_t check(const anepy_decoder *d, const int32_t *tokens, int32_t n, int32_t position) {
+    int32_t vocab = d->model->config.vocab_size;
+    if (n < 1) return anepy_fail(ANEPY_E_ARGUMENT, "%d tokens, expected 1 or more", n);
+    for (int32_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= vocab)
+            return anepy_fail(ANEPY_E_TOKEN, "token %d, the vocabulary has 0 to %d", tokens[i],
+                              vocab - 1);
+    if (position != 0 && position != d->position + 1)
+        return anepy_fail(ANEPY_E_STATE, "position %d after %d: positions follow each other",
+                          position, d->position);
+    if (position >= d->max_len || n > d->max_len - position)
+        return anepy_fail(ANEPY_E_ARGUMENT, "position %lld, this decoder has room for %d",
+                          (long long)position + n - 1, d->max_len);
+    return ANEPY_OK;
+}
+
+static int32_t forward(anepy_decoder *d, float *logits, const int32_t *tokens, int32_t n,
+                       int32_t position) {
+    ANEPY_TRY(check(d, tokens, n, position));
+    uint64_t fpmode = anepy_fpmode_enter();
+    while (n > 0) {
+        int32_t count = n < FEW ? 1 : anepy_min_i32(n, d->width);
+        if (count == 1) token_forward(d, *tokens, position);
+        else anepy_prefill_chunk(d, tokens, count, position);
+        tokens += count;
+        n -= count;
+        position += count;
+    }
+    d->position = position - 1;
+    if (logits != NULL) {
+        normalize(d, 0, ANEPY_FINAL_NORM);
+        anepy_decoder_project(d, logits, 0, ANEPY_CLASSIFIER, 1, d->xnorm, 1);
+    }
     anepy_fpmode_leave(fpmode);
     return ANEPY_OK;
 }
 
-int32_t anepy_decoder_forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
+int32_t anepy_decoder_prefill(anepy_decoder *d, float *logits, const int32_t *tokens, int32_t n,
+                              int32_t position) {
     if (atomic_exchange(&d->busy, 1))
         return anepy_fail(ANEPY_E_BUSY, "this decoder is running in another thread");
-    int32_t status = forward(d, logits, token, position);
+    int32_t status = forward(d, logits, tokens, n, position);
     atomic_store(&d->busy, 0);
     return status;
+}
+
+int32_t anepy_decoder_forward(anepy_decoder *d, float *logits, int32_t token, int32_t position) {
+    return anepy_decoder_prefill(d, logits, &token, 1, position);
 }
 
 /* ----------------------------------------------------------------------------- make and unmake */
@@ -220,7 +246,10 @@ static int64_t lay_out(anepy_decoder *d, float *base) {
                  {&d->scores, (int64_t)m->config.n_heads * d->max_len},
                  {&d->rotation, m->head_dim},
                  {&d->keys, cache},
-                 {&d->values, cache}};
+                 {&d->values, cache},
+                 {&d->chunk, anepy_prefill_n(d)},
+                 {&d->gemm.panels, anepy_gemm_panels_n(d->width)},
+                 {&d->gemm.scratch, d->gemm.scratch_n * anepy_pool_threads(d->pool)}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         if (base != NULL) *parts[i].at = base + used;
         used += anepy_round_up(parts[i].n, 16);
@@ -231,7 +260,9 @@ static int64_t lay_out(anepy_decoder *d, float *base) {
 int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model, const float *params,
                              int32_t max_len, int32_t threads) {
     const anepy_kernels *kernels = anepy_kernels_get();
+    const anepy_blas *blas;
     if (kernels == NULL) return ANEPY_E_NAME;
+    ANEPY_TRY(anepy_blas_get(&blas));
     if (max_len == 0) max_len = model->config.seq_len;
     if (max_len < 1 || max_len > model->config.seq_len)
         return anepy_fail(ANEPY_E_ARGUMENT, "%d positions, the model allows 1 to %d", max_len,
@@ -240,8 +271,13 @@ int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model, cons
     if (d == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the decoder");
     *d = (anepy_decoder){.model = model, .params = params, .kernels = kernels, .max_len = max_len};
     d->position = -1;
+    d->width = (int32_t)anepy_min_i64(CHUNK, anepy_round_up(max_len, ANEPY_COLUMNS));
     int32_t status = anepy_pool_create(&d->pool, threads);
-    d->nbytes = (uint64_t)lay_out(d, NULL) * sizeof(float);
+    d->gemm = (anepy_gemm){.kernels = kernels,
+                           .blas = blas,
+                           .pool = d->pool,
+                           .scratch_n = anepy_prefill_scratch_n(d)};
+    if (status == ANEPY_OK) d->nbytes = (uint64_t)lay_out(d, NULL) * sizeof(float);
     if (status == ANEPY_OK && (d->memory = anepy_map(d->nbytes)) == NULL)
         status = anepy_fail(ANEPY_E_MEMORY, "no memory for a key/value cache of %llu bytes",
                             (unsigned long long)d->nbytes);

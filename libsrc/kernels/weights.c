@@ -1,6 +1,8 @@
 /* kernels/weights.c - float32 weights in products and as binary16. */
 #include "kernels/weights.h"
 
+#include <string.h>
+
 #define TILE 64
 
 void anepy_weights_factor(anepy_product *product, anepy_storage w, int32_t transposed) {
@@ -13,6 +15,13 @@ void anepy_weights_factor(anepy_product *product, anepy_storage w, int32_t trans
 
 void anepy_weights_gemv(const anepy_kernels *kernels, float *y, anepy_storage w, const float *x) {
     kernels->gemv(y, w.data, w.cols, x, w.rows, w.cols);
+}
+
+void anepy_weights_read(const anepy_kernels *kernels, float *dst, anepy_storage w, int32_t row,
+                        int32_t first, int32_t n) {
+    (void)kernels;
+    memcpy(dst, (const float *)anepy_storage_rows(w, row, 1).data + first,
+           (size_t)n * sizeof(float));
 }
 
 /* Transposes squares that fit the cache. */

@@ -14,6 +14,10 @@ void anepy_weights_factor(anepy_product *product, anepy_storage w, int32_t trans
 /* y = W x, on the calling thread. */
 void anepy_weights_gemv(const anepy_kernels *kernels, float *y, anepy_storage w, const float *x);
 
+/* Elements [first, first + n) of a row as float32. */
+void anepy_weights_read(const anepy_kernels *kernels, float *dst, anepy_storage w, int32_t row,
+                        int32_t first, int32_t n);
+
 /* Converts to binary16: [rows, cols] without gaps, or transposed [cols, rows]. */
 void anepy_weights_to_half(const anepy_kernels *kernels, uint16_t *dst, anepy_storage w,
                            int32_t transposed);

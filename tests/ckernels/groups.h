@@ -37,5 +37,6 @@ void checks_frozen(void);
 void checks_handles(void);
 void checks_weights(void);
 void checks_ready(void);
+void checks_decoder(void);
 
 #endif

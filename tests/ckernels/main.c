@@ -109,7 +109,7 @@ static const struct {
     {"batch", checks_batch},       {"masks", checks_masks},
     {"packing", checks_packing},   {"frozen", checks_frozen},
     {"handles", checks_handles},   {"weights", checks_weights},
-    {"ready", checks_ready},
+    {"ready", checks_ready},       {"decoder", checks_decoder},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

@@ -1,4 +1,4 @@
-"""The decoder: the engine's logits, one token at a time."""
+"""The decoder: the engine's logits, of a prompt at once and one token at a time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from cases import (
     message,
     sequence,
 )
+from reference import llama64 as ref
 from tolerances import relative_error
 
 from anepy.engine import Decoder
 from anepy.errors import AnepyError, ClosedError
 from anepy.models.model import ModelConfig
 
-
-@pytest.mark.parametrize(
+FAMILIES = pytest.mark.parametrize(
     "config",
     [GQA, SEPARATE, WIDE_HEADS, NARROW_HEADS, BIASES, NORMS],
     ids=["gqa", "separate", "wide-heads", "narrow-heads", "biases", "norms"],
 )
+
+
+@FAMILIES
 @pytest.mark.parametrize("threads", [1, 3])
 def test_decoder_logits_are_those_of_the_engine(config: ModelConfig, threads: int) -> None:
     tokens, _ = sequence(config, 70)
@@ -38,6 +41,66 @@ def test_decoder_logits_are_those_of_the_engine(config: ModelConfig, threads: in
             logits = decoder.forward(int(token), position)
             assert logits.shape == (config.vocab_size,) and logits.dtype == np.float32
             assert relative_error(logits, expected[position]) < tolerances.FP32_LOGITS, position
+
+
+@FAMILIES
+@pytest.mark.parametrize("first", [0, 1, 5, 66])
+def test_prompt_in_one_pass_has_the_logits_of_float64(config: ModelConfig, first: int) -> None:
+    """After what was read before: nothing, a token, a few, more than a block of them."""
+    tokens, _ = sequence(config, 70)
+    with Decoder(make_model(config), threads=2) as decoder:
+        if first:
+            decoder.prefill(tokens[:first])
+        logits = decoder.prefill(tokens[first:], first)
+        assert logits.shape == (config.vocab_size,) and logits.dtype == np.float32
+        exact = ref.forward(decoder.model.weights, config, tokens)
+        assert relative_error(logits, exact[-1]) < tolerances.FP32_LOGITS
+
+
+def test_prompt_of_several_passes_is_that_of_single_tokens() -> None:
+    config = ModelConfig(24, 40, 2, 4, 2, 97, 1300)
+    tokens, _ = sequence(config, 1291)
+    with Decoder(make_model(config), threads=2) as one, Decoder(one.model, threads=1) as other:
+        for position, token in enumerate(tokens):
+            expected = one.forward(int(token), position)
+        logits = other.prefill(tokens)
+        assert relative_error(logits, expected) < tolerances.FP32_LOGITS
+        following = int(np.argmax(expected))
+        expected = one.forward(following, len(tokens)).copy()
+        assert (
+            relative_error(other.forward(following, len(tokens)), expected) < tolerances.FP32_LOGITS
+        )
+
+
+def test_prompt_in_one_pass_does_not_depend_on_the_threads() -> None:
+    tokens, _ = sequence(GQA, 129)
+    results = []
+    for threads in (1, 2, 5):
+        with Decoder(make_model(), threads=threads) as decoder:
+            results.append(decoder.prefill(tokens).tobytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_prompt_that_is_refused_changes_nothing() -> None:
+    with Decoder(make_model(), max_len=20) as decoder:
+        expected = decoder.prefill([5, 9, 2, 7, 1]).copy()
+        for tokens, position, what in (
+            ([], 0, "tokens"),
+            ([[1, 2], [3, 4]], 5, "one sequence"),
+            ([0.5, 2.0], 5, "float64"),
+            ([1, 523], 5, "523"),
+            ([-1, 3], 5, "-1"),
+            ([1, 2**32], 5, "4294967296"),
+            (range(21), 0, "room for 20"),
+            (range(16), 5, "room for 20"),
+            ([1, 2], -1, "-1"),
+        ):
+            assert what in message(lambda t=tokens, p=position: decoder.prefill(t, p))
+        message(lambda: decoder.prefill([1, 2], 4), AnepyError)
+        after = decoder.forward(3, 5).copy()
+        assert (decoder.prefill([5, 9, 2, 7, 1]) == expected).all()
+        assert (decoder.forward(3, 5) == after).all()
+        decoder.prefill(range(14), 6)
 
 
 def test_decoder_does_not_depend_on_the_threads() -> None:
@@ -97,3 +160,4 @@ def test_decoder_closed_is_refused() -> None:
     decoder.close()
     decoder.close()
     assert "this Decoder was closed" in message(lambda: decoder.forward(1, 0), ClosedError)
+    assert "this Decoder was closed" in message(lambda: decoder.prefill([1]), ClosedError)

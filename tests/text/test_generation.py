@@ -48,6 +48,9 @@ def scripted(ids: Sequence[int]) -> type:
             logits[ids[position]] = 9.0
             return logits
 
+        def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+            return self.forward(tokens[-1], len(tokens) - 1)
+
     return Scripted
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from .bench import bench
 from .common import (
     AdapterOption,
@@ -26,14 +24,15 @@ from .common import (
     guarded,
     model_path,
     note,
-    path_option,
     print_json,
 )
 from .compare import compare
+from .convert import convert
 from .data import evaluate, prepare
 from .fetch import fetch
 from .fuse import fuse
 from .info import info
+from .init import init
 from .lib import lib
 from .mil import mil
 from .probe import probe
@@ -130,32 +129,6 @@ def generate(
         print()
 
 
-@guarded
-def init(
-    preset: Annotated[
-        str,
-        typer.Argument(help="stories260K, stories15M, stories42M or stories110M."),
-    ],
-    output: Annotated[Path, path_option("--output", "-o", metavar="MODEL", help="Result.")],
-    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the weights.")] = 0,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
-) -> None:
-    """Write a model with random weights, to be trained."""
-    if output.exists() and not force:
-        raise ConfigError(f"{output} exists: name another file, or add --force to replace it")
-    from ..models.formats import check_writable
-    from ..models.model import PRESETS, Model
-    from ..system.words import quantity
-
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    check_writable(PRESETS[preset], output)
-    model = Model.init(PRESETS[preset], seed=seed)
-    model.save(output)
-    parameters = sum(value.size for value in model.weights.values())
-    print(f"{output}: {preset}, {quantity(parameters)} parameters, seed {seed}")
-
-
 def _register() -> None:
     """List every command, in the order the help shows them."""
     app.command(
@@ -198,9 +171,16 @@ def _register() -> None:
         "init",
         epilog=examples(
             "anepy init stories15M -o new.bin",
-            "anepy init stories110M -o new.bin --seed 7",
+            "anepy init --data mine.bin --minutes 20 -o new.bin",
         ),
     )(init)
+    app.command(
+        "convert",
+        epilog=examples(
+            "anepy convert stories15M.bin stories15M.gguf --dtype q8_0",
+            "anepy convert ane_stories110M_ckpt.bin run.npz",
+        ),
+    )(convert)
     app.command(
         "fetch",
         epilog=examples("anepy fetch", "anepy fetch stories110M tinystories-valid"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, ModelError
 from ..system import files
-from . import gguf, huggingface, llama2c, tensor_file
+from . import gguf, huggingface, llama2c, research, tensor_file
 from .identify import HEAD_BYTES, known_as
 from .model import Model, ModelConfig, PathLike
 from .tensors import Stored
@@ -60,6 +60,8 @@ def _open(path: Path) -> Stored:
             f"cannot read model {path}: it is a safetensors file without {huggingface.CONFIG} "
             "beside it, which says what the model computes; get that file too"
         )
+    if head.startswith(research.MAGIC):
+        return research.open_file(path)
     return llama2c.open_file(path)
 
 

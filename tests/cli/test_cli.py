@@ -21,8 +21,8 @@ from anepy.models.model import Model
 from anepy.native import find
 
 COMMANDS = [
-    "train", "compare", "generate", "eval", "fuse", "init", "fetch", "prepare", "mil", "bench",
-    "probe", "info",
+    "train", "compare", "generate", "eval", "fuse", "init", "convert", "fetch", "prepare", "mil",
+    "bench", "probe", "info",
 ]  # fmt: skip
 LIB_COMMANDS = ["path", "build", "fetch", "verify"]
 

@@ -15,6 +15,7 @@ from ..models.freezing import Freeze
 from ..models.model import Model, TensorTable
 from ..models.views import Array, Tensors
 from ..native import abi
+from ..system.interrupts import Uninterrupted
 from .adapt import adapted
 from .device import AUTO, open_device
 from .gradients import Gradients
@@ -45,10 +46,11 @@ class Ready(NamedTuple):
 class Engine(Owner):
     """Trains a model: one sequence or several per step, gradients accumulate until `update`.
 
-    Use one engine from one thread at a time. The model's weights are updated in place. `gradients`
-    (sums since the last update, times the loss scale), `adam_m` and `adam_v` are float32 views by
-    the names of `Model.weights`; assigning to a name copies into the view. `frozen` lists the
-    tensors that have none of these.
+    Use one engine from one thread at a time. The model's weights are updated in place. A signal
+    handler that raises, as that of Ctrl-C, does so after `step` and `update` are complete.
+    `gradients` (sums since the last update, times the loss scale), `adam_m` and `adam_v` are
+    float32 views by the names of `Model.weights`; assigning to a name copies into the view.
+    `frozen` lists the tensors that have none of these.
     `device` and `device_note` say where it runs and, if that was left to anepy, why there;
     `precision` and `precision_note` in what.
 
@@ -217,7 +219,7 @@ class Engine(Owner):
         begun = as_starts(starts, ids)
         count, n = np.atleast_2d(ids).shape
         stats = abi.StepStats()
-        with self._call() as handle:
+        with Uninterrupted(), self._call() as handle:
             self._lib.anepy_engine_step_batch(
                 handle,
                 ctypes.byref(stats),
@@ -343,7 +345,7 @@ class Engine(Owner):
             grad_clip=0.0 if grad_clip is None else grad_clip,
         )
         stats = abi.UpdateStats()
-        with self._call() as handle:
+        with Uninterrupted(), self._call() as handle:
             leave = not self._gradients.seen
             options.flags = abi.LEAVE_GRADIENTS if leave else 0
             if not self._gradients.exposed:

@@ -1,4 +1,8 @@
-"""Ctrl-C during training: the first finishes the step, the second ends the process at once."""
+"""Signals during training: nothing is left half done.
+
+In `anepy train` the first Ctrl-C finishes the step, and the second ends the process at once. In a
+script, where Ctrl-C raises, it does so between two operations that belong together, not in them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,59 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 # Wrappers like `uv run` pass on a Ctrl-C that the terminal has delivered already.
 _ECHO_S = 0.3
+
+
+class Uninterrupted:
+    """Hold back Python's signal handlers until the block is done, and run them then.
+
+    A handler that raises, as that of Ctrl-C does, takes effect as soon as a call of the native
+    library returns: what the call did would be known to the library alone. Other threads are not
+    interrupted by signals, and blocks may be nested.
+    """
+
+    def __enter__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._came: list[int] = []
+        if threading.current_thread() is not threading.main_thread():
+            return
+        try:
+            for number in _RAISING:
+                handler = signal.getsignal(number)
+                held = isinstance(getattr(handler, "__self__", None), Uninterrupted)
+                if callable(handler) and not held:
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
+        except BaseException:  # of a handler that was not held back yet
+            self._restore()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+        for number in dict.fromkeys(self._came):
+            signal.raise_signal(number)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._came.append(number)
+
+    def _restore(self) -> None:
+        try:
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                signal.signal(number, handler)
+                del self._handlers[number]
+        except BaseException:  # of a handler that is back already
+            self._restore()
+            raise
 
 
 class StopRequest:
@@ -85,3 +138,8 @@ class StopRequest:
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Those for which scripts have handlers.
+_RAISING = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # fmt: skip

@@ -21,6 +21,7 @@ from ..engine.evaluation import mean_loss, sequence_losses
 from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.model import Model, sequence_length
+from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
 from . import checkpoint
@@ -207,10 +208,17 @@ class Trainer:
             CompileBudgetError, NativeError: there are no programs for the weights; the step was
                 not begun.
         """
+        self._measured.start()
+        if self._unevaluated is None:
+            with Uninterrupted():
+                report = self._step()
+            if self._unevaluated is None:
+                return report
+        return self._evaluated(self._unevaluated)
+
+    def _step(self) -> StepReport:
+        """Make the next step; a report that waits for an evaluation becomes `_unevaluated`."""
         engine, config, loop, measured = self.engine, self.config, self._loop, self._measured
-        measured.start()
-        if self._unevaluated is not None:
-            return self._evaluated(self._unevaluated)
         stats, step_ms = loop.step()
         lr = loop.learning_rate()
         last = loop.steps >= config.steps
@@ -235,13 +243,13 @@ class Trainer:
         )
         due = last or (config.eval_every and loop.steps % config.eval_every == 0)
         if self.held_out is not None and due:
-            return self._evaluated(report)
-        measured.stop()
+            self._unevaluated = report
+        else:
+            measured.stop()
         return report
 
     def _evaluated(self, report: StepReport) -> StepReport:
         """Complete a report, now or, if there are no programs, in the next process."""
-        self._unevaluated = report
         loss = self._measured.sums.held_out_after = self.evaluate()
         self._unevaluated = None
         self._measured.stop()

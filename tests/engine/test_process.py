@@ -22,6 +22,7 @@ from anepy.errors import AnepyError, ClosedError, ConfigError, NativeError
 from anepy.models.model import Model
 from anepy.native import find
 from anepy.native.info import library_info
+from anepy.system.interrupts import Uninterrupted
 
 PRELUDE = (
     "import os, signal, sys, threading, time\n"
@@ -523,3 +524,66 @@ def test_threads_respect_the_cgroup_quota(files: dict[str, str], threads: int | 
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == (threads or library_info()["threads"])
+
+
+class Raised(Exception):
+    pass
+
+
+def test_a_handler_that_raises_does_so_after_a_complete_step() -> None:
+    """Interrupted at random moments, an engine is where one is that was not."""
+    tokens, targets = sequence(GQA, 24, 1)
+
+    def work(engine: Engine) -> None:
+        if engine.accumulated < 2:
+            engine.step(tokens, targets)
+        else:
+            engine.update(lr=1e-3)
+
+    def state(engine: Engine) -> tuple[object, ...]:
+        weights = bits(engine.model.weights)
+        return engine.updates, engine.accumulated, weights, bits(engine.gradients)
+
+    def handler(*_: object) -> None:
+        raise Raised
+
+    random, interrupted = np.random.default_rng(1), 0
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with Engine(make_model(GQA), device="cpu", threads=1) as engine:
+            for _ in range(100):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
+                    while True:
+                        work(engine)
+                except Raised:
+                    interrupted += 1
+                norm = engine.gradients["norm.weight"]
+                assert norm.any() == (engine.accumulated > 0)
+                del norm  # while it is held, updates clear gradients at once
+            found = state(engine)
+            updates, accumulated = engine.updates, engine.accumulated
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted == 100
+    with Engine(make_model(GQA), device="cpu", threads=1) as engine:
+        while (engine.updates, engine.accumulated) != (updates, accumulated):
+            work(engine)
+        assert state(engine) == found
+
+
+def test_signals_wait_for_the_end_of_the_outermost_block() -> None:
+    seen: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("handled"))
+    try:
+        with Uninterrupted():
+            with Uninterrupted():
+                signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
+            seen.append("end")
+        assert seen == ["end", "handled"]
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == ["end", "handled", "handled"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

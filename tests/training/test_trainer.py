@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -455,3 +456,38 @@ def test_checkpoint_of_a_run_with_frozen_tensors_fits_its_estimate(tmp_path: Pat
         trainer.run_step()
         assert trainer.save_checkpoint(path) <= trainer.checkpoint_nbytes()
         assert path.stat().st_size > trainer.checkpoint_nbytes() - (1 << 16)
+
+
+def test_a_run_interrupted_at_random_moments_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """A handler that raises, in an iteration; then what Ctrl-C in a script leads to."""
+
+    class Raised(Exception):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Raised
+
+    config = settings(steps=60, accum=3, held_out=0.1, eval_every=7, threads=1)
+    expected, _ = trained(config)
+    random, path, interrupted = np.random.default_rng(2), tmp_path / "c.npz", 0
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        while True:
+            model = Model.init(CONFIG, seed=3)
+            resume = path if path.exists() else None
+            with Trainer(model, tokens(), config, resume) as trainer:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 6e-3))
+                    for _ in trainer:
+                        pass
+                except Raised:
+                    interrupted += 1
+                    trainer.save_checkpoint(path)
+                    continue
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                break
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 5
+    assert_same(dict(model.weights), expected)

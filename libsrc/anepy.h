@@ -180,6 +180,10 @@ typedef struct anepy_engine anepy_engine;
 /* Programs are compiled when first needed, not at once: for callers that will call
  * anepy_engine_restore, which compiles them for the weights it is told of. */
 #define ANEPY_ENGINE_DEFER 1u
+/* Of the activations of a layer only its input is kept for the backward pass, which computes the
+ * others again: one forward pass more, the same bits, and memory that grows with the number of
+ * layers by one input each. */
+#define ANEPY_ENGINE_RECOMPUTE 2u
 
 /* The arenas are 64-byte aligned, owned by the caller and alive until anepy_engine_free: params
  * float32[anepy_model_arena_n], which is read and, by update, written; the others
@@ -187,7 +191,7 @@ typedef struct anepy_engine anepy_engine;
  * whole mappings. */
 typedef struct anepy_engine_options {
     uint32_t struct_size;
-    uint32_t flags; /* ANEPY_ENGINE_DEFER */
+    uint32_t flags; /* ANEPY_ENGINE_... */
     float *params;
     float *grads;
     float *adam_m;

@@ -73,6 +73,7 @@ def train(
     precision: Annotated[str | None, _option("precision")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
     freeze: Annotated[list[str] | None, _option("freeze", "--freeze", metavar="PATTERN")] = None,
+    recompute: Annotated[bool, _option("recompute", "--recompute")] = False,
     metal: Annotated[bool, _option("metal", "--metal")] = False,
     resume: Annotated[
         str | None,
@@ -123,7 +124,7 @@ def train(
         for name, value in locals().items()
         if name in TrainConfig.__dataclass_fields__ and value is not None
     }
-    for name in ("metal", "freeze"):
+    for name in ("recompute", "metal", "freeze"):
         if not given.get(name):
             given.pop(name, None)
     request = Request(

@@ -13,6 +13,7 @@ from ..training.reports import Summary
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*#@"
+RECOMPUTE = ("recompute", "activations of a layer are computed again from its input")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def header_rows(header: Header) -> list[tuple[str, str]]:
         ("data", header.data),
         ("engine", engine_text(header.engine)),
         ("variant", variant_text(header.engine)),
+        *([RECOMPUTE] if settings.get("recompute") else []),
         ("run", run_text(settings)),
         ("optimizer", f"{optimizer_text(settings)}, lr {settings['lr']:g}"),
     ]

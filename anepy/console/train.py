@@ -28,6 +28,7 @@ from rich.text import Text
 from ..system.words import duration, engine_text, milliseconds
 from ..training.reports import StepReport, Summary
 from .text import (
+    RECOMPUTE,
     Header,
     History,
     batch_text,
@@ -150,6 +151,8 @@ class Plain(Reporter):
         )
         if header.trained:
             self._line(f"Trains: {header.trained}")
+        if settings.get("recompute"):
+            self._line(f"Recompute: {RECOMPUTE[1]}")
         self._line(
             f"Accum {settings['accum']} steps{batch_text(settings)}, {optimizer_text(settings)}, "
             f"LR={settings['lr']:g}"

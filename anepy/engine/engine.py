@@ -32,7 +32,6 @@ from .ids import Ids, Starts, as_ids, as_starts, pair
 from .stats import StepStats, UpdateStats
 from .variants import named_switches
 
-_DEFER = 1
 Losses = npt.NDArray[np.float64]
 
 
@@ -70,6 +69,10 @@ class Engine(Owner):
             "tok_embeddings*" or ("tok_embeddings*", "layers.0.*"). They have no gradient and no
             moments, which saves that memory and the work; the backward pass ends at the lowest
             layer that is trained. A tied classifier is the embedding.
+        recompute: keep only the input of each layer for the backward pass, which computes the rest
+            of its activations again, with the same bits. A step takes one more forward pass of the
+            layers but the last, and `memory` grows with their number by one input each, float32
+            (dim, columns). On sim and ane what weight gradients are made of stays for each layer.
         defer: compile programs when they are first needed, not at once. For callers that will call
             `restore`: programs for weights about to be replaced would be wasted.
 
@@ -95,11 +98,13 @@ class Engine(Owner):
         threads: int | None = None,
         loss_scale: float | None = None,
         freeze: Freeze = (),
+        recompute: bool = False,
         defer: bool = False,
     ) -> None:
         check_counts(seq_len=seq_len, threads=threads)
         self.model = model
         self.variant = variant
+        self.recompute = recompute
         table = self._table = TensorTable(model.config, freeze)
         self.frozen = table.frozen
         self._lib = table.lib
@@ -107,7 +112,7 @@ class Engine(Owner):
         self.adam_m: Tensors = table.views(self._m, trainable=True)
         self.adam_v: Tensors = table.views(self._v, trainable=True)
         options = abi.EngineOptions(
-            flags=_DEFER if defer else 0,
+            flags=abi.DEFER * defer | abi.RECOMPUTE * recompute,
             params=address(model.arena),
             grads=address(self._grads),
             adam_m=address(self._m),

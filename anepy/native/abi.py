@@ -21,6 +21,7 @@ from ..errors import (
 )
 
 ABI_VERSION = 4
+DEFER, RECOMPUTE = 1, 2  # flags of EngineOptions
 LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
 MATRIX = 1  # of the flags of Tensor
 

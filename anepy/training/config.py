@@ -30,6 +30,9 @@ class TrainConfig(LoopConfig):
     freeze: tuple[str, ...] = setting(
         (), "Leave tensors with such names as they are, like 'layers.0.*'; may be repeated."
     )
+    recompute: bool = setting(
+        False, "Compute activations again in the backward pass: same bits, less memory."
+    )
     metal: bool = setting(False, "Weight gradients on the GPU: switch metal_dw (macOS).")
     held_out: float = setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = setting(0, "Steps between held-out evaluations. 0: at both ends only.")

@@ -122,6 +122,7 @@ class Trainer:
             seq_len=self.seq,
             threads=self.config.threads,
             freeze=self.config.freeze,
+            recompute=self.config.recompute,
             defer=meta is not None,  # the weights are not those to compile for yet
         )
         self._in_block = False

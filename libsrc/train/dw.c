@@ -228,22 +228,32 @@ int anepy_dw_layer_done(anepy_engine *e, int32_t layer) {
     return 1;
 }
 
+static void free_captures(anepy_engine *e, int32_t layer) {
+    if (anepy_keeps_captures(e)) return;
+    for (int32_t i = 0; i < DW_N; i++) {
+        anepy_dw *dw = &e->room->layers[layer].dw[i];
+        anepy_operand *operands[2] = {&dw->dy, &dw->x};
+        for (int32_t o = 0; o < 2; o++) {
+            anepy_heap_free(operands[o]->capture);
+            operands[o]->capture = NULL;
+        }
+    }
+}
+
+int32_t anepy_dw_release(anepy_engine *e, int32_t layer) {
+    if (!anepy_dw_at_once(e)) return ANEPY_OK;
+    anepy_dw_wait_layer(e, layer);
+    if (e->room->metal != NULL) ANEPY_TRY(anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms));
+    free_captures(e, layer);
+    return ANEPY_OK;
+}
+
 int32_t anepy_dw_wait(anepy_engine *e) {
     int32_t status = ANEPY_OK;
     anepy_pool_wait(e->pool);
     if (/* mutate: dw-wait-for-gpu */ e->room->metal != NULL)
         status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);
-    if (anepy_keeps_captures(e)) return status;
-    for (int32_t l = 0; l < e->model->config.n_layers; l++) {
-        for (int32_t i = 0; i < DW_N; i++) {
-            anepy_operand *operands[2] = {&e->room->layers[l].dw[i].dy,
-                                          &e->room->layers[l].dw[i].x};
-            for (int32_t o = 0; o < 2; o++) {
-                anepy_heap_free(operands[o]->capture);
-                operands[o]->capture = NULL;
-            }
-        }
-    }
+    for (int32_t l = 0; l < e->model->config.n_layers; l++) free_captures(e, l);
     return status;
 }
 

@@ -12,6 +12,9 @@ int32_t anepy_dw_start_all(anepy_engine *e);
 /* Until those of a layer are done that do not run on the GPU. */
 void anepy_dw_wait_layer(anepy_engine *e, int32_t layer);
 int anepy_dw_layer_done(anepy_engine *e, int32_t layer); /* whether all of it are that started */
+/* Until those of a layer have read their factors, if they do so before the end of the step: the
+ * memory of these may have other values then. */
+int32_t anepy_dw_release(anepy_engine *e, int32_t layer);
 /* Until all are done; frees the capture buffers that were allocated for them. */
 int32_t anepy_dw_wait(anepy_engine *e);
 

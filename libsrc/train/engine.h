@@ -111,6 +111,7 @@ typedef struct {
     const float *effective;   /* the weights that steps compute with: params, or a copy of them */
     int32_t stale;            /* the programs are not those of params */
 
+    int32_t held;          /* the layer whose activations are there, with recompute */
     anepy_surface x_final; /* host: residual stream after the last layer */
     anepy_surface dx;      /* host: gradient that reaches the embedding */
     float *staging[2];     /* [max(dim, q_dim, hidden), width]: read-back of program outputs */
@@ -197,7 +198,8 @@ struct anepy_engine {
     char *detail; /* what followed the device's name and a colon; NULL: nothing */
     uint32_t switches;
     anepy_dtype dtype;
-    int32_t seq_len; /* most tokens of a sequence */
+    int32_t seq_len;   /* most tokens of a sequence */
+    int32_t recompute; /* the layers share all memory but that of their inputs */
     const anepy_kernels *kernels;
     const struct anepy_blas *blas; /* NULL: the own kernels */
     anepy_pool *pool;
@@ -244,6 +246,10 @@ static inline int anepy_can(const anepy_engine *e, uint32_t capability) {
 
 /* Whether losses are scaled: fp16 gradients would underflow without. */
 static inline int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY_F16; }
+
+/* Whether products start in the backward pass, so that what they read may be overwritten before its
+ * end. Those of scaled losses wait until it is known to be finite. */
+static inline int anepy_dw_at_once(const anepy_engine *e) { return !anepy_scaled(e); }
 
 /* Whether the running sequences add to gradients. The first after an update replace them. */
 static inline int anepy_adds(const anepy_engine *e) { return e->counted > 0 || e->run.added > 0; }

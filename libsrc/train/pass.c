@@ -57,27 +57,37 @@ static void place_documents(anepy_engine *e) {
     }
 }
 
+/* From the input of a layer to `next`, the input of what comes after it, or to what its backward
+ * pass needs: next NULL. */
+static int32_t layer_forward(anepy_engine *e, int32_t l, float *next, double *mark) {
+    anepy_step_stats *stats = &e->run.stats;
+    anepy_layer *layer = &e->room->layers[l];
+    const float *out;
+    e->room->held = l;
+    ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_SDPA_FWD], mark));
+    ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_SDPA_FWD], SDPA_FWD_OUT, 0, &out));
+    anepy_count(mark, &stats->io_ms);
+    anepy_residual_add(e, layer->x2.data, layer->x.data, out);
+    anepy_count(mark, &stats->elementwise_ms);
+    ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_FFN_FWD], mark));
+    if (next == NULL) return ANEPY_OK;
+    ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_FFN_FWD], FFN_FWD_OUT, 0, &out));
+    anepy_count(mark, &stats->io_ms);
+    anepy_residual_add(e, next, layer->x2.data, out);
+    anepy_count(mark, &stats->elementwise_ms);
+    return ANEPY_OK;
+}
+
 int32_t anepy_forward(anepy_engine *e) {
     anepy_step_stats *stats = &e->run.stats;
     int32_t layers = e->model->config.n_layers;
     double mark = anepy_now_ms();
-    const float *out;
     place_documents(e);
     anepy_embed(e);
     anepy_count(&mark, &stats->elementwise_ms);
     for (int32_t l = 0; l < layers; l++) {
-        anepy_layer *layer = &e->room->layers[l];
         float *next = l + 1 < layers ? e->room->layers[l + 1].x.data : e->room->x_final.data;
-        ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_SDPA_FWD], &mark));
-        ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_SDPA_FWD], SDPA_FWD_OUT, 0, &out));
-        anepy_count(&mark, &stats->io_ms);
-        anepy_residual_add(e, layer->x2.data, layer->x.data, out);
-        anepy_count(&mark, &stats->elementwise_ms);
-        ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_FFN_FWD], &mark));
-        ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_FFN_FWD], FFN_FWD_OUT, 0, &out));
-        anepy_count(&mark, &stats->io_ms);
-        anepy_residual_add(e, next, layer->x2.data, out);
-        anepy_count(&mark, &stats->elementwise_ms);
+        ANEPY_TRY(layer_forward(e, l, next, &mark));
     }
     ANEPY_TRY(final_norm(e, &mark));
     e->run.window = (anepy_window){0};
@@ -149,7 +159,8 @@ static int32_t qk_norm_backward(anepy_engine *e, int32_t l, double *mark) {
 }
 
 /* One layer: from the gradient of its output (layer->dy) to that of its input (dx), or of x2 if
- * nothing before that is trainable. The products of a layer are queued as soon as both factors are
+ * nothing before that is trainable. With recompute its activations are made again first, in the
+ * place of those of the layer above. The products of a layer are queued as soon as both factors are
  * there and are waited for at the end of the step. With scaled losses gradients of weights wait
  * until all others are known to be finite. */
 static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
@@ -157,6 +168,11 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
     anepy_layer *layer = &e->room->layers[l];
     anepy_node **nodes = layer->nodes;
     const float *out;
+    if (/* mutate: recompute-held */ e->recompute && e->room->held != l) {
+        ANEPY_TRY(anepy_dw_release(e, e->room->held));
+        anepy_count(mark, &stats->dw_wait_ms);
+        ANEPY_TRY(layer_forward(e, l, NULL, mark));
+    }
     ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_FFN_BWD], mark));

@@ -19,10 +19,13 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     int32_t dim = config->dim, width = room->width;
     int32_t most = anepy_max_i32(anepy_max_i32(dim, e->model->q_dim), config->hidden_dim);
     for (int32_t l = 0; l < config->n_layers; l++) {
-        room->layers[l].x = carve_surface(c, dim, width);
-        room->layers[l].x2 = carve_surface(c, dim, width);
-        room->layers[l].dy = carve_surface(c, dim, width);
-        room->layers[l].dx2 = carve_surface(c, dim, width);
+        anepy_layer *layer = &room->layers[l];
+        /* A layer writes the dy of the one below it while products still read its own. */
+        int own = !e->recompute || !anepy_dw_at_once(e);
+        layer->x = carve_surface(c, dim, width);
+        layer->x2 = l < 1 || !e->recompute ? carve_surface(c, dim, width) : layer[-1].x2;
+        layer->dy = l < 2 || own ? carve_surface(c, dim, width) : layer[-2].dy;
+        layer->dx2 = l < 1 || own ? carve_surface(c, dim, width) : layer[-1].dx2;
     }
     room->x_final = carve_surface(c, dim, width);
     room->dx = carve_surface(c, dim, width);
@@ -75,19 +78,27 @@ static void carve_capture(const anepy_engine *e, anepy_carver *c, anepy_operand 
 }
 
 /* The sums of squares that products leave; with prealloc also capture buffers for the operands that
- * need one. */
+ * need one, with recompute in the same memory for each layer. */
 static void lay_out_captures(const anepy_engine *e, anepy_room *room, anepy_carver *c) {
-    for (int32_t l = 0; l < e->model->config.n_layers; l++) {
+    int32_t layers = e->model->config.n_layers;
+    int shared = e->recompute && anepy_dw_at_once(e);
+    for (int32_t l = 0; l < layers; l++)
+        for (int32_t i = 0; i < DW_N; i++)
+            for (int32_t p = 0; p < room->layers[l].dw[i].product_n; p++) {
+                anepy_dw_product *product = &room->layers[l].dw[i].products[p];
+                product->squares = (double *)(void *)anepy_carve(c, 2 * (int64_t)product->pieces);
+            }
+    if (!anepy_keeps_captures(e)) return;
+    int64_t first = c->used, end = first;
+    for (int32_t l = 0; l < layers; l++) {
+        if (shared) c->used = first;
         for (int32_t i = 0; i < DW_N; i++) {
-            anepy_dw *dw = &room->layers[l].dw[i];
-            for (int32_t p = 0; p < dw->product_n; p++)
-                dw->products[p].squares =
-                    (double *)(void *)anepy_carve(c, 2 * (int64_t)dw->products[p].pieces);
-            if (!anepy_keeps_captures(e)) continue;
-            carve_capture(e, c, &dw->dy);
-            carve_capture(e, c, &dw->x);
+            carve_capture(e, c, &room->layers[l].dw[i].dy);
+            carve_capture(e, c, &room->layers[l].dw[i].x);
         }
+        end = anepy_max_i64(end, c->used);
     }
+    c->used = end;
 }
 
 static int32_t allocate_captures(const anepy_engine *e, anepy_room *room) {

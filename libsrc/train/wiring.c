@@ -3,7 +3,9 @@
  *
  * FLOW says where each input comes from. Where the device binds tensors anywhere, an input is bound
  * to its source and an output straight into its reader, so a step moves nothing; elsewhere each
- * program has one packed input and one packed output surface and inputs are copied. */
+ * program has one packed input and one packed output surface and inputs are copied.
+ *
+ * With recompute the programs of all layers have the surfaces of those of the first. */
 #include "train/wiring.h"
 
 #include <stdlib.h>
@@ -124,16 +126,31 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
     if (tensor >= ANEPY_HOST_TENSOR) *channel += p->tensors[tensor].channel;
 }
 
+/* Whose surfaces the node has. */
+static anepy_node *owner_of(anepy_engine *e, anepy_node *node) {
+    anepy_program_id id = node->program.id;
+    return e->recompute && id < ANEPY_LAYER_PROGRAM_N ? e->room->layers[0].nodes[id] : node;
+}
+
 static int32_t packed_input(anepy_engine *e, anepy_node *node) {
-    if (node->input != NULL) return ANEPY_OK;
-    return e->room->device->ops->surface_create(e->room->device, node->program.input_channels, 0,
-                                                &node->input);
+    anepy_node *owner = owner_of(e, node);
+    if (owner->input == NULL)
+        ANEPY_TRY(e->room->device->ops->surface_create(
+            e->room->device, node->program.input_channels, 0, &owner->input));
+    node->input = owner->input;
+    return ANEPY_OK;
 }
 
 /* One surface for all outputs, or one for factors of products and one for the others. */
 static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
     const anepy_device_ops *ops = e->room->device->ops;
     const anepy_program *p = &node->program;
+    const anepy_node *owner = owner_of(e, node);
+    if (owner != node) {
+        node->output = owner->output;
+        node->factors = owner->factors;
+        return ANEPY_OK;
+    }
     int32_t rounded = 0, host = binds(e) ? p->host_channels : 0;
     for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++)
         if (lies_apart(e, &p->tensors[t])) rounded += p->tensors[t].channels;

@@ -33,6 +33,7 @@ void checks_engine(void);
 void checks_batch(void);
 void checks_masks(void);
 void checks_packing(void);
+void checks_recompute(void);
 void checks_frozen(void);
 void checks_handles(void);
 void checks_weights(void);

@@ -107,9 +107,10 @@ static const struct {
     {"pool", checks_pool},         {"runtime", checks_runtime},
     {"model", checks_model},       {"engine", checks_engine},
     {"batch", checks_batch},       {"masks", checks_masks},
-    {"packing", checks_packing},   {"frozen", checks_frozen},
-    {"handles", checks_handles},   {"weights", checks_weights},
-    {"ready", checks_ready},       {"decoder", checks_decoder},
+    {"packing", checks_packing},   {"recompute", checks_recompute},
+    {"frozen", checks_frozen},     {"handles", checks_handles},
+    {"weights", checks_weights},   {"ready", checks_ready},
+    {"decoder", checks_decoder},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

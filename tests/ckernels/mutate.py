@@ -87,6 +87,7 @@ MUTATIONS = [
     native("packed-positions", "packing", "1"),
     native("packed-mask", "packing", "0"),
     native("packed-first", "packing", "b->at.block > 0"),
+    native("recompute-held", "recompute", "0"),
     native("frozen-rows", "frozen", "0"),
     native("frozen-update", "frozen", "at - tensor->offset"),
     native("pool-serial", "pool", "0"),

@@ -15,8 +15,8 @@ import pytest
 from ckernels import mutate, toolchain
 
 THREADED = (
-    "gemm", "pool", "runtime", "engine", "batch", "masks", "packing", "frozen", "handles",
-    "weights", "ready", "decoder",
+    "gemm", "pool", "runtime", "engine", "batch", "masks", "packing", "recompute", "frozen",
+    "handles", "weights", "ready", "decoder",
 )  # fmt: skip
 ARM = ["neonbf16", "neon", "scalar"]
 UNMASKED = {"ANEPY_CPU_MASK": ""}  # whatever mask the tests run under

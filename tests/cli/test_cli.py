@@ -149,6 +149,19 @@ def test_train_with_frozen_tensors_says_so_and_resumes(run: Run, files: dict[str
     assert_one_line_error(run(*words, "--freeze", "layer.*"), "'layer.*'", "no tensor is named")
 
 
+def test_train_with_recompute_says_so_and_writes_the_same_model(
+    run: Run, files: dict[str, Path]
+) -> None:
+    words = ["train", "m.bin", "--data", "d.bin", "--seq", 16, "--accum", 2]
+    assert run(*words, "--steps", 6, "--save", "kept.bin", "--checkpoint", "kept.npz").code == 0
+    result = run(*words, "--steps", 4, "--recompute")
+    assert result.code == 0, result.err
+    assert "computed again" in result.out
+    assert run(*words, "--steps", 6, "--resume", "--save", "again.bin").code == 0
+    assert Path("again.bin").read_bytes() == Path("kept.bin").read_bytes()
+    assert "computed again" not in run(*words, "--steps", 1, "--no-checkpoint").out
+
+
 @pytest.mark.parametrize(
     "spelling",
     [

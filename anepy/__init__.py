@@ -39,6 +39,7 @@ _HOMES = {
     "OfflineError": "errors",
     "PHASES": "engine.stats",
     "PRESETS": "models.model",
+    "PieceTokenizer": "text.tokenizer_pieces",
     "Program": "hardware.program",
     "Progress": "comparing.session",
     "Ratio": "comparing.estimates",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from .text.generation import generate, stream
     from .text.prepare import prepare
     from .text.tokenizer import Tokenizer
+    from .text.tokenizer_pieces import PieceTokenizer
     from .training.config import TrainConfig
     from .training.reports import StepReport, Summary
     from .training.trainer import Trainer

@@ -248,7 +248,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
     entries += [piece.encode() for piece in [*letters, *parts]]
     entries = (entries + [b"unused %d" % i for i in range(512)])[:512]
-    tokenizer = anepy.Tokenizer(entries, np.arange(512.0))
+    tokenizer = anepy.PieceTokenizer(entries, np.arange(512.0))
     tokenizer.save(made / "tokenizer.bin")
     tokenizer.save(made / "tok512.bin")
     anepy.Model.init(anepy.PRESETS["stories260K"], seed=0).save(made / "model.bin")

@@ -45,7 +45,7 @@ TokenizerOption = Annotated[
         "--tokenizer",
         "-z",
         metavar="FILE",
-        help="tokenizer.bin. Default: the one beside MODEL.",
+        help="Tokenizer, or a model that has one. Default: that of MODEL.",
     ),
 ]
 AdapterOption = Annotated[

@@ -68,15 +68,15 @@ def convert(
 def _give_tokenizer(model: Model, named: Path | None, source: Path) -> None:
     """Let a GGUF file hold the tokenizer that lies beside a model of llama2.c."""
     from ..models.stored_tokenizer import Pieces
-    from ..text.generation import resolve_tokenizer
+    from ..text.tokenizer_stored import resolve_tokenizer
 
     if model.tokenizer is not None and named is None:
         return
     try:
-        found = resolve_tokenizer(named, model.config.vocab_size, source)
+        model.path = model.path or source
+        found = resolve_tokenizer(named, model)
     except TokenizerError:
         if named is not None:
             raise
         return  # the writer tells that there is none
-    if isinstance(found, Pieces):
-        model.tokenizer = found
+    model.tokenizer = found if isinstance(found, Pieces) else found.stored

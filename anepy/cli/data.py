@@ -32,6 +32,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from ..models.model import Model
     from ..text.data import TokenData, Window
     from ..text.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ def evaluate(
     loaded = adapted_model(path, adapter)
     context = loaded.config.seq_len
     length = context if documents and seq is None else sequence_length(seq, context)
-    with _tokens(data, text, tokenizer, loaded.config.vocab_size, path) as tokens:
+    with _tokens(data, text, tokenizer, loaded) as tokens:
         tokens.check(loaded.config.vocab_size)
         sequences = _sequences(tokens, length, windows, documents, shorten=seq is None)
         longest = max(len(ids) for ids, _ in sequences)
@@ -137,17 +138,17 @@ def evaluate(
 
 @contextmanager
 def _tokens(
-    data: Path | None, text: Path | None, tokenizer: Path | None, vocab_size: int, model: Path
+    data: Path | None, text: Path | None, tokenizer: Path | None, model: Model
 ) -> Iterator[TokenData]:
     from ..text.data import TokenData
-    from ..text.generation import resolve_tokenizer
     from ..text.prepare import prepare
+    from ..text.tokenizer_stored import resolve_tokenizer
 
     if data is not None:
         yield TokenData(data)
         return
     assert text is not None
-    words = resolve_tokenizer(tokenizer, vocab_size, model)
+    words = resolve_tokenizer(tokenizer, model)
     with tempfile.TemporaryDirectory(prefix="anepy-") as folder:
         prepared = prepare(text, words, Path(folder) / "tokens.bin")
         tokens = TokenData(prepared.path)
@@ -162,7 +163,7 @@ def _sequences(
     import numpy as np
 
     from ..text.data import windows
-    from ..text.tokenizer import BOS_ID
+    from ..text.tokenizer_pieces import BOS_ID
 
     if not documents:
         if shorten:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..errors import ModelError
 from ..system import files
 from . import rope, tensors
 from .model import ModelConfig
-from .stored_tokenizer import Pieces, StoredTokenizer
+from .stored_tokenizer import CONTROL, UNKNOWN, UNUSED, Pieces, StoredTokenizer
 from .tensors import Stored, Tensor
 from .views import Array
 
@@ -54,7 +54,6 @@ _HARMLESS = {
     "rope.scaling.original_context_length",
     "tensor_data_layout",
 }
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # llama.cpp's kinds of token
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -116,21 +115,7 @@ def open_file(path: Path) -> Stored:
     Raises:
         ModelError: the file is malformed, or something in it is missing or not supported.
     """
-    package = _gguf()
-    with path.open("rb") as file:
-        version = int.from_bytes(file.read(8)[4:], "little")
-    known = package.gguf_reader.READER_SUPPORTED_VERSIONS
-    if 0 < version < 0x10000 and version not in known:  # a larger one may be in the other order
-        raise ModelError(
-            f"model {path} is a GGUF file of version {version}, the package gguf reads "
-            f"{' and '.join(map(str, known))}; convert it with llama.cpp, or get a newer one"
-        )
-    try:
-        reader = package.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError):
-        raise ModelError(
-            f"model {path} is no whole GGUF file: it is truncated or damaged; get it again"
-        ) from None
+    reader = _reader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     meta = _Metadata(path, reader.fields)
     config = _config(meta, found)
@@ -149,16 +134,48 @@ def open_file(path: Path) -> Stored:
             f"model {path} holds tensor {name}, which {meta.arch} has not here; anepy cannot "
             "compute with it"
         )
-    fields = {
-        key: (tuple(int(kind) for kind in field.types), field.contents())
-        for key, field in reader.fields.items()
-        if key.startswith("tokenizer.")
-    }
+    fields = _tokenizer_fields(reader)
     return Stored(
         config,
         partial(_fill, path, found, wanted, meta.arch != "llama"),
         StoredTokenizer("gguf", fields=fields) if fields else None,
     )
+
+
+def tokenizer_fields(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return the metadata of a file's tokenizer: key -> (value types, value).
+
+    Raises:
+        ModelError: it is no whole GGUF file, or the package that reads it is missing.
+    """
+    return _tokenizer_fields(_reader(path))
+
+
+def _tokenizer_fields(reader: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    return {
+        key: (tuple(int(kind) for kind in field.types), field.contents())
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.")
+    }
+
+
+def _reader(path: Path) -> Any:
+    """Open a file with the package gguf."""
+    package = _gguf()
+    with path.open("rb") as file:
+        version = int.from_bytes(file.read(8)[4:], "little")
+    known = package.gguf_reader.READER_SUPPORTED_VERSIONS
+    if 0 < version < 0x10000 and version not in known:  # a larger one may be in the other order
+        raise ModelError(
+            f"model {path} is a GGUF file of version {version}, the package gguf reads "
+            f"{' and '.join(map(str, known))}; convert it with llama.cpp, or get a newer one"
+        )
+    try:
+        return package.GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError):
+        raise ModelError(
+            f"model {path} is no whole GGUF file: it is truncated or damaged; get it again"
+        ) from None
 
 
 def _config(meta: _Metadata, found: Mapping[str, Any]) -> ModelConfig:
@@ -363,7 +380,7 @@ def _write_tokenizer(
                 writer.add_key_value(key, value, types[0], types[-1] if len(types) > 1 else None)
         return
     if isinstance(tokenizer, Pieces):
-        _write_pieces(writer, path, config, *tokenizer.pieces())
+        _write_pieces(writer, path, config, tokenizer)
         return
     writer.add_tokenizer_model("no_vocab")
     warnings.warn(
@@ -373,27 +390,36 @@ def _write_tokenizer(
     )
 
 
-def _write_pieces(
-    writer: Any, path: Path, config: ModelConfig, entries: Sequence[bytes], scores: Sequence[float]
-) -> None:
-    """Write a tokenizer of llama2.c as SentencePiece's, which it was made from."""
-    if len(entries) != config.vocab_size:
+def _write_pieces(writer: Any, path: Path, config: ModelConfig, tokenizer: Pieces) -> None:
+    """Write a tokenizer of pieces as SentencePiece's, which llama2.c's were made from."""
+    entries, scores = tokenizer.pieces()
+    if len(entries) > config.vocab_size:
         raise ModelError(
             f"cannot write model {path}: its tokenizer has {len(entries)} tokens, the model "
             f"{config.vocab_size}; give it the tokenizer it was trained with"
         )
-    # llama2.c's own exporter writes spaces for SentencePiece's mark and lines around 1 and 2.
-    named = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % n for n in range(256))]
-    marked = [entry.replace(b" ", "\u2581".encode()) for entry in entries[len(named) :]]
+    names, kinds, scores = [], list(tokenizer.kinds()), list(scores)
+    for entry, kind in zip(entries, kinds, strict=True):
+        # llama2.c's own exporter writes spaces for SentencePiece's mark and lines around names.
+        name = entry.strip(b"\n") if kind == CONTROL else entry.replace(b" ", "\u2581".encode())
+        names.append(name)
+    # Rows of the model that no token has.
+    for extra in range(len(names), config.vocab_size):
+        names.append(b"[PAD%d]" % extra)
+        kinds.append(UNUSED)
+        scores.append(0.0)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*named, *marked])
+    writer.add_token_list(names)
     writer.add_token_scores([float(score) for score in scores])
-    writer.add_token_types([_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256, *[_NORMAL] * len(marked)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
+    writer.add_token_types(kinds)
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
+    if tokenizer.eos_id is not None:
+        writer.add_eos_token_id(tokenizer.eos_id)
+    if UNKNOWN in kinds:
+        writer.add_unk_token_id(kinds.index(UNKNOWN))
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)
 

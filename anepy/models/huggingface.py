@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -176,7 +176,7 @@ def _tokenizer(folder: Path) -> StoredTokenizer | None:
     except OSError as error:
         raise ModelError(f"cannot read {error.filename}: {error.strerror}") from None
     given = hf_config.json_object(folder / CONFIG)
-    ids = {key: given[key] for key in _IDS if given.get(key) is not None}
+    ids = {key: given[key] for key in TOKEN_IDS if given.get(key) is not None}
     return StoredTokenizer("huggingface", files=found, ids=ids) if found or ids else None
 
 

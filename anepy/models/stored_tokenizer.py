@@ -1,10 +1,16 @@
-"""The tokenizer that came with a model, kept as it was stored for saving to write again."""
+"""The tokenizer that came with a model, kept as it was stored for saving to write again.
+
+`text/tokenizer_stored.py` reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
+
+# SentencePiece's kinds of tokens, which GGUF files use, too.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,13 @@ class StoredTokenizer:
 
 @runtime_checkable
 class Pieces(Protocol):
-    """A tokenizer of llama2.c's kind: 0 unknown, 1 begin, 2 end, 3..258 bytes, then pieces."""
+    """A tokenizer of pieces with scores, as llama2.c's and SentencePiece's."""
+
+    bos_id: int | None
+    eos_id: int | None
 
     def pieces(self) -> tuple[Sequence[bytes], Sequence[float]]:
         """Return the bytes and the score of each token, by id."""
+
+    def kinds(self) -> Sequence[int]:
+        """Return the kind of each token, by id."""

@@ -1,7 +1,8 @@
 """Text from a model: greedy or sampled, with a KV cache; the prompt is read in one pass.
 
-Greedy output is what llama2.c's run.c prints: the prompt is encoded with BOS and printed too,
-and BOS as the next token ends the text.
+Greedy output is what llama2.c's run.c prints: the prompt is encoded with BOS and printed too, and
+the text ends at EOS, or at BOS with a tokenizer of llama2.c's. Only tokens that the tokenizer has
+are drawn: a model may have more rows than that.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy.typing as npt
 
 from ..engine.decoder import Decoder
 from ..engine.device import AUTO, choice_note
-from ..errors import ConfigError, TokenizerError
+from ..errors import ConfigError
 from ..models.model import Model
+from .chat import encode_chat
 from .tokenizer import Tokenizer
+from .tokenizer_stored import resolve_tokenizer
 
 P = ParamSpec("P")
-_BYTE_VOCAB = 259
 _CONTROL = frozenset(range(0x20)) - frozenset(b"\t\n\v\f\r") | {0x7F}
 
 
@@ -38,6 +40,8 @@ def stream(
     max_tokens: int = 256,
     seed: int = 0,
     threads: int | None = None,
+    stop: str | Sequence[str] = (),
+    chat: bool = False,
 ) -> Iterator[str]:
     """Yield the prompt, then what a model continues it with; never half a character.
 
@@ -47,13 +51,17 @@ def stream(
         model: a `Model`, the path of one, or a `Decoder`: it is used and left open, so that many
             texts of one model share its memory and threads.
         prompt: the beginning of the text; may be empty.
-        tokenizer: a `Tokenizer` or the path of one; None looks beside the model's file.
+        tokenizer: a `Tokenizer` or the path of one; None takes the one that came with the model, or
+            looks beside its file.
         temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
         top_p: sample among the likeliest tokens that together exceed this probability;
             0 or 1 samples among all.
         max_tokens: new tokens at most; the context may end the text earlier.
         seed: of the sampling; equal settings give equal text.
         threads: CPU threads, None: as many as the process may use; not with a `Decoder`.
+        stop: a string or several; the text ends before the first of them.
+        chat: put the prompt into the model's chat template as what a user says, and yield the
+            answer alone.
 
     Raises:
         ConfigError: a setting is out of range or the prompt exceeds the context.
@@ -69,15 +77,12 @@ def stream(
         raise ConfigError("a Decoder has its threads already: leave threads out")
     loaded = _loaded(model)
     config = loaded.config
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = resolve_tokenizer(tokenizer, config.vocab_size, loaded.path)
-    elif tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
-            "pass the tokenizer the model was trained with"
-        )
+    tokenizer = resolve_tokenizer(tokenizer, loaded)
     context = config.seq_len if decoder is None else decoder.max_len
-    ids = tokenizer.encode(prompt, bos=True)
+    if chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+    else:
+        ids = tokenizer.encode(prompt) or [tokenizer.start_id]
     if len(ids) > context:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, the context is {context}: shorten the prompt"
@@ -85,7 +90,10 @@ def stream(
     # The last position's logits still give a token, so one more than the context fits.
     length = min(len(ids) + max_tokens, context + 1)
     picks = Sampling(temperature, top_p, seed)
-    return _stream(decoder or loaded, tokenizer, ids, length, picks, threads)
+    ends = [stop] if isinstance(stop, str) else list(stop)
+    if "" in ends:
+        raise ConfigError("a stop string is empty, every text ends before it: leave it out")
+    return _stream(decoder or loaded, tokenizer, ids, length, picks, threads, ends, not chat)
 
 
 def _joined(pieces: Callable[P, Iterator[str]]) -> Callable[P, str]:
@@ -121,35 +129,61 @@ def _stream(
     length: int,
     sampling: Sampling,
     threads: int | None,
+    ends: Sequence[str],
+    shown: bool,
 ) -> Iterator[str]:
     # Characters outside the vocabulary come as single bytes: hold them until they are complete.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    stops = tokenizer.stop_ids
 
-    def text(before: int, token: int) -> Iterator[str]:
-        if piece := decoder.decode(_printable(tokenizer.piece(before, token))):
-            yield piece
+    def text(before: int, token: int) -> str:
+        return decoder.decode(_printable(tokenizer.piece(before, token)))
 
-    for before, token in pairwise(prompt):
-        yield from text(before, token)
+    def written(network: Decoder) -> Iterator[str]:
+        token, read = prompt[-1], len(prompt)
+        if read < length:
+            logits = network.prefill(prompt)
+        while read < length:
+            following = sampling.pick(logits[: tokenizer.vocab_size])
+            if following in stops:
+                break
+            yield text(token, following)
+            token, read = following, read + 1
+            if read < length:
+                logits = network.forward(token, read - 1)
+        yield decoder.decode(b"", final=True)
+
+    if shown:
+        for before, token in pairwise([-1, *prompt]):
+            if piece := text(before, token):
+                yield piece
     with contextlib.ExitStack() as stack:
         if isinstance(model, Decoder):
             network = model
         else:
             context = min(length, model.config.seq_len)
             network = stack.enter_context(Decoder(model, max_len=context, threads=threads))
-        token, read = prompt[-1], len(prompt)
-        if read < length:
-            logits = network.prefill(prompt)
-        while read < length:
-            following = sampling.pick(logits)
-            if following == tokenizer.bos_id:
-                break
-            yield from text(token, following)
-            token, read = following, read + 1
-            if read < length:
-                logits = network.forward(token, read - 1)
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+        yield from until(written(network), ends)
+
+
+def until(pieces: Iterator[str], ends: Sequence[str]) -> Iterator[str]:
+    """Yield a text up to the first of these strings, holding back what may be the begin of one."""
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        found = [at for at in map(waiting.find, ends) if at >= 0]
+        if found:
+            waiting = waiting[: min(found)]
+            break
+        held = max(
+            (n for end in ends for n in range(1, len(end)) if waiting.endswith(end[:n])), default=0
+        )
+        ready = len(waiting) - held
+        if ready:
+            yield waiting[:ready]
+        waiting = waiting[ready:]
+    if waiting:
+        yield waiting
 
 
 def choose_device(device: str) -> str:
@@ -203,39 +237,6 @@ class Sampling:
         bounds = np.cumsum(weights[ids])
         draw = self._random.random() * bounds[-1]
         return int(ids[min(int(np.searchsorted(bounds, draw, side="right")), len(ids) - 1)])
-
-
-def resolve_tokenizer(
-    tokenizer: str | Path | None, vocab_size: int, model_path: str | Path | None
-) -> Tokenizer:
-    """Load the tokenizer that was named, or find the one that belongs to a model.
-
-    Args:
-        tokenizer: path of a llama2.c `tokenizer.bin`; None looks for `tok<vocabulary>.bin` and
-            `tokenizer.bin` beside the model and takes the byte tokenizer for 259 tokens.
-        vocab_size: vocabulary of the model.
-        model_path: where the model came from, if from a file.
-
-    Raises:
-        TokenizerError: none was found, or it does not have `vocab_size` entries.
-    """
-    if tokenizer is not None:
-        return Tokenizer.load(tokenizer, vocab_size)
-    folder = Path(model_path).parent if model_path is not None else None
-    if folder is not None:
-        for name in (f"tok{vocab_size}.bin", "tokenizer.bin"):
-            if (folder / name).is_file():
-                try:
-                    return Tokenizer.load(folder / name, vocab_size)
-                except TokenizerError:
-                    # It belongs to another model in this folder.
-                    continue
-    if vocab_size == _BYTE_VOCAB:
-        return Tokenizer.bytes()
-    looked = f" in {folder}" if folder is not None else ""
-    raise TokenizerError(
-        f"no tokenizer of {vocab_size} tokens found{looked}: pass one (--tokenizer FILE)"
-    )
 
 
 def _printable(piece: bytes) -> bytes:

@@ -99,9 +99,9 @@ def prepare(
             for path in paths:
                 for document in _documents(path, separator, advance):
                     documents += 1
-                    for ids in tokenizer.encode_parts(document):
-                        count += len(ids)
-                        file.write(np.array(ids, dtype=DTYPES[dtype]).tobytes())
+                    ids = tokenizer.encode(document)
+                    count += len(ids)
+                    file.write(np.array(ids, dtype=DTYPES[dtype]).tobytes())
             if not documents:
                 names = ", ".join(map(str, paths)) or "no file given"
                 raise DataError(f"there is no text to tokenize in {names}; give files with text")

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..text.data import TokenData
 from ..text.prepare import SEPARATOR
-from ..text.tokenizer import BOS_ID, FIRST_BYTE_ID, MIN_VOCAB
+from ..text.tokenizer_pieces import BOS_ID, FIRST_BYTE_ID, MIN_VOCAB
 
 if TYPE_CHECKING:
     from ..models.model import Model, ModelConfig

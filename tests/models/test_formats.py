@@ -30,7 +30,7 @@ from anepy.models import formats, rope
 from anepy.models.model import Model, ModelConfig, TensorTable
 from anepy.models.stored_tokenizer import StoredTokenizer
 from anepy.models.tensors import from_half_split, tensors, to_half_split
-from anepy.text.tokenizer import Tokenizer
+from anepy.text.tokenizer_pieces import PieceTokenizer, byte_tokenizer
 
 SMALL = ModelConfig(32, 64, 2, 4, 2, 300, 40)
 THETAS = (500000.0, 1e6, 100000.0, 100.0, 12345.678)
@@ -65,7 +65,7 @@ def test_saved_model_loads_whatever_its_name_is_then(
 ) -> None:
     needs.module("safetensors"), needs.module("gguf")
     model = random(dataclasses.replace(SMALL, tied=tied))
-    model.tokenizer = Tokenizer([*Tokenizer.bytes().pieces()[0], *[b"ab"] * 41], [0.0] * 300)
+    model.tokenizer = PieceTokenizer([*byte_tokenizer().pieces()[0], *[b"ab"] * 41], [0.0] * 300)
     path = tmp_path / f"model{ending}"
     size = model.save(path)
     assert size == sum(p.stat().st_size for p in [path, *path.glob("*")] if p.is_file())

@@ -21,6 +21,7 @@ from anepy.models import gguf, huggingface, rope
 from anepy.models.model import Model, ModelConfig
 from anepy.models.stored_tokenizer import StoredTokenizer
 from anepy.text.tokenizer import Tokenizer
+from anepy.text.tokenizer_pieces import PieceTokenizer, byte_tokenizer
 
 # Enough for the special tokens, the bytes and a few words.
 VOCABULARY = 300
@@ -28,14 +29,14 @@ VOCABULARY = 300
 
 def words() -> Tokenizer:
     """Return a tokenizer of `VOCABULARY` tokens: bytes, and pairs of letters that merge."""
-    entries, scores = Tokenizer.bytes().pieces()
+    entries, scores = byte_tokenizer().pieces()
     entries = [*entries[:3], *(b"<0x%02X>" % n for n in range(256))]
     letters = [bytes([n]) for n in b"abcdefgh nopqrstw0123456789"]
     pairs = [b" " + letters[n] for n in range(8)] + [b"ab", b"cd", b"abcd", b" abcd", b"efgh"]
     entries += [*letters, *pairs, b"\xc3\xa9"]
     assert len(entries) == VOCABULARY
     scores = [0.0] * 259 + [-1.0 - n for n in range(len(entries) - 259)]
-    return Tokenizer(entries, scores)
+    return PieceTokenizer(entries, scores)
 
 
 def load(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -308,7 +309,7 @@ def write(
         kind = package.GGUFValueType.UINT32 if isinstance(first, int) else kind
         kinds = (package.GGUFValueType.ARRAY, kind) if isinstance(value, list) else (kind,)
         writer.add_key_value(f"{arch}.{key}", value, *kinds)
-    gguf._write_pieces(writer, path, config, *words().pieces())
+    gguf._write_pieces(writer, path, config, words())
     tensors: dict[str, Any] = {}
     for name, values in ref.random_weights(config, 1, 0.2).items():
         stored = name.replace("layers.", "blk.").replace("tok_embeddings", "token_embd")

@@ -19,6 +19,7 @@ from anepy.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from anepy.text.data import Sampler, TokenData, windows
 from anepy.text.prepare import prepare
 from anepy.text.tokenizer import Tokenizer
+from anepy.text.tokenizer_pieces import PieceTokenizer
 
 # 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
 CHI2_9_DOF = 27.9
@@ -397,7 +398,7 @@ def test_prepare_vocabulary_size_decides_the_type(tmp_path: Path, size: int, dty
     entries = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256)), b" "]
     entries += [b"word%d" % i for i in range(size - len(entries) - 1)] + [b"z"]
     (tmp_path / "a.txt").write_text("z")
-    tokenizer = Tokenizer(entries, np.zeros(size, np.float32))
+    tokenizer = PieceTokenizer(entries, np.zeros(size, np.float32))
     result = prepare(tmp_path / "a.txt", tokenizer, tmp_path / "d.bin")
     assert result.dtype == dtype
     data = TokenData(tmp_path / "d.bin")

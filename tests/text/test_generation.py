@@ -15,8 +15,10 @@ import pytest
 from anepy.engine import Decoder
 from anepy.errors import ClosedError, ConfigError, ModelError, TokenizerError
 from anepy.models.model import Model, ModelConfig
-from anepy.text.generation import Sampling, generate, resolve_tokenizer, stream
+from anepy.text.generation import Sampling, generate, stream, until
 from anepy.text.tokenizer import Tokenizer
+from anepy.text.tokenizer_pieces import PieceTokenizer
+from anepy.text.tokenizer_stored import resolve_tokenizer
 
 MODULE = importlib.import_module("anepy.text.generation")
 SMALL = ModelConfig(
@@ -183,26 +185,61 @@ def test_generate_has_the_arguments_of_stream() -> None:
 def test_resolve_prefers_the_tokenizer_named_after_the_vocabulary(tmp_path: Path) -> None:
     words = Tokenizer.bytes()
     words.save(tmp_path / "tok259.bin")
-    bigger = Tokenizer([*words._entries, b"zz"], [*words._scores, 0.0])
+    bigger = PieceTokenizer([*words._entries, b"zz"], [*words._scores, 0.0])
     bigger.save(tmp_path / "tokenizer.bin")
-    assert resolve_tokenizer(None, 259, tmp_path / "m.bin").name == "tok259.bin"
-    assert resolve_tokenizer(None, 260, tmp_path / "m.bin").name == "tokenizer.bin"
+    assert resolve_tokenizer(None, of_size(259, tmp_path)).name == "tok259.bin"
+    assert resolve_tokenizer(None, of_size(260, tmp_path)).name == "tokenizer.bin"
     with pytest.raises(TokenizerError, match="--tokenizer"):
-        resolve_tokenizer(None, 300, tmp_path / "m.bin")
+        resolve_tokenizer(None, of_size(300, tmp_path))
     with pytest.raises(TokenizerError, match="260"):
-        resolve_tokenizer(tmp_path / "tokenizer.bin", 259, None)
+        resolve_tokenizer(tmp_path / "tokenizer.bin", of_size(259))
+    # A model may have rows without a token where the tokenizer is named.
+    assert resolve_tokenizer(tmp_path / "tokenizer.bin", of_size(300)).vocab_size == 260
+
+
+def of_size(vocab_size: int, folder: Path | None = None) -> Model:
+    model = Model.init(ModelConfig(16, 32, 1, 2, 2, vocab_size, 32))
+    model.path = folder / "m.bin" if folder is not None else None
+    return model
 
 
 def test_resolve_byte_vocabulary_needs_no_file() -> None:
-    assert resolve_tokenizer(None, 259, None).vocab_size == 259
+    assert resolve_tokenizer(None, of_size(259)).vocab_size == 259
     with pytest.raises(TokenizerError, match="--tokenizer"):
-        resolve_tokenizer(None, 512, None)
+        resolve_tokenizer(None, of_size(512))
 
 
 def test_stream_tokenizer_of_another_model_is_refused() -> None:
-    model = Model.init(ModelConfig(16, 32, 1, 2, 2, 300, 32))
-    with pytest.raises(TokenizerError, match="259 tokens, the model 300"):
-        stream(model, "", Tokenizer.bytes())
+    with pytest.raises(TokenizerError, match="259 tokens, but the model's vocabulary has 200"):
+        stream(of_size(200), "", Tokenizer.bytes())
+
+
+def test_generate_draws_only_tokens_that_the_tokenizer_has() -> None:
+    model = of_size(300)
+    model.weights["tok_embeddings.weight"][259:] *= 1000.0
+    text = generate(model, "a", Tokenizer.bytes(), temperature=1.5, max_tokens=30)
+    assert text.startswith("a")
+
+
+def test_generate_stops_at_eos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "Decoder", scripted([*byte_ids(b"abc"), 2, *byte_ids(b"def")]))
+    assert generate(Model.init(SMALL), "", Tokenizer.bytes(), temperature=0.0) == "abc"
+
+
+def test_generate_stops_before_a_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "Decoder", scripted([*byte_ids(b"one. two"), 1]))
+    model, words = Model.init(SMALL), Tokenizer.bytes()
+    assert generate(model, "", words, temperature=0.0, stop=". t") == "one"
+    assert generate(model, "", words, temperature=0.0, stop=["tw", "e. x"]) == "one. "
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        generate(model, "", words, stop="")
+
+
+def test_until_holds_back_what_may_be_the_begin_of_an_end() -> None:
+    pieces = ["a", "<", "|", "x", "<|", "e", "nd|>", "never"]
+    assert list(until(iter(pieces), ["<|end|>", "zz"])) == ["a", "<|x"]
+    assert list(until(iter(["a", "<|e"]), ["<|end|>"])) == ["a", "<|e"]
+    assert list(until(iter(["a", "b"]), [])) == ["a", "b"]
 
 
 def test_generate_missing_model_is_one_line(tmp_path: Path) -> None:

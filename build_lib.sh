@@ -6,8 +6,9 @@
 #
 #   --out DIR      folder of the result (default: anepy/_lib/<tag>; sanitized: <tag>-address and so on)
 #   --target TAG   platform it is for, e.g. linux-aarch64-musl or macos-arm64 (default: this one);
-#                  gcc needs CC=<triple>-gcc, which is the default; clang and zig cc get --target
-#   --sdk DIR      macos-* on another system: the folder of a macOS SDK, for clang with its ld64.lld
+#                  gcc needs CC=<triple>-gcc, which is the default; clang and zig cc are told
+#   --sdk DIR      macos-* on another system: the folder of a macOS SDK, for CC="zig cc", or clang
+#                  with its ld64.lld
 #   --debug        -O1 -g, assertions on
 #   --asan --ubsan --tsan   the sanitizers, also with -O1 -g and assertions
 #   --werror       all the warnings the project is free of, as errors
@@ -15,10 +16,12 @@
 #   --print-tag    print the platform tag of this machine
 #   --print-hash   print the SHA-256 of the sources; its first 16 digits are the library's build id
 #
-# environment: CC, the C11 compiler (default cc, else gcc or clang; "zig cc" works too);
+# environment: CC, the C11 compiler (default cc, else gcc, clang, zig cc);
 #              JOBS, how many files are compiled at once (default: the processors of this process).
 # CFLAGS and LDFLAGS are not read: a -march=native or -ffast-math meant for another program would
 # change results, or make a library that does not run on the next machine.
+#
+# Beside the library it puts LIBRARY.sha256, as sha256sum writes it; anepy opens no other bytes.
 #
 # Works from any folder and from a read-only source tree (give --out). Several may run at once: each
 # builds in its own folder inside the output folder and then renames.
@@ -55,13 +58,14 @@ host_tag() {
     esac
 }
 
+sha=(sha256sum)
+command -v sha256sum >/dev/null || sha=(shasum -a 256)
+
 source_files() { find -H libsrc -type f \( -name '*.c' -o -name '*.h' -o -name '*.m' \); }
 
 # The SHA-256 of a text with one line "<SHA-256 of file>  <path>" per file, in byte order of the
 # paths. anepy/native/build.py computes the same; a library whose id differs was built from other sources.
 source_hash() {
-    local sha=(sha256sum)
-    command -v sha256sum >/dev/null || sha=(shasum -a 256)
     (
         cd "$root"
         { source_files && echo build_lib.sh; } |
@@ -124,7 +128,7 @@ fi
 
 # ---------------------------------------------------------------------------------------- compiler
 
-remedy='install one: "apt install gcc libc6-dev" (Debian, Ubuntu), "dnf install gcc glibc-devel" (Fedora, RHEL), "apk add gcc musl-dev" (Alpine)'
+remedy='install one: "apt install gcc libc6-dev" (Debian, Ubuntu), "dnf install gcc glibc-devel" (Fedora, RHEL), "apk add gcc musl-dev" (Alpine), or anywhere "pip install ziglang"'
 [ "$(uname -s)" != Darwin ] || remedy='install one: "xcode-select --install"'
 
 if [ -n "$sdk" ] && [ -z "${CC:-}" ]; then
@@ -136,8 +140,9 @@ if [ -n "$sdk" ] && [ -z "${CC:-}" ]; then
 elif [ "$target" != "$host" ]; then
     : "${CC:=$triple-gcc}"
 elif [ -z "${CC:-}" ]; then
-    for CC in cc gcc clang ''; do if command -v "$CC" >/dev/null; then break; fi; done
-    [ -n "$CC" ] || die 1 "no C compiler found (tried cc, gcc, clang); $remedy"
+    for CC in cc gcc clang zig ''; do if command -v "$CC" >/dev/null; then break; fi; done
+    [ -n "$CC" ] || die 1 "no C compiler found (tried cc, gcc, clang, zig); $remedy"
+    [ "$CC" != zig ] || CC='zig cc'
 fi
 # CC may carry arguments ("zig cc"), unless all of it is one file.
 if command -v "$CC" >/dev/null; then cc=("$CC"); else read -r -a cc <<<"$CC"; fi
@@ -146,15 +151,6 @@ command -v "${cc[0]:-}" >/dev/null || die 1 "the C compiler CC=$CC was not found
 if [ "$(uname -s)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; then
     die 1 "no C compiler (the command line tools are missing); $remedy"
 fi
-if [ "$target" != "$host" ]; then
-    case "$CC" in *-target*) ;; *)
-        case "$("${cc[@]}" --version 2>/dev/null || true)" in
-        *clang*) cc+=("--target=$triple") ;;
-        esac
-        ;;
-    esac
-fi
-
 # ------------------------------------------------------------------------------------------- flags
 
 build_id=$(source_hash)
@@ -162,7 +158,7 @@ build_id=${build_id:0:16}
 
 flags=(-std=c11)
 if [ "$debug$sanitizers" = no ]; then
-    flags+=(-O3 -DNDEBUG)
+    flags+=(-O3 -g0 -DNDEBUG)
 else
     flags+=(-O1 -g -fno-omit-frame-pointer)
     build_id=$build_id-debug
@@ -173,6 +169,8 @@ if [ "$werror" = yes ]; then
     flags+=(-Wall -Wextra -Wshadow -Wundef -Wvla -Wstrict-prototypes -Wmissing-prototypes -Werror)
 fi
 link=(-shared -pthread)
+# Without -O, zig's clang stops at overflow; a sanitizer is what the options ask for, no more.
+[ -n "$sanitizers" ] || flags+=(-fno-sanitize=all)
 for name in $sanitizers; do
     flags+=("-fsanitize=$name")
     link+=("-fsanitize=$name")
@@ -184,15 +182,14 @@ macos-*)
     # Accelerate, used by kernels/blas_accelerate.c, is opened at run time, as is all that is private.
     link+=(-install_name @rpath/libanepy.dylib -lobjc -framework Foundation -framework CoreFoundation)
     link+=(-framework IOSurface -framework Metal -framework MetalPerformanceShaders)
-    if [ -n "$sdk" ]; then
-        cc+=(-isysroot "$sdk")
-        link+=(-fuse-ld=lld "-Wl,-adhoc_codesign")
-    fi
+    [ -z "$sdk" ] || cc+=(-isysroot "$sdk")
     ;;
 *)
     library=libanepy.so source_pattern='\.c$'
     # An undefined symbol must fail here, not at load. Sanitizers leave theirs to the program.
     [ -n "$sanitizers" ] || link+=("-Wl,-z,defs")
+    # Nothing that is called through can be written, nothing on the stack can run.
+    link+=("-Wl,-z,relro" "-Wl,-z,now" "-Wl,-z,noexecstack")
     ;;
 esac
 
@@ -216,6 +213,37 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
 cd "$root"
+zig=no
+echo 'int anepy_probe;' >"$work/probe.c"
+# Only zig knows a processor called baseline. Unless told so, it compiles for the one it runs on.
+if ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DIR:-$work/zig} \
+    "${cc[@]}" -mcpu=baseline -c "$work/probe.c" -o "$work/probe.o" 2>/dev/null; then
+    zig=yes
+    export ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DIR:-$work/zig}
+fi
+case " $CC $zig " in
+*-target*) ;;
+*' yes ')
+    case $target in
+    macos-*) triple=${triple/arm64/aarch64} triple=${triple/apple-macos12/macos.12.0} ;;
+    linux-x86_64-glibc | linux-aarch64-glibc) triple=$triple.2.17 ;; # RHEL 7, Debian 8
+    esac
+    cc+=(-target "$triple")
+    ;;
+*)
+    if [ "$target" != "$host" ]; then
+        case "$("${cc[@]}" --version 2>/dev/null || true)" in *clang*) cc+=("--target=$triple") ;; esac
+    fi
+    ;;
+esac
+[ "$zig" = no ] || cc+=(-mcpu=baseline)
+case $zig$sdk in
+no/*) link+=(-fuse-ld=lld "-Wl,-adhoc_codesign") ;;
+yes/*) # signs by itself, and looks for nothing in a system root
+    cc+=(-isystem "$sdk/usr/include" -iframework "$sdk/System/Library/Frameworks")
+    link+=("-L$sdk/usr/lib" "-F$sdk/System/Library/Frameworks")
+    ;;
+esac
 printf '#include <math.h>\n#include <pthread.h>\nint anepy_probe(void) { return 0; }\n' >"$work/probe.c"
 "${cc[@]}" -std=c11 -c "$work/probe.c" -o "$work/probe.o" 2>"$work/probe.log" || {
     cat "$work/probe.log" >&2
@@ -252,9 +280,9 @@ say "$(quoted "${cc[@]}" "${link[@]}")-o $library *.o -lm"
 
 # Signed last, and never over a file that is in use: macOS kills processes whose library changed.
 if [ "$(uname -s)" = Darwin ]; then codesign --force --sign - "$work/$library"; fi
-mv -f "$work/$library" "$out/$library" || die 1 "cannot replace $out/$library"
+chmod go-w "$work/$library"
+(cd "$work" && "${sha[@]}" "$library" >"$library.sha256")
+mv -f "$work/$library.sha256" "$work/$library" "$out" || die 1 "cannot replace $out/$library"
 
 say "$out/$library"
-if [ "$quiet" = no ]; then
-    { sha256sum "$out/$library" 2>/dev/null || shasum -a 256 "$out/$library"; } | sed 's/ .*//;s/^/sha256 /'
-fi
+say "sha256 $(cut -d ' ' -f 1 "$out/$library.sha256")"

@@ -120,17 +120,9 @@ def test_every_error_is_exported() -> None:
     assert len(errors) > 15 and set(errors) <= set(anepy.__all__)
 
 
-def test_release_record_is_complete_and_of_this_version() -> None:
-    record = json.loads((needs.CHECKOUT / "anepy" / "native" / "release.json").read_text("utf-8"))
-    assert record["version"] == anepy.__version__
-    assert set(record) == {"version", "sources", "base_url", "files"}
-    if record["files"]:
-        assert re.fullmatch(r"[0-9a-f]{64}", record["sources"])
-        assert record["base_url"].startswith("https://")
-    for tag, file in record["files"].items():
-        assert re.fullmatch(r"linux-\w+-(glibc|musl)|macos-\w+", tag)
-        assert set(file) == {"name", "size", "sha256"} and file["size"] > 0
-        assert re.fullmatch(r"[0-9a-f]{64}", file["sha256"]) and "/" not in file["name"]
+def test_checkout_has_no_release_record() -> None:
+    """`.ci/release.py` writes it into wheels; here it would pin files of other sources."""
+    assert not (needs.CHECKOUT / "anepy" / "native" / "release.json").exists()
 
 
 @pytest.fixture(scope="session")
@@ -185,10 +177,10 @@ def test_wheel_carries_package_and_sources_and_nothing_else(installed: Path) -> 
     files = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
     assert {path.parts[0].partition("-")[0] for path in files} == {"anepy"}
     names = {path.as_posix() for path in files}
-    assert {"anepy/py.typed", "anepy/native/release.json", "anepy/_src/libsrc/anepy.h"} <= names
+    assert {"anepy/py.typed", "anepy/_src/libsrc/anepy.h"} <= names
     kinds = {path.suffix for path in files if path.parts[0] == "anepy"}
     assert "anepy/comparing/report.css" in names
-    assert kinds == {".py", ".css", ".typed", ".json", ".c", ".h", ".sh"} | (kinds & {".m"})
+    assert kinds == {".py", ".css", ".typed", ".c", ".h", ".sh"} | (kinds & {".json", ".m"})
 
 
 def test_wheel_script_is_executable_in_the_archive(wheel: Path) -> None:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from ..errors import LibraryNotFoundError
-from .common import JsonOption, examples, guarded, path_argument, path_option, print_json, table
+from .common import (
+    JsonOption,
+    examples,
+    guarded,
+    note,
+    path_argument,
+    path_option,
+    print_json,
+    table,
+)
 
 lib = typer.Typer(
     help="Find, build, fetch or check the native library.",
@@ -43,9 +52,12 @@ def build(
     debug: Annotated[bool, typer.Option("--debug", help="Unoptimized, with assertions.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler at work.")] = False,
 ) -> None:
-    """Compile the library with $CC and print its path."""
+    """Compile the library with $CC, cc, gcc, clang or zig and print its path."""
     from ..native import find
 
+    for place in find.search():
+        if place.place == "compile" and place.status == "possible":
+            note(f"compiling {place.reason}")
     print(find.build(out=out, debug=debug, verbose=verbose))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from ..engine.engine import Engine
 from ..errors import AnepyError
 from ..models.model import Model
+from ..native import find
 from ..text.data import Sampler, TokenData
 from ..training.loop import Loop
 from .config import CompareConfig
@@ -208,6 +209,7 @@ def take_turns_apart(group: Group, job: Job, tell: Tell, stop: Stop) -> bool:
 
 def _main(descriptor: int) -> None:
     """Take turns in a process of its own: `descriptor` is the pipe to the one that started it."""
+    find.notify = lambda line: None  # the parent has said it
     # A parent that has gone needs no answer.
     with Connection(descriptor) as parent, contextlib.suppress(ConnectionError):
         group, job = parent.recv()

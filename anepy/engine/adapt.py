@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..native import trust
 from ..system import download, machine
 from ..system.files import replacing
 
@@ -102,7 +103,7 @@ def store(record: Mapping[str, Any]) -> Path:
         OSError: it cannot be written.
     """
     target = path(record["device"])
-    target.parent.mkdir(parents=True, exist_ok=True)
+    trust.make_private(target.parent)  # the cache is where libraries are looked for, too
     with replacing(target) as file:
         file.write(json.dumps(record, indent=2).encode())
     return target

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -71,7 +72,15 @@ def find_compiler() -> str | None:
         return chosen if shutil.which(program) else None
     if sys.platform == "darwin" and not _succeeds("xcode-select", "-p"):
         return None  # /usr/bin/cc is then only a stub that opens a dialog
-    return next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    names, path = ("cc", "gcc", "clang", "zig"), _search_path()
+    return next((name for name in names if shutil.which(name, path=path)), None)
+
+
+def _search_path() -> str:
+    """Return PATH, and behind it the folder of the package ziglang (extra `compiler`)."""
+    found = importlib.util.find_spec("ziglang")
+    folders = found.submodule_search_locations if found else None
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *(folders or ())])
 
 
 def _succeeds(*command: str) -> bool:
@@ -91,8 +100,9 @@ def compiler_remedy() -> str:
         ("apk", "bash gcc musl-dev"),
     ):
         if shutil.which(manager):
-            return f"{manager} {'add' if manager == 'apk' else 'install'} {packages}"
-    return "apt install gcc libc6-dev, or what your system calls them"
+            verb = "add" if manager == "apk" else "install"
+            return f"{manager} {verb} {packages}, or pip install 'anepy[compiler]'"
+    return "apt install gcc libc6-dev, or pip install 'anepy[compiler]'"
 
 
 def translated() -> bool:
@@ -206,6 +216,7 @@ def _run(command: list[str], verbose: bool) -> tuple[int, str]:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": _search_path()},
         stdout=2 if verbose else subprocess.PIPE,
         stderr=None if verbose else subprocess.STDOUT,
         start_new_session=True,

@@ -2,17 +2,17 @@
 
 The places, in this order: the file `ANEPY_LIB` names (nothing else is tried then), `anepy/_lib/`
 in the package, the user's cache, a download of the release file pinned in `release.json`, the C
-compiler. A library counts only if it belongs to the sources that lie next to this module: one
-built here carries the hash of its sources, a downloaded one has the pinned SHA-256. System folders
-are never searched. Importing this module touches no disk and no network.
+compiler. A library counts only if its SHA-256 is the pinned one, or the one recorded when it was
+built from the very sources of this installation; anything else is never opened. System folders are
+never searched. Importing this module touches no disk and no network.
 """
 
 from __future__ import annotations
 
 import _ctypes
+import contextlib
 import ctypes
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal
 
 from ..errors import (
     AbiMismatchError,
@@ -29,6 +29,7 @@ from ..errors import (
     LibraryNotFoundError,
 )
 from ..system import download
+from . import trust
 from .build import (
     compile_library,
     compiler_remedy,
@@ -39,6 +40,8 @@ from .build import (
     source_hash,
     translated,
 )
+from .release import Release, ReleaseFile
+from .release import read as read_release
 
 __all__ = [
     "Candidate",
@@ -54,24 +57,7 @@ __all__ = [
     "verify",
 ]
 
-Status = Literal["usable", "missing", "rejected", "possible", "impossible", "failed"]
-
-
-class ReleaseFile(TypedDict):
-    """One file of a release: its name below the base address, bytes, SHA-256."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-class Release(TypedDict):
-    """What `release.json` pins: `files` by platform tag, built from sources with that hash."""
-
-    version: str
-    sources: str
-    base_url: str
-    files: dict[str, ReleaseFile]
+Status = Literal["usable", "missing", "rejected", "refused", "possible", "impossible", "failed"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,8 @@ class Candidate:
     Attributes:
         place: `ANEPY_LIB`, `package`, `cache`, `cached release`, `download` or `compile`.
         path: where the library is, or would be put.
-        status: `usable` and `possible` places are tried in order, the others are passed over.
+        status: `usable` and `possible` places are tried in order, the others are passed over;
+            what is `refused` is damaged or open to others, and a line says so.
         reason: why, in a few words.
     """
 
@@ -138,7 +125,7 @@ class Layout:
             source_hash=None if sources is None else source_hash(sources),
             cache=download.cache_dir(),
             abi=abi.ABI_VERSION,
-            release=cast(Release, json.loads((here / "release.json").read_text("utf-8"))),
+            release=read_release(here),
             override=os.environ.get("ANEPY_LIB") or None,
             compiler=find_compiler(),
             offline=download.offline(),
@@ -176,6 +163,10 @@ class Layout:
         if self.source_hash not in (None, self.release["sources"]):
             return None
         return self.release["files"].get(self.tag)
+
+    def exposure(self, path: Path) -> str | None:
+        """Say why others could change a file of the cache; of the package that is not asked."""
+        return trust.exposure(path, self.cache) if path.is_relative_to(self.cache) else None
 
     @property
     def build_target(self) -> Path:
@@ -238,7 +229,7 @@ def search(layout: Layout | None = None) -> list[Candidate]:
         _built("cache", layout.cached, layout),
     ]
     if layout.pinned is not None:
-        places.append(_release_in_cache(layout, layout.pinned))
+        places.append(_built("cached release", layout.cached_release, layout))
     return [*places, _download(layout), _compiling(layout)]
 
 
@@ -271,7 +262,7 @@ def build(
         target, remedy = layout.build_target, "set ANEPY_CACHE to a writable folder"
     else:
         target, remedy = out.absolute() / layout.file_name, "choose another folder"
-    compile_library(layout.sources, layout.tag, target, remedy, debug=debug, verbose=verbose)
+    _compile(layout, target, remedy, debug=debug, verbose=verbose)
     return target
 
 
@@ -292,10 +283,12 @@ def fetch(from_file: Path | None = None, *, layout: Layout | None = None) -> Pat
     """
     layout = layout or Layout.detect()
     pinned, version = layout.pinned, layout.release["version"]
+    if exposure := layout.exposure(layout.cached_release):
+        raise DownloadError(f"{layout.cached_release} {exposure}")
     if pinned is not None:
         path = _fetch_pinned(layout, pinned, from_file)
         # The user has just asked for this one; a locally compiled one would come first.
-        layout.cached.unlink(missing_ok=True)
+        trust.forget(layout.cached)
     elif from_file is None:
         raise DownloadError(
             f"no library for anepy {version} on {layout.tag} is published; compile it with "
@@ -312,7 +305,15 @@ def fetch(from_file: Path | None = None, *, layout: Layout | None = None) -> Pat
                 "with the same version, or set ANEPY_LIB to use it nevertheless"
             )
         sha256 = hashlib.sha256(content).hexdigest()
-        path = download.install_file(from_file, layout.cached, sha256, len(content))
+        if trust.recorded(from_file) not in (None, sha256):
+            raise DownloadError(f"{from_file} does not have the SHA-256 recorded beside it")
+        path = layout.cached
+        try:
+            trust.make_private(path.parent)
+            trust.record(path, sha256)
+        except OSError as error:
+            raise DownloadError(f"cannot write {path}: {error.strerror}") from error
+        download.install_file(from_file, path, sha256, len(content)).chmod(0o755)
     first = search(layout)[0]
     if first.status == "usable" and first.path != path:
         notify(f"{first.path} comes before {path}; remove it to use the new one")
@@ -326,8 +327,9 @@ def verify(path: Path | None = None, *, layout: Layout | None = None) -> dict[st
         path: the file; by default the first one `library` would use.
 
     Returns:
-        `ok` and `reason`, then `path`, `size` (bytes), `sha256`, `build_id`, `expected_build_id`
-        and `pinned_sha256`, None where unknown.
+        `ok` and `reason`, then `path`, `size` (bytes), `sha256`, `build_id`, `expected_build_id`,
+        `recorded_sha256` (from beside the file) and `pinned_sha256`, None where unknown. A file
+        whose SHA-256 is neither is not opened, and not ok.
     """
     layout = layout or Layout.detect()
     if path is None:
@@ -341,6 +343,7 @@ def verify(path: Path | None = None, *, layout: Layout | None = None) -> dict[st
         "sha256": None,
         "build_id": None,
         "expected_build_id": layout.build_id,
+        "recorded_sha256": None if path is None else trust.recorded(path),
         "pinned_sha256": pinned,
     }
     if path is None:
@@ -349,27 +352,25 @@ def verify(path: Path | None = None, *, layout: Layout | None = None) -> dict[st
         content = path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         result.update(size=len(content), sha256=sha256)
-        lib = _open(path.absolute())
+        status, result["reason"] = _judge(path, content, sha256, layout)
+        if status != "usable":
+            return result
+        result["build_id"] = _open(path.absolute()).anepy_build_id().decode("ascii", "replace")
     except OSError as error:
         return result | {"reason": error.strerror or str(error)}
     except AbiMismatchError as error:
         return result | {"reason": str(error)}
-    result["build_id"] = lib.anepy_build_id().decode("ascii", "replace")
-    if sha256 == pinned:
-        return result | {"ok": True, "reason": "the pinned release file"}
-    if layout.build_id is not None and layout.build_id.encode() in content:
-        return result | {"ok": True, "reason": "built from these sources"}
-    return result | {"reason": "built from other sources"}
+    return result | {"ok": True}
 
 
 # --------------------------------------------------------------------------------------- the places
 
 
 def _built(place: str, path: Path, layout: Layout) -> Candidate:
-    """Judge a library compiled on this machine by the build id inside the file.
+    """Judge a file, without opening it as a library.
 
-    The id is looked for in the bytes: opening a stale library to ask it would make the system hand
-    out the same mapping again when a new one is opened under the same name.
+    Opening a stale library to ask it would make the system hand out the same mapping again when a
+    new one is opened under the same name.
     """
     try:
         content = path.read_bytes()
@@ -377,25 +378,32 @@ def _built(place: str, path: Path, layout: Layout) -> Candidate:
         return Candidate(place, path, "missing", "does not exist")
     except OSError as error:
         return Candidate(place, path, "rejected", f"cannot be read: {error.strerror}")
+    if exposure := layout.exposure(path):
+        return Candidate(place, path, "refused", exposure)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Candidate(place, path, *_judge(path, content, sha256, layout))
+
+
+def _judge(path: Path, content: bytes, sha256: str, layout: Layout) -> tuple[Status, str]:
+    """Hold a file to the SHA-256 that is pinned, or recorded beside it and of these sources."""
+    pinned = None if layout.pinned is None else layout.pinned["sha256"]
+    recorded = trust.recorded(path)
+    if sha256 == pinned:
+        return "usable", "has the pinned SHA-256"
+    ours = layout.build_id is None or layout.build_id.encode() in content
+    if recorded is None and pinned is None:
+        if not ours:
+            return "rejected", "was built from other sources"
+        return "refused", "is not used: its SHA-256 is recorded nowhere (anepy lib build)"
+    if sha256 != recorded:
+        which = "pinned" if recorded is None else "recorded"
+        return "refused", f"is damaged: it does not have the {which} SHA-256"
+    if not ours:
+        return "rejected", "was built from other sources"
     if layout.build_id is None:
-        return Candidate(place, path, "usable", "no sources to compare with")
-    if f"{layout.build_id}-debug".encode() in content:
-        return Candidate(place, path, "usable", "debug build of these sources")
-    if layout.build_id.encode() in content:
-        return Candidate(place, path, "usable", "built from these sources")
-    return Candidate(place, path, "rejected", "was built from other sources")
-
-
-def _release_in_cache(layout: Layout, pinned: ReleaseFile) -> Candidate:
-    place, path = "cached release", layout.cached_release
-    if not path.is_file():
-        return Candidate(place, path, "missing", "does not exist")
-    try:
-        if download.file_sha256(path) == pinned["sha256"].lower():
-            return Candidate(place, path, "usable", "has the pinned SHA-256")
-    except OSError as error:
-        return Candidate(place, path, "rejected", f"cannot be read: {error.strerror}")
-    return Candidate(place, path, "rejected", "does not have the pinned SHA-256")
+        return "usable", "no sources to compare with"
+    debug = f"{layout.build_id}-debug".encode() in content
+    return "usable", f"{'debug build of' if debug else 'built from'} these sources"
 
 
 def _download(layout: Layout) -> Candidate:
@@ -406,6 +414,8 @@ def _download(layout: Layout) -> Candidate:
         return Candidate(place, None, "impossible", reason)
     if layout.offline:
         return Candidate(place, path, "impossible", "ANEPY_OFFLINE forbids it")
+    if exposure := layout.exposure(path):
+        return Candidate(place, path, "impossible", exposure)
     url = download.file_url(layout.release["base_url"], pinned["name"])
     return Candidate(place, path, "possible", f"from {url}")
 
@@ -416,12 +426,16 @@ def _compiling(layout: Layout) -> Candidate:
         reason = "this installation carries no C sources"
     elif layout.compiler is None:
         chosen = os.environ.get("CC")
-        reason = f"CC={chosen} was not found" if chosen else "no C compiler (tried cc, gcc, clang)"
+        tried = "no C compiler (tried cc, gcc, clang, zig)"
+        reason = f"CC={chosen} was not found" if chosen else tried
     elif shutil.which("bash") is None:
         reason = "bash is missing"
+    elif exposure := layout.exposure(layout.build_target):
+        reason = f"{layout.build_target} {exposure}"
     if reason is not None:
         return Candidate("compile", None, "impossible", reason)
-    return Candidate("compile", layout.build_target, "possible", f"with {layout.compiler}")
+    how = f"with {'CC=' if os.environ.get('CC') else ''}{layout.compiler}"
+    return Candidate("compile", layout.build_target, "possible", how)
 
 
 def load(layout: Layout) -> tuple[ctypes.CDLL, Candidate]:
@@ -440,18 +454,22 @@ def load(layout: Layout) -> tuple[ctypes.CDLL, Candidate]:
     tried: list[Candidate] = []
     for candidate in search(layout):
         if candidate.status not in ("usable", "possible") or candidate.path is None:
+            if candidate.status == "refused":
+                notify(f"{candidate.path} {candidate.reason}")
             tried.append(candidate)
             continue
         try:
-            if candidate.place == "download" and layout.pinned is not None:
+            if candidate.place == "ANEPY_LIB":
+                notify(f"using {candidate.path}, which ANEPY_LIB names; it is not checked")
+            elif candidate.place == "download" and layout.pinned is not None:
                 _fetch_pinned(layout, layout.pinned, None)
             elif candidate.place == "compile" and layout.sources is not None:
                 stale = any(c.place == "package" and c.status == "rejected" for c in tried)
                 why = "its sources changed" if stale else "once"
                 how_long = expected_duration(layout.sources)
-                notify(f"compiling the native library ({why}, about {how_long} s) ...")
-                remedy = "set ANEPY_CACHE to a writable folder"
-                compile_library(layout.sources, layout.tag, candidate.path, remedy)
+                how = f"{candidate.reason} ({why}, about {how_long} s)"
+                notify(f"compiling the native library {how} ...")
+                _compile(layout, candidate.path, "set ANEPY_CACHE to a writable folder")
             return _open(candidate.path), candidate
         except DownloadError as error:
             notify(str(error))
@@ -508,14 +526,30 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _fetch_pinned(layout: Layout, pinned: ReleaseFile, from_file: Path | None) -> Path:
-    dest = layout.cached_release
+    dest, sha256, size = layout.cached_release, pinned["sha256"], pinned["size"]
+    with contextlib.suppress(OSError):  # what writes the file says it better
+        trust.make_private(dest.parent)
     if from_file is not None:
-        return download.install_file(from_file, dest, pinned["sha256"], pinned["size"])
-    url = download.file_url(layout.release["base_url"], pinned["name"])
-    if not download.offline():
-        notify(f"downloading the native library, {pinned['size'] / 1e6:.1f} MB, from {url}")
-    with download.progress_bar(pinned["name"]) as progress:
-        return download.download(url, dest, pinned["sha256"], pinned["size"], progress=progress)
+        download.install_file(from_file, dest, sha256, size)
+    else:
+        url = download.file_url(layout.release["base_url"], pinned["name"])
+        if not download.offline():
+            mirror = " (ANEPY_MIRROR)" if os.environ.get("ANEPY_MIRROR") else ""
+            notify(f"downloading the native library, {size / 1e6:.1f} MB, from {url}{mirror}")
+        with download.progress_bar(pinned["name"]) as progress:
+            download.download(url, dest, sha256, size, progress=progress)
+    dest.chmod(0o755)
+    return dest
+
+
+def _compile(
+    layout: Layout, target: Path, remedy: str, *, debug: bool = False, verbose: bool = False
+) -> None:
+    assert layout.sources is not None
+    if target.is_relative_to(layout.cache):
+        with contextlib.suppress(OSError):  # what writes the file says it better
+            trust.make_private(target.parent)
+    compile_library(layout.sources, layout.tag, target, remedy, debug=debug, verbose=verbose)
 
 
 def _may_write(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from needs import CHECKOUT
 
 import anepy
 from anepy.errors import AbiMismatchError
-from anepy.native import build, find
+from anepy.native import build, find, trust
 from anepy.native.find import Candidate, Layout, Release
 from anepy.system import download
 
@@ -113,6 +113,19 @@ def release_of(layout: Layout, content: bytes, base: str = "http://base") -> Rel
             }
         },
     }
+
+
+def built(library: Path) -> list[Path]:
+    """Return what a build leaves in its folder."""
+    return [library, library.with_name(f"{library.name}.sha256")]
+
+
+def installed(path: Path, content: bytes | str) -> Path:
+    """Put a library where it belongs, with its SHA-256 recorded."""
+    trust.make_private(path.parent)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    trust.record(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
 
 
 def place(path: Path, content: bytes | str) -> Path:

@@ -62,6 +62,11 @@ def program(*names: str, package: str = "") -> str:
     _missing_tool(" or ".join(names) + (f" (Debian: {package})" if package else ""))
 
 
+def program_path(name: str) -> str:
+    """Return where a program is."""
+    return shutil.which(program(name)) or name
+
+
 # The newest first: its sanitizers run on the newest kernels.
 CLANGS = (*(f"clang-{version}" for version in range(30, 13, -1)), "clang")
 
@@ -83,6 +88,12 @@ def compiler_with(flags: tuple[str, ...], names: tuple[str, ...], folder: Path) 
         if shutil.which(name) and not subprocess.run(command, capture_output=True).returncode:
             return name
     _missing_tool(f"{' or '.join(names)} with {' '.join(flags) or 'libc'}")
+
+
+def zig() -> str:
+    """Return the compiler that the package ziglang brings, as CC takes it."""
+    module("ziglang")
+    return f"{sys.executable} -m ziglang cc"
 
 
 def macos_linking_clang() -> str:

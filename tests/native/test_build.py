@@ -13,6 +13,7 @@ import pytest
 from installations import (
     CHECKOUT,
     TAG,
+    built,
     by_place,
     isolate,
     layout_of,
@@ -88,7 +89,8 @@ def test_platform_tag_agrees_with_the_script(root: Path) -> None:
     ("variable", "present", "expected"),
     [
         (None, ["cc", "gcc"], "cc"),
-        (None, ["clang"], "clang"),
+        (None, ["clang", "zig"], "clang"),
+        (None, ["zig"], "zig"),
         (None, [], None),
         ("gcc", ["cc", "gcc"], "gcc"),
         ("gcc -m64", ["gcc"], "gcc -m64"),
@@ -167,7 +169,7 @@ def test_build_library_works_and_carries_its_id(
     layout = layout_of(root)
     path = find.build(layout=layout)
     assert path == root / "anepy" / "_lib" / TAG / layout.file_name
-    assert list(path.parent.iterdir()) == [path]
+    assert sorted(path.parent.iterdir()) == built(path)
     lib = find._open(path)
     lib.anepy_root.restype, lib.anepy_root.argtypes = ctypes.c_double, [ctypes.c_double]
     assert lib.anepy_root(4.0) == 42.0
@@ -181,6 +183,54 @@ def test_build_debug_library_says_so_and_is_used(root: Path) -> None:
     assert find._open(path).anepy_build_id().decode() == f"{layout.build_id}-debug"
     found = find.search(layout)[0]
     assert (found.status, found.reason) == ("usable", "debug build of these sources")
+
+
+PLAIN = """
+#if defined(__AVX__) || defined(__SSE3__) || defined(__ARM_FEATURE_ATOMICS)
+#error "this would not run on every processor of the family"
+#endif
+int anepy_overflow(int x);
+int anepy_overflow(int x) { return x + 1; }
+"""
+
+
+@pytest.fixture
+def zig(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the compiler of the package ziglang; its cache is kept for the next test."""
+    monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "zig"))
+    return needs.zig()
+
+
+@needs.LINUX
+def test_build_by_zig_is_for_every_processor(
+    root: Path, monkeypatch: pytest.MonkeyPatch, zig: str
+) -> None:
+    """By itself `zig cc` compiles for the processor it runs on; its checks stop at overflow."""
+    monkeypatch.setenv("CC", zig)
+    place(root / "libsrc" / "plain.c", PLAIN)
+    layout = layout_of(root)
+    path = find.build(layout=layout)
+    assert b"ubsan" not in path.read_bytes()
+    assert find._open(path).anepy_build_id().decode() == layout.build_id
+    assert sorted(path.parent.iterdir()) == built(path)
+
+
+def test_load_without_another_compiler_takes_the_package_ziglang(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    zig: str,
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in "bash env dirname uname getconf find sort tr xargs sha256sum cut sed".split():
+        (tools / name).symlink_to(needs.program_path(name))
+    for name in "mkdir mktemp rm grep ls nproc mv chmod head cat".split():
+        (tools / name).symlink_to(needs.program_path(name))
+    monkeypatch.setenv("PATH", str(tools))
+    assert find.load(layout_of(root))[1].place == "compile"
+    assert "compiling the native library with zig (once" in capsys.readouterr().err
 
 
 def test_build_leaves_the_source_tree_alone(root: Path, tmp_path: Path) -> None:
@@ -224,7 +274,7 @@ def test_build_script_error_names_the_first_message_and_keeps_the_old_library(ro
     first, *rest = str(caught.value).splitlines()
     assert "undeclared_thing" in first and "libsrc/bad.c:1" in first and "build_lib.sh" in first
     assert any("compiler: " in line for line in rest) and len(rest) <= 20
-    assert path.read_bytes() == old and list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == old and sorted(path.parent.iterdir()) == built(path)
 
 
 @needs.LINUX  # the linkers of macOS refuse undefined symbols by themselves
@@ -291,7 +341,7 @@ def test_build_script_no_compiler_is_one_line(root: Path, tmp_path: Path) -> Non
             (tools / name).symlink_to(found)
     result = run_script(root, check=False, PATH=str(tools))
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "no C compiler found (tried cc, gcc, clang)" in result.stderr
+    assert "no C compiler found (tried cc, gcc, clang, zig)" in result.stderr
     assert "apt install gcc" in result.stderr or "xcode-select --install" in result.stderr
     result = run_script(root, check=False, CC="no-such-cc")
     assert result.returncode == 1 and "CC=no-such-cc was not found" in result.stderr

@@ -21,7 +21,9 @@ from installations import (
     EMPTY,
     SOURCES,
     TAG,
+    built,
     by_place,
+    installed,
     isolate,
     layout_of,
     make_sources,
@@ -85,7 +87,7 @@ def test_search_local_files_count_only_with_the_id_of_the_sources(
     assert layout.build_id is not None
     for path, content in ((layout.packaged, packaged), (layout.cached, cached)):
         if content is not None:
-            place(path, b"\x7fELF.." + content.format(id=layout.build_id).encode() + b"\0..")
+            installed(path, b"\x7fELF.." + content.format(id=layout.build_id).encode() + b"\0..")
     found = by_place(layout)
     assert list(found) == ["package", "cache", "download", "compile"]
     assert {name: found[name].status for name in expected} == expected
@@ -100,7 +102,7 @@ def test_search_stale_library_says_other_sources(root: Path) -> None:
 
 def test_search_without_sources_takes_what_the_package_has(root: Path) -> None:
     layout = layout_of(root, sources=None, source_hash=None)
-    place(layout.packaged, "anything")
+    installed(layout.packaged, "anything")
     found = by_place(layout)
     assert found["package"].status == "usable" and found["compile"].status == "impossible"
 
@@ -136,7 +138,7 @@ def test_search_download_needs_a_file_pinned_for_these_sources(
 
 
 @pytest.mark.parametrize(
-    ("content", "status"), [(b"release", "usable"), (b"rel\0ase", "rejected"), (None, "missing")]
+    ("content", "status"), [(b"release", "usable"), (b"rel\0ase", "refused"), (None, "missing")]
 )
 def test_search_cached_release_is_hashed_every_time(
     root: Path, content: bytes | None, status: str
@@ -190,7 +192,11 @@ def test_load_checkout_compiles_into_the_package_once(root: Path, lines: list[st
     lib, candidate = find.load(layout)
     assert candidate.place == "compile" and candidate.path == layout.packaged
     assert lib.anepy_build_id().decode() == layout.build_id
-    assert len(lines) == 1 and "compiling the native library (once, about" in lines[0]
+    assert (
+        len(lines) == 1
+        and "compiling the native library with " in lines[0]
+        and "(once, about" in lines[0]
+    )
     _, candidate = find.load(layout)
     assert candidate.place == "package" and len(lines) == 1
     assert not layout.cache.exists()
@@ -219,7 +225,7 @@ def test_load_file_the_system_refuses_falls_through_to_the_compiler(
     """A home folder shared by machines can hold a library this one's C library cannot open."""
     layout = layout_of(root)
     assert layout.build_id is not None
-    place(layout.packaged, f"not a library, but {layout.build_id}")
+    installed(layout.packaged, f"not a library, but {layout.build_id}")
     lib, candidate = find.load(layout)
     assert candidate.place == "compile" and lib.anepy_abi_version() == ABI
 
@@ -239,7 +245,8 @@ def test_load_override_is_opened_unchecked(root: Path, tmp_path: Path, lines: li
     path = find.build(tmp_path / "mine", layout=layout_of(root))
     place(root / "libsrc" / "api.c", "int changed;\n")
     layout = layout_of(root, override=str(path), compiler=None)
-    assert find.load(layout)[1].place == "ANEPY_LIB" and lines == []
+    assert find.load(layout)[1].place == "ANEPY_LIB"
+    assert lines == [f"using {path}, which ANEPY_LIB names; it is not checked"]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +262,7 @@ def test_load_bad_override_is_final_and_named(
     with pytest.raises(LibraryNotFoundError, match=words) as caught:
         find.load(layout_of(root, override=str(path)))
     assert "ANEPY_LIB" in str(caught.value) and str(path) in str(caught.value)
-    assert "\n" not in str(caught.value) and lines == []
+    assert "\n" not in str(caught.value) and len(lines) == (content is not None)
     assert not (root / "anepy" / "_lib").exists()
 
 
@@ -280,7 +287,7 @@ def test_load_nothing_works_lists_every_place_and_both_remedies(
         f"package: {layout.packaged} was built from other sources",
         f"cache: {layout.cached} does not exist",
         "download: nothing is published",
-        "compile: no C compiler (tried cc, gcc, clang)",
+        "compile: no C compiler (tried cc, gcc, clang, zig)",
         "install a C compiler (",
         "anepy lib fetch --from FILE",
         "ANEPY_LIB",
@@ -357,7 +364,7 @@ def test_load_processes_at_once_all_get_a_whole_library(root: Path) -> None:
     assert [process.returncode for process in processes] == [0] * 4, results
     assert {out.split()[0] for out, _ in results} == {layout.build_id}
     assert "compile" in {out.split()[1] for out, _ in results}
-    assert list(layout.packaged.parent.iterdir()) == [layout.packaged]
+    assert sorted(layout.packaged.parent.iterdir()) == built(layout.packaged)
 
 
 def test_load_ctrl_c_ends_the_compilers_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
@@ -564,16 +571,18 @@ def test_verify_tells_good_from_foreign(released: tuple[Layout, bytes], tmp_path
     assert report["ok"] is False and report["path"] is None
     find.fetch(layout=layout)
     report = find.verify(layout=layout)
-    assert report["ok"] is True and report["reason"] == "the pinned release file"
+    assert report["ok"] is True and report["reason"] == "has the pinned SHA-256"
     assert report["sha256"] == hashlib.sha256(content).hexdigest() == report["pinned_sha256"]
     assert report["build_id"] == report["expected_build_id"] == layout.build_id
     json.dumps(report)
     layout = dataclasses.replace(layout, release=EMPTY)
-    report = find.verify(place(tmp_path / "copy.so", content), layout=layout)
+    report = find.verify(place(tmp_path / "bare.so", content), layout=layout)
+    assert report["ok"] is False and "recorded nowhere" in str(report["reason"])
+    report = find.verify(installed(tmp_path / "copy.so", content), layout=layout)
     assert report["ok"] is True and report["reason"] == "built from these sources"
     layout = dataclasses.replace(layout, source_hash="0" * 64)
     report = find.verify(tmp_path / "copy.so", layout=layout)
-    assert report["ok"] is False and report["reason"] == "built from other sources"
+    assert report["ok"] is False and report["reason"] == "was built from other sources"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x7fELF nonsense"])

@@ -53,25 +53,12 @@ ANEPY_API int32_t anepy_last_error(char *buf, uint64_t cap);
 
 /* The structs of this header, for anepy_struct_size. */
 enum {
-    ANEPY_STRUCT_CONFIG,
-    ANEPY_STRUCT_TENSOR,
-    ANEPY_STRUCT_ENGINE_OPTIONS,
-    ANEPY_STRUCT_ENGINE_INFO,
-    ANEPY_STRUCT_STEP_STATS,
-    ANEPY_STRUCT_UPDATE_OPTIONS,
-    ANEPY_STRUCT_UPDATE_STATS,
-    ANEPY_STRUCT_LIBRARY_INFO,
-    ANEPY_STRUCT_DEVICE_INFO,
-    ANEPY_STRUCT_PROGRAM_OPTIONS,
-    ANEPY_STRUCT_PROGRAM_INFO,
-    ANEPY_STRUCT_PROGRAM_PORT,
-    ANEPY_STRUCT_SIM_OPTIONS,
-    ANEPY_STRUCT_SIM_TENSOR,
-    ANEPY_STRUCT_SIM_REPORT,
-    ANEPY_STRUCT_PEAKS,
-    ANEPY_STRUCT_BENCH_OPTIONS,
-    ANEPY_STRUCT_BENCH_RESULT,
-    ANEPY_STRUCT_FLOPS
+    ANEPY_STRUCT_CONFIG, ANEPY_STRUCT_TENSOR, ANEPY_STRUCT_ENGINE_OPTIONS,
+    ANEPY_STRUCT_ENGINE_INFO, ANEPY_STRUCT_STEP_STATS, ANEPY_STRUCT_UPDATE_OPTIONS,
+    ANEPY_STRUCT_UPDATE_STATS, ANEPY_STRUCT_LIBRARY_INFO, ANEPY_STRUCT_DEVICE_INFO,
+    ANEPY_STRUCT_PROGRAM_OPTIONS, ANEPY_STRUCT_PROGRAM_INFO, ANEPY_STRUCT_PROGRAM_PORT,
+    ANEPY_STRUCT_SIM_OPTIONS, ANEPY_STRUCT_SIM_TENSOR, ANEPY_STRUCT_SIM_REPORT, ANEPY_STRUCT_PEAKS,
+    ANEPY_STRUCT_BENCH_OPTIONS, ANEPY_STRUCT_BENCH_RESULT, ANEPY_STRUCT_FLOPS
 };
 
 /* sizeof of a struct, for callers that declare the structs in another language; -1 beyond the last.
@@ -117,14 +104,15 @@ typedef struct anepy_config {
 #define ANEPY_TENSOR_MATRIX 1u    /* [rows, cols]; else a vector [cols] */
 #define ANEPY_TENSOR_DECAYS 2u    /* weight decay shrinks it: matrices, not norms and biases */
 #define ANEPY_TENSOR_TRAINABLE 4u /* it has a gradient and moments */
+#define ANEPY_TENSOR_ADAPTER 8u   /* A or B of an adapter: it is in the arena of these */
 
 /* One row of the tensor table. The arena of weights holds all tensors, those of gradients and of
- * Adam's m and v the trainable ones, each in the order of the table and without gaps. */
+ * Adam's m and v the trainable ones, that of adapters theirs, in this order and without gaps. */
 typedef struct anepy_tensor {
     uint32_t struct_size;
     uint32_t flags;   /* ANEPY_TENSOR_... */
     char name[64];    /* as in Meta's Llama, e.g. layers.0.attention.wq.weight */
-    int64_t offset;   /* first element in the arena of weights */
+    int64_t offset;   /* first element in the arena of weights, or of adapters */
     int64_t gradient; /* first element in the arenas of gradients and moments; -1: it is frozen */
     int64_t rows;     /* 1 for vectors */
     int64_t cols;
@@ -146,6 +134,17 @@ ANEPY_API int64_t anepy_model_gradient_n(const anepy_model *model);
 /* Takes a tensor out of training, before engines are made with this table: it has no gradient and
  * no moments, and no update changes it. Fails if none would be left to train. */
 ANEPY_API int32_t anepy_model_freeze(anepy_model *model, int32_t index);
+
+/* Bits of the projections that anepy_model_adapt takes, in the order of the table. */
+enum { ANEPY_TARGET_WQ = 1, ANEPY_TARGET_WK = 2, ANEPY_TARGET_WV = 4, ANEPY_TARGET_WO = 8 };
+enum { ANEPY_TARGET_W1 = 16, ANEPY_TARGET_W3 = 32, ANEPY_TARGET_W2 = 64, ANEPY_TARGET_N = 7 };
+#define ANEPY_ADAPTER_RANK 512 /* the largest */
+/* Adds low-rank adapters (Hu et al. 2021, arXiv 2106.09685) and freezes all else, before engines
+ * are made with this table: y = W x + scale B (A x). A [rank, in] and B [out, rank] are rows behind
+ * all others, like layers.0.attention.wq.lora_a and .lora_b. */
+ANEPY_API int32_t anepy_model_adapt(anepy_model *model, int32_t rank, double scale,
+                                    uint32_t targets);
+ANEPY_API int64_t anepy_model_adapter_n(const anepy_model *model); /* elements of their arena */
 
 /* Radians per position by which RoPE turns pair `pair` of a head, 0 <= pair < head_dim / 2: its
  * channels 2 pair and 2 pair + 1. Scaling included. */
@@ -202,6 +201,7 @@ typedef struct anepy_engine_options {
     int32_t seq_len;       /* longest sequence of this engine; 0: the model's */
     int32_t threads;       /* 0: affinity, cgroup quota and physical cores decide */
     double loss_scale;     /* fp16: what the dynamic scale starts with; 0: default */
+    float *adapter;        /* float32[anepy_model_adapter_n], as params; NULL: the model has none */
 } anepy_engine_options;
 
 typedef struct anepy_engine_info {
@@ -441,7 +441,6 @@ ANEPY_API int32_t anepy_program_run_native(const anepy_model *model, const float
 /* ------------------------------------------------------------------------------ MIL simulator */
 
 typedef struct anepy_sim anepy_sim; /* a parsed program of MIL text that runs on the simulator */
-
 /* Parsed by the simulator and run by it, or by another device that runs MIL text: then no rule is
  * an error and the device has the say. text and files are not needed after anepy_sim_create. */
 typedef struct anepy_sim_options {
@@ -484,11 +483,9 @@ typedef struct anepy_sim_report {
 ANEPY_API int32_t anepy_sim_create(anepy_sim **out, const anepy_sim_options *options,
                                    int32_t *where);
 ANEPY_API void anepy_sim_free(anepy_sim *sim); /* accepts NULL */
-/* 0 if the device loaded what it had compiled in an earlier run, else 1. */
-ANEPY_API int32_t anepy_sim_compiled(const anepy_sim *sim);
-/* Puts other weight files in place and loads the program again without compiling it; of options
- * only the files are read. Whether the new weights are used is the device's affair: a finished
- * program of the simulator keeps those it was compiled with. */
+ANEPY_API int32_t anepy_sim_compiled(const anepy_sim *sim); /* 0: it loaded an earlier result */
+/* Puts other weight files in place and loads the program again without compiling it. Whether they
+ * are used is the device's affair: the simulator keeps those it was compiled with. */
 ANEPY_API int32_t anepy_sim_reload(anepy_sim *sim, const anepy_sim_options *options);
 ANEPY_API const char *anepy_sim_function_name(const anepy_sim *sim, int32_t index); /* NULL: end */
 /* Tensors in declaration order, inputs (output 0) or outputs (1); ANEPY_E_ARGUMENT: end. */
@@ -527,8 +524,7 @@ typedef struct anepy_device_info {
 } anepy_device_info;
 
 ANEPY_API int32_t anepy_library_get_info(anepy_library_info *out);
-/* ANEPY_E_ARGUMENT beyond the last. */
-ANEPY_API int32_t anepy_device_get_info(int32_t index, anepy_device_info *out);
+ANEPY_API int32_t anepy_device_get_info(int32_t index, anepy_device_info *out); /* as below */
 ANEPY_API const char *anepy_switch_name(int32_t index);  /* NULL beyond the last */
 ANEPY_API const char *anepy_variant_name(int32_t index); /* NULL beyond the last */
 /* The switches a variant text stands for on a device ("auto" included), for a model or, with NULL,
@@ -538,8 +534,8 @@ ANEPY_API int32_t anepy_variant_parse(const char *text, const char *device,
 
 /* --------------------------------------------------------------------------------- measurement */
 
-/* What this machine can do at most. Arithmetic is measured in registers; memory with arrays of 128
- * MiB, counting the bytes the program reads and writes (1 GB is 1e9 bytes). */
+/* What this machine can do at most: arithmetic in registers; memory with arrays of 128 MiB, by the
+ * bytes that are read and written (1 GB is 1e9 bytes). */
 typedef struct anepy_peaks {
     uint32_t struct_size;
     int32_t threads;
@@ -550,7 +546,6 @@ typedef struct anepy_peaks {
     double copy_gbs;    /* a = b */
     double triad_gbs;   /* a += b */
 } anepy_peaks;
-
 /* isa: one of isa_all, NULL: the one in use; threads 0: default. Takes about 0.15 s and 256 MiB. */
 ANEPY_API int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads);
 

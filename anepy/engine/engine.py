@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..models.freezing import Freeze
+from ..models.lora import Lora
 from ..models.model import Model, TensorTable
 from ..models.views import Array, Tensors
 from ..native import abi
@@ -49,7 +50,8 @@ class Engine(Owner):
     handler that raises, as that of Ctrl-C, does so after `step` and `update` are complete.
     `gradients` (sums since the last update, times the loss scale), `adam_m` and `adam_v` are
     float32 views by the names of `Model.weights`; assigning to a name copies into the view.
-    `frozen` lists the tensors that have none of these.
+    `frozen` lists the tensors that have none of these. With `lora` only the adapter is trained,
+    and they are its.
     `device` and `device_note` say where it runs and, if that was left to anepy, why there;
     `precision` and `precision_note` in what.
 
@@ -73,12 +75,16 @@ class Engine(Owner):
             of its activations again, with the same bits. A step takes one more forward pass of the
             layers but the last, and `memory` grows with their number by one input each, float32
             (dim, columns). On sim and ane what weight gradients are made of stays for each layer.
+        lora: an adapter, which alone is trained; the model's weights stay as they are. Gradients
+            and moments have its names, like "layers.0.attention.wq.lora_a". It gets its tensors
+            here if it has none yet.
         defer: compile programs when they are first needed, not at once. For callers that will call
             `restore`: programs for weights about to be replaced would be wasted.
 
     Raises:
         ConfigError: a name is unknown, a value out of range, a device not usable here, a pattern of
-            `freeze` matches nothing, or all of them everything.
+            `freeze` matches nothing, or all of them everything; `freeze` beside `lora`; or the
+            adapter belongs to models of other dimensions.
         CompileBudgetError: this process may compile no more programs.
         NativeError: the system gives no memory.
 
@@ -98,6 +104,7 @@ class Engine(Owner):
         threads: int | None = None,
         loss_scale: float | None = None,
         freeze: Freeze = (),
+        lora: Lora | None = None,
         recompute: bool = False,
         defer: bool = False,
     ) -> None:
@@ -105,7 +112,10 @@ class Engine(Owner):
         self.model = model
         self.variant = variant
         self.recompute = recompute
-        table = self._table = TensorTable(model.config, freeze)
+        if lora is not None:
+            lora.attach(model.config)
+        self.lora = lora
+        table = self._table = TensorTable(model.config, freeze, lora)
         self.frozen = table.frozen
         self._lib = table.lib
         self._grads, self._m, self._v = (table.arena(trainable=True) for _ in range(3))
@@ -122,6 +132,7 @@ class Engine(Owner):
             seq_len=seq_len or 0,
             threads=threads or 0,
             loss_scale=loss_scale or 0.0,
+            adapter=address(lora.arena) if lora is not None else None,
         )
 
         def create(name: str) -> ctypes.c_void_p:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from . import tensors
-from .model import Model, ModelConfig
+from .model import Model, ModelConfig, TensorTable
 from .views import Array, Tensors
 
 TARGETS = tuple(tensors.PROJECTIONS)
@@ -131,12 +131,12 @@ class Lora:
                     "make another one"
                 )
             return
-        shapes = _shapes(config, self.rank, self.targets)
-        arena = _aligned(sum(math.prod(shape) for shape in shapes.values()))
-        views, at = {}, 0
-        for name, shape in shapes.items():
-            views[name] = arena[at : at + math.prod(shape)].reshape(shape)
-            at += math.prod(shape)
+        places = TensorTable(config, lora=self).adapter
+        arena = _aligned(sum(math.prod(shape) for _, shape in places.values()))
+        views = {
+            name: arena[at : at + math.prod(shape)].reshape(shape)
+            for name, (at, shape) in places.items()
+        }
         random = np.random.default_rng(self.seed)
         for name, view in views.items():
             if name.endswith("lora_a"):

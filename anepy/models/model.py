@@ -12,16 +12,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..native import abi, find
-from .freezing import Freeze, frozen_names
+from .freezing import Freeze, frozen_names, patterns
 from .stored_tokenizer import Pieces, StoredTokenizer
 from .views import Array, Tensors
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 PathLike = str | os.PathLike[str]
 Place = tuple[int, tuple[int, ...]]  # first element, shape
@@ -190,19 +193,24 @@ class TensorTable:
     Args:
         config: dimensions of the model.
         freeze: tensors that have no gradient and no moments, by patterns of names.
+        lora: an adapter, which alone is trained then.
 
     Attributes:
         places: name -> first element in the arena of weights, shape.
+        adapter: the same in the arena of the adapter, of its tensors.
         trainable: the same in the arenas of gradients and moments, of the tensors they have.
         frozen: the names of the others.
         size: elements of the arena of weights.
 
     Raises:
-        ConfigError: the dimensions make no model, or a pattern matches nothing or leaves nothing.
+        ConfigError: the dimensions make no model, a pattern matches nothing or leaves nothing, or
+            there are both patterns and an adapter.
         LibraryNotFoundError: there is no native library.
     """
 
-    def __init__(self, config: ModelConfig, freeze: Freeze = ()) -> None:
+    def __init__(self, config: ModelConfig, freeze: Freeze = (), lora: Lora | None = None) -> None:
+        if lora is not None and patterns(freeze):
+            raise ConfigError("freeze and lora: beside an adapter all weights are frozen already")
         self.config = config
         self.lib = find.library()
         handle = ctypes.c_void_p()
@@ -216,11 +224,18 @@ class TensorTable:
         self.frozen = tuple(frozen_names(names, freeze))
         for name in self.frozen:
             self.lib.anepy_model_freeze(handle, names.index(name))
+        if lora is not None:
+            targets = sum(1 << abi.TARGETS.index(target) for target in lora.targets)
+            self.lib.anepy_model_adapt(handle, lora.rank, lora.scale, targets)
+            self.frozen = tuple(names)
         self.places: dict[str, Place] = {}
+        self.adapter: dict[str, Place] = {}
         self.trainable: dict[str, Place] = {}
-        for name, tensor in zip(names, self._rows(), strict=True):
+        for tensor in self._rows():
+            name = tensor.name.decode()
             shape = (tensor.rows, tensor.cols) if tensor.flags & abi.MATRIX else (tensor.cols,)
-            self.places[name] = (tensor.offset, shape)
+            places = self.adapter if tensor.flags & abi.ADAPTER else self.places
+            places[name] = (tensor.offset, shape)
             if tensor.gradient >= 0:
                 self.trainable[name] = (tensor.gradient, shape)
 

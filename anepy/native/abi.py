@@ -23,7 +23,8 @@ from ..errors import (
 ABI_VERSION = 4
 DEFER, RECOMPUTE = 1, 2  # flags of EngineOptions
 LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
-MATRIX = 1  # of the flags of Tensor
+MATRIX, ADAPTER = 1, 8  # of the flags of Tensor
+TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # by the bits of anepy_model_adapt
 
 
 class _Sized(ctypes.Structure):
@@ -93,6 +94,7 @@ class EngineOptions(_Sized):
         ("seq_len", c_int32),
         ("threads", c_int32),
         ("loss_scale", c_double),
+        ("adapter", handle),
     )
 
 
@@ -393,6 +395,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_model_create": (POINTER(handle), POINTER(Config)),
     "anepy_model_tensor": (handle, c_int32, POINTER(Tensor)),
     "anepy_model_freeze": (handle, c_int32),
+    "anepy_model_adapt": (handle, c_int32, c_double, c_uint32),
     "anepy_step_flops": (handle, POINTER(Flops), c_int32, c_int32),
     "anepy_memory_alloc": (POINTER(handle), u64),
     "anepy_engine_create": (POINTER(handle), handle, POINTER(EngineOptions)),
@@ -481,6 +484,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_model_tensor_n": (c_int32, (handle,)),
     "anepy_model_arena_n": (c_int64, (handle,)),
     "anepy_model_gradient_n": (c_int64, (handle,)),
+    "anepy_model_adapter_n": (c_int64, (handle,)),
     "anepy_rope_frequency": (c_double, (handle, c_int32)),
     "anepy_memory_free": (None, (handle, u64)),
     "anepy_engine_free": (None, (handle,)),

@@ -47,6 +47,7 @@ typedef struct {
                       may exceed the width of programs, which are described for one sequence */
     int32_t seq_len;
     anepy_dtype dtype;  /* of products, and of surfaces: of all (fp16), or of factors only (bf16) */
+    const float *adapter; /* the arena of adapters, whose values are always read as they are now */
     const char *detail; /* details behind the colon of "sim:m1" (traits.h); NULL: none */
 } anepy_device_options;
 

@@ -12,6 +12,8 @@
 #define BACKGROUND_ROWS 384 /* rows of a background piece: its rows of A stay in L2 */
 #define BLAS_ROWS 192 /* rows per call of the system's library: 4 to 170 calls in stories110M */
 #define BLAS_ROUND 16 /* rows of its background pieces: multiples of the side of a matrix unit */
+#define FEW_BLOCKS 4  /* below, columns are cut as well */
+#define THIN_PIECES 8 /* into so many pieces */
 #define LINE 64       /* bytes of a cache line */
 #define TILE_N (ANEPY_TILE_ROWS * COLS)
 
@@ -201,6 +203,8 @@ static void blas_block(void *context, int32_t index, int32_t worker) {
 
 static int by_blas(const anepy_gemm *gemm) { return gemm->blas != NULL && gemm->bf16 == NULL; }
 
+int anepy_gemm_packs(const anepy_gemm *gemm) { return !by_blas(gemm); }
+
 /* ------------------------------------------------------------------------ on all threads, now */
 
 static void pack_panel(void *context, int32_t index, int32_t worker) {
@@ -211,8 +215,7 @@ static void pack_panel(void *context, int32_t index, int32_t worker) {
                  gemm->scratch + worker * gemm->scratch_n + TILE_N);
 }
 
-/* The part of a product with steps [p, p + k) of the reduction. */
-static anepy_product part_of(const anepy_product *whole, int32_t p, int32_t k) {
+anepy_product anepy_gemm_part(const anepy_product *whole, int32_t p, int32_t k) {
     anepy_product s = *whole;
     int64_t a = p * s.a_step, b = s.b_transposed ? p : p * s.ldb;
     if (s.a16 != NULL) s.a16 += a;
@@ -222,6 +225,7 @@ static anepy_product part_of(const anepy_product *whole, int32_t p, int32_t k) {
     s.k = anepy_min_i32(k, whole->k - p);
     s.accumulate = whole->accumulate || /* mutate: gemm-later-part-adds */ p > 0;
     if (/* mutate: gemm-squares-of-last-part */ p + s.k < whole->k) s.squares = NULL;
+    if (p + s.k < whole->k) s.also = NULL;
     return s;
 }
 
@@ -250,6 +254,26 @@ static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32
     return u;
 }
 
+/* Adds the further product of a block of C: [rows, columns] from `first`, `column` on. */
+static void add_further(const anepy_gemm *gemm, const anepy_product *whole, int32_t first,
+                        int32_t rows, int32_t column, int32_t columns, float *tile) {
+    const anepy_product *s = whole->also;
+    int32_t n = units_of(gemm, s->k), end = column + columns;
+    units a = pack_rows(gemm, s, tile + TILE_N, first, rows);
+    for (int32_t j = column; j < end; j += COLS)
+        multiply_panel(gemm->kernels, gemm->bf16, whole->c + first * whole->ldc + j, whole->ldc, a,
+                       s->panels + (int64_t)n * j, COLS, n, rows, anepy_min_i32(COLS, end - j), 1,
+                       NULL, tile);
+}
+
+/* How many pieces the columns of a block of rows are cut into: a product with few rows has few
+ * blocks, and sums of squares take whole rows. */
+static int32_t column_pieces(const anepy_product *s) {
+    int32_t blocks = anepy_pieces(s->m, BLOCK_ROWS), panels = anepy_pieces(s->n, COLS);
+    if (blocks >= FEW_BLOCKS || s->squares != NULL) return 1;
+    return anepy_min_i32(panels, THIN_PIECES);
+}
+
 /* Computes a block of rows of C, one part of the reduction after another, so that the panels of a
  * part and C stay in the cache. Meanwhile A is prefetched: of the next part, or of the piece that
  * this worker will probably take next. */
@@ -258,23 +282,31 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_gemm *gemm = job->gemm;
     const anepy_product *whole = &job->product;
     float *tile = gemm->scratch + worker * gemm->scratch_n;
-    int32_t first = index * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, whole->m - first);
-    int32_t n = units_of(gemm, whole->k), most = MULTIPLY_DEPTH * steps_per_unit(gemm);
+    int32_t cuts = column_pieces(whole), block = index / cuts, panels = anepy_pieces(whole->n, COLS);
+    int32_t column = index % cuts * panels / cuts * COLS;
+    int32_t end = anepy_min_i32(whole->n, (index % cuts + 1) * panels / cuts * COLS);
+    int32_t first = block * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, whole->m - first);
+    int32_t n = units_of(gemm, whole->packed_k > 0 ? whole->packed_k : whole->k),
+            most = MULTIPLY_DEPTH * steps_per_unit(gemm);
     int32_t parts = anepy_pieces(whole->k, most);
     int32_t k = (int32_t)anepy_round_up(anepy_pieces(whole->k, parts), 16);
     for (int32_t p = 0; p < whole->k; p += k) {
         int last = p + k >= whole->k, ahead = last ? anepy_pool_threads(gemm->pool) : 0;
-        anepy_product s = part_of(whole, p, k), after = part_of(whole, last ? 0 : p + k, k);
-        upcoming next = rows_ahead(gemm, &after, index + ahead);
+        anepy_product s = anepy_gemm_part(whole, p, k),
+                      after = anepy_gemm_part(whole, last ? 0 : p + k, k);
+        upcoming next = {0};
+        if (cuts == 1) next = rows_ahead(gemm, &after, index + ahead);
         units a = pack_rows(gemm, &s, tile + TILE_N, first, rows);
-        const float *panel = gemm->panels + (int64_t)units_of(gemm, p) * COLS;
-        for (int32_t j = 0; j < s.n; j += COLS, panel += (int64_t)n * COLS) {
+        const float *panel =
+            gemm->panels + (int64_t)n * column + (int64_t)units_of(gemm, whole->b_row + p) * COLS;
+        for (int32_t j = column; j < end; j += COLS, panel += (int64_t)n * COLS) {
             float *c = s.c + first * s.ldc + j;
             next.right = s.accumulate && j + 2 * COLS <= s.n ? c + COLS : NULL;
             multiply_panel(gemm->kernels, gemm->bf16, c, s.ldc, a, panel, COLS, units_of(gemm, s.k),
                            rows, anepy_min_i32(COLS, s.n - j), s.accumulate, &next, tile);
         }
     }
+    if (whole->also != NULL) add_further(gemm, whole, first, rows, column, end - column, tile);
     anepy_gemm_row_squares(gemm, whole, first, rows);
 }
 
@@ -296,18 +328,28 @@ void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, i
 
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
     anepy_gemm_job job = {gemm, *product};
-    anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLOCK_ROWS), multiply_rows, &job);
+    anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLOCK_ROWS) * column_pieces(product),
+                   multiply_rows, &job);
 }
 
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
     if (by_blas(gemm)) {
         anepy_gemm_job job = {gemm, *product};
         anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLAS_ROWS), blas_block, &job);
+        if (product->also == NULL) return;
+        job.product.a = product->also->a;
+        job.product.a_row = product->also->a_row;
+        job.product.a_step = product->also->a_step;
+        job.product.b = product->also->b;
+        job.product.ldb = product->also->ldb;
+        job.product.k = product->also->k;
+        job.product.accumulate = 1;
+        anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLAS_ROWS), blas_block, &job);
         return;
     }
     int32_t depth = anepy_gemm_depth(gemm);
     for (int32_t p = 0; p < product->k; p += depth) {
-        anepy_product s = part_of(product, p, depth);
+        anepy_product s = anepy_gemm_part(product, p, depth);
         anepy_gemm_pack(gemm, &s);
         anepy_gemm_multiply(gemm, &s);
     }

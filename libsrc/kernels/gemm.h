@@ -15,7 +15,7 @@
 
 /* C[m, n] = or += A[m, k] . B[k, n], k >= 1. A(i,p) = a[i*a_row + p*a_step] with a_row or a_step 1.
  * B(p,j) = b[p*ldb + j], then n is a multiple of 64; or, transposed, b[j*ldb + p] with any n. */
-typedef struct {
+typedef struct anepy_product {
     float *c;
     const float *a, *b;
     /* For a bf16 product: a factor that is already rounded, instead of a or b. Strides other than 1
@@ -29,6 +29,14 @@ typedef struct {
     /* If not NULL, gets sums of squares of the final C, one per row, or one per piece for
      * anepy_gemm_piece. */
     double *squares;
+    /* If not NULL, a further product that is added to C while that is in the cache: its A, k and B,
+     * for all rows and columns of this one. Its panels hold its B, packed by anepy_gemm_pack with
+     * these as gemm->panels. */
+    const struct anepy_product *also;
+    const float *panels; /* of `also` only */
+    /* Of a product with packed B: the rows of B that it takes are [b_row, b_row + k) of packed_k
+     * that were packed together; packed_k 0: just its own. b_row is even. */
+    int32_t b_row, packed_k;
 } anepy_product;
 
 /* What products need to run. */
@@ -48,9 +56,15 @@ int64_t anepy_gemm_scratch_n(int32_t k);      /* for anepy_gemm_piece with reduc
 /* Computes the product on all threads. */
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product);
 
+/* Whether anepy_gemm_run packs B, so that its two parts may be called one by one: not where the
+ * system's library multiplies. */
+int anepy_gemm_packs(const anepy_gemm *gemm);
 /* anepy_gemm_run in two parts, for k up to anepy_gemm_depth: packing B into gemm->panels, and the
  * product with the packed B. Panel i holds columns [64 i, 64 i + 64) of B as [units][64]. */
 int32_t anepy_gemm_depth(const anepy_gemm *gemm);
+/* The part of a product with steps [p, p + k) of its reduction: the first overwrites C unless the
+ * whole accumulates, the last adds `also`. */
+anepy_product anepy_gemm_part(const anepy_product *whole, int32_t p, int32_t k);
 void anepy_gemm_pack(const anepy_gemm *gemm, const anepy_product *product);
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product);
 /* Packs rows [row, row + rows) of the k rows of B, for bf16 products, right where they are

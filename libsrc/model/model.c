@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define NORM_EPS 1e-5 /* defaults: Llama 2 and llama2.c */
 #define ROPE_THETA 10000.0
@@ -110,6 +111,13 @@ static const struct {
     [ANEPY_W2] = {"feed_forward.w2.weight", DIM, HIDDEN},
 };
 
+const struct anepy_siblings anepy_siblings[ANEPY_INTO_N] = {
+    [ANEPY_INTO_W2] = {ANEPY_W2, 1},
+    [ANEPY_INTO_W13] = {ANEPY_W1, 2},
+    [ANEPY_INTO_WO] = {ANEPY_WO, 1},
+    [ANEPY_INTO_QKV] = {ANEPY_WQ, 3},
+};
+
 static int64_t extent_of(const anepy_model *model, extent e) {
     switch (e) {
     case DIM: return model->config.dim;
@@ -137,17 +145,24 @@ static void append(anepy_model *model, int32_t layer, int32_t role, const char *
     model->arena_n += /* mutate: arena-size */ anepy_tensor_n(t);
 }
 
+/* Where a tensor stands in the forward pass: an adapter beside its weight. */
+static int32_t place_of(const anepy_model *model, const anepy_tensor *t) {
+    int32_t role = t->role & ~ANEPY_LORA;
+    return (int32_t)((role != t->role ? anepy_model_find(model, t->layer, role) : t) -
+                     model->tensors);
+}
+
 /* Where the gradients of trainable tensors are. */
 static void place_gradients(anepy_model *model) {
     model->gradient_n = 0;
     model->lowest = model->tensor_n;
-    for (int32_t i = model->tensor_n - 1; i >= 0; i--)
-        if (anepy_tensor_has(&model->tensors[i], ANEPY_TENSOR_TRAINABLE)) model->lowest = i;
     for (int32_t i = 0; i < model->tensor_n; i++) {
         anepy_tensor *t = &model->tensors[i];
         int trainable = anepy_tensor_has(t, ANEPY_TENSOR_TRAINABLE);
         t->gradient = trainable ? model->gradient_n : -1;
-        if (trainable) model->gradient_n += anepy_tensor_n(t);
+        if (!trainable) continue;
+        model->gradient_n += anepy_tensor_n(t);
+        model->lowest = anepy_min_i32(model->lowest, place_of(model, t));
     }
 }
 
@@ -176,7 +191,8 @@ static void append_layer(anepy_model *model, int32_t layer) {
 
 int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
     ANEPY_TRY(validate(config));
-    size_t tensors = (size_t)config->n_layers * ANEPY_LAYER_TENSORS + 3;
+    /* With room for adapters: two tensors for each projection. */
+    size_t tensors = (size_t)config->n_layers * (ANEPY_LAYER_TENSORS + 2 * ANEPY_TARGET_N) + 3;
     anepy_model *m = calloc(1, sizeof *m + tensors * sizeof m->tensors[0]);
     if (m == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for the tensor table");
     m->config = *config;
@@ -197,6 +213,7 @@ int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
     append(m, -1, ANEPY_FINAL_NORM, "norm.weight", VECTOR, config->dim);
     if (!config->tied)
         append(m, -1, ANEPY_CLASSIFIER, "output.weight", config->vocab_size, config->dim);
+    m->own_n = m->tensor_n;
     place_gradients(m);
     *out = m;
     return ANEPY_OK;
@@ -224,6 +241,8 @@ int64_t anepy_model_gradient_n(const anepy_model *model) { return model->gradien
 int32_t anepy_model_freeze(anepy_model *model, int32_t index) {
     ANEPY_TRY(check_index(model, index));
     anepy_tensor *t = &model->tensors[index];
+    if (model->adapter.rank > 0)
+        return anepy_fail(ANEPY_E_STATE, "beside an adapter every other tensor is frozen already");
     if (model->gradient_n == anepy_tensor_n(t) && anepy_tensor_has(t, ANEPY_TENSOR_TRAINABLE))
         return anepy_fail(ANEPY_E_ARGUMENT, "with %s frozen there is nothing left to train",
                           t->name);
@@ -232,12 +251,88 @@ int32_t anepy_model_freeze(anepy_model *model, int32_t index) {
     return ANEPY_OK;
 }
 
+/* ------------------------------------------------------------------------------------ adapters */
+
+/* In the order of ANEPY_TARGET_WQ... */
+static const int32_t TARGETS[ANEPY_TARGET_N] = {ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO,
+                                                ANEPY_W1, ANEPY_W3, ANEPY_W2};
+
+static void append_adapter(anepy_model *model, int32_t layer, int32_t role, int32_t part) {
+    const anepy_tensor *weight = anepy_model_find(model, layer, role);
+    anepy_adapter *adapter = &model->adapter;
+    anepy_tensor *t = &model->tensors[model->tensor_n++];
+    int is_a = part == ANEPY_LORA_A;
+    int32_t stem = (int32_t)(strrchr(weight->name, '.') - weight->name);
+    *t = (anepy_tensor){.struct_size = sizeof *t,
+                        .flags = ANEPY_TENSOR_MATRIX | ANEPY_TENSOR_DECAYS |
+                                 ANEPY_TENSOR_TRAINABLE | ANEPY_TENSOR_ADAPTER,
+                        .offset = adapter->n,
+                        .rows = is_a ? adapter->rank : weight->rows,
+                        .cols = is_a ? weight->cols : adapter->rank,
+                        .layer = layer,
+                        .role = role | part};
+    snprintf(t->name, sizeof t->name, "%.*s.lora_%c", stem, weight->name, is_a ? 'a' : 'b');
+    adapter->n += anepy_tensor_n(t);
+    if (layer == 0) adapter->position[!is_a][role] = adapter->layer_n++;
+}
+
+/* All A of siblings first, so that one product covers them. */
+static void append_adapters(anepy_model *model, int32_t layer, uint32_t targets) {
+    for (int32_t into = ANEPY_INTO_N - 1; into >= 0; into--) {
+        int32_t end = anepy_siblings[into].role + anepy_siblings[into].count;
+        for (int32_t part = ANEPY_LORA_A; part <= ANEPY_LORA_B; part += ANEPY_LORA_A)
+            for (int32_t i = 0; i < ANEPY_TARGET_N; i++)
+                if (targets >> i & 1 && TARGETS[i] >= anepy_siblings[into].role && TARGETS[i] < end)
+                    append_adapter(model, layer, TARGETS[i], part);
+    }
+}
+
+int32_t anepy_model_adapt(anepy_model *model, int32_t rank, double scale, uint32_t targets) {
+    anepy_adapter *adapter = &model->adapter;
+    if (adapter->rank > 0) return anepy_fail(ANEPY_E_STATE, "the model has an adapter already");
+    ANEPY_TRY(check("rank", rank, ANEPY_ADAPTER_RANK));
+    ANEPY_TRY(check_between("scale", fabs(scale), 1e-6, 1e6));
+    if (targets == 0 || targets >> ANEPY_TARGET_N != 0)
+        return anepy_fail(ANEPY_E_ARGUMENT, "targets are %#x, expected bits of the first %d",
+                          targets, ANEPY_TARGET_N);
+    for (int32_t i = 0; i < model->own_n; i++) model->tensors[i].flags &= ~ANEPY_TENSOR_TRAINABLE;
+    *adapter = (anepy_adapter){.rank = rank, .scale = (float)scale, .first = model->own_n};
+    for (int32_t role = 0; role < ANEPY_LAYER_TENSORS; role++)
+        adapter->position[0][role] = adapter->position[1][role] = -1;
+    for (int32_t layer = 0; layer < model->config.n_layers; layer++)
+        append_adapters(model, layer, targets);
+    place_gradients(model);
+    return ANEPY_OK;
+}
+
+int64_t anepy_model_adapter_n(const anepy_model *model) { return model->adapter.n; }
+
+static const anepy_tensor *find_adapter(const anepy_model *model, int32_t layer, int32_t role,
+                                        int32_t part) {
+    const anepy_adapter *adapter = &model->adapter;
+    if (adapter->rank == 0 || role >= ANEPY_LAYER_TENSORS) return NULL;
+    int32_t position = adapter->position[part == ANEPY_LORA_B][role];
+    return position >= 0 ? &model->tensors[adapter->first + layer * adapter->layer_n + position]
+                         : NULL;
+}
+
+int32_t anepy_adapter_rows(const anepy_model *model, int32_t into) {
+    int32_t rows = 0;
+    for (int32_t i = 0; i < anepy_siblings[into].count; i++)
+        if (find_adapter(model, 0, anepy_siblings[into].role + i, ANEPY_LORA_A) != NULL)
+            rows += model->adapter.rank;
+    return rows;
+}
+
+/* ------------------------------------------------------------------------------- what is where */
+
 const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, int32_t role) {
     const anepy_config *c = &model->config;
+    if (role & ANEPY_LORA) return find_adapter(model, layer, role & ~ANEPY_LORA, role & ANEPY_LORA);
     switch (role) {
     case ANEPY_EMBEDDING: return &model->tensors[0];
     case ANEPY_FINAL_NORM: return &model->tensors[1 + c->n_layers * model->layer_n];
-    case ANEPY_CLASSIFIER: return &model->tensors[c->tied ? 0 : model->tensor_n - 1];
+    case ANEPY_CLASSIFIER: return &model->tensors[c->tied ? 0 : model->own_n - 1];
     }
     int32_t position = model->position[role];
     return position >= 0 ? &model->tensors[1 + layer * model->layer_n + position] : NULL;
@@ -263,8 +358,12 @@ static const anepy_tensor *bias_of(const anepy_model *model, int32_t layer, int3
 
 anepy_projection anepy_model_projection(const anepy_model *model, int32_t layer, int32_t role) {
     const anepy_tensor *weight = anepy_model_find(model, layer, role);
-    return (anepy_projection){weight, bias_of(model, layer, role), (int32_t)weight->cols,
-                              (int32_t)weight->rows};
+    return (anepy_projection){.weight = weight,
+                              .bias = bias_of(model, layer, role),
+                              .in = (int32_t)weight->cols,
+                              .out = (int32_t)weight->rows,
+                              .a = find_adapter(model, layer, role, ANEPY_LORA_A),
+                              .b = find_adapter(model, layer, role, ANEPY_LORA_B)};
 }
 
 /* theta^(-2i/head_dim) for pair i (Su et al. 2021, arXiv 2104.09864), and what scaling makes of it.
@@ -294,11 +393,12 @@ int anepy_model_projects(const anepy_model *model, const anepy_tensor *tensor) {
     }
 }
 
-/* Of the products of one token with the weights of this role. */
+/* Of the products of one token with the weights of this role and their adapter. */
 static double token_flops(const anepy_model *model, int32_t layer, int32_t role, int trainable) {
     anepy_projection p = anepy_model_projection(model, layer, role);
-    if (trainable && !anepy_tensor_has(p.weight, ANEPY_TENSOR_TRAINABLE)) return 0.0;
-    return 2.0 * p.in * p.out;
+    double n = 2.0 * p.in * p.out, adapter = 2.0 * model->adapter.rank * ((double)p.in + p.out);
+    if (trainable && !anepy_tensor_has(p.weight, ANEPY_TENSOR_TRAINABLE)) n = 0.0;
+    return p.a != NULL ? n + adapter : n;
 }
 
 /* The backward pass goes down by halves of layers, as far as something is trainable. */

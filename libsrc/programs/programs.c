@@ -5,11 +5,24 @@
 #include <string.h>
 
 /* What a channel count is made of. */
-typedef enum { DIM, Q, KV, HIDDEN, HEADS, SCORES, VOCAB } extent;
+typedef enum {
+    DIM,
+    Q,
+    KV,
+    HIDDEN,
+    HEADS,
+    SCORES,
+    VOCAB,
+    LOW, /* and what follows: rows of adapters, ANEPY_INTO_W2... */
+    LOW_W2 = LOW + ANEPY_INTO_W2,
+    LOW_W13 = LOW + ANEPY_INTO_W13,
+    LOW_WO = LOW + ANEPY_INTO_WO,
+    LOW_QKV = LOW + ANEPY_INTO_QKV
+} extent;
 
-#define FACTOR 8   /* nothing but products reads this output, inside and outside */
-#define QK_NORM 16 /* there is such an output only in models with qk_norm */
-#define PLACED 32  /* times an anepy_place: where this output lives */
+#define FACTOR 16  /* nothing but products reads this output, inside and outside */
+#define QK_NORM 32 /* there is such an output only in models with qk_norm */
+#define PLACED 64  /* times an anepy_place: where this output lives */
 #define IN(place) (PLACED * ANEPY_PLACE_##place)
 
 #define PART_ROWS 32768 /* tokens per part of a classifier program: half of what chips take */
@@ -32,6 +45,9 @@ typedef struct {
  *   sdpa_bwd2  gradients of q and k before RoPE: through soft-max, scale and inverse RoPE; native
  *              from lse, without scores in memory, and then also that of v
  *   qkv_bwd    gradient of xnorm (dx) from those of v, and of q and k before their norms
+ * With adapters W is W + scale B A throughout, never formed: scale A x, [rank] rows for each
+ * projection, is an output of the forward program (qkv_a, wo_a, w13_a, w2_a), scale B^T dy of the
+ * backward program (qkv_b, ...); gradients of B and A are products with these.
  * Offloads:
  *   rmsnorm_bwd*    gradient of x (dx) from that of w * x / rms(x) (dy); w is attention_norm,
  *                   ffn_norm or norm
@@ -41,7 +57,7 @@ typedef struct {
  *   softmax         over groups of tokens: see anepy_softmax_groups */
 static const struct {
     const char *name;
-    range inputs[5], outputs[9];
+    range inputs[5], outputs[11];
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* those that the model has not are left out */
 } TABLE[ANEPY_PROGRAM_N] = {
@@ -54,7 +70,9 @@ static const struct {
                          {"attn", Q},
                          {"xnorm", DIM | FACTOR},
                          {"q_raw", Q | QK_NORM},
-                         {"k_raw", KV | QK_NORM}},
+                         {"k_raw", KV | QK_NORM},
+                         {"qkv_a", LOW_QKV},
+                         {"wo_a", LOW_WO}},
                         10,
                         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO, ANEPY_BQ,
                          ANEPY_BK, ANEPY_BV, ANEPY_Q_NORM, ANEPY_K_NORM}},
@@ -64,19 +82,26 @@ static const struct {
                         {"h1", HIDDEN},
                         {"h3", HIDDEN},
                         {"gate", HIDDEN | FACTOR},
-                        {"xnorm", DIM | FACTOR}},
+                        {"xnorm", DIM | FACTOR},
+                        {"w13_a", LOW_W13},
+                        {"w2_a", LOW_W2}},
                        4,
                        {ANEPY_FFN_NORM, ANEPY_W1, ANEPY_W3, ANEPY_W2}},
     [ANEPY_FFN_BWD] = {"ffn_bwd",
                        {{"dy", DIM}, {"h1", HIDDEN}, {"h3", HIDDEN}},
-                       {{"dx", DIM}, {"dh1", HIDDEN | FACTOR}, {"dh3", HIDDEN | FACTOR}},
+                       {{"dx", DIM},
+                        {"dh1", HIDDEN | FACTOR},
+                        {"dh3", HIDDEN | FACTOR},
+                        {"w13_b", LOW_W13},
+                        {"w2_b", LOW_W2}},
                        3,
                        {ANEPY_W2, ANEPY_W1, ANEPY_W3}},
     [ANEPY_SDPA_BWD1] = {"sdpa_bwd1",
                          {{"q", Q}, {"k", KV}, {"v", KV}, {"dy", DIM}},
                          {{"dv", KV | IN(QKV_BWD)},
                           {"probs", SCORES | IN(NONE)},
-                          {"dprobs", SCORES | IN(NONE)}},
+                          {"dprobs", SCORES | IN(NONE)},
+                          {"wo_b", LOW_WO}},
                          1,
                          {ANEPY_WO}},
     [ANEPY_SDPA_BWD2] = {"sdpa_bwd2",
@@ -86,7 +111,7 @@ static const struct {
                          {0}},
     [ANEPY_QKV_BWD] = {"qkv_bwd",
                        {{"dq", Q}, {"dk", KV}, {"dv", KV}},
-                       {{"dx", DIM}},
+                       {{"dx", DIM}, {"qkv_b", LOW_QKV}},
                        3,
                        {ANEPY_WQ, ANEPY_WK, ANEPY_WV}},
     [ANEPY_RMSNORM_BWD] =
@@ -143,6 +168,10 @@ static int32_t channels_of(extent e, const anepy_program *program, const anepy_m
     case HIDDEN: return model->config.hidden_dim;
     case HEADS: return model->config.n_heads;
     case VOCAB: return rows_of(program, model);
+    case LOW_W2:
+    case LOW_W13:
+    case LOW_WO:
+    case LOW_QKV: return anepy_adapter_rows(model, (int32_t)e - LOW);
     default: return model->config.n_heads * program->width;
     }
 }
@@ -153,13 +182,23 @@ static int32_t fill(anepy_program *out, int32_t first, const range *list, const 
     int32_t n = first;
     for (*total = 0; list->name != NULL; list++) {
         if (list->channels & QK_NORM && !model->config.qk_norm) continue;
-        int32_t channels = channels_of(list->channels & (FACTOR - 1), out, model);
+        int32_t e = list->channels & (FACTOR - 1), channels = channels_of(e, out, model);
+        if (channels == 0) continue; /* no adapter */
+        if (e >= LOW) out->low[e - LOW] = n;
         out->tensors[n++] =
             (anepy_program_tensor){list->name, channels, *total, (list->channels & FACTOR) != 0,
                                    (anepy_place)(list->channels / PLACED)};
         *total += channels;
     }
     return n - first;
+}
+
+/* Those that the model has, or the parts of their adapters. */
+static void add_weights(anepy_program *out, anepy_program_id id, const anepy_model *model,
+                        int32_t part) {
+    for (int32_t i = 0; i < TABLE[id].weight_n; i++)
+        if (anepy_model_find(model, 0, TABLE[id].weights[i] | part) != NULL)
+            out->weights[out->weight_n++] = TABLE[id].weights[i] | part;
 }
 
 void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const anepy_model *model,
@@ -176,9 +215,9 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
     out->input_n = fill(out, 0, TABLE[id].inputs, model, &out->input_channels);
     out->output_n = fill(out, out->input_n, TABLE[id].outputs, model, &out->output_channels);
     out->host_n = fill(out, ANEPY_HOST_TENSOR, HOST[id], model, &out->host_channels);
-    for (int32_t i = 0; i < TABLE[id].weight_n; i++)
-        if (anepy_model_find(model, 0, TABLE[id].weights[i]) != NULL)
-            out->weights[out->weight_n++] = TABLE[id].weights[i];
+    add_weights(out, id, model, 0);
+    add_weights(out, id, model, ANEPY_LORA_A);
+    add_weights(out, id, model, ANEPY_LORA_B);
 }
 
 void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,

@@ -29,9 +29,9 @@ typedef enum {
     ANEPY_PROGRAM_N
 } anepy_program_id;
 
-#define ANEPY_HOST_TENSOR 9 /* the first that is in memory of the host only */
-#define ANEPY_PROGRAM_TENSORS 13
-#define ANEPY_PROGRAM_WEIGHTS 10
+#define ANEPY_HOST_TENSOR 11 /* the first that is in memory of the host only */
+#define ANEPY_PROGRAM_TENSORS 15
+#define ANEPY_PROGRAM_WEIGHTS 18
 
 /* Where an output lives where tensors can be bound to any memory. A program has all of its outputs
  * in surfaces of its own, or none. */
@@ -62,6 +62,10 @@ typedef struct {
     int32_t input_channels, output_channels; /* of the packed surfaces */
     int32_t host_channels;
     anepy_program_tensor tensors[ANEPY_PROGRAM_TENSORS];
+    /* Of projections with adapters, ANEPY_INTO_W2...: the position of scale A x in tensors[], in the
+     * backward pass that of scale B^T dy; of all with this input together, behind each other. 0: it
+     * has none. */
+    int32_t low[ANEPY_INTO_N];
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* roles of tensors, ANEPY_WQ... */
     int32_t width;                          /* columns it was described for */

@@ -72,6 +72,10 @@ static int32_t check(const anepy_model *model, const anepy_engine_options *o) {
                           o->loss_scale);
     if (o->params == NULL || o->grads == NULL || o->adam_m == NULL || o->adam_v == NULL)
         return anepy_fail(ANEPY_E_ARGUMENT, "an arena is missing");
+    if ((o->adapter != NULL) != (model->adapter.rank > 0))
+        return anepy_fail(ANEPY_E_ARGUMENT, model->adapter.rank > 0
+                                                ? "the arena of adapters is missing"
+                                                : "an arena of adapters, the model has none");
     if (o->seq_len < 0 || o->seq_len > model->config.seq_len)
         return anepy_fail(ANEPY_E_ARGUMENT, "sequence length %d, the model allows 1 to %d",
                           o->seq_len, model->config.seq_len);
@@ -103,6 +107,9 @@ static int32_t allocate(anepy_engine *e) {
 
 static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     ANEPY_TRY(choose_device(e, o->device));
+    if (e->adapter != NULL && !(e->type->capabilities & ANEPY_BINDS))
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "device %s trains no adapters; use --device cpu",
+                          e->type->name);
     ANEPY_TRY(anepy_switches_parse(o->variant, e->type, e->model, &e->switches));
     ANEPY_TRY(anepy_blas_get(&e->blas));
     ANEPY_TRY(choose_precision(e, o->precision));
@@ -127,6 +134,7 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
     e->grads = o->grads;
     e->adam_m = o->adam_m;
     e->adam_v = o->adam_v;
+    e->adapter = o->adapter;
     anepy_ready_all(e);
     e->recompute = (o->flags & ANEPY_ENGINE_RECOMPUTE) != 0;
     e->seq_len = o->seq_len > 0 ? o->seq_len : model->config.seq_len;

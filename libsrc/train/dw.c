@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "runtime/memory.h"
+#include "train/adapter.h"
 
 static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
@@ -20,12 +21,12 @@ static int device_rounded(const anepy_engine *e, const anepy_operand *o) {
 /* Whether the product's task rounds this factor to bf16, once, before it multiplies. */
 static int task_rounds(const anepy_engine *e, const anepy_operand *o) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_BF16 && !device_rounded(e, o) &&
-           !anepy_on(e, ANEPY_METAL_DW);
+           !anepy_on(e, ANEPY_METAL_DW) && !o->exact;
 }
 
 int64_t anepy_capture_n(const anepy_engine *e, const anepy_operand *o) {
     int64_t n = (int64_t)o->channels * e->room->width;
-    if (device_rounded(e, o)) return 0;
+    if (n == 0 || device_rounded(e, o)) return 0;
     if (task_rounds(e, o)) return n / 2;
     if (o->source->device == NULL) return 0;
     if (anepy_on(e, ANEPY_FP16_CACHE) && o->source->dtype == ANEPY_F32) return 0;
@@ -85,6 +86,7 @@ static int32_t fetch(anepy_engine *e, anepy_operand *o, const float **out,
 }
 
 static int32_t conversions(const anepy_engine *e, const anepy_operand *o) {
+    if (o->channels == 0) return 0;
     int converts = task_rounds(e, o) || anepy_capture_raw(e, o) != NULL;
     return converts ? anepy_pieces(o->channels, ANEPY_PIECE_ROWS) : 0;
 }
@@ -125,22 +127,45 @@ static void multiply(anepy_dw *dw, int32_t index, int32_t worker) {
     anepy_gemm_piece(&p->job, index, worker);
 }
 
+#define OPERANDS 4 /* of a layer's products with one input */
+
+static void list_operands(anepy_dw *dw, anepy_operand *out[OPERANDS]) {
+    anepy_operand *all[OPERANDS] = {&dw->dy, &dw->x, &dw->adapter.forward, &dw->adapter.backward};
+    memcpy(out, all, sizeof all);
+}
+
+static int32_t all_conversions(anepy_dw *dw) {
+    anepy_operand *operands[OPERANDS];
+    int32_t n = 0;
+    list_operands(dw, operands);
+    for (int32_t i = 0; i < OPERANDS; i++) n += conversions(dw->engine, operands[i]);
+    return n;
+}
+
+static void convert_piece(anepy_dw *dw, int32_t index) {
+    anepy_operand *operands[OPERANDS];
+    int32_t i = 0;
+    list_operands(dw, operands);
+    for (; index >= conversions(dw->engine, operands[i]); i++)
+        index -= conversions(dw->engine, operands[i]);
+    convert(dw->engine, operands[i], index);
+}
+
 /* Indices are taken in order, so whoever waits here waits for conversions that are being done. */
 static void dw_piece(void *context, int32_t index, int32_t worker) {
     anepy_dw *dw = context;
-    const anepy_engine *e = dw->engine;
     if (index < dw->conversions) {
-        int32_t first = conversions(e, &dw->dy);
-        if (index < first) convert(e, &dw->dy, index);
-        else convert(e, &dw->x, index - first);
+        convert_piece(dw, index);
         atomic_fetch_add_explicit(&dw->converted, 1, memory_order_release);
         return;
     }
     while (atomic_load_explicit(&dw->converted, memory_order_acquire) < dw->conversions)
         anepy_cpu_pause();
     index -= dw->conversions;
+    int32_t adapter = anepy_adapter_pieces(dw);
     if (index < dw->sums) sum_rows(dw, index, worker);
-    else multiply(dw, index - dw->sums, worker);
+    else if (index < dw->sums + adapter) anepy_adapter_piece(dw, index - dw->sums, worker);
+    else multiply(dw, index - dw->sums - adapter, worker);
 }
 
 /* On the GPU the products of a layer are one group. */
@@ -159,7 +184,7 @@ static int32_t start_on_gpu(anepy_engine *e, int32_t layer, int32_t which) {
 
 static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     anepy_dw *dw = &e->room->layers[layer].dw[which];
-    int32_t pieces = 0;
+    int32_t pieces = anepy_adapter_pieces(dw);
     if (dw->dy.channels == 0) return ANEPY_OK;
     e->run.dw_started++;
     dw->engine = e;
@@ -170,7 +195,7 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
         anepy_pool_run(e->pool, dw->sums, sum_rows, dw);
         return start_on_gpu(e, layer, which);
     }
-    dw->conversions = conversions(e, &dw->dy) + conversions(e, &dw->x);
+    dw->conversions = all_conversions(dw);
     atomic_store(&dw->converted, 0);
     for (int32_t i = 0; i < dw->product_n; i++) pieces += dw->products[i].pieces;
     anepy_pool_submit(e->pool, &dw->loop, dw->conversions + dw->sums + pieces, dw_piece, dw,
@@ -185,6 +210,14 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
     if (dw->dy.channels > 0) ANEPY_TRY(fetch(e, &dw->dy, &dy, &dy16));
     if (dw->x.channels > 0) ANEPY_TRY(fetch(e, &dw->x, &x, &x16));
     dw->dy_rows = dy;
+    if (dw->adapter.part_n > 0) {
+        anepy_dw_adapter *adapter = &dw->adapter;
+        const uint16_t *none;
+        adapter->dy = (anepy_factor){dy, dy16};
+        adapter->x = (anepy_factor){x, x16};
+        ANEPY_TRY(fetch(e, &adapter->forward, &adapter->forward_rows, &none));
+        ANEPY_TRY(fetch(e, &adapter->backward, &adapter->backward_rows, &none));
+    }
     for (int32_t i = 0; i < dw->product_n; i++) {
         anepy_dw_product *p = &dw->products[i];
         int64_t first = (int64_t)p->of.row * e->room->width;
@@ -231,9 +264,9 @@ int anepy_dw_layer_done(anepy_engine *e, int32_t layer) {
 static void free_captures(anepy_engine *e, int32_t layer) {
     if (anepy_keeps_captures(e)) return;
     for (int32_t i = 0; i < DW_N; i++) {
-        anepy_dw *dw = &e->room->layers[layer].dw[i];
-        anepy_operand *operands[2] = {&dw->dy, &dw->x};
-        for (int32_t o = 0; o < 2; o++) {
+        anepy_operand *operands[OPERANDS];
+        list_operands(&e->room->layers[layer].dw[i], operands);
+        for (int32_t o = 0; o < OPERANDS; o++) {
             anepy_heap_free(operands[o]->capture);
             operands[o]->capture = NULL;
         }

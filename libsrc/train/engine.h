@@ -36,13 +36,20 @@ typedef struct {
 
 /* Weight-gradient products of a layer. Weights with one input lie beside each other in the arena
  * and have one product. */
-enum { DW_W2, DW_W13, DW_WO, DW_QKV, DW_N };
+enum {
+    DW_W2 = ANEPY_INTO_W2,
+    DW_W13 = ANEPY_INTO_W13,
+    DW_WO = ANEPY_INTO_WO,
+    DW_QKV = ANEPY_INTO_QKV,
+    DW_N = ANEPY_INTO_N
+};
 
 /* A factor of a product: where it is, and a float32 copy where one is needed; with fp16_cache the
  * raw half-precision values behind it, which the product's task converts. */
 typedef struct {
     anepy_surface *source;
     int32_t channel, channels;
+    int32_t exact; /* it is never rounded to bf16 for a product */
     float *capture;
 } anepy_operand;
 
@@ -51,6 +58,26 @@ typedef struct {
     const anepy_tensor *tensor; /* the first */
     int32_t row, rows;
 } anepy_dw_rows;
+
+/* The rows of a factor as the host finds them: float32, or bf16. */
+typedef struct {
+    const float *rows;
+    const uint16_t *rounded; /* if rows is NULL */
+} anepy_factor;
+
+/* Gradients of adapters: dB = dy (scale A x)^T, dA = (scale B^T dy) x^T. Of projections with one
+ * input the A have one product. */
+typedef struct {
+    anepy_operand forward, backward; /* scale A x; scale B^T dy */
+    const anepy_tensor *a;           /* the first */
+    struct {
+        const anepy_tensor *b;
+        int32_t row, low_row; /* in dy, in the two above */
+    } parts[3];
+    int32_t part_n;
+    const float *forward_rows, *backward_rows; /* these, once they are there */
+    anepy_factor dy, x;
+} anepy_dw_adapter;
 
 #define ANEPY_DW_RUNS 2 /* wq and wv, with wk frozen between them */
 
@@ -68,6 +95,7 @@ typedef struct {
     anepy_dw_product products[ANEPY_DW_RUNS];
     anepy_dw_rows biases[ANEPY_DW_RUNS];
     int32_t product_n, bias_n;
+    anepy_dw_adapter adapter;
     const float *dy_rows; /* dy, once it is there; NULL: only rounded */
     anepy_engine *engine;
     int32_t conversions;       /* pieces that convert factors come first */
@@ -194,6 +222,7 @@ struct anepy_engine {
     uint64_t caller_fpmode; /* given back when it returns */
     const anepy_model *model;
     float *params, *grads, *adam_m, *adam_v; /* the caller's; grads: by anepy_gradient only */
+    float *adapter;                          /* as well; NULL: the model has none */
     const anepy_device_type *type;
     char *detail; /* what followed the device's name and a colon; NULL: nothing */
     uint32_t switches;
@@ -233,8 +262,12 @@ static inline float *anepy_gradient(const anepy_engine *e, const anepy_tensor *t
 }
 
 /* All gradients, [gradient_n]. */
-static inline float *anepy_gradients(const anepy_engine *e) {
-    return anepy_gradient(e, &e->model->tensors[e->model->lowest]);
+static inline float *anepy_gradients(const anepy_engine *e) { return e->grads; }
+
+/* Where the values of a trainable tensor are. */
+static inline float *anepy_values(const anepy_engine *e, const anepy_tensor *tensor) {
+    int adapter = anepy_tensor_has(tensor, ANEPY_TENSOR_ADAPTER);
+    return (adapter ? e->adapter : e->params) + tensor->offset;
 }
 
 static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }

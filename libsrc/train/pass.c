@@ -161,8 +161,9 @@ static int32_t qk_norm_backward(anepy_engine *e, int32_t l, double *mark) {
 /* One layer: from the gradient of its output (layer->dy) to that of its input (dx), or of x2 if
  * nothing before that is trainable. With recompute its activations are made again first, in the
  * place of those of the layer above. The products of a layer are queued as soon as both factors are
- * there and are waited for at the end of the step. With scaled losses gradients of weights wait
- * until all others are known to be finite. */
+ * there, for adapters after the program that computes one of theirs, and are waited for at the end
+ * of the step. With scaled losses gradients of weights wait until all others are known to be
+ * finite. */
 static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mark) {
     anepy_step_stats *stats = &e->run.stats;
     anepy_layer *layer = &e->room->layers[l];
@@ -173,18 +174,20 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
         anepy_count(mark, &stats->dw_wait_ms);
         ANEPY_TRY(layer_forward(e, l, NULL, mark));
     }
-    ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
+    if (e->adapter == NULL) ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_FFN_BWD], mark));
+    if (e->adapter != NULL) ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
     ANEPY_TRY(anepy_dw_ready(e, l, DW_W13));
     ANEPY_TRY(anepy_read_output(e, nodes[ANEPY_FFN_BWD], FFN_BWD_DX, 0, &out));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(norm_backward(e, nodes[ANEPY_RMSNORM_BWD_FFN], layer->dx2.data, layer->dy.data, out,
                             layer->x2.data, l, ANEPY_FFN_NORM, mark));
     if (!anepy_model_trains(e->model, l, ANEPY_WO)) return ANEPY_OK;
-    ANEPY_TRY(anepy_dw_ready(e, l, DW_WO));
+    if (e->adapter == NULL) ANEPY_TRY(anepy_dw_ready(e, l, DW_WO));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD1], mark));
+    if (e->adapter != NULL) ANEPY_TRY(anepy_dw_ready(e, l, DW_WO));
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_SDPA_BWD2], mark));
     if (e->model->config.qk_norm) ANEPY_TRY(qk_norm_backward(e, l, mark));
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_QKV_BWD], mark));

@@ -93,8 +93,11 @@ static void lay_out_captures(const anepy_engine *e, anepy_room *room, anepy_carv
     for (int32_t l = 0; l < layers; l++) {
         if (shared) c->used = first;
         for (int32_t i = 0; i < DW_N; i++) {
-            carve_capture(e, c, &room->layers[l].dw[i].dy);
-            carve_capture(e, c, &room->layers[l].dw[i].x);
+            anepy_dw *dw = &room->layers[l].dw[i];
+            carve_capture(e, c, &dw->dy);
+            carve_capture(e, c, &dw->x);
+            carve_capture(e, c, &dw->adapter.forward);
+            carve_capture(e, c, &dw->adapter.backward);
         }
         end = anepy_max_i64(end, c->used);
     }
@@ -128,13 +131,15 @@ static int32_t build(anepy_engine *e, int compile) {
                                     .width = room->width,
                                     .seq_len = e->seq_len,
                                     .dtype = e->dtype,
+                                    .adapter = e->adapter,
                                     .detail = e->detail};
     ANEPY_TRY(e->type->open(&room->device, &options));
     ANEPY_TRY(anepy_wire(e));
     ANEPY_TRY(anepy_compile_open(e));
     if (compile) ANEPY_TRY(anepy_compile(e));
     ANEPY_TRY(allocate_captures(e, room));
-    return anepy_on(e, ANEPY_METAL_DW) ? anepy_dw_open_gpu(e) : ANEPY_OK;
+    int on_gpu = anepy_on(e, ANEPY_METAL_DW) && e->adapter == NULL; /* whose products are thin */
+    return on_gpu ? anepy_dw_open_gpu(e) : ANEPY_OK;
 }
 
 int32_t anepy_room_make(anepy_engine *e, int32_t width, int compile) {

@@ -67,13 +67,26 @@ static double of_classifier(anepy_engine *e, int now) {
     return sum_up(e->squares.rows, vocab);
 }
 
-static void embedding_piece(void *context, int32_t index, int32_t worker) {
+/* Of a piece of a gradient that no product writes, from its first element on. */
+typedef struct {
+    anepy_engine *e;
+    const float *gradient;
+    int64_t n;
+} whole;
+
+static void whole_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
-    anepy_engine *e = context;
-    const anepy_tensor *t = anepy_model_find(e->model, 0, ANEPY_EMBEDDING);
-    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = anepy_tensor_n(t) - at;
-    e->squares.sums[index] = e->kernels->sum_squares(anepy_gradient(e, t) + at,
-                                                     anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
+    const whole *w = context;
+    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS, left = w->n - at;
+    w->e->squares.sums[index] =
+        w->e->kernels->sum_squares(w->gradient + at, anepy_min_i64(left, ANEPY_PIECE_ELEMENTS));
+}
+
+static double of_whole(anepy_engine *e, const float *gradient, int64_t n) {
+    whole w = {e, gradient, n};
+    int32_t pieces = anepy_pieces(n, ANEPY_PIECE_ELEMENTS);
+    anepy_pool_run(e->pool, pieces, whole_piece, &w);
+    return sum_up(e->squares.sums, pieces);
 }
 
 /* What no product writes: vectors, and an embedding of its own. */
@@ -84,19 +97,15 @@ static double of_others(anepy_engine *e) {
         const anepy_tensor *t = &m->tensors[i];
         const float *gradient = anepy_gradient(e, t);
         if (gradient == NULL || anepy_model_projects(m, t)) continue;
-        if (t->role == ANEPY_EMBEDDING) {
-            int32_t pieces = anepy_pieces(anepy_tensor_n(t), ANEPY_PIECE_ELEMENTS);
-            anepy_engine_run(e, pieces, embedding_piece);
-            embedding = sum_up(e->squares.sums, pieces);
-        } else {
-            sum += e->kernels->sum_squares(gradient, t->cols);
-        }
+        if (t->role == ANEPY_EMBEDDING) embedding = of_whole(e, gradient, anepy_tensor_n(t));
+        else sum += e->kernels->sum_squares(gradient, t->cols);
     }
     return sum + embedding;
 }
 
 double anepy_squares_sum(anepy_engine *e, int as_left) {
     int now = !as_left || !e->squares.known;
+    if (e->adapter != NULL) return of_whole(e, anepy_gradients(e), e->model->gradient_n);
     double sum = of_classifier(e, now);
     for (int32_t l = 0; l < e->model->config.n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {

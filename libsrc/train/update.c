@@ -29,7 +29,7 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
         int64_t done = /* mutate: frozen-update */ at - tensor->gradient;
         if (gradient == NULL || stop <= at) continue;
         if (stop > end) stop = end;
-        t->kernels->adam(e->params + tensor->offset + done, gradient + done, e->adam_m + at,
+        t->kernels->adam(anepy_values(e, tensor) + done, gradient + done, e->adam_m + at,
                          e->adam_v + at, stop - at,
                          anepy_tensor_has(tensor, ANEPY_TENSOR_DECAYS) ? &t->decaying : &t->others);
         at = stop;

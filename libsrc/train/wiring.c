@@ -89,6 +89,11 @@ static anepy_place place_of(const anepy_engine *e, const anepy_program *p, int32
     return binds(e) ? p->tensors[tensor].place : ANEPY_PLACE_OWN;
 }
 
+/* Whether this output lies in a surface of the program itself. */
+static int lies_here(const anepy_engine *e, const anepy_program *p, int32_t tensor) {
+    return place_of(e, p, tensor) == ANEPY_PLACE_OWN;
+}
+
 /* Whether this output lies apart from the packed ones, rounded to what products take. */
 static int lies_apart(const anepy_engine *e, const anepy_program_tensor *t) {
     return binds(e) && e->dtype != ANEPY_F32 && t->factor;
@@ -122,7 +127,8 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
     }
     *surface = rounded ? node->factors : node->output;
     for (int32_t t = p->input_n; t < anepy_min_i32(tensor, p->input_n + p->output_n); t++)
-        if (lies_apart(e, &p->tensors[t]) == rounded) *channel += p->tensors[t].channels;
+        if (lies_here(e, p, t) && lies_apart(e, &p->tensors[t]) == rounded)
+            *channel += p->tensors[t].channels;
     if (tensor >= ANEPY_HOST_TENSOR) *channel += p->tensors[tensor].channel;
 }
 
@@ -151,11 +157,15 @@ static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
         node->factors = owner->factors;
         return ANEPY_OK;
     }
-    int32_t rounded = 0, host = binds(e) ? p->host_channels : 0;
-    for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++)
+    int32_t host = binds(e) ? p->host_channels : 0, rounded = 0, others = host;
+    for (int32_t t = p->input_n; t < p->input_n + p->output_n; t++) {
+        if (!lies_here(e, p, t)) continue;
         if (lies_apart(e, &p->tensors[t])) rounded += p->tensors[t].channels;
-    ANEPY_TRY(ops->surface_create(e->room->device, p->output_channels - rounded + host, 0,
-                                  &node->output));
+        else others += p->tensors[t].channels;
+    }
+    if (others + rounded == host) return ANEPY_OK; /* host tensors alone are inputs, or apart */
+    if (others > 0)
+        ANEPY_TRY(ops->surface_create(e->room->device, others, 0, &node->output));
     if (rounded == 0) return ANEPY_OK;
     return ops->surface_create(e->room->device, rounded, 1, &node->factors);
 }
@@ -165,7 +175,7 @@ static int32_t create_surfaces(anepy_engine *e) {
         anepy_node *node = &e->room->nodes[i];
         const anepy_program *p = &node->program;
         if (p->id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
-        if (place_of(e, p, p->input_n) == ANEPY_PLACE_OWN) ANEPY_TRY(packed_outputs(e, node));
+        ANEPY_TRY(packed_outputs(e, node));
     }
     return ANEPY_OK;
 }
@@ -214,17 +224,6 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     return ANEPY_OK;
 }
 
-/* Of each pair of factors: the role of the first weight, and how many there are. Their biases lie
- * beside each other as well. */
-static const struct {
-    int32_t role, count;
-} DW[DW_N] = {
-    [DW_W2] = {ANEPY_W2, 1},
-    [DW_W13] = {ANEPY_W1, 2},
-    [DW_WO] = {ANEPY_WO, 1},
-    [DW_QKV] = {ANEPY_WQ, 3},
-};
-
 /* Adds the rows of a tensor, if it is trainable, to those right before them or as new ones. */
 static void append(anepy_dw_rows *list, int32_t *n, const anepy_tensor *tensor, int32_t row,
                    int32_t rows) {
@@ -234,6 +233,17 @@ static void append(anepy_dw_rows *list, int32_t *n, const anepy_tensor *tensor, 
     else list[(*n)++] = (anepy_dw_rows){tensor, row, rows};
 }
 
+/* Adds the adapter of a projection whose rows in dy begin there. */
+static void append_adapter(anepy_dw_adapter *adapter, const anepy_projection *p, int32_t row) {
+    int32_t n = adapter->part_n;
+    if (p->b == NULL) return;
+    if (n == 0) adapter->a = p->a;
+    adapter->parts[n].b = p->b;
+    adapter->parts[n].row = row;
+    adapter->parts[n].low_row = n * (int32_t)p->a->rows;
+    adapter->part_n++;
+}
+
 /* The gradients whose factors begin at these channels; how many they have is the projections'
  * matter, and which of them are trainable. */
 static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy_operand dy,
@@ -241,21 +251,25 @@ static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy
     anepy_dw dw = {.dy = dy, .x = x};
     anepy_dw_rows weights[ANEPY_DW_RUNS];
     int32_t row = 0;
-    for (int32_t i = 0; i < DW[which].count; i++) {
-        anepy_projection p = anepy_model_projection(e->model, layer, DW[which].role + i);
+    for (int32_t i = 0; i < anepy_siblings[which].count; i++) {
+        anepy_projection p = anepy_model_projection(e->model, layer, anepy_siblings[which].role + i);
         append(weights, &dw.product_n, p.weight, row, p.out);
         append(dw.biases, &dw.bias_n, p.bias, row, p.out);
+        append_adapter(&dw.adapter, &p, row);
         row += p.out;
-        if (dw.product_n > 0) dw.x.channels = p.in;
-        if (dw.product_n + dw.bias_n > 0) dw.dy.channels += p.out;
+        if (dw.product_n + dw.adapter.part_n > 0) dw.x.channels = p.in;
+        if (dw.product_n + dw.bias_n + dw.adapter.part_n > 0) dw.dy.channels += p.out;
         else dw.dy.channel += p.out;
     }
+    int32_t skipped = dw.dy.channel - dy.channel;
     for (int32_t i = 0; i < dw.product_n; i++) {
         anepy_product shape = {.m = weights[i].rows, .n = dw.x.channels};
-        weights[i].row -= /* mutate: frozen-rows */ dw.dy.channel - dy.channel;
+        weights[i].row -= /* mutate: frozen-rows */ skipped;
         dw.products[i] = (anepy_dw_product){.of = weights[i], .pieces = anepy_gemm_pieces(&shape)};
     }
-    for (int32_t i = 0; i < dw.bias_n; i++) dw.biases[i].row -= dw.dy.channel - dy.channel;
+    for (int32_t i = 0; i < dw.bias_n; i++) dw.biases[i].row -= skipped;
+    for (int32_t i = 0; i < dw.adapter.part_n; i++) dw.adapter.parts[i].row -= skipped;
+    dw.dy.exact = dw.x.exact = dw.product_n == 0;
     return dw;
 }
 
@@ -263,6 +277,20 @@ static anepy_operand output_of(anepy_engine *e, const anepy_node *node, int32_t 
     anepy_operand o = {0};
     place_output(e, node, tensor, &o.source, &o.channel);
     return o;
+}
+
+/* What the forward and the backward program of adapters compute for their gradients. */
+static void wire_adapter(anepy_engine *e, anepy_layer *layer, int32_t which,
+                         anepy_program_id forward, anepy_program_id backward) {
+    const anepy_node *nodes[2] = {layer->nodes[forward], layer->nodes[backward]};
+    anepy_dw_adapter *adapter = &layer->dw[which].adapter;
+    anepy_operand *operands[2] = {&adapter->forward, &adapter->backward};
+    for (int32_t i = 0; i < 2 && adapter->part_n > 0; i++) {
+        int32_t tensor = nodes[i]->program.low[which];
+        *operands[i] = output_of(e, nodes[i], tensor);
+        operands[i]->channels = nodes[i]->program.tensors[tensor].channels;
+        operands[i]->exact = 1;
+    }
 }
 
 static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
@@ -277,6 +305,10 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
     layer->dw[DW_QKV] =
         dw_of(e, l, DW_QKV, (anepy_operand){.source = layer->nodes[ANEPY_QKV_BWD]->input},
               output_of(e, sdpa_fwd, SDPA_FWD_XNORM));
+    wire_adapter(e, layer, DW_W2, ANEPY_FFN_FWD, ANEPY_FFN_BWD);
+    wire_adapter(e, layer, DW_W13, ANEPY_FFN_FWD, ANEPY_FFN_BWD);
+    wire_adapter(e, layer, DW_WO, ANEPY_SDPA_FWD, ANEPY_SDPA_BWD1);
+    wire_adapter(e, layer, DW_QKV, ANEPY_SDPA_FWD, ANEPY_QKV_BWD);
 }
 
 /* Programs are described for one sequence. */

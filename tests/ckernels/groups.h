@@ -39,5 +39,6 @@ void checks_handles(void);
 void checks_weights(void);
 void checks_ready(void);
 void checks_decoder(void);
+void checks_adapters(void);
 
 #endif

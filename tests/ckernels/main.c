@@ -110,7 +110,7 @@ static const struct {
     {"packing", checks_packing},   {"recompute", checks_recompute},
     {"frozen", checks_frozen},     {"handles", checks_handles},
     {"weights", checks_weights},   {"ready", checks_ready},
-    {"decoder", checks_decoder},
+    {"decoder", checks_decoder},   {"adapters", checks_adapters},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

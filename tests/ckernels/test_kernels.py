@@ -16,7 +16,7 @@ from ckernels import mutate, toolchain
 
 THREADED = (
     "gemm", "pool", "runtime", "engine", "batch", "masks", "packing", "recompute", "frozen",
-    "handles", "weights", "ready", "decoder",
+    "handles", "weights", "ready", "decoder", "adapters",
 )  # fmt: skip
 ARM = ["neonbf16", "neon", "scalar"]
 UNMASKED = {"ANEPY_CPU_MASK": ""}  # whatever mask the tests run under
@@ -174,7 +174,9 @@ def test_checks_with_a_mask_run_that_set_or_the_best_below(
     masked = {"ANEPY_CPU_MASK": mask}
     listed = toolchain.run([path, "--list"], env=masked).stdout.split()
     assert listed == available[available.index(expected) :]
-    groups = ("table", "engine", "batch", "masks", "packing", "handles", "ready", "decoder")
+    groups = (
+        "table", "engine", "batch", "masks", "packing", "adapters", "handles", "ready", "decoder",
+    )  # fmt: skip
     assert_passes(path, "--isa", expected, *groups, env=masked)
 
 

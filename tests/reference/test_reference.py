@@ -12,7 +12,7 @@ import pytest
 import tolerances
 from tolerances import assert_tensors_close, relative_error
 
-from reference import adamw64, llama2c
+from reference import adamw64, adapters64, llama2c
 from reference import llama64 as ref
 from reference.llama64 import Config
 
@@ -223,6 +223,29 @@ def test_masked_batch_equals_torch():
     loss, gradients = ref.loss_and_gradients(weights, config, tokens, targets)
     assert loss == pytest.approx(expected.item(), rel=1e-13)
     assert_tensors_close(gradients, torch_llama.gradients(model), tolerances.FLOAT64_GRADIENT)
+
+
+@pytest.mark.parametrize("name", ["gqa", "everything"])
+def test_adapter_gradients_match_finite_differences(name):
+    config, weights, tokens, targets = make_case(name, 7)
+    rng, adapter = np.random.default_rng(5), {}
+    for tensor, weight in weights.items():
+        if tensor.startswith("layers.1.") and weight.ndim == 2:
+            stem = tensor.removesuffix("weight")
+            adapter[f"{stem}lora_a"] = rng.normal(0.0, 0.5, (3, weight.shape[1]))
+            adapter[f"{stem}lora_b"] = rng.normal(0.0, 0.2, (weight.shape[0], 3))
+
+    def loss() -> float:
+        logits = ref.forward(adapters64.adapted(weights, adapter, 1.5), config, tokens)
+        return ref.cross_entropy(logits, targets)[0]
+
+    _, full = ref.loss_and_gradients(
+        adapters64.adapted(weights, adapter, 1.5), config, tokens, targets
+    )
+    gradients = adapters64.adapter_gradients(full, adapter, 1.5)
+    assert len(gradients) == 14
+    for tensor, gradient in gradients.items():
+        assert_gradient(loss, adapter[tensor], gradient, rng, tensor)
 
 
 def test_masked_tail_leaves_its_tokens_without_gradient():

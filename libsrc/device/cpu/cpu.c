@@ -146,6 +146,7 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
      * gate. */
     int64_t others = anepy_max_i64((int64_t)m->config.dim * ANEPY_COLUMNS, 4 * width);
     cpu->scratch_n = anepy_max_i64(anepy_cpu_attention_scratch_n(m->head_dim), others);
+    int64_t low_n = anepy_cpu_low_panels_n(anepy_max_i32(1, m->adapter.rank), options->width);
     if (options->dtype == ANEPY_BF16) cpu->dgate = own_floats(cpu, m->config.hidden_dim * width);
     if ((options->dtype == ANEPY_BF16 && cpu->dgate == NULL) ||
         (cpu->cosine = own_floats(cpu, half * positions)) == NULL ||
@@ -155,6 +156,7 @@ static int32_t cpu_open(anepy_device **out, const anepy_device_options *options)
         (cpu->factors = own_floats(cpu, 2 * blocks * factors_n)) == NULL ||
         (cpu->dot = own_floats(cpu, m->config.n_heads * width)) == NULL ||
         (cpu->turns = own(cpu, (size_t)blocks * sizeof *cpu->turns, NULL, 0)) == NULL ||
+        (cpu->low_panels = own_floats(cpu, 3 * low_n)) == NULL ||
         (cpu->scratch =
              own_floats(cpu, cpu->scratch_n * anepy_pool_threads(options->gemm->pool))) == NULL) {
         cpu_close(&cpu->base);

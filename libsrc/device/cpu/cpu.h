@@ -16,6 +16,7 @@ typedef struct {
     float *dgate;           /* [hidden, width]: for ffn_bwd with rounded outputs */
     float *dq;              /* [q_dim, width], block by block: for sdpa_bwd2 */
     _Atomic int32_t *turns; /* [n_heads, width / 64]: next block of keys to add to dq */
+    float *low_panels;      /* adapters: scale A x or scale B^T dy of three projections, packed */
     float *scratch;         /* per worker: scratch_n floats */
     int64_t scratch_n;
     void *owned; /* every surface, executable and mapping, for close */
@@ -41,6 +42,11 @@ static inline float *anepy_cpu_scratch(const anepy_cpu *cpu, int32_t worker) {
 
 /* programs.c: runs any program of the table. columns: of all sequences of n tokens together. */
 void anepy_cpu_run(anepy_executable *executable, int32_t n, int32_t columns);
+
+/* Floats of low_panels for one projection. */
+static inline int64_t anepy_cpu_low_panels_n(int32_t rank, int32_t width) {
+    return (int64_t)rank * width;
+}
 
 /* attention.c: for sequences of n tokens side by side, each with n columns rounded up to 64. */
 void anepy_cpu_rope(const anepy_cpu *cpu, float *x, int32_t heads, int32_t n, int32_t columns,

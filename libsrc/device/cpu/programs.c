@@ -6,21 +6,26 @@
 #define COLS ANEPY_COLUMNS
 /* ----------------------------------------------------------------------------- building blocks */
 
-/* Projections of one input, by the roles of their weights: y[i], or y16[i] if those are rounded,
- * are their outputs, or gradients of these. */
+/* Projections of one input: y[i], or y16[i] if those are rounded, are their outputs, or gradients of
+ * these. */
 typedef struct {
-    int32_t roles[3];
+    int32_t into; /* which ones, ANEPY_INTO_W2... */
     float *y[3];
     const uint16_t *y16[3];
-    int32_t count;
     int32_t packed; /* the other factor is in the panels already */
 } projections;
 
-/* What one product covers. */
+static anepy_projection projection(const anepy_executable *k, const projections *p, int32_t i) {
+    int32_t role = anepy_siblings[p->into].role + i;
+    return anepy_model_projection(k->cpu->base.options.model, k->layer, role);
+}
+
+/* What one product covers: `count` projections from `first` on. */
 typedef struct {
     anepy_storage w;
     float *y;
     const uint16_t *y16;
+    int32_t first, count;
 } run;
 
 static int follows(const run *r, const projections *p, int32_t i, int64_t width) {
@@ -31,12 +36,12 @@ static int follows(const run *r, const projections *p, int32_t i, int64_t width)
 /* Neighbours that follow each other in both memories are one run. Returns how many there are. */
 static int32_t merge(const anepy_executable *k, const projections *p, run runs[3]) {
     int32_t n = 0;
-    for (int32_t i = 0; i < p->count; i++) {
-        anepy_storage w = anepy_cpu_weights(k, p->roles[i]);
+    for (int32_t i = 0; i < anepy_siblings[p->into].count; i++) {
+        anepy_storage w = anepy_cpu_weights(k, anepy_siblings[p->into].role + i);
         if (n > 0 && follows(&runs[n - 1], p, i, k->cpu->base.options.width) &&
             anepy_storage_extend(&runs[n - 1].w, w))
-            continue;
-        runs[n++] = (run){w, p->y[i], p->y16[i]};
+            runs[n - 1].count++;
+        else runs[n++] = (run){w, p->y[i], p->y16[i], i, 1};
     }
     return n;
 }
@@ -51,6 +56,125 @@ static void multiply(const anepy_cpu *cpu, const anepy_product *product, int pac
     if (packed) anepy_gemm_multiply(gemm, product);
     else anepy_gemm_run(gemm, product);
 }
+
+/* ------------------------------------------------------------------------------------ adapters
+ *
+ * y = W x + B (scale A x): A is multiplied with x as it was packed for W, and the product with B is
+ * added to each block of y while that is in the cache. Backward alike: scale B^T dy with dy as it was
+ * packed for W^T, then A^T of that beside W^T dy. */
+
+/* Rows of scale A x, or of scale B^T dy, that the adapters of projections before this one have. */
+static int32_t low_row(const anepy_executable *k, const projections *p, int32_t end) {
+    int32_t row = 0;
+    for (int32_t i = 0; i < end; i++)
+        if (projection(k, p, i).a != NULL) row += k->cpu->base.options.model->adapter.rank;
+    return row;
+}
+
+static float *low_at(const anepy_executable *k, const projections *p, int32_t i) {
+    return k->tensors[k->program.low[p->into]] +
+           (int64_t)low_row(k, p, i) * k->cpu->base.options.width;
+}
+
+/* A of the adapters of projections [first, end), which lie behind each other. */
+static anepy_storage stacked_a(const anepy_executable *k, const projections *p, int32_t first,
+                               int32_t end) {
+    anepy_storage a = {0};
+    for (int32_t i = first; i < end; i++) {
+        const anepy_tensor *tensor = projection(k, p, i).a;
+        if (tensor == NULL) continue;
+        anepy_storage next = anepy_stored(tensor, k->cpu->base.options.adapter);
+        if (a.rows == 0) a = next;
+        else anepy_storage_extend(&a, next);
+    }
+    return a;
+}
+
+/* Multiplies rows by the adapter's scale and packs them for the product that takes them next. */
+static void finish_low(const anepy_executable *k, float *low, int32_t rows, int32_t columns,
+                       float *panels) {
+    const anepy_device_options *o = &k->cpu->base.options;
+    anepy_gemm gemm = *o->gemm;
+    anepy_product factor = {.b = low, .ldb = o->width, .n = columns, .k = rows};
+    for (int32_t r = 0; r < rows; r++)
+        gemm.kernels->scale(low + (int64_t)r * o->width, o->model->adapter.scale, columns);
+    gemm.panels = panels;
+    if (anepy_gemm_packs(&gemm)) anepy_gemm_pack(&gemm, &factor);
+}
+
+static void project_adapted(const anepy_executable *k, const projections *p, const float *x,
+                            const uint16_t *x16, int32_t columns) {
+    const anepy_device_options *o = &k->cpu->base.options;
+    int32_t count = anepy_siblings[p->into].count, rank = o->model->adapter.rank;
+    int32_t in = projection(k, p, 0).in, depth = anepy_gemm_depth(o->gemm);
+    int64_t panels_n = anepy_cpu_low_panels_n(rank, o->width);
+    anepy_product into_x = {.b = x, .b16 = x16, .ldc = o->width, .ldb = o->width, .n = columns};
+    anepy_product a = into_x, w[3], b[3];
+    a.c = low_at(k, p, 0);
+    anepy_weights_factor(&a, stacked_a(k, p, 0, count), 0);
+    for (int32_t i = 0; i < count; i++) {
+        anepy_projection q = projection(k, p, i);
+        float *panels = k->cpu->low_panels + i * panels_n;
+        w[i] = into_x;
+        w[i].c = p->y[i];
+        anepy_weights_factor(&w[i], anepy_stored(q.weight, k->params), 0);
+        if (q.b == NULL) continue;
+        b[i] = (anepy_product){.b = low_at(k, p, i), .ldb = o->width, .panels = panels};
+        anepy_weights_factor(&b[i], anepy_stored(q.b, o->adapter), 0);
+        w[i].also = &b[i];
+    }
+    int parts = p->packed || anepy_gemm_packs(o->gemm);
+    for (int32_t first = 0; first < in; first += parts ? depth : in) {
+        int32_t n = parts ? depth : in;
+        anepy_product part = anepy_gemm_part(&a, first, n);
+        if (parts && !p->packed) anepy_gemm_pack(o->gemm, &part);
+        multiply(k->cpu, &part, parts);
+        for (int32_t i = 0; i < count && first + n >= in; i++)
+            if (w[i].also != NULL)
+                finish_low(k, low_at(k, p, i), rank, columns, k->cpu->low_panels + i * panels_n);
+        for (int32_t i = 0; i < count; i++) {
+            part = anepy_gemm_part(&w[i], first, n);
+            multiply(k->cpu, &part, parts);
+        }
+    }
+}
+
+/* The gradient of x through the projections of a run: dx is the product with their weights. */
+static void run_backward_adapted(const anepy_executable *k, const projections *p, const run *r,
+                                 anepy_product *dx) {
+    const anepy_device_options *o = &k->cpu->base.options;
+    int32_t end = r->first + r->count, row = 0, rows = 0;
+    float *low = low_at(k, p, r->first);
+    /* What follows reads dy from the panels of the whole run. */
+    int pairs = r->count == 1 || projection(k, p, r->first).out % 2 == 0;
+    int shares = pairs && anepy_gemm_packs(o->gemm) && dx->k <= anepy_gemm_depth(o->gemm);
+    if (shares && !p->packed) anepy_gemm_pack(o->gemm, dx);
+    for (int32_t i = r->first; i < end; i++) {
+        anepy_projection q = projection(k, p, i);
+        anepy_product b = {.c = low_at(k, p, i),
+                           .ldc = o->width,
+                           .b = p->y[i],
+                           .b16 = p->y16[i],
+                           .ldb = o->width,
+                           .n = dx->n,
+                           .b_row = shares ? row : 0,
+                           .packed_k = shares ? dx->k : 0};
+        row += q.out;
+        if (q.b == NULL) continue;
+        anepy_weights_factor(&b, anepy_stored(q.b, o->adapter), 1);
+        multiply(k->cpu, &b, shares);
+        rows += o->model->adapter.rank;
+    }
+    anepy_product a = {.b = low, .ldb = o->width, .panels = k->cpu->low_panels};
+    if (rows > 0) {
+        finish_low(k, low, rows, dx->n, k->cpu->low_panels);
+        anepy_weights_factor(&a, stacked_a(k, p, r->first, end), 1);
+        dx->also = &a;
+    }
+    multiply(k->cpu, dx, shares);
+}
+
+/* ---------------------------------------------------------------------------------- projections */
 
 /* The biases of projections, added to all columns of their outputs. */
 typedef struct {
@@ -70,12 +194,15 @@ static void add_bias_rows(void *context, int32_t index, int32_t worker) {
     }
 }
 
-static void add_bias(const anepy_executable *k, int32_t role, float *y, int32_t columns) {
+static void add_biases(const anepy_executable *k, const projections *p, int32_t columns) {
     const anepy_device_options *o = &k->cpu->base.options;
-    anepy_projection p = anepy_model_projection(o->model, k->layer, role);
-    if (p.bias == NULL) return;
-    biased b = {k->cpu, y, anepy_weights_vector(anepy_stored(p.bias, k->params)), p.out, columns};
-    anepy_pool_run(o->gemm->pool, anepy_pieces(p.out, ANEPY_PIECE_ROWS), add_bias_rows, &b);
+    for (int32_t i = 0; i < anepy_siblings[p->into].count; i++) {
+        const anepy_tensor *bias = projection(k, p, i).bias;
+        if (bias == NULL) continue;
+        biased b = {k->cpu, p->y[i], anepy_weights_vector(anepy_stored(bias, k->params)),
+                    (int32_t)bias->cols, columns};
+        anepy_pool_run(o->gemm->pool, anepy_pieces(b.rows, ANEPY_PIECE_ROWS), add_bias_rows, &b);
+    }
 }
 
 /* The projections of x, or of x16 if it is rounded. */
@@ -84,13 +211,17 @@ static void project(const anepy_executable *k, projections p, const float *x, co
     int32_t width = k->cpu->base.options.width;
     run runs[3];
     int32_t count = merge(k, &p, runs);
-    for (int32_t i = 0; i < count; i++) {
-        anepy_product product = {
-            .c = runs[i].y, .ldc = width, .b = x, .b16 = x16, .ldb = width, .n = columns};
-        anepy_weights_factor(&product, runs[i].w, 0);
-        multiply(k->cpu, &product, p.packed);
+    if (k->program.low[p.into] > 0) {
+        project_adapted(k, &p, x, x16, columns);
+    } else {
+        for (int32_t i = 0; i < count; i++) {
+            anepy_product product = {
+                .c = runs[i].y, .ldc = width, .b = x, .b16 = x16, .ldb = width, .n = columns};
+            anepy_weights_factor(&product, runs[i].w, 0);
+            multiply(k->cpu, &product, p.packed);
+        }
     }
-    for (int32_t i = 0; i < p.count; i++) add_bias(k, p.roles[i], p.y[i], columns);
+    add_biases(k, &p, columns);
 }
 
 /* dx, the gradient of x: what the projections make of y, added up. */
@@ -107,7 +238,8 @@ static void project_backward(const anepy_executable *k, float *dx, projections p
                                  .n = columns,
                                  .accumulate = i > 0};
         anepy_weights_factor(&product, runs[i].w, 1);
-        multiply(k->cpu, &product, p.packed);
+        if (k->program.low[p.into] > 0) run_backward_adapted(k, &p, &runs[i], &product);
+        else multiply(k->cpu, &product, p.packed);
     }
 }
 
@@ -239,10 +371,7 @@ static void sdpa_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     int packed = normalize(k, t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], t[SDPA_FWD_X],
                            ANEPY_ATTENTION_NORM, columns);
     project(k,
-            (projections){.roles = {ANEPY_WQ, ANEPY_WK, ANEPY_WV},
-                          .y = {q, key, t[SDPA_FWD_V]},
-                          .count = 3,
-                          .packed = packed},
+            (projections){.into = ANEPY_INTO_QKV, .y = {q, key, t[SDPA_FWD_V]}, .packed = packed},
             t[SDPA_FWD_XNORM], k->rounded[SDPA_FWD_XNORM], columns);
     if (c->qk_norm) {
         normalize_heads(k, t[SDPA_FWD_Q], q, ANEPY_Q_NORM, c->n_heads, columns);
@@ -251,7 +380,7 @@ static void sdpa_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     anepy_cpu_rope(cpu, t[SDPA_FWD_Q], c->n_heads, n, columns, 1.0f);
     anepy_cpu_rope(cpu, t[SDPA_FWD_K], c->n_kv_heads, n, columns, 1.0f);
     anepy_cpu_attention(k, n, columns);
-    project(k, (projections){.roles = {ANEPY_WO}, .y = {t[SDPA_FWD_OUT]}, .count = 1},
+    project(k, (projections){.into = ANEPY_INTO_WO, .y = {t[SDPA_FWD_OUT]}},
             t[SDPA_FWD_ATTN], NULL, columns);
 }
 
@@ -265,9 +394,8 @@ static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     int packed = normalize(k, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X],
                            ANEPY_FFN_NORM, columns);
     project(k,
-            (projections){.roles = {ANEPY_W1, ANEPY_W3},
+            (projections){.into = ANEPY_INTO_W13,
                           .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
-                          .count = 2,
                           .packed = packed},
             t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], columns);
     elementwise e = {.cpu = cpu,
@@ -279,8 +407,7 @@ static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
                      .columns = columns};
     run_rows(&e, swiglu_rows);
     project(k,
-            (projections){
-                .roles = {ANEPY_W2}, .y = {t[FFN_FWD_OUT]}, .count = 1, .packed = gate_packed},
+            (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_FWD_OUT]}, .packed = gate_packed},
             t[FFN_FWD_GATE], gate16, columns);
 }
 
@@ -295,7 +422,7 @@ static void ffn_bwd(anepy_executable *k, int32_t n, int32_t columns) {
                  dh3 == dh1 + (int64_t)hidden * cpu->base.options.width;
     /* The gradient of gate goes where that of h1 will be, unless that is rounded. */
     float *dgate = dh1 != NULL ? cpu->dgate : t[FFN_BWD_DH1];
-    project_backward(k, dgate, (projections){.roles = {ANEPY_W2}, .y = {t[FFN_BWD_DY]}, .count = 1},
+    project_backward(k, dgate, (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_BWD_DY]}},
                      columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
@@ -306,10 +433,9 @@ static void ffn_bwd(anepy_executable *k, int32_t n, int32_t columns) {
                      .columns = columns};
     run_rows(&e, swiglu_backward_rows);
     project_backward(k, t[FFN_BWD_DX],
-                     (projections){.roles = {ANEPY_W1, ANEPY_W3},
+                     (projections){.into = ANEPY_INTO_W13,
                                    .y = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
                                    .y16 = {dh1, dh3},
-                                   .count = 2,
                                    .packed = packed},
                      columns);
 }
@@ -318,7 +444,7 @@ static void sdpa_bwd1(anepy_executable *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
     project_backward(
         k, cpu->dattn,
-        (projections){.roles = {ANEPY_WO}, .y = {k->tensors[SDPA_BWD1_DY]}, .count = 1}, columns);
+        (projections){.into = ANEPY_INTO_WO, .y = {k->tensors[SDPA_BWD1_DY]}}, columns);
     if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
 }
 
@@ -335,9 +461,8 @@ static void qkv_bwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     float **t = k->tensors;
     project_backward(k, t[QKV_BWD_DX],
-                     (projections){.roles = {ANEPY_WQ, ANEPY_WK, ANEPY_WV},
-                                   .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]},
-                                   .count = 3},
+                     (projections){.into = ANEPY_INTO_QKV,
+                                   .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]}},
                      columns);
 }
 

@@ -185,7 +185,11 @@ def test_checkpoint(folder: Path) -> None:
         expected = {"meta", *(f"{kind}{name}" for kind in ("", "m.", "v.") for name in names)}
         assert set(arrays.files) == expected
         meta = json.loads(str(arrays["meta"]))
-    assert_described(meta, documented("Checkpoint", "field of `meta`"))
+    run(folder, "train", "m.bin", *"--data t.bin --seq 16 --steps 1 --lora --ckpt l.npz".split())
+    with np.load(folder / "l.npz") as arrays:
+        adapter = json.loads(str(arrays["meta"]))["adapter"]
+    assert meta["adapter"] == {} and adapter
+    assert_described(meta | {"adapter": adapter}, documented("Checkpoint", "field of `meta`"))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])

@@ -43,6 +43,7 @@ class Request:
 
     model: Path | None
     data: Path | None
+    adapter: Path | None
     settings: Mapping[str, Any]
     resume: str | None
     checkpoint: Path | None
@@ -63,6 +64,7 @@ class Plan:
         restarted: how this process goes on with a run that an earlier one began; None if none did.
         model: file to train; None for the demo and for a resume that has only a checkpoint.
         data: token file; None for the demo.
+        adapter: folder of the adapter to train on; None for a new one, or none.
         config: effective settings.
         resume: checkpoint to continue from; None if there is none.
         meta: what that checkpoint says about its run.
@@ -76,6 +78,7 @@ class Plan:
     restarted: Restart | None
     model: Path | None
     data: Path | None
+    adapter: Path | None
     config: TrainConfig
     resume: Path | None
     meta: Meta | None
@@ -115,6 +118,8 @@ def make_plan(request: Request, began: Restart | None) -> Plan:
         config.validate()
     except TypeError as error:
         raise CheckpointError(f"{resume}: its settings are damaged ({error})") from error
+    if demo and (config.lora or request.adapter is not None):
+        raise ConfigError("an adapter needs a model: anepy train MODEL --lora --data FILE")
     if meta is not None and meta.step >= config.steps and "report" not in meta.run:
         raise ConfigError(
             f"{resume} is at step {meta.step} of {config.steps}, there is nothing left to do: "
@@ -134,6 +139,7 @@ def make_plan(request: Request, began: Restart | None) -> Plan:
         restarted=began,
         model=request.model,
         data=data,
+        adapter=request.adapter,
         config=config,
         resume=resume,
         meta=meta,

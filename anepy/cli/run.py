@@ -16,11 +16,11 @@ from ..bench.peaks import device_peak
 from ..console.text import Header
 from ..console.train import Reporter
 from ..console.train import reporter as make_reporter
-from ..engine.flops import flops_per_step
 from ..engine.variants import gradients_lag
 from ..errors import CheckpointError, ConfigError, NativeError
 from ..models import formats
 from ..models.freezing import trained_text
+from ..models.lora import Lora
 from ..models.model import Model, ModelConfig
 from ..system import restart
 from ..system.files import check_writable, discard_temporaries, write_failure
@@ -107,7 +107,8 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
         assert plan.data is not None
         data = plan.data
     restarted = plan.restarted is not None
-    with Trainer(_model(plan), data, plan.config, plan.resume, restarted) as trainer:
+    lora = Lora.load(plan.adapter) if plan.adapter is not None else None
+    with Trainer(_model(plan), data, plan.config, plan.resume, restarted, lora) as trainer:
         if plan.demo:
             trainer.source["demo"] = True
         yield trainer
@@ -118,6 +119,8 @@ def _model(plan: Plan) -> Model | Path:
         return plan.model
     if plan.meta is None:
         return demo.model(plan.config.seed)
+    if plan.meta.adapter:  # the checkpoint holds the adapter alone
+        return Path(str(plan.meta.source.get("model", "")))
     try:
         config = ModelConfig(**plan.meta.config)
     except TypeError as error:
@@ -135,9 +138,18 @@ def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
         distinct({"the checkpoint": plan.checkpoint}, {"the model": plan.model})
     if plan.checkpoint is not None and plan.save_at_end:
         check_writable(plan.checkpoint, "checkpoint", trainer.checkpoint_nbytes())
-    if request.save is not None:
-        weights = sum(value.nbytes for value in trainer.model.weights.values())
-        formats.check_writable(trainer.model.config, request.save, weights)
+    if request.save is None:
+        return
+    if trainer.lora is not None:
+        if request.save.suffix in (".bin", ".gguf"):
+            raise ConfigError(
+                f"--save {request.save}: an adapter is saved as a folder; `anepy fuse` makes a "
+                "model of it"
+            )
+        trainer.lora.check_writable(request.save)
+        return
+    weights = sum(value.nbytes for value in trainer.model.weights.values())
+    formats.check_writable(trainer.model.config, request.save, weights)
 
 
 def _log(request: Request, plan: Plan) -> RunLog:
@@ -178,9 +190,7 @@ def _introduce(
         data=data,
         settings=settings,
         engine=_engine(trainer),
-        flops=flops_per_step(
-            trainer.model.config, trainer.seq, trainer.config.batch, trainer.config.freeze
-        ),
+        flops=trainer.flops,
         trained=_trained(trainer),
         start=trainer.start_step,
         losses=list(trainer.losses),
@@ -206,6 +216,9 @@ def _introduce(
 def _trained(trainer: Trainer) -> str:
     """Say what is trained, if not everything."""
     weights, moments = trainer.model.weights, trainer.engine.adam_m
+    if trainer.lora is not None:
+        parameters, lora = quantity(trainer.lora.arena.size), trainer.lora
+        return f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {parameters} parameters"
     if not trainer.engine.frozen:
         return ""
     total, left = (sum(value.size for value in each.values()) for each in (weights, moments))
@@ -267,8 +280,7 @@ def _loop(
             plan.written = plan.checkpoint
             saved.append(f"checkpoint saved: {plan.checkpoint} ({nbytes / 1e6:.1f} MB)")
         if complete and request.save is not None:
-            trainer.model.save(request.save)
-            saved.append(f"model saved: {request.save}")
+            saved.append(_save(trainer, request.save))
     if not complete:
         done = f"interrupted after step {trainer.steps_done} of {trainer.config.steps}"
         if plan.written is not None:
@@ -276,6 +288,16 @@ def _loop(
         else:
             saved.append(f"{done}; nothing was saved (--no-checkpoint)")
     return stop, saved
+
+
+def _save(trainer: Trainer, path: Path) -> str:
+    """Write what was trained; say what it is."""
+    if trainer.lora is None:
+        trainer.model.save(path)
+        return f"model saved: {path}"
+    base = str(trainer.source.get("model", ""))
+    trainer.lora.save(path, base if os.path.isdir(base) else None)
+    return f"adapter saved: {path}"
 
 
 def _continue_command(plan: Plan) -> str:

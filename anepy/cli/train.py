@@ -74,6 +74,14 @@ def train(
     threads: Annotated[int | None, _option("threads")] = None,
     freeze: Annotated[list[str] | None, _option("freeze", "--freeze", metavar="PATTERN")] = None,
     recompute: Annotated[bool, _option("recompute", "--recompute")] = False,
+    lora: Annotated[bool, _option("lora", "--lora")] = False,
+    rank: Annotated[int | None, _option("rank")] = None,
+    alpha: Annotated[float | None, _option("alpha")] = None,
+    targets: Annotated[str | None, _option("targets")] = None,
+    adapter: Annotated[
+        Path | None,
+        path_option(metavar="FOLDER", help="Train this LoRA adapter on, instead of a new one."),
+    ] = None,
     metal: Annotated[bool, _option("metal", "--metal")] = False,
     resume: Annotated[
         str | None,
@@ -103,7 +111,7 @@ def train(
         Path | None,
         path_option(
             metavar="MODEL",
-            help="Write the trained model: .bin, .gguf, else a folder.",
+            help="Write the trained model: .bin, .gguf, else a folder. Adapters are folders.",
         ),
     ] = None,
     log: Annotated[
@@ -124,12 +132,13 @@ def train(
         for name, value in locals().items()
         if name in TrainConfig.__dataclass_fields__ and value is not None
     }
-    for name in ("recompute", "metal", "freeze"):
+    for name in ("recompute", "metal", "freeze", "lora"):
         if not given.get(name):
             given.pop(name, None)
     request = Request(
         model=one_of(model, model_option, "model"),
         data=data,
+        adapter=adapter,
         settings=given,
         resume=resume,
         checkpoint=checkpoint,
@@ -139,6 +148,12 @@ def train(
         log=log,
         as_json=as_json,
     )
+    if resume is None and not lora and adapter is None:
+        for option, value in (("--rank", rank), ("--alpha", alpha), ("--targets", targets)):
+            if value is not None:
+                raise typer.BadParameter(f"{option} is of an adapter: add --lora")
+    if adapter is not None and (rank, alpha, targets) != (None, None, None):
+        raise typer.BadParameter("the adapter has its rank, alpha and targets already")
     if checkpoint is not None and no_checkpoint:
         raise typer.BadParameter("--checkpoint and --no-checkpoint contradict each other")
     from .run import run

@@ -12,9 +12,9 @@ import numpy as np
 from ..errors import ConfigError
 from . import tensors
 from .model import Model, ModelConfig, TensorTable
+from .targets import TARGETS, chosen_targets
 from .views import Array, Tensors
 
-TARGETS = tuple(tensors.PROJECTIONS)
 Fill = Callable[[ModelConfig, Mapping[str, Array]], None]
 T = TypeVar("T")
 _ALIGNMENT = 64
@@ -199,6 +199,17 @@ class Lora:
 
         return peft.save(self, path, base)
 
+    def check_writable(self, path: str | os.PathLike[str]) -> None:
+        """Check that the adapter can be saved later, before anything expensive starts.
+
+        Raises:
+            ConfigError: nothing can be written there.
+            ModelError: the package for it is missing, or the path is a file.
+        """
+        from . import peft
+
+        peft.check_writable(self, path)
+
 
 def _attached(value: T | None) -> T:
     if value is None:
@@ -206,25 +217,6 @@ def _attached(value: T | None) -> T:
             "the adapter has no tensors yet: give it to an Engine, or attach(model.config)"
         )
     return value
-
-
-def chosen_targets(targets: Sequence[str] | str) -> tuple[str, ...]:
-    """Return targets in the order of the model, each once.
-
-    Args:
-        targets: a sequence of names, or one text with commas.
-
-    Raises:
-        ConfigError: one is unknown, or there is none.
-    """
-    given = targets.split(",") if isinstance(targets, str) else list(targets)
-    wanted = [each.strip() if isinstance(each, str) else each for each in given]
-    for each in wanted:
-        if each not in TARGETS:
-            raise ConfigError(f"targets: there is no {each!r}, choose among {', '.join(TARGETS)}")
-    if not wanted:
-        raise ConfigError(f"targets are none: choose among {', '.join(TARGETS)}")
-    return tuple(name for name in TARGETS if name in wanted)
 
 
 def projections(config: ModelConfig, targets: Sequence[str]) -> Iterator[tensors.Tensor]:

@@ -132,6 +132,16 @@ def _fill(
 # -------------------------------------------------------------------------------------- writing
 
 
+def check_writable(lora: Lora, path: str | os.PathLike[str]) -> None:
+    """Check that an adapter can be saved, as `Lora.check_writable` says."""
+    folder = Path(path)
+    tensor_file.package()
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ModelError(f"cannot write adapter {folder}: it is no folder; choose another path")
+    target = folder / CONFIG if folder.is_dir() else folder
+    files.check_writable(target, "adapter", lora.arena.nbytes)
+
+
 def save(lora: Lora, path: str | os.PathLike[str], base: str | None = None) -> int:
     """Write an adapter, as `Lora.save` says."""
     folder = Path(path)

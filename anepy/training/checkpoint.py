@@ -1,9 +1,10 @@
 """Checkpoints: one `.npz` file with everything a run needs to continue bit for bit.
 
-Arrays are named as the weights; Adam's moments are `m.<name>` and `v.<name>`, of tensors that are
-not frozen; `grad.<name>` is there only if gradients were accumulated when it was saved. `meta` is a
-JSON text in a 0-d unicode array. `numpy.load` reads all of it. A file appears under its name only
-when it is complete: it is written to a temporary file in the same folder, synced, then renamed.
+Arrays are named as the weights, or as those of the adapter where that alone is trained; Adam's
+moments are `m.<name>` and `v.<name>`, of tensors that are not frozen; `grad.<name>` is there only
+if gradients were accumulated when it was saved. `meta` is a JSON text in a 0-d unicode array.
+`numpy.load` reads all of it. A file appears under its name only when it is complete: it is written
+to a temporary file in the same folder, synced, then renamed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Meta:
         losses: the last losses, oldest first.
         scaling: `unit` of the gradients; loss scale and clean steps (fp16).
         frozen: names of the tensors that are not trained, in the order of the model.
+        adapter: of a run that trains an adapter only: `rank`, `alpha`, `targets`, and `base`, the
+            checksum of the weights of the model that it is added to; else empty.
         run: what the next process of the same run needs (restart.py), and a report not yet given.
         anepy: version that wrote the file.
         format: version of this layout.
@@ -63,6 +66,7 @@ class Meta:
     losses: list[float] = field(default_factory=list)
     scaling: dict[str, Any] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     counted: int = 0
     anepy: str = ""
@@ -108,6 +112,7 @@ def read_meta(path: str | Path) -> Meta:
 def load(
     path: str | Path,
     config: Mapping[str, Any],
+    adapter: Mapping[str, Any],
     weights: Mapping[str, npt.NDArray[Any]],
     adam_m: Mapping[str, npt.NDArray[Any]],
     adam_v: Mapping[str, npt.NDArray[Any]],
@@ -120,6 +125,7 @@ def load(
     Args:
         path: the checkpoint.
         config: dimensions of the model that is to receive it.
+        adapter: as `Meta.adapter` for this run.
         weights: name -> float32 array, C-contiguous; overwritten, as are the next two.
         adam_m: first moments, of all names that are not frozen.
         adam_v: second moments, of those too.
@@ -129,7 +135,8 @@ def load(
         What `read_meta` returns.
 
     Raises:
-        CheckpointError: the file is bad, or of a model of other dimensions or frozen tensors.
+        CheckpointError: the file is bad, or of a model of other dimensions or frozen tensors, or of
+            another adapter.
     """
     targets = {name: array for name, array in weights.items()}
     targets |= {f"m.{name}": array for name, array in adam_m.items()}
@@ -137,6 +144,7 @@ def load(
     with _opened(path) as archive:
         meta = _read_meta(path, archive)
         _check_config(path, meta.config, config)
+        _check_adapter(path, meta.adapter, adapter)
         _check_frozen(path, meta.frozen, [name for name in weights if name not in adam_m])
         if meta.accumulated:
             targets |= {f"grad.{name}": array for name, array in gradients.items()}
@@ -214,8 +222,9 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
         isinstance(x, (int, float)) for x in scaling.values()
     ):
         raise CheckpointError(f"{path}: 'scaling' in 'meta' is damaged; take another checkpoint")
-    if not isinstance(values.get("run", {}), dict):
-        raise CheckpointError(f"{path}: 'run' in 'meta' is damaged; take another checkpoint")
+    for name in ("run", "adapter"):
+        if not isinstance(values.get(name, {}), dict):
+            raise CheckpointError(f"{path}: '{name}' in 'meta' is damaged; take another checkpoint")
     frozen = values.get("frozen", [])
     if not isinstance(frozen, list) or not all(isinstance(x, str) for x in frozen):
         raise CheckpointError(f"{path}: 'frozen' in 'meta' are no names; the file is damaged")
@@ -237,6 +246,21 @@ def _check_config(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[st
         raise CheckpointError(
             f"{path} belongs to another model: {', '.join(differences)}; pass the model it is from"
         )
+
+
+def _check_adapter(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if bool(saved) != bool(wanted):
+        what = ("an adapter", "a model") if saved else ("a model", "an adapter")
+        raise CheckpointError(
+            f"{path} is of a run that trains {what[0]}, this one trains {what[1]}; "
+            f"{'add' if saved else 'leave out'} --lora"
+        )
+    for name, value in wanted.items():
+        if saved.get(name) == value:
+            continue
+        if name == "base":
+            raise CheckpointError(f"{path} is of an adapter to a model with other weights; pass it")
+        raise CheckpointError(f"{path} is of an adapter with {name} {saved.get(name)}, not {value}")
 
 
 def _check_frozen(path: str | Path, saved: Sequence[str], wanted: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..models.freezing import patterns
+from ..models.targets import TARGETS, chosen_targets
 from .settings import LoopConfig, described, require, setting
 
 
@@ -33,14 +34,21 @@ class TrainConfig(LoopConfig):
     recompute: bool = setting(
         False, "Compute activations again in the backward pass: same bits, less memory."
     )
+    lora: bool = setting(False, "Train a low-rank adapter; the model stays as it is.")
+    rank: int = setting(8, "LoRA: rank of the adapter.")
+    alpha: float = setting(16.0, "LoRA: the adapter is multiplied by --alpha / --rank.")
+    targets: tuple[str, ...] = setting(
+        TARGETS, "LoRA: projections with an adapter, like wq,wv. Default: wq,wk,wv,wo,w1,w2,w3."
+    )
     metal: bool = setting(False, "Weight gradients on the GPU: switch metal_dw (macOS).")
     held_out: float = setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = setting(0, "Steps between held-out evaluations. 0: at both ends only.")
     eval_windows: int = setting(16, "Sequences per held-out evaluation.")
 
     def __post_init__(self) -> None:
-        """Take one pattern for several, and the lists of files for tuples."""
+        """Take one name for several, and the lists of files for tuples."""
         object.__setattr__(self, "freeze", patterns(self.freeze))
+        object.__setattr__(self, "targets", chosen_targets(self.targets))
 
     def validate(self) -> None:
         """Check every setting by itself and against the others.

@@ -110,6 +110,11 @@ def _moments(model: Model) -> tuple[dict[str, Array], dict[str, Array]]:
 
 def _read_checkpoint(path: Path) -> State:
     meta = checkpoint.read_meta(path)
+    if meta.adapter:
+        raise ModelError(
+            f"checkpoint {path} holds an adapter, no model: `anepy train --resume` writes it as a "
+            "folder with --save, `anepy fuse` makes a model of that"
+        )
     try:
         model = Model(ModelConfig(**meta.config))
     except (TypeError, ConfigError) as error:
@@ -121,7 +126,7 @@ def _read_checkpoint(path: Path) -> State:
         m.pop(name, None)
         v.pop(name, None)
     gradients = {name: np.zeros_like(value) for name, value in m.items()}
-    checkpoint.load(path, asdict(model.config), model.weights, m, v, gradients)
+    checkpoint.load(path, asdict(model.config), {}, model.weights, m, v, gradients)
     notes = []
     if meta.accumulated:
         notes.append(

@@ -8,6 +8,7 @@ gradients and the sampler's position, and a resumed run continues bit for bit.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from ..engine.engine import Engine
 from ..engine.evaluation import mean_loss, sequence_losses
 from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ClosedError, ConfigError
+from ..models.lora import Lora
 from ..models.model import Model, sequence_length
+from ..models.views import Tensors
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
@@ -58,10 +61,12 @@ class Trainer:
             frozen tensors have to be.
         restarted: the checkpoint is of this very run, which goes on in a new process: times and
             counts are added to those it carries.
+        lora: an adapter to train on, instead of the new one that `config.lora` asks for.
 
     Attributes:
         config: the settings.
-        model: what is trained.
+        model: what is trained, or what the adapter is added to.
+        lora: the adapter that is trained; None if the model is.
         seq: tokens per sequence.
         data: the tokens trained on.
         held_out: the tokens kept for evaluation; None if `config.held_out` is 0.
@@ -91,6 +96,7 @@ class Trainer:
         config: TrainConfig | None = None,
         resume: str | Path | None = None,
         restarted: bool = False,
+        lora: Lora | None = None,
     ) -> None:
         self.config = config if config is not None else TrainConfig()
         self.config.validate()
@@ -100,6 +106,7 @@ class Trainer:
             self.source["model"] = os.path.abspath(model)
             model = Model.load(model)
         self.model = model
+        self.lora = self._adapter(lora)
         self.seq = sequence_length(self.config.seq, model.config.seq_len)
         if not isinstance(data, TokenData):
             data = TokenData(data)
@@ -123,16 +130,16 @@ class Trainer:
             threads=self.config.threads,
             freeze=self.config.freeze,
             recompute=self.config.recompute,
+            lora=self.lora,
             defer=meta is not None,  # the weights are not those to compile for yet
         )
+        self._base: int | None = None
         self._in_block = False
         self._counts = 0, 0  # updates and compilations when it was closed
         self.notes: list[str] = []
         self._loop = Loop(self._engine, sampler, self.config)
         self._unevaluated: StepReport | None = None
-        self._flops = flops_per_step(model.config, self.seq, self.config.batch, self.config.freeze)[
-            "total"
-        ]
+        self._flops = self.flops["total"]
         self._measured = Measurements(self._flops)
         if meta is not None and resume is not None:
             try:
@@ -161,6 +168,17 @@ class Trainer:
         )
 
     @property
+    def flops(self) -> dict[str, int]:
+        """Return what `flops_per_step` says of a step of this run."""
+        config = self.config
+        return flops_per_step(self.model.config, self.seq, config.batch, config.freeze, self.lora)
+
+    @property
+    def trained(self) -> Tensors:
+        """Return the tensors that a checkpoint holds: the model's, or the adapter's."""
+        return self.model.weights if self.lora is None else self.lora.weights
+
+    @property
     def steps_done(self) -> int:
         """Return the number of steps done since the very first one."""
         return self._loop.steps
@@ -183,6 +201,28 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _adapter(self, given: Lora | None) -> Lora | None:
+        """Return the adapter to train: what was given, or a new one if the settings ask for it."""
+        config = self.config
+        if given is None:
+            return (
+                Lora(config.rank, config.alpha, config.targets, config.seed)
+                if config.lora
+                else None
+            )
+        self.config = replace(
+            config, lora=True, rank=given.rank, alpha=given.alpha, targets=given.targets
+        )
+        return given
+
+    def _adapter_facts(self) -> dict[str, Any]:
+        if self.lora is None:
+            return {}
+        if self._base is None:
+            self._base = zlib.crc32(self.model.arena.data)
+        facts = {"rank": self.lora.rank, "alpha": self.lora.alpha, "base": self._base}
+        return facts | {"targets": list(self.lora.targets)}
 
     # Training
 
@@ -288,7 +328,7 @@ class Trainer:
             CheckpointError: it could not be written; an older file is unchanged.
         """
         engine = self.engine
-        arrays = dict(self.model.weights)
+        arrays = dict(self.trained)
         arrays |= {f"m.{name}": value for name, value in engine.adam_m.items()}
         arrays |= {f"v.{name}": value for name, value in engine.adam_v.items()}
         if engine.accumulated:
@@ -303,7 +343,8 @@ class Trainer:
             step=self._loop.steps,
             updates=engine.updates,
             accumulated=engine.accumulated,
-            frozen=list(engine.frozen),
+            frozen=list(engine.frozen) if self.lora is None else [],
+            adapter=self._adapter_facts(),
             sampler=self._loop.sampler.state(),
             settings=asdict(self.config) | {"seq": self.seq},
             source=self.source,
@@ -322,7 +363,7 @@ class Trainer:
 
     def checkpoint_nbytes(self) -> int:
         """Return the size of the largest checkpoint this run can write, in bytes."""
-        weights, moments = self.model.weights.values(), self.engine.adam_m.values()
+        weights, moments = self.trained.values(), self.engine.adam_m.values()
         nbytes = sum(value.nbytes for value in weights) + 3 * sum(value.nbytes for value in moments)
         return nbytes + (1 << 16)
 
@@ -349,7 +390,8 @@ class Trainer:
         checkpoint.load(
             path,
             asdict(self.model.config),
-            self.model.weights,
+            self._adapter_facts(),
+            self.trained,
             engine.adam_m,
             engine.adam_v,
             engine.gradients,

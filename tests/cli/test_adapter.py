@@ -8,7 +8,7 @@ from pathlib import Path
 import needs
 import numpy as np
 import pytest
-from commands import Run, assert_one_line_error
+from commands import Result, Run, assert_one_line_error
 
 from anepy.models.lora import Lora
 from anepy.models.model import Model, ModelConfig
@@ -67,3 +67,72 @@ def test_an_adapter_of_another_model_is_refused(run: Run, files: Path) -> None:
     assert_one_line_error(done, "with this model it must have [2, 32]")
     done = run("generate", "m.bin", "--adapter", "none")
     assert_one_line_error(done, "there is no adapter_config.json in it")
+
+
+def train(run: Run, *words: object) -> Result:
+    return run("train", "m.bin", "--data", "d.bin", "--seq", 16, "--accum", 2, "--lora", *words)
+
+
+@pytest.fixture
+def tokens(files: Path, run: Run) -> None:
+    assert run("prepare", "t.txt", "-o", "d.bin", "-z", "bytes").code == 0
+
+
+def test_training_changes_the_adapter_alone(run: Run, files: Path, tokens: None) -> None:
+    before = (files / "m.bin").read_bytes()
+    words = ("--steps", 8, "--rank", 3, "--alpha", 9, "--targets", "wv,w1", "--lr", "1e-2")
+    done = train(run, *words, "--save", "new", "--held-out", "0.2")
+    assert done.code == 0, done
+    assert "LoRA of rank 3 on wv, w1: " in done.out and "adapter saved: new" in done.out
+    lora = Lora.load("new")
+    assert (lora.rank, lora.alpha, lora.targets) == (3, 9.0, ("wv", "w1"))
+    lora.attach(CONFIG)
+    assert all(values.any() for values in lora.weights.values())
+    assert (files / "m.bin").read_bytes() == before
+    losses = [
+        json.loads(run("eval", "m.bin", "--data", "d.bin", "--seq", 16, *more, "--json").out)[
+            "loss"
+        ]
+        for more in ((), ("--adapter", "new"))
+    ]
+    assert losses[1] < losses[0]
+    with np.load("m.ckpt.npz") as checkpoint:
+        names = {name.removeprefix("m.").removeprefix("v.") for name in checkpoint}
+        assert names == {*lora.weights, "meta"}
+
+
+def test_a_resumed_run_is_bit_identical(run: Run, files: Path, tokens: None) -> None:
+    assert train(run, "--steps", 8, "--save", "whole", "--ckpt", "a.npz").code == 0
+    assert train(run, "--steps", 4, "--ckpt", "b.npz").code == 0
+    done = run("train", "--resume", "b.npz", "--steps", 8, "--save", "parts")
+    assert done.code == 0, done
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (files / "whole" / name).read_bytes() == (files / "parts" / name).read_bytes()
+    assert_one_line_error(run("convert", "b.npz", "x.bin"), "holds an adapter, no model")
+    other = train(run, "--rank", 4, "--resume", "b.npz", "--steps", 9)
+    assert_one_line_error(other, "b.npz is of an adapter with rank 8, not 4")
+    done = run("train", "expected.bin", "--resume", "b.npz", "--steps", 9)
+    assert_one_line_error(done, "b.npz is of an adapter to a model with other weights")
+
+
+def test_an_adapter_is_trained_on(run: Run, files: Path, tokens: None) -> None:
+    done = run(
+        "train", "m.bin", "--data", "d.bin", "--seq", 16, "--adapter", "adapter", "--lr", 0,
+        "--steps", 1, "--save", "again",
+    )  # fmt: skip
+    assert done.code == 0, done
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (files / "again" / name).read_bytes() == (files / "adapter" / name).read_bytes()
+
+
+def test_what_contradicts_an_adapter_is_refused(run: Run, files: Path, tokens: None) -> None:
+    plain = ("train", "m.bin", "--data", "d.bin")
+    for words in (["--rank", 2], ["--alpha", 2], ["--targets", "wq"]):
+        assert (done := run(*plain, *words)).code == 2 and "add --lora" in done.err
+    assert run(*plain, "--adapter", "adapter", "--rank", 2).code == 2
+    assert_one_line_error(train(run, "--save", "x.gguf"), "`anepy fuse` makes a model of it")
+    assert_one_line_error(train(run, "--save", "t.txt"), "t.txt: it is no folder")
+    assert_one_line_error(train(run, "--targets", "wx"), "there is no 'wx'")
+    assert_one_line_error(train(run, "--freeze", "*.wq.*"), "freeze")
+    assert_one_line_error(run("train", "--lora"), "an adapter needs a model")
+    assert not list(files.glob("*.npz"))

@@ -13,9 +13,10 @@ import pytest
 from cases import message
 
 from anepy.errors import ConfigError, ModelError
-from anepy.models import lora as adapters
-from anepy.models.lora import TARGETS, Lora
+from anepy.models import tensors
+from anepy.models.lora import Lora
 from anepy.models.model import Model, ModelConfig
+from anepy.models.targets import TARGETS
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 CONFIG = ModelConfig(24, 40, 2, 4, 2, 61, 64, tied=False)
@@ -161,7 +162,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], reason: str
 
 def test_targets_have_the_order_of_the_model() -> None:
     assert Lora(targets="w3, wq,wq").targets == ("wq", "w3")
-    assert adapters.TARGETS == ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    assert set(TARGETS) == set(tensors.PROJECTIONS)
 
 
 @pytest.fixture

@@ -89,7 +89,8 @@ int32_t anepy_program_get_port(const anepy_model *model, anepy_program_port *out
     out->channels = m.channels;
     out->columns = m.columns;
     snprintf(out->name, sizeof out->name, "%s", m.name);
-    if (p.live) snprintf(out->surface, sizeof out->surface, "%s", m.parameter);
+    if (anepy_program_passes(&p, index - tensors))
+        snprintf(out->surface, sizeof out->surface, "%s", m.parameter);
     return ANEPY_OK;
 }
 
@@ -171,6 +172,8 @@ int32_t anepy_program_run_native(const anepy_model *model, const float *params,
     ANEPY_TRY(describe(&p, model, options));
     if (n < 1 || n > p.width)
         return anepy_fail(ANEPY_E_ARGUMENT, "program %s: %d columns of %d", p.name, n, p.width);
+    if (model->adapter.rank > 0)
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "program %s of a model with adapters", p.name);
     anepy_gemm gemm = {.kernels = anepy_kernels_get()};
     if (gemm.kernels == NULL) return ANEPY_E_NAME;
     ANEPY_TRY(anepy_pool_create(&gemm.pool, threads));

@@ -77,7 +77,8 @@ class Engine(Owner):
             (dim, columns). On sim and ane what weight gradients are made of stays for each layer.
         lora: an adapter, which alone is trained; the model's weights stay as they are. Gradients
             and moments have its names, like "layers.0.attention.wq.lora_a". It gets its tensors
-            here if it has none yet.
+            here if it has none yet. On sim and ane the model's weights are baked as they are now,
+            once: no update compiles.
         defer: compile programs when they are first needed, not at once. For callers that will call
             `restore`: programs for weights about to be replaced would be wasted.
 

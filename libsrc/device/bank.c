@@ -86,7 +86,9 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
 }
 
 static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const float *params) {
-    weight_task task = {s, d->base.options.gemm->kernels, params};
+    int adapter = anepy_tensor_has(s->weight.tensor, ANEPY_TENSOR_ADAPTER);
+    weight_task task = {s, d->base.options.gemm->kernels,
+                        adapter ? d->base.options.adapter : params};
     ANEPY_TRY(bank_lock(&s->base, 1));
     anepy_pool_run(d->base.options.gemm->pool, anepy_pieces(s->base.channels, ANEPY_PIECE_ROWS),
                    write_weight_rows, &task);
@@ -138,8 +140,9 @@ static int32_t add_executable(anepy_bank_device *d, anepy_bank *bank,
     executable->function = function;
     executable->input_n = 1;
     int32_t status = ANEPY_OK;
-    for (int32_t i = 0; program->live && i < program->weight_n && status == ANEPY_OK; i++) {
+    for (int32_t i = 0; i < program->weight_n && status == ANEPY_OK; i++) {
         anepy_program_matrix matrix;
+        if (!anepy_program_passes(program, i)) continue;
         anepy_program_weight(&matrix, program, d->base.options.model, instance->layer, i);
         status = weight_surface(d, &matrix, params, &executable->inputs[executable->input_n++]);
     }

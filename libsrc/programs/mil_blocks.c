@@ -51,6 +51,24 @@ static mil_tensor live_linear(mil_writer *w, int32_t index, int transposed, mil_
     return anepy_emit_slice(w, y, 0, rows, hint);
 }
 
+static mil_tensor live_product(mil_writer *w, const anepy_tensor *tensor, int transposed,
+                               mil_tensor x, const char *hint) {
+    anepy_program_matrix m;
+    int32_t index = find(w, tensor, &m);
+    return live_linear(w, index, transposed, x, transposed ? m.cols : m.rows, hint);
+}
+
+/* y + B (scale A x), or backward y + A^T (scale B^T x). */
+static mil_tensor with_adapter(mil_writer *w, const anepy_projection *p, int transposed,
+                               mil_tensor x, mil_tensor y, const char *hint) {
+    double scale = (double)w->model->adapter.scale;
+    mil_tensor low = live_product(w, transposed ? p->b : p->a, transposed, x, "low");
+    if (scale != 1.0) low = anepy_emit_with_scalar(w, "mul", low, scale, "low");
+    w->low[w->low_n++] = low;
+    low = live_product(w, transposed ? p->a : p->b, transposed, low, "adapter");
+    return anepy_emit_binary(w, "add", y, low, hint);
+}
+
 mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_tensor x,
                              const char *hint) {
     anepy_projection p = anepy_model_projection(w->model, w->layer, role);
@@ -60,6 +78,7 @@ mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_te
         w->program->live
             ? live_linear(w, index, transposed, x, transposed ? m.cols : m.rows, hint)
             : anepy_emit_conv(w, anepy_emit_baked_matrix(w, &m, transposed, 0, m.rows), x, hint);
+    if (p.a != NULL) y = with_adapter(w, &p, transposed, x, y, hint);
     if (p.bias == NULL || transposed) return y;
     return anepy_emit_binary(w, "add", y, vector(w, p.bias, 1.0, 0), hint);
 }

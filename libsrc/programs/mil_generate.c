@@ -22,6 +22,14 @@ static mil_tensor input(mil_writer *w, int32_t tensor) {
     return anepy_emit_slice(w, w->input, t->channel, t->channels, t->name);
 }
 
+/* Ends a program whose outputs are these and the thin ones of adapters. */
+static void output(mil_writer *w, const mil_tensor *tensors, int32_t n) {
+    mil_tensor all[ANEPY_PROGRAM_TENSORS];
+    memcpy(all, tensors, (size_t)n * sizeof *all);
+    memcpy(all + n, w->low, (size_t)w->low_n * sizeof *all);
+    anepy_emit_concat(w, all, n + w->low_n, "z_out");
+}
+
 /* ------------------------------------------------------------------------------------ programs */
 
 /* One emitting call per statement, because C leaves the order of calls within a statement open, and
@@ -41,7 +49,7 @@ static void sdpa_fwd(mil_writer *w) {
     mil_tensor attn = anepy_emit_gather_keys(w, anepy_emit_keys(w, v), probs, "attn");
     mil_tensor y = anepy_emit_linear(w, ANEPY_WO, 0, attn, "out");
     mil_tensor out[] = {y, q, k, v, attn, xnorm, q_raw, k_raw};
-    anepy_emit_concat(w, out, c->qk_norm ? 8 : 6, "z_out");
+    output(w, out, c->qk_norm ? 8 : 6);
 }
 
 static void ffn_fwd(mil_writer *w) {
@@ -51,7 +59,7 @@ static void ffn_fwd(mil_writer *w) {
     mil_tensor gate = anepy_emit_binary(w, "mul", h1, anepy_emit_sigmoid(w, h1, "sigmoid"), "silu");
     gate = anepy_emit_binary(w, "mul", gate, h3, "gate");
     mil_tensor out[] = {anepy_emit_linear(w, ANEPY_W2, 0, gate, "out"), h1, h3, gate, xnorm};
-    anepy_emit_concat(w, out, 5, "z_out");
+    output(w, out, 5);
 }
 
 static void ffn_bwd(mil_writer *w) {
@@ -68,7 +76,7 @@ static void ffn_bwd(mil_writer *w) {
     mil_tensor a = anepy_emit_linear(w, ANEPY_W1, 1, dh1, "dx1"),
                b = anepy_emit_linear(w, ANEPY_W3, 1, dh3, "dx3");
     mil_tensor out[] = {anepy_emit_binary(w, "add", a, b, "dx"), dh1, dh3};
-    anepy_emit_concat(w, out, 3, "z_out");
+    output(w, out, 3);
 }
 
 static void sdpa_bwd1(mil_writer *w) {
@@ -83,7 +91,7 @@ static void sdpa_bwd1(mil_writer *w) {
     probs = anepy_emit_reshape(w, probs, scores, 1, w->width, "probs");
     dprobs = anepy_emit_reshape(w, dprobs, scores, 1, w->width, "dprobs");
     mil_tensor out[] = {dv, probs, dprobs};
-    anepy_emit_concat(w, out, 3, "z_out");
+    output(w, out, 3);
 }
 
 static void sdpa_bwd2(mil_writer *w) {
@@ -115,7 +123,8 @@ static void qkv_bwd(mil_writer *w) {
     mil_tensor b = anepy_emit_linear(w, ANEPY_WK, 1, input(w, QKV_BWD_DK), "dx");
     mil_tensor c = anepy_emit_linear(w, ANEPY_WV, 1, input(w, QKV_BWD_DV), "dx");
     a = anepy_emit_binary(w, "add", a, b, "dx");
-    anepy_emit_binary(w, "add", a, c, "z_out");
+    a = anepy_emit_binary(w, "add", a, c, w->low_n > 0 ? "dx" : "z_out");
+    if (w->low_n > 0) output(w, &a, 1);
 }
 
 /* With n = x / rms: dx = (w dy - n mean(w dy n)) / rms. The constant 16 / sqrt(dim) of
@@ -257,7 +266,9 @@ static void write_function(mil_writer *w, const anepy_mil_item *item, const char
     if (w->status != ANEPY_OK) return;
     w->input = surface(w, "a_in", w->program->input_channels, w->width);
     memset(w->matrices, 0, sizeof w->matrices);
-    for (int32_t i = 0; w->program->live && i < w->program->weight_n; i++) {
+    w->low_n = 0;
+    for (int32_t i = 0; i < w->program->weight_n; i++) {
+        if (!anepy_program_passes(w->program, i)) continue;
         anepy_program_matrix m;
         anepy_program_weight(&m, w->program, w->model, w->layer, i);
         w->parameters[i] = surface(w, m.parameter, m.channels, m.columns);
@@ -271,8 +282,9 @@ static void write_function(mil_writer *w, const anepy_mil_item *item, const char
 static int32_t reserve(mil_writer *w, const anepy_mil_item *items, int32_t count) {
     uint64_t total = 1 << 16;
     for (int32_t i = 0; i < count; i++)
-        for (int32_t j = 0; !items[i].program->live && j < items[i].program->weight_n; j++) {
+        for (int32_t j = 0; j < items[i].program->weight_n; j++) {
             anepy_program_matrix m;
+            if (anepy_program_passes(items[i].program, j)) continue;
             anepy_program_weight(&m, items[i].program, w->model, items[i].layer, j);
             total += anepy_blob_record_nbytes((uint64_t)m.rows * (uint64_t)m.cols * 2);
         }

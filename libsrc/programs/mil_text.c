@@ -80,7 +80,8 @@ void anepy_emit_begin_function(mil_writer *w, const char *name) {
     put(w, "    func %s<%s>(", name, w->dialect == ANEPY_DIALECT_10 ? "ios16" : "ios18");
     put_type(w, w->input.dims);
     put(w, " %s", w->input.name);
-    for (int32_t i = 0; w->program->live && i < w->program->weight_n; i++) {
+    for (int32_t i = 0; i < w->program->weight_n; i++) {
+        if (!anepy_program_passes(w->program, i)) continue;
         put(w, ", ");
         put_type(w, w->parameters[i].dims);
         put(w, " %s", w->parameters[i].name);

@@ -56,6 +56,8 @@ typedef struct {
     mil_tensor parameters[ANEPY_PROGRAM_WEIGHTS]; /* live weights */
     mil_tensor matrices[ANEPY_PROGRAM_WEIGHTS]; /* live weights reshaped to [1, 1, rows, cols], when
                                                    first used */
+    mil_tensor low[4];                          /* of adapters: the thin outputs so far */
+    int32_t low_n;
 } mil_writer;
 
 /* --------------------------------------------------------------------------------- mil_text.c */
@@ -123,8 +125,8 @@ mil_tensor anepy_emit_head_padding(mil_writer *w, int32_t heads, int32_t padded,
 
 /* ------------------------------------------------------------------------------- mil_blocks.c */
 
-/* The projection of x with the weight of this role, ANEPY_WQ...; with transposed != 0 the gradient
- * of its input from that of its output. */
+/* The projection of x with the weight of this role, ANEPY_WQ..., and its adapter; with transposed !=
+ * 0 the gradient of its input from that of its output. */
 mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_tensor x,
                              const char *hint);
 

@@ -92,8 +92,8 @@ static const struct {
                        {{"dx", DIM},
                         {"dh1", HIDDEN | FACTOR},
                         {"dh3", HIDDEN | FACTOR},
-                        {"w13_b", LOW_W13},
-                        {"w2_b", LOW_W2}},
+                        {"w2_b", LOW_W2},
+                        {"w13_b", LOW_W13}},
                        3,
                        {ANEPY_W2, ANEPY_W1, ANEPY_W3}},
     [ANEPY_SDPA_BWD1] = {"sdpa_bwd1",
@@ -152,7 +152,30 @@ static const char *const WEIGHT_NAMES[] = {
     [ANEPY_W2] = "w2",
     [ANEPY_FINAL_NORM] = "norm",
     [ANEPY_CLASSIFIER] = "output",
+    [ANEPY_WQ | ANEPY_LORA_A] = "wq_lora_a",
+    [ANEPY_WK | ANEPY_LORA_A] = "wk_lora_a",
+    [ANEPY_WV | ANEPY_LORA_A] = "wv_lora_a",
+    [ANEPY_WO | ANEPY_LORA_A] = "wo_lora_a",
+    [ANEPY_W1 | ANEPY_LORA_A] = "w1_lora_a",
+    [ANEPY_W3 | ANEPY_LORA_A] = "w3_lora_a",
+    [ANEPY_W2 | ANEPY_LORA_A] = "w2_lora_a",
+    [ANEPY_WQ | ANEPY_LORA_B] = "wq_lora_b",
+    [ANEPY_WK | ANEPY_LORA_B] = "wk_lora_b",
+    [ANEPY_WV | ANEPY_LORA_B] = "wv_lora_b",
+    [ANEPY_WO | ANEPY_LORA_B] = "wo_lora_b",
+    [ANEPY_W1 | ANEPY_LORA_B] = "w1_lora_b",
+    [ANEPY_W3 | ANEPY_LORA_B] = "w3_lora_b",
+    [ANEPY_W2 | ANEPY_LORA_B] = "w2_lora_b",
 };
+
+/* The letter and number before a weight's name as a parameter: adapters behind all others. */
+static void number(anepy_program_matrix *m, const anepy_program *program, int32_t index) {
+    int32_t first = 0;
+    int adapter = (program->weights[index] & ANEPY_LORA) != 0;
+    while (adapter && (program->weights[first] & ANEPY_LORA) == 0) first++;
+    snprintf(m->parameter, sizeof m->parameter, "%c%d_%s", adapter ? 'x' : 'w',
+             (index - first) % 10, m->name);
+}
 
 static int32_t rows_of(const anepy_program *program, const anepy_model *model) {
     int32_t vocab = model->config.vocab_size;
@@ -233,7 +256,7 @@ void anepy_program_weight(anepy_program_matrix *out, const anepy_program *progra
                                   .tensor = t,
                                   .rows = (int32_t)t->rows,
                                   .cols = (int32_t)t->cols};
-    snprintf(out->parameter, sizeof out->parameter, "w%d_%s", index % 10, out->name);
+    number(out, program, index);
     if (role == ANEPY_CLASSIFIER) {
         out->first_row = program->first_row;
         out->rows = rows_of(program, model);

@@ -69,7 +69,8 @@ typedef struct {
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* roles of tensors, ANEPY_WQ... */
     int32_t width;                          /* columns it was described for */
-    int32_t live;                           /* 1: weights are further inputs; 0: they are baked */
+    int32_t live;                           /* 1: weights are further inputs; 0: they are baked,
+                                               but those of adapters */
     int32_t part, parts; /* classifier programs: which slice of the vocabulary, of how many */
     int32_t first_row;   /* first token of that slice */
 } anepy_program;
@@ -79,7 +80,7 @@ typedef struct {
  * repeats each value along its row (one column would be below what the ANE handles). */
 typedef struct {
     const char *name;   /* wq */
-    char parameter[24]; /* w1_wq: names sort in program order, behind a_in */
+    char parameter[24]; /* w1_wq, x0_wq_lora_a: names sort in program order, behind a_in */
     const anepy_tensor *tensor;
     int32_t first_row, rows, cols; /* the part of it that is used; a vector is one row */
     int32_t channels, columns;     /* of its surface */
@@ -140,6 +141,11 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
 /* Weight `index` of a described program in a layer (ignored for those that belong to none). */
 void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
                           const anepy_model *model, int32_t layer, int32_t index);
+
+/* Whether it is an input: A and B of adapters, which are trained, always are. */
+static inline int anepy_program_passes(const anepy_program *program, int32_t index) {
+    return program->live || (program->weights[index] & ANEPY_LORA) != 0;
+}
 
 /* Which of them this tensor is; -1: none. */
 int32_t anepy_program_find_weight(const anepy_program *program, const anepy_model *model,

@@ -37,6 +37,12 @@ static int baked(const anepy_node *node) {
     return node->program.weight_n > 0 && !node->program.live;
 }
 
+/* Whether what is trained is passed through surfaces: beside an adapter all that is baked is frozen.
+ */
+static int compiles_once(const anepy_engine *e) {
+    return anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) || e->adapter != NULL;
+}
+
 /* What has to be compiled: at first everything, later what has weights. */
 static int32_t list(const anepy_room *room, anepy_instance *instances) {
     int32_t n = 0;
@@ -150,8 +156,7 @@ static int32_t finish(anepy_compiler *c) {
 int32_t anepy_compile_open(anepy_engine *e) {
     e->room->effective = e->params;
     e->room->stale = 1;
-    /* With dynamic weights there is nothing to compile again. */
-    int background = anepy_on(e, ANEPY_BACKGROUND_COMPILE) && !anepy_on(e, ANEPY_DYNAMIC_WEIGHTS);
+    int background = anepy_on(e, ANEPY_BACKGROUND_COMPILE) && !compiles_once(e);
     return background ? create(e) : ANEPY_OK;
 }
 
@@ -181,7 +186,7 @@ int32_t anepy_compile(anepy_engine *e) {
             for (int32_t i = 0; i < c->n; i++) device->ops->release(c->executables[i]);
         copy_parameters(c);
     }
-    if (anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) && room->nodes[0].executable != NULL)
+    if (compiles_once(e) && room->nodes[0].executable != NULL)
         ANEPY_TRY(device->ops->load_weights(device, e->params));
     else ANEPY_TRY(compile_now(e, c != NULL ? c->sets[!c->used] : e->params));
     if (c != NULL) change_sets(c);

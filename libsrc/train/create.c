@@ -107,9 +107,6 @@ static int32_t allocate(anepy_engine *e) {
 
 static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     ANEPY_TRY(choose_device(e, o->device));
-    if (e->adapter != NULL && !(e->type->capabilities & ANEPY_BINDS))
-        return anepy_fail(ANEPY_E_UNSUPPORTED, "device %s trains no adapters; use --device cpu",
-                          e->type->name);
     ANEPY_TRY(anepy_switches_parse(o->variant, e->type, e->model, &e->switches));
     ANEPY_TRY(anepy_blas_get(&e->blas));
     ANEPY_TRY(choose_precision(e, o->precision));

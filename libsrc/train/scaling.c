@@ -29,6 +29,14 @@ static int finite_raw(const anepy_engine *e, const uint16_t *x, int64_t rows) {
     return 1;
 }
 
+/* rows: where it is unless it was read back raw. */
+static int finite_operand(const anepy_engine *e, const anepy_operand *o, const float *rows) {
+    if (o->channels == 0) return 1;
+    const uint16_t *raw = anepy_capture_raw(e, o);
+    return raw != NULL ? finite_raw(e, raw, o->channels)
+                       : finite_rows(e, rows, o->channels, e->room->width);
+}
+
 int anepy_input_gradient_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     return finite_rows(e, e->run.reached, c->dim, e->room->width) &&
@@ -45,9 +53,8 @@ int anepy_gradients_finite(anepy_engine *e) {
         for (int32_t i = 0; i < DW_N; i++) {
             const anepy_dw *dw = &e->room->layers[l].dw[i];
             if (dw->dy.channels == 0) continue;
-            const uint16_t *raw = anepy_capture_raw(e, &dw->dy);
-            if (raw != NULL ? !finite_raw(e, raw, dw->dy.channels)
-                            : !finite_rows(e, dw->dy_rows, dw->dy.channels, e->room->width))
+            if (!finite_operand(e, &dw->dy, dw->dy_rows) ||
+                !finite_operand(e, &dw->adapter.backward, dw->adapter.backward_rows))
                 return 0;
         }
     }

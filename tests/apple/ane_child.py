@@ -22,6 +22,7 @@ import numpy as np
 from anepy.engine import Engine
 from anepy.errors import AnepyError
 from anepy.hardware.program import Program
+from anepy.models.lora import Lora
 from anepy.models.model import Model, ModelConfig
 
 LIBRARY = ctypes.CDLL(os.environ["ANEPY_LIB"])
@@ -96,12 +97,18 @@ def make_model(spec: str | list[int]) -> Model:
 
 
 def run(
-    device: str, model: Model, updates: int = 2, seq: int = 64, **options: Any
+    device: str,
+    model: Model,
+    updates: int = 2,
+    seq: int = 64,
+    lora: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[str, int]:
     """Train; return a digest of every loss, gradient and weight, and the compilations."""
     seen: list[np.ndarray] = []
     tokens, targets = sequence(model.config.vocab_size, seq)
-    with Engine(model, device=device, seq_len=seq, **options) as engine:
+    adapter = None if lora is None else Lora(**lora)
+    with Engine(model, device=device, seq_len=seq, lora=adapter, **options) as engine:
         for update in range(updates):
             for n in (seq, seq - 7):
                 seen.append(np.array(engine.step(tokens[:n], targets[:n]).loss))
@@ -109,6 +116,8 @@ def run(
             engine.update(lr=1e-2 / (update + 1))
         seen.append(np.array(engine.evaluate(tokens, targets)))
         compiles = engine.compiles
+    if adapter is not None:
+        seen.append(adapter.arena)
     return digest(*seen, model.arena), compiles
 
 

@@ -176,6 +176,14 @@ def test_frozen_tensors_train_like_on_the_simulator(child: Runner, variant: str)
     assert seen["digest"] != check_same(child, model=BIASES, variant=variant)["digest"]
 
 
+@pytest.mark.parametrize("targets", ["wq,wk,wv,wo,w1,w2,w3", "wv,wo"])
+@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "double-buffer"])
+def test_adapters_train_like_on_the_simulator(child: Runner, variant: str, targets: str) -> None:
+    lora = {"rank": 5, "targets": targets}
+    seen = check_same(child, model=NORMS, variant=variant, lora=lora, updates=3)
+    assert seen["compiles"] == 1  # one text for all programs, at the start
+
+
 @pytest.mark.parametrize("variant", ["max", "max+dynamic_weights"])
 def test_large_vocabulary_trains_like_on_the_simulator(child: Runner, variant: str) -> None:
     """Of more tokens than a program may have channels: the host takes the soft-max."""

@@ -142,6 +142,57 @@ def test_recompute_has_the_same_bits(precision: str) -> None:
     assert found[0] == found[1]
 
 
+SIM = [
+    ("max", "all"),
+    ("baseline", "all"),
+    ("ane", "gaps"),
+    ("dynamic+concurrent_dw", "high"),
+    ("double-buffer", "outputs"),
+    ("opt+prealloc+offload_rmsnorm-skip_dead_reads", "low"),
+    ("opt-prealloc", "all"),
+]
+
+
+@pytest.mark.parametrize(("variant", "shape"), SIM)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_step_on_the_simulator_is_near_float64(name: str, variant: str, shape: str) -> None:
+    model, lora = make_model(CONFIGS[name]), adapter(CONFIGS[name], shape)
+    tokens, targets = batch(model.config)
+    loss, gradients = expected(model, lora, tokens, targets)
+    with Engine(model, variant, "sim", lora=lora, seq_len=64) as engine:
+        stats = engine.step(tokens, targets)
+        assert not stats.skipped and stats.loss == pytest.approx(loss, rel=2e-3)
+        found = {name: g / stats.loss_scale for name, g in engine.gradients.items()}
+    assert_tensors_close(
+        found, gradients, tolerances.FP16_GRADIENT, min_cosine=tolerances.FP16_COSINE
+    )
+
+
+@pytest.mark.parametrize("variant", ["max", "double-buffer", "dynamic"])
+def test_programs_are_compiled_once(variant: str) -> None:
+    model, lora = make_model(NORMS), Lora(rank=4)
+    tokens, targets = sequence(NORMS, LENGTH)
+    with Engine(model, variant, "sim", lora=lora, seq_len=64) as engine:
+        compiled, first = engine.compiles, engine.step(tokens, targets).loss
+        assert compiled == 1
+        for _ in range(50):
+            engine.update(lr=2e-3)
+            assert not engine.stale
+            last = engine.step(tokens, targets).loss
+        assert last < first - 1.0
+        engine.restore(engine.accumulated, engine.updates)
+        assert engine.evaluate(tokens, targets) == pytest.approx(last, rel=1e-6)
+        assert engine.compiles == compiled
+
+
+def test_damaged_gradient_on_the_simulator_is_skipped() -> None:
+    model, lora = make_model(GQA), adapter(GQA)
+    lora.weights["layers.2.feed_forward.w2.lora_b"][...] = 3e4
+    with Engine(model, device="sim", lora=lora, seq_len=64) as engine:
+        tokens, targets = sequence(GQA, LENGTH)
+        assert engine.step(tokens, targets).skipped
+
+
 def test_products_of_several_parts_equal_float64() -> None:
     # More rows than the panels of a product hold.
     config = ModelConfig(36, 2100, 1, 2, 2, 61, 64)

@@ -60,8 +60,9 @@ static void describe(anepy_ane_function *f, const anepy_mil_item *item, const an
     const anepy_program *p = item->program;
     snprintf(f->name, sizeof f->name, n > 1 ? "procedure%03d" : "main", i);
     add_port(f, f->input_n++, "a_in", p->input_channels, p->width);
-    for (int32_t w = 0; p->live && w < p->weight_n; w++) {
+    for (int32_t w = 0; w < p->weight_n; w++) {
         anepy_program_matrix m;
+        if (!anepy_program_passes(p, w)) continue;
         anepy_program_weight(&m, p, model, item->layer, w);
         add_port(f, f->input_n++, m.parameter, m.channels, m.columns);
     }

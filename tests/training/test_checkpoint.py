@@ -46,7 +46,7 @@ def save(path: Path, source: dict[str, dict[str, np.ndarray]], accumulated: int 
 
 
 def load(path: Path, into: dict[str, dict[str, np.ndarray]], **config: Any) -> Meta:
-    return checkpoint.load(path, CONFIG | config, **into)
+    return checkpoint.load(path, CONFIG | config, {}, **into)
 
 
 def rewritten(path: Path, **changes: bytes | None) -> None:

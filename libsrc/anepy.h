@@ -53,12 +53,25 @@ ANEPY_API int32_t anepy_last_error(char *buf, uint64_t cap);
 
 /* The structs of this header, for anepy_struct_size. */
 enum {
-    ANEPY_STRUCT_CONFIG, ANEPY_STRUCT_TENSOR, ANEPY_STRUCT_ENGINE_OPTIONS,
-    ANEPY_STRUCT_ENGINE_INFO, ANEPY_STRUCT_STEP_STATS, ANEPY_STRUCT_UPDATE_OPTIONS,
-    ANEPY_STRUCT_UPDATE_STATS, ANEPY_STRUCT_LIBRARY_INFO, ANEPY_STRUCT_DEVICE_INFO,
-    ANEPY_STRUCT_PROGRAM_OPTIONS, ANEPY_STRUCT_PROGRAM_INFO, ANEPY_STRUCT_PROGRAM_PORT,
-    ANEPY_STRUCT_SIM_OPTIONS, ANEPY_STRUCT_SIM_TENSOR, ANEPY_STRUCT_SIM_REPORT, ANEPY_STRUCT_PEAKS,
-    ANEPY_STRUCT_BENCH_OPTIONS, ANEPY_STRUCT_BENCH_RESULT, ANEPY_STRUCT_FLOPS
+    ANEPY_STRUCT_CONFIG,
+    ANEPY_STRUCT_TENSOR,
+    ANEPY_STRUCT_ENGINE_OPTIONS,
+    ANEPY_STRUCT_ENGINE_INFO,
+    ANEPY_STRUCT_STEP_STATS,
+    ANEPY_STRUCT_UPDATE_OPTIONS,
+    ANEPY_STRUCT_UPDATE_STATS,
+    ANEPY_STRUCT_LIBRARY_INFO,
+    ANEPY_STRUCT_DEVICE_INFO,
+    ANEPY_STRUCT_PROGRAM_OPTIONS,
+    ANEPY_STRUCT_PROGRAM_INFO,
+    ANEPY_STRUCT_PROGRAM_PORT,
+    ANEPY_STRUCT_SIM_OPTIONS,
+    ANEPY_STRUCT_SIM_TENSOR,
+    ANEPY_STRUCT_SIM_REPORT,
+    ANEPY_STRUCT_PEAKS,
+    ANEPY_STRUCT_BENCH_OPTIONS,
+    ANEPY_STRUCT_BENCH_RESULT,
+    ANEPY_STRUCT_FLOPS
 };
 
 /* sizeof of a struct, for callers that declare the structs in another language; -1 beyond the last.
@@ -179,9 +192,8 @@ typedef struct anepy_engine anepy_engine;
 /* Programs are compiled when first needed, not at once: for callers that will call
  * anepy_engine_restore, which compiles them for the weights it is told of. */
 #define ANEPY_ENGINE_DEFER 1u
-/* Of the activations of a layer only its input is kept for the backward pass, which computes the
- * others again: one forward pass more, the same bits, and memory that grows with the number of
- * layers by one input each. */
+/* Of the activations of a layer only its input is kept; the backward pass computes the others
+ * again: one forward pass more, the same bits, less memory. */
 #define ANEPY_ENGINE_RECOMPUTE 2u
 
 /* The arenas are 64-byte aligned, owned by the caller and alive until anepy_engine_free: params
@@ -202,6 +214,7 @@ typedef struct anepy_engine_options {
     int32_t threads;       /* 0: affinity, cgroup quota and physical cores decide */
     double loss_scale;     /* fp16: what the dynamic scale starts with; 0: default */
     float *adapter;        /* float32[anepy_model_adapter_n], as params; NULL: the model has none */
+    const char *optimizer; /* of anepy_optimizer_name; NULL: "adamw" */
 } anepy_engine_options;
 
 typedef struct anepy_engine_info {
@@ -262,6 +275,8 @@ typedef struct anepy_update_options {
     double eps;
     double weight_decay; /* of tensors with ANEPY_TENSOR_DECAYS */
     double grad_clip;    /* largest global norm; 0: none */
+    double momentum;     /* sgd, and muon's matrices */
+    double matrix_lr;    /* muon: of the matrices of the layers, in place of lr */
 } anepy_update_options;
 
 typedef struct anepy_update_stats {
@@ -271,6 +286,12 @@ typedef struct anepy_update_stats {
     double update_ms;
     double compile_ms; /* baked weights: programs for the new ones */
 } anepy_update_stats;
+
+/* Names of the optimizers; NULL beyond the last. */
+ANEPY_API const char *anepy_optimizer_name(int32_t index);
+/* Moments it keeps of a trainable tensor: 1 (adam_m) or 2. adam_v may be NULL where none has two.
+ */
+ANEPY_API int32_t anepy_optimizer_moments(const char *optimizer, const anepy_tensor *tensor);
 
 ANEPY_API int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
                                       const anepy_engine_options *options);
@@ -296,18 +317,18 @@ ANEPY_API int32_t anepy_engine_step(anepy_engine *engine, anepy_step_stats *out,
  * makes room for them; if there is no memory for it they fail with ANEPY_E_MEMORY and nothing has
  * changed.
  *
- * starts, here and below: uint8[count, n], not 0 for the first token of a document. Documents that
- * are packed into a sequence are computed as if each were a sequence: no token looks into another
- * document, and positions begin at 0 in each. Targets know nothing of it: that of a document's last
- * token, if it is the first token of the next, should be below 0. A sequence always begins one.
- * NULL: each sequence is one document. Device cpu only; others fail with ANEPY_E_UNSUPPORTED. */
+ * starts, here and below: uint8[count, n], not 0 for the first token of a document, which is
+ * computed as if it were a sequence: no token looks into another one, and positions begin at 0 in
+ * each. The target of a last token should be below 0. A sequence always begins one; NULL: it is
+ * one. Device cpu only; others fail with ANEPY_E_UNSUPPORTED. */
 ANEPY_API int32_t anepy_engine_step_batch(anepy_engine *engine, anepy_step_stats *out,
                                           const int32_t *tokens, const int32_t *targets,
                                           const uint8_t *starts, int32_t count, int32_t n);
 ANEPY_API int32_t anepy_engine_reserve(anepy_engine *engine, int32_t count, int32_t n);
 
-/* AdamW with the mean gradient of the targets counted since the last update (Loshchilov & Hutter
- * 2019; PyTorch's order of operations), then clears the gradients. Fails with ANEPY_E_STATE if none
+/* The engine's optimizer with the mean gradient of the targets counted since the last update, then
+ * clears the gradients. adamw is as in PyTorch (Loshchilov & Hutter 2019); libsrc/train/update.c
+ * and muon.c have the formulas of the others. Fails with ANEPY_E_STATE if none
  * was. Where weights are baked, it compiles programs for the new ones. If that fails the update is
  * still complete, and `stale` in the engine's info is 1: the next call that needs the programs
  * compiles them, and tells the reason if it fails again. That is ANEPY_E_BUDGET if the process may
@@ -371,137 +392,6 @@ ANEPY_API int32_t anepy_decoder_forward(anepy_decoder *decoder, float *logits, i
  * are those after the last one; NULL: none. */
 ANEPY_API int32_t anepy_decoder_prefill(anepy_decoder *decoder, float *logits,
                                         const int32_t *tokens, int32_t n, int32_t position);
-
-/* ---------------------------------------------------------------------------------- programs */
-
-#define ANEPY_LIVE_WEIGHT_INPUTS 1u /* weights are further inputs instead of baked */
-
-/* One program of the table for one layer. */
-typedef struct anepy_program_options {
-    uint32_t struct_size;
-    uint32_t flags;   /* ANEPY_LIVE_WEIGHT_INPUTS */
-    const char *name; /* as anepy_program_at */
-    int32_t width;    /* columns of every tensor, a multiple of 64; 0: the model's seq_len */
-    int32_t layer;
-    int32_t part; /* slice of the vocabulary, for classifier programs with several parts */
-    int32_t reserved;
-} anepy_program_options;
-
-typedef struct anepy_program_info {
-    uint32_t struct_size;
-    uint32_t flags;
-    int32_t width;
-    int32_t input_channels; /* of the packed surfaces "a_in" and "z_out" */
-    int32_t output_channels;
-    int32_t input_n; /* tensors: inputs, then outputs, then weights */
-    int32_t output_n;
-    int32_t weight_n;
-    int32_t parts;
-    int32_t first_row; /* first token of a classifier program's part */
-} anepy_program_info;
-
-typedef enum { ANEPY_PROGRAM_INPUT, ANEPY_PROGRAM_OUTPUT, ANEPY_PROGRAM_WEIGHT } anepy_port_kind;
-
-/* A tensor of a program: channels [channel, channel + channels) of surface, columns wide. Weights
- * have a surface of their own when live; when baked, surface is empty. */
-typedef struct anepy_program_port {
-    uint32_t struct_size;
-    int32_t kind; /* anepy_port_kind */
-    char name[24];
-    char surface[24];
-    int32_t channel;
-    int32_t channels;
-    int32_t columns;
-    int32_t rows; /* weights: shape and first element in the parameter arena */
-    int64_t cols;
-    int64_t offset;
-} anepy_program_port;
-
-ANEPY_API const char *anepy_program_at(int32_t index); /* names; NULL beyond the last */
-ANEPY_API int32_t anepy_program_get_info(const anepy_model *model, anepy_program_info *out,
-                                         const anepy_program_options *options);
-ANEPY_API int32_t anepy_program_get_port(const anepy_model *model, anepy_program_port *out,
-                                         const anepy_program_options *options, int32_t index);
-
-/* MIL text and weight file of `count` programs: function "main", or procedure000, procedure001...
- * for several. params: float32[anepy_model_arena_n], NULL if all weights are live. dialect "1.3"
- * (NULL) or "1.0". *text_n and *blob_n say how many bytes fit and get how many there are, the text
- * without a final zero; with text and blob NULL nothing is copied. No file: *blob_n becomes 0. */
-ANEPY_API int32_t anepy_mil_write(const anepy_model *model, const float *params,
-                                  const anepy_program_options *programs, int32_t count,
-                                  const char *dialect, char *text, uint64_t *text_n, uint8_t *blob,
-                                  uint64_t *blob_n);
-
-/* Runs a program as device cpu does, in float32. in: [input_channels, width], out:
- * [output_channels, width], packed; the first n columns are computed. */
-ANEPY_API int32_t anepy_program_run_native(const anepy_model *model, const float *params,
-                                           const anepy_program_options *options, int32_t n,
-                                           int32_t threads, const float *in, float *out);
-
-/* ------------------------------------------------------------------------------ MIL simulator */
-
-typedef struct anepy_sim anepy_sim; /* a parsed program of MIL text that runs on the simulator */
-/* Parsed by the simulator and run by it, or by another device that runs MIL text: then no rule is
- * an error and the device has the say. text and files are not needed after anepy_sim_create. */
-typedef struct anepy_sim_options {
-    uint32_t struct_size;
-    uint32_t flags;
-    const char *text;
-    uint64_t text_n;
-    const char *const *paths; /* of file_n weight files, as in BLOBFILE */
-    const void *const *files;
-    const uint64_t *file_nbytes;
-    const uint8_t *actions; /* per rule 0 off, 1 report, 2 error, 255 default; NULL: defaults */
-    int32_t file_n;
-    int32_t action_n;
-    uint64_t memory_nbytes; /* most it may take; 0: 16 GiB */
-    uint64_t work;          /* most multiply-adds per run; 0: 2^50 */
-    int32_t chip;           /* 1 to 5 for M1 to M5; 0: M4 */
-    int32_t threads;        /* 0: affinity, cgroup quota and physical cores decide */
-    const char *device;     /* NULL: "sim"; a device that runs MIL, with its details */
-} anepy_sim_options;
-
-/* An input or output of a function. */
-typedef struct anepy_sim_tensor {
-    uint32_t struct_size;
-    int32_t type;     /* index of anepy_sim_type_name */
-    const char *name; /* valid as long as the program */
-    int32_t rank;
-    int32_t slot; /* its surface: the position among the names in ascending order */
-    int64_t dims[5];
-    uint64_t nbytes;
-} anepy_sim_tensor;
-
-typedef struct anepy_sim_report {
-    uint32_t struct_size;
-    uint32_t flags;
-    uint64_t count;  /* how often the rule was broken so far */
-    char first[480]; /* the first sentence */
-} anepy_sim_report;
-
-/* where: int32[2], line and column (from 1) of what is wrong in the text, 0 if it is elsewhere. */
-ANEPY_API int32_t anepy_sim_create(anepy_sim **out, const anepy_sim_options *options,
-                                   int32_t *where);
-ANEPY_API void anepy_sim_free(anepy_sim *sim); /* accepts NULL */
-ANEPY_API int32_t anepy_sim_compiled(const anepy_sim *sim); /* 0: it loaded an earlier result */
-/* Puts other weight files in place and loads the program again without compiling it. Whether they
- * are used is the device's affair: the simulator keeps those it was compiled with. */
-ANEPY_API int32_t anepy_sim_reload(anepy_sim *sim, const anepy_sim_options *options);
-ANEPY_API const char *anepy_sim_function_name(const anepy_sim *sim, int32_t index); /* NULL: end */
-/* Tensors in declaration order, inputs (output 0) or outputs (1); ANEPY_E_ARGUMENT: end. */
-ANEPY_API int32_t anepy_sim_get_tensor(const anepy_sim *sim, anepy_sim_tensor *out,
-                                       int32_t function, int32_t output, int32_t index);
-/* inputs, outputs: surfaces by slot, aligned to their element, with nbytes each. */
-ANEPY_API int32_t anepy_sim_run(anepy_sim *sim, int32_t function, const void *const *inputs,
-                                const uint64_t *input_nbytes, void *const *outputs,
-                                const uint64_t *output_nbytes, int32_t *where);
-ANEPY_API int32_t anepy_sim_get_report(const anepy_sim *sim, anepy_sim_report *out, int32_t rule);
-
-ANEPY_API const char *anepy_sim_rule_name(int32_t index); /* NULL beyond the last, as below */
-ANEPY_API const char *anepy_sim_rule_meaning(int32_t index);
-ANEPY_API int32_t anepy_sim_rule_action(int32_t index); /* by default: 0, 1, 2; -1 beyond */
-ANEPY_API const char *anepy_sim_op_name(int32_t index);
-ANEPY_API const char *anepy_sim_type_name(int32_t index);
 
 /* ------------------------------------------------------------------------------ introspection */
 
@@ -588,4 +478,7 @@ ANEPY_API int32_t anepy_bench_run(const anepy_model *model, anepy_bench_result *
 #ifdef __cplusplus
 }
 #endif
+
+#include "anepy_programs.h" /* the rest: programs, simulator */
+
 #endif

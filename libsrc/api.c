@@ -24,7 +24,7 @@ _Static_assert(sizeof(anepy_config) == 104, "config");
 _Static_assert(sizeof(anepy_tensor) == 112, "tensor");
 _Static_assert(sizeof(anepy_engine_info) == 160, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 136, "step stats");
-_Static_assert(sizeof(anepy_update_options) == 56, "update options");
+_Static_assert(sizeof(anepy_update_options) == 72, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
 _Static_assert(sizeof(anepy_flops) == 56, "flops");
 
@@ -202,6 +202,11 @@ static int32_t check_update(const anepy_engine *e, const anepy_update_options *o
     if (!(o->beta1 >= 0.0 && o->beta1 < 1.0) || !(o->beta2 >= 0.0 && o->beta2 < 1.0))
         return anepy_fail(ANEPY_E_ARGUMENT, "beta1 %g, beta2 %g: both must be in [0, 1)", o->beta1,
                           o->beta2);
+    if (!(o->momentum >= 0.0 && o->momentum < 1.0) ||
+        !(o->matrix_lr >= 0.0 && o->matrix_lr <= 1e30))
+        return anepy_fail(ANEPY_E_ARGUMENT,
+                          "momentum %g must be in [0, 1), matrix_lr %g from 0 to 1e30", o->momentum,
+                          o->matrix_lr);
     /* An eps that flushes to zero in fp32 would make 0 / 0 of weights without a gradient. */
     if (!(o->eps >= (double)FLT_MIN && isfinite(o->eps)) ||
         !(o->weight_decay >= 0.0 && isfinite(o->weight_decay)) || !(o->grad_clip >= 0.0))

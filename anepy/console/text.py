@@ -13,6 +13,7 @@ from ..training.reports import Summary
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*#@"
+_OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD", "muon": "Muon"}
 RECOMPUTE = ("recompute", "activations of a layer are computed again from its input")
 
 
@@ -159,8 +160,13 @@ def batch_text(settings: Mapping[str, Any]) -> str:
 
 def optimizer_text(settings: Mapping[str, Any]) -> str:
     """Describe the optimizer's settings that are not at their plainest."""
-    parts = ["AdamW"]
+    optimizer = settings.get("optimizer", "adamw")
+    parts = [_OPTIMIZERS.get(optimizer, optimizer)]
     betas = (settings["beta1"], settings["beta2"])
+    if optimizer == "muon":
+        parts.append(f"matrices lr {settings['matrix_lr']:g}")
+    if optimizer in ("sgd", "muon"):
+        parts.append(f"momentum {settings['momentum']:g}")
     if betas != (0.9, 0.999):
         parts.append("betas {:g} and {:g}".format(*betas))
     if settings["weight_decay"]:

@@ -79,6 +79,9 @@ class Engine(Owner):
             and moments have its names, like "layers.0.attention.wq.lora_a". It gets its tensors
             here if it has none yet. On sim and ane the model's weights are baked as they are now,
             once: no update compiles.
+        optimizer: what `update` does, see there: "adamw", "lion", "sgd" or "muon". The first keeps
+            two moments of each trained weight, the others one, in `adam_m`, and muon two of what
+            is no matrix of a layer. `adam_v` has the tensors with a second one.
         defer: compile programs when they are first needed, not at once. For callers that will call
             `restore`: programs for weights about to be replaced would be wasted.
 
@@ -107,6 +110,7 @@ class Engine(Owner):
         freeze: Freeze = (),
         lora: Lora | None = None,
         recompute: bool = False,
+        optimizer: str = "adamw",
         defer: bool = False,
     ) -> None:
         check_counts(seq_len=seq_len, threads=threads)
@@ -119,21 +123,25 @@ class Engine(Owner):
         table = self._table = TensorTable(model.config, freeze, lora)
         self.frozen = table.frozen
         self._lib = table.lib
-        self._grads, self._m, self._v = (table.arena(trainable=True) for _ in range(3))
+        second = table.second_moments(optimizer)
+        self.optimizer = optimizer
+        self._grads, self._m = table.arena(trainable=True), table.arena(trainable=True)
+        self._v = table.arena(trainable=True) if second else np.empty(0, np.float32)
         self.adam_m: Tensors = table.views(self._m, trainable=True)
-        self.adam_v: Tensors = table.views(self._v, trainable=True)
+        self.adam_v: Tensors = table.views(self._v, True, second)
         options = abi.EngineOptions(
             flags=abi.DEFER * defer | abi.RECOMPUTE * recompute,
             params=address(model.arena),
             grads=address(self._grads),
             adam_m=address(self._m),
-            adam_v=address(self._v),
+            adam_v=address(self._v) if second else None,
             variant=encoded(variant),
             precision=encoded(precision),
             seq_len=seq_len or 0,
             threads=threads or 0,
             loss_scale=loss_scale or 0.0,
             adapter=address(lora.arena) if lora is not None else None,
+            optimizer=encoded(optimizer),
         )
 
         def create(name: str) -> ctypes.c_void_p:
@@ -336,18 +344,31 @@ class Engine(Owner):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_clip: float | None = None,
+        momentum: float = 0.95,
+        matrix_lr: float | None = None,
     ) -> UpdateStats:
-        """Apply AdamW to the mean gradient of the targets counted since the last update.
+        """Apply the optimizer to the mean gradient g of the targets counted since the last update.
 
         The gradients are cleared then.
 
-        The arithmetic is that of PyTorch's AdamW (Loshchilov & Hutter 2019); decay is applied to
-        matrices only. With `grad_clip` the global norm of the mean gradient is limited to it. If
-        a gradient is not finite the weights are left alone and `skipped` is set.
+        * adamw: as in PyTorch (Loshchilov & Hutter 2019).
+        * lion (Chen et al. 2023, arXiv 2302.06675): p *= 1 - lr weight_decay; p -= lr sign(beta1 m
+          + (1 - beta1) g); m = beta2 m + (1 - beta2) g. Its authors take a `beta2` of 0.99, and an
+          `lr` three to ten times below AdamW's.
+        * sgd: as in PyTorch, without dampening: g += weight_decay p; m = momentum m + g; p -= lr m.
+        * muon (Jordan et al. 2024), for matrices of the layers, as in PyTorch: m = momentum m + g;
+          p *= 1 - matrix_lr weight_decay; p -= matrix_lr sqrt(max(1, rows / cols)) O, where O is
+          g + momentum m with all singular values near 1, by five steps of Newton and Schulz in
+          float32. Its author takes a `matrix_lr` of 0.02. All other tensors: adamw with `lr`.
+
+        Decay is applied to matrices only. With `grad_clip` the global norm of the mean gradient is
+        limited to it. If a gradient is not finite the weights are left alone and `skipped` is set.
 
         Where weights are baked into programs, those for the new weights are compiled. If that
         fails, or the process may compile no more, the update is complete all the same, `stale`
         is set, and the next call that needs the programs tries again and says why.
+
+        `matrix_lr` is `lr` if it is left out.
 
         Raises:
             ConfigError: a value is out of range.
@@ -360,6 +381,8 @@ class Engine(Owner):
             eps=eps,
             weight_decay=weight_decay,
             grad_clip=0.0 if grad_clip is None else grad_clip,
+            momentum=momentum,
+            matrix_lr=lr if matrix_lr is None else matrix_lr,
         )
         stats = abi.UpdateStats()
         with Uninterrupted(), self._call() as handle:

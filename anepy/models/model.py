@@ -250,6 +250,19 @@ class TensorTable:
         """Elements of the arenas of gradients and moments."""
         return int(self.lib.anepy_model_gradient_n(self.handle))
 
+    def second_moments(self, optimizer: str) -> dict[str, Place]:
+        """Return the trainable tensors of which an optimizer keeps two moments, not one.
+
+        Raises:
+            ConfigError: there is no such optimizer.
+        """
+        name = optimizer.encode("unicode_escape")
+        kept = {
+            tensor.name.decode(): self.lib.anepy_optimizer_moments(name, ctypes.byref(tensor))
+            for tensor in self._rows()
+        }
+        return {key: place for key, place in self.trainable.items() if kept[key] > 1}
+
     def frequencies(self) -> npt.NDArray[np.float64]:
         """Return the radians per position by which RoPE turns each pair, (head_dim / 2,)."""
         pairs = range(self.config.head_width // 2)
@@ -275,17 +288,22 @@ class TensorTable:
         finalizer.atexit = False
         return np.frombuffer(memoryview(memory), dtype=np.float32)
 
-    def views(self, arena: Array, trainable: bool = False) -> Tensors:
+    def views(
+        self, arena: Array, trainable: bool = False, places: Mapping[str, Place] | None = None
+    ) -> Tensors:
         """Name the tensors of an arena, without copying.
 
         Args:
             arena: as `arena` returns.
             trainable: it has the trainable tensors only.
+            places: those to name; default all that it has.
         """
+        if places is None:
+            places = self.trainable if trainable else self.places
         return Tensors(
             {
                 name: arena[offset : offset + math.prod(shape)].reshape(shape)
-                for name, (offset, shape) in (self.trainable if trainable else self.places).items()
+                for name, (offset, shape) in places.items()
             },
             self.frozen if trainable else (),
         )

@@ -95,6 +95,7 @@ class EngineOptions(_Sized):
         ("threads", c_int32),
         ("loss_scale", c_double),
         ("adapter", handle),
+        ("optimizer", c_char_p),
     )
 
 
@@ -160,6 +161,8 @@ class UpdateOptions(_Sized):
         ("eps", c_double),
         ("weight_decay", c_double),
         ("grad_clip", c_double),
+        ("momentum", c_double),
+        ("matrix_lr", c_double),
     )
 
 
@@ -397,6 +400,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_model_freeze": (handle, c_int32),
     "anepy_model_adapt": (handle, c_int32, c_double, c_uint32),
     "anepy_step_flops": (handle, POINTER(Flops), c_int32, c_int32),
+    "anepy_optimizer_moments": (c_char_p, POINTER(Tensor)),
     "anepy_memory_alloc": (POINTER(handle), u64),
     "anepy_engine_create": (POINTER(handle), handle, POINTER(EngineOptions)),
     "anepy_engine_get_info": (handle, POINTER(EngineInfo)),
@@ -499,6 +503,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_sim_rule_action": (c_int32, (c_int32,)),
     "anepy_sim_op_name": (c_char_p, (c_int32,)),
     "anepy_sim_type_name": (c_char_p, (c_int32,)),
+    "anepy_optimizer_name": (c_char_p, (c_int32,)),
     "anepy_switch_name": (c_char_p, (c_int32,)),
     "anepy_variant_name": (c_char_p, (c_int32,)),
     "anepy_bench_at": (c_char_p, (c_int32,)),

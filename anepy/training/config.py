@@ -5,6 +5,7 @@ Imports nothing heavy, so that the command line can show its help texts without 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +14,8 @@ from ..errors import ConfigError
 from ..models.freezing import patterns
 from ..models.targets import TARGETS, chosen_targets
 from .settings import LoopConfig, described, require, setting
+
+OPTIMIZERS = ("adamw", "lion", "sgd", "muon")  # as libsrc/train/update.c has them
 
 
 @described
@@ -26,6 +29,11 @@ class TrainConfig(LoopConfig):
     """
 
     steps: int = setting(1000, "Total number of steps (one step is --batch sequences).")
+    optimizer: str = setting("adamw", "Optimizer: adamw, lion, sgd or muon.")
+    momentum: float = setting(0.95, "Momentum of sgd, and of muon's matrices.")
+    matrix_lr: float = setting(
+        0.02, "Muon: learning rate of the layers' matrices; follows the schedule of --lr."
+    )
     warmup: int = setting(0, "Updates over which the learning rate rises linearly.")
     variant: str = setting("max", "Set of optimizations, like opt or baseline+simd_adam.")
     freeze: tuple[str, ...] = setting(
@@ -61,9 +69,18 @@ class TrainConfig(LoopConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "eval_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
+        require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
+        rate_ok = math.isfinite(self.matrix_lr) and self.matrix_lr >= 0
+        require(rate_ok, "matrix_lr", self.matrix_lr, "finite and not negative")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "at least 0 and below 1")
         if self.eval_every and not self.held_out:
             raise ConfigError("eval_every needs held-out data: set held_out, for example to 0.05")
+
+    def update_options(self, update: int) -> dict[str, Any]:
+        """Return the arguments of `Engine.update` for an update, counted from 0."""
+        matrix_lr = self.scheduled(self.matrix_lr, update)
+        return super().update_options(update) | {"momentum": self.momentum, "matrix_lr": matrix_lr}
 
     @property
     def engine_variant(self) -> str:

@@ -126,6 +126,9 @@ def _read_checkpoint(path: Path) -> State:
         m.pop(name, None)
         v.pop(name, None)
     gradients = {name: np.zeros_like(value) for name, value in m.items()}
+    optimizer = meta.settings.get("optimizer", "adamw")
+    if optimizer != "adamw":
+        v = {}  # it keeps none, or not of all tensors
     checkpoint.load(path, asdict(model.config), {}, model.weights, m, v, gradients)
     notes = []
     if meta.accumulated:
@@ -133,6 +136,11 @@ def _read_checkpoint(path: Path) -> State:
             f"gradients of {meta.accumulated} steps since the last update stay behind: they are "
             "not part of the model"
         )
+    if optimizer != "adamw":
+        notes.append(
+            f"the moments of optimizer {optimizer} stay behind: only AdamW's are converted"
+        )
+        return State(model, None, None, None, notes)
     return State(model, meta, m, v, notes)
 
 

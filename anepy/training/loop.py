@@ -85,14 +85,7 @@ class Loop:
         if accumulated < config.accum and not (last and accumulated):
             return None
         began = time.perf_counter()
-        stats = engine.update(
-            lr=self.learning_rate(),
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
-        )
+        stats = engine.update(**config.update_options(engine.updates))
         wall_ms = (time.perf_counter() - began) * 1e3
         if stats.skipped:
             raise self._diverged("gradient", self.steps)

@@ -124,11 +124,20 @@ class LoopConfig:
             update: index of the update, from 0; nothing else decides the rate, so a resumed
                 run sees the same rates as an uninterrupted one.
         """
+        return self.scheduled(self.lr, update)
+
+    def update_options(self, update: int) -> dict[str, Any]:
+        """Return the arguments of `Engine.update` for an update, counted from 0."""
+        names = ("beta1", "beta2", "eps", "weight_decay", "grad_clip")
+        return {"lr": self.learning_rate(update)} | {name: getattr(self, name) for name in names}
+
+    def scheduled(self, peak: float, update: int) -> float:
+        """Return a rate at an update, as the schedule lets it rise to its peak and fall."""
         if update < self.rising:
-            return self.lr * (update + 1) / self.rising
+            return peak * (update + 1) / self.rising
         if self.schedule == "constant":
-            return self.lr
+            return peak
         last = max(self.updates - 1, self.rising + 1)
         progress = min(1.0, (update - self.rising) / (last - self.rising))
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+        return peak * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)

@@ -35,7 +35,7 @@ from .reports import Measurements, StepReport, Summary
 # Settings that change what is computed, so a resume that changes them is worth a note.
 _MATHEMATICAL = (
     "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
-    "warmup", "min_lr_ratio", "held_out",
+    "warmup", "min_lr_ratio", "held_out", "momentum", "matrix_lr",
 )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ class Trainer:
             freeze=self.config.freeze,
             recompute=self.config.recompute,
             lora=self.lora,
+            optimizer=self.config.optimizer,
             defer=meta is not None,  # the weights are not those to compile for yet
         )
         self._base: int | None = None
@@ -363,9 +364,10 @@ class Trainer:
 
     def checkpoint_nbytes(self) -> int:
         """Return the size of the largest checkpoint this run can write, in bytes."""
-        weights, moments = self.trained.values(), self.engine.adam_m.values()
-        nbytes = sum(value.nbytes for value in weights) + 3 * sum(value.nbytes for value in moments)
-        return nbytes + (1 << 16)
+        engine = self.engine
+        # Accumulated gradients are of the tensors that have a first moment.
+        parts = (self.trained, engine.adam_m, engine.adam_m, engine.adam_v)
+        return sum(value.nbytes for part in parts for value in part.values()) + (1 << 16)
 
     def engine_settings(self) -> dict[str, Any]:
         """Return what the engine runs on: device, precision, variant, isa, threads."""
@@ -383,6 +385,12 @@ class Trainer:
         if meta.step > self.config.steps:
             raise ConfigError(
                 f"{path} is at step {meta.step} already, steps is {self.config.steps}: raise steps"
+            )
+        optimizer = meta.settings.get("optimizer", "adamw")
+        if optimizer != self.config.optimizer:
+            raise CheckpointError(
+                f"{path} has the moments of optimizer {optimizer}, this run is to use "
+                f"{self.config.optimizer}: resume with the same one, or train its model anew"
             )
         # Before the arrays: a sampler state that does not fit must leave the weights alone.
         self._loop.sampler.restore(meta.sampler)

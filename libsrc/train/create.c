@@ -7,9 +7,11 @@
 #include "kernels/blas.h"
 #include "runtime/memory.h"
 #include "train/compile.h"
+#include "train/muon.h"
 #include "train/ready.h"
 #include "train/room.h"
 #include "train/scaling.h"
+#include "train/update.h"
 
 #define DEFAULT_SCALE 4096.0 /* dlogits of 1/256 become 16: mid-range of fp16 */
 
@@ -70,7 +72,13 @@ static int32_t check(const anepy_model *model, const anepy_engine_options *o) {
     if (!(o->loss_scale >= 0.0 && o->loss_scale <= ANEPY_LOSS_SCALE_LIMIT))
         return anepy_fail(ANEPY_E_ARGUMENT, "loss scale %g, expected 0 (default) to 2^40",
                           o->loss_scale);
-    if (o->params == NULL || o->grads == NULL || o->adam_m == NULL || o->adam_v == NULL)
+    const anepy_optimizer *optimizer;
+    ANEPY_TRY(anepy_optimizer_find(&optimizer, o->optimizer));
+    int second = 0;
+    for (int32_t i = 0; i < model->tensor_n; i++)
+        second |= anepy_tensor_has(&model->tensors[i], ANEPY_TENSOR_TRAINABLE) &&
+                  anepy_optimizer_keeps(optimizer, &model->tensors[i]) > 1;
+    if (o->params == NULL || o->grads == NULL || o->adam_m == NULL || (o->adam_v == NULL && second))
         return anepy_fail(ANEPY_E_ARGUMENT, "an arena is missing");
     if ((o->adapter != NULL) != (model->adapter.rank > 0))
         return anepy_fail(ANEPY_E_ARGUMENT, model->adapter.rank > 0
@@ -106,6 +114,7 @@ static int32_t allocate(anepy_engine *e) {
 }
 
 static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
+    ANEPY_TRY(anepy_optimizer_find(&e->optimizer, o->optimizer));
     ANEPY_TRY(choose_device(e, o->device));
     ANEPY_TRY(anepy_switches_parse(o->variant, e->type, e->model, &e->switches));
     ANEPY_TRY(anepy_blas_get(&e->blas));
@@ -117,6 +126,7 @@ static int32_t build(anepy_engine *e, const anepy_engine_options *o) {
     if (e->kernels == NULL) return ANEPY_E_NAME;
     ANEPY_TRY(anepy_pool_create(&e->pool, o->threads));
     ANEPY_TRY(allocate(e));
+    ANEPY_TRY(anepy_optimizer_open(e));
     return anepy_room_make(e, (int32_t)anepy_round_up(e->seq_len, ANEPY_COLUMNS),
                            !(o->flags & ANEPY_ENGINE_DEFER));
 }
@@ -148,6 +158,7 @@ void anepy_engine_free(anepy_engine *e) {
     if (e == NULL) return;
     anepy_pool_free(e->pool);
     anepy_room_free(e->room);
+    anepy_muon_close(e);
     anepy_unmap(e->memory, e->memory_nbytes);
     free(e->detail);
     free(e);
@@ -172,8 +183,9 @@ int32_t anepy_engine_get_info(const anepy_engine *e, anepy_engine_info *out) {
     out->compiles = e->room->device->compiles;
     out->compile_budget = e->room->device->compile_budget;
     out->stale = e->room->stale;
-    out->memory = e->memory_nbytes + e->room->host_nbytes + e->room->captures_nbytes +
-                  e->room->device->nbytes + anepy_compile_nbytes(e->room);
+    out->memory = e->memory_nbytes + anepy_muon_nbytes(e) + e->room->host_nbytes +
+                  e->room->captures_nbytes + e->room->device->nbytes +
+                  anepy_compile_nbytes(e->room);
     return ANEPY_OK;
 }
 

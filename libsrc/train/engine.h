@@ -221,8 +221,11 @@ struct anepy_engine {
     _Atomic int32_t busy;   /* a call is running, and all that follows is its own */
     uint64_t caller_fpmode; /* given back when it returns */
     const anepy_model *model;
-    float *params, *grads, *adam_m, *adam_v; /* the caller's; grads: by anepy_gradient only */
+    /* The caller's; grads: by anepy_gradient only; adam_v: NULL where no tensor has one. */
+    float *params, *grads, *adam_m, *adam_v;
     float *adapter;                          /* as well; NULL: the model has none */
+    const struct anepy_optimizer *optimizer; /* a row of the table in update.c */
+    struct anepy_muon *muon;                 /* NULL: another optimizer */
     const anepy_device_type *type;
     char *detail; /* what followed the device's name and a colon; NULL: nothing */
     uint32_t switches;

@@ -1,16 +1,102 @@
-/* train/update.c - AdamW over the flat arenas: one pass that scales, clips and steps. */
+/* train/update.c - the optimizers over the flat arenas: one pass that scales, clips and steps. */
 #include "train/update.h"
 
 #include <math.h>
+#include <stdio.h>
+#include <string.h>
 
 #include "train/compile.h"
+#include "train/muon.h"
 #include "train/scaling.h"
 #include "train/squares.h"
 
+/* What an optimizer computes with, for tensors that decay or for others. */
+typedef struct {
+    const anepy_kernels *kernels;
+    anepy_adam adam;
+    float lr, decay, momentum;
+    float l2; /* weight decay as a part of the gradient */
+} rates;
+
+/* Updates n elements; m and v are their moments, v NULL where the optimizer keeps none. */
+typedef void (*step_fn)(float *p, float *g, float *m, float *v, int64_t n, const rates *r);
+
+static void adamw(float *p, float *g, float *m, float *v, int64_t n, const rates *r) {
+    r->kernels->adam(p, g, m, v, n, &r->adam);
+}
+
+/* Lion (Chen et al. 2023, arXiv 2302.06675): p = p (1 - lr weight_decay) - lr sign(beta1 m +
+ * (1 - beta1) g), then m = beta2 m + (1 - beta2) g. */
+static void lion(float *p, float *g, float *m, float *v, int64_t n, const rates *r) {
+    (void)v;
+    for (int64_t i = 0; i < n; i++) {
+        float grad = g[i] * r->adam.grad_scale;
+        float c = r->adam.beta1 * m[i] + r->adam.one_beta1 * grad;
+        float sign = (float)(c > 0.0f) - (float)(c < 0.0f);
+        p[i] = p[i] * r->decay - r->lr * sign;
+        m[i] = r->adam.beta2 * m[i] + r->adam.one_beta2 * grad;
+    }
+    if (r->adam.clear) memset(g, 0, (size_t)n * sizeof *g);
+}
+
+/* As PyTorch's torch.optim.SGD without dampening: g += weight_decay p; m = momentum m + g; p -= lr
+ * m. */
+static void sgd(float *p, float *g, float *m, float *v, int64_t n, const rates *r) {
+    (void)v;
+    for (int64_t i = 0; i < n; i++) {
+        m[i] = r->momentum * m[i] + (g[i] * r->adam.grad_scale + r->l2 * p[i]);
+        p[i] -= r->lr * m[i];
+    }
+    if (r->adam.clear) memset(g, 0, (size_t)n * sizeof *g);
+}
+
+struct anepy_optimizer {
+    const char *name;
+    step_fn step;
+    int moments; /* that step keeps: 1 or 2 */
+    int muon;    /* of matrices of the layers muon.c keeps one, and step is for the others */
+};
+
+static const anepy_optimizer OPTIMIZERS[] = {
+    {"adamw", adamw, 2, 0}, {"lion", lion, 1, 0}, {"sgd", sgd, 1, 0}, {"muon", adamw, 2, 1}};
+#define OPTIMIZER_N ((int32_t)(sizeof OPTIMIZERS / sizeof OPTIMIZERS[0]))
+
+const char *anepy_optimizer_name(int32_t index) {
+    return index >= 0 && index < OPTIMIZER_N ? OPTIMIZERS[index].name : NULL;
+}
+
+int32_t anepy_optimizer_find(const anepy_optimizer **out, const char *name) {
+    char known[128] = "";
+    for (int32_t i = 0; i < OPTIMIZER_N; i++) {
+        *out = &OPTIMIZERS[i];
+        if (name == NULL || strcmp(name, OPTIMIZERS[i].name) == 0) return ANEPY_OK;
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i > 0 ? ", " : "", OPTIMIZERS[i].name);
+    }
+    return anepy_fail(ANEPY_E_NAME, "unknown optimizer '%.40s': use one of %s", name, known);
+}
+
+static int by_muon(const anepy_optimizer *optimizer, const anepy_tensor *tensor) {
+    return optimizer->muon && anepy_muon_takes(tensor);
+}
+
+int32_t anepy_optimizer_keeps(const anepy_optimizer *optimizer, const anepy_tensor *tensor) {
+    return by_muon(optimizer, tensor) ? 1 : optimizer->moments;
+}
+
+int32_t anepy_optimizer_moments(const char *name, const anepy_tensor *tensor) {
+    const anepy_optimizer *optimizer;
+    ANEPY_TRY(anepy_optimizer_find(&optimizer, name));
+    return anepy_optimizer_keeps(optimizer, tensor);
+}
+
+int32_t anepy_optimizer_open(anepy_engine *e) {
+    return e->optimizer->muon ? anepy_muon_open(e) : ANEPY_OK;
+}
+
 typedef struct {
     anepy_engine *e;
-    const anepy_kernels *kernels;
-    anepy_adam decaying, others;
+    rates decaying, others;
 } update_task;
 
 /* A piece of the gradients may span several tensors; each run of elements has weights of its own
@@ -29,9 +115,11 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
         int64_t done = /* mutate: frozen-update */ at - tensor->gradient;
         if (gradient == NULL || stop <= at) continue;
         if (stop > end) stop = end;
-        t->kernels->adam(anepy_values(e, tensor) + done, gradient + done, e->adam_m + at,
-                         e->adam_v + at, stop - at,
-                         anepy_tensor_has(tensor, ANEPY_TENSOR_DECAYS) ? &t->decaying : &t->others);
+        if (!by_muon(e->optimizer, tensor))
+            e->optimizer->step(anepy_values(e, tensor) + done, gradient + done, e->adam_m + at,
+                               e->adam_v != NULL ? e->adam_v + at : NULL, stop - at,
+                               anepy_tensor_has(tensor, ANEPY_TENSOR_DECAYS) ? &t->decaying
+                                                                             : &t->others);
         at = stop;
     }
 }
@@ -68,11 +156,24 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
                        .inv_sqrt_c2 = (float)(1.0 / sqrt(1.0 - pow(o->beta2, t))),
                        .grad_scale = (float)scale,
                        .clear = !(o->flags & ANEPY_LEAVE_GRADIENTS)};
-    update_task task = {e, anepy_on(e, ANEPY_SIMD_ADAM) ? e->kernels : anepy_kernels_scalar(), adam,
-                        adam};
-    task.decaying.decay = (float)(1.0 - o->lr * o->weight_decay);
+    rates others = {.kernels = anepy_on(e, ANEPY_SIMD_ADAM) ? e->kernels : anepy_kernels_scalar(),
+                    .adam = adam,
+                    .lr = (float)o->lr,
+                    .decay = 1.0f,
+                    .momentum = (float)o->momentum};
+    update_task task = {e, others, others};
+    task.decaying.adam.decay = task.decaying.decay = (float)(1.0 - o->lr * o->weight_decay);
+    task.decaying.l2 = (float)o->weight_decay;
     anepy_pool_run(e->pool, anepy_pieces(e->model->gradient_n, ANEPY_PIECE_ELEMENTS), update_piece,
                    &task);
+    if (e->muon != NULL) {
+        anepy_muon_rates muon = {.lr = (float)o->matrix_lr,
+                                 .momentum = (float)o->momentum,
+                                 .decay = (float)(1.0 - o->matrix_lr * o->weight_decay),
+                                 .grad_scale = adam.grad_scale,
+                                 .clear = adam.clear};
+        anepy_muon_update(e, &muon);
+    }
     e->updates++;
     anepy_scale_forget(e);
     if (anepy_scaled(e)) anepy_scale_grow(e);

@@ -171,7 +171,8 @@ def main(arguments: list[str]) -> int:
         if built.returncode != 0:
             return built.returncode
         library = read_macho(out / "libanepy.dylib")
-    found = problems(library, public_names((ROOT / "libsrc" / "anepy.h").read_text()))
+    headers = sorted((ROOT / "libsrc").glob("anepy*.h"))
+    found = problems(library, public_names("".join(path.read_text() for path in headers)))
     print(f"arm64 library for macOS {'.'.join(map(str, library.oldest))}: {library.signature}")
     print(f"exports {len(library.exported)} names")
     print(f"needs {len(library.undefined)} symbols from")

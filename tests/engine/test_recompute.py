@@ -11,6 +11,7 @@ import pytest
 from cases import BIASES, GQA, NORMS, SEPARATE, bits, make_model
 
 from anepy.engine.engine import Engine
+from anepy.models.lora import Lora
 from anepy.models.model import ModelConfig
 
 CONFIGS = {"gqa": GQA, "norms": NORMS, "biases": BIASES}
@@ -59,6 +60,17 @@ def test_recompute_has_the_same_bits_with_frozen_tensors_and_packed_documents(
     options = {"device": "cpu", "precision": precision, "freeze": freeze, "threads": 2}
     kept, again = (trained(GQA, each, starts, **options) for each in (False, True))
     assert again == kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recompute_has_the_same_bits_with_an_adapter(precision: str) -> None:
+    needs.precision(precision)
+    found = []
+    for recompute in (False, True):
+        lora = Lora(rank=4, seed=1)
+        options = {"device": "cpu", "precision": precision, "threads": 2, "lora": lora}
+        found.append((trained(SEPARATE, recompute, False, **options), bits(lora.weights)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("variant", ["baseline", "opt", "ane", "dynamic", "double-buffer", "max"])

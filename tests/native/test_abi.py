@@ -15,7 +15,7 @@ import pytest
 from anepy.errors import AbiMismatchError, AnepyError, ConfigError, NativeError
 from anepy.native import abi, find
 
-HEADER = needs.CHECKOUT / "libsrc" / "anepy.h"
+HEADER = needs.CHECKOUT / "libsrc" / "anepy.h"  # with its part anepy_programs.h
 REMEDY = "run `anepy lib build`, or unset ANEPY_LIB"
 
 
@@ -30,10 +30,14 @@ def fresh(lib: ctypes.CDLL) -> ctypes.CDLL:
     return ctypes.CDLL(lib._name)
 
 
+def whole() -> str:
+    return "".join(path.read_text("utf-8") for path in sorted(HEADER.parent.glob("anepy*.h")))
+
+
 @pytest.fixture(scope="module")
 def header() -> str:
     """Return the header without comments and preprocessor lines."""
-    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.S)
+    text = re.sub(r"/\*.*?\*/", "", whole(), flags=re.S)
     return re.sub(r"(?m)^#.*$", "", text)
 
 
@@ -259,7 +263,7 @@ def test_bind_foreign_library_is_refused() -> None:
 
 
 def test_status_names_are_those_of_the_header(lib: ctypes.CDLL) -> None:
-    text = HEADER.read_text("utf-8")
+    text = whole()
     codes = re.findall(r"#define ANEPY_E_(\w+) \((-\d+)\)", text)
     assert len(codes) >= 10
     for name, code in codes:

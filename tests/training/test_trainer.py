@@ -28,6 +28,7 @@ from anepy.models.model import Model, ModelConfig
 from anepy.text.data import TokenData
 from anepy.training import checkpoint
 from anepy.training.config import TrainConfig, config_from
+from anepy.training.convert import convert
 from anepy.training.reports import StepReport
 from anepy.training.settings import setting_help
 from anepy.training.trainer import Trainer
@@ -87,6 +88,9 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
         ("weight_decay", math.inf),
         ("grad_clip", 0.0),
         ("schedule", "linear"),
+        ("optimizer", "adam"),
+        ("momentum", 1.0),
+        ("matrix_lr", -0.1),
         ("warmup", -1),
         ("min_lr_ratio", 1.5),
         ("seed", -1),
@@ -430,6 +434,32 @@ def test_freezing_lasts_through_a_checkpoint(tmp_path: Path) -> None:
     assert_same(trained(config_from(meta.settings, {"steps": 12}), resume=path)[0], expected)
     same = settings(freeze=["layers.0.*", "tok_*"], weight_decay=0.1, grad_clip=0.5)
     assert_same(trained(same, resume=path)[0], expected)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "muon"])
+def test_optimizer_lasts_through_a_checkpoint(tmp_path: Path, optimizer: str) -> None:
+    path = tmp_path / "c.npz"
+    config = settings(optimizer=optimizer, schedule="cosine", weight_decay=0.1, momentum=0.8)
+    expected, _ = trained(config)
+    trained(config, stop=5, save=path)
+    assert checkpoint.read_meta(path).settings["optimizer"] == optimizer
+    with np.load(path) as file:
+        second = {name[2:] for name in file if name.startswith("v.")}
+    assert {n for n in second if n.endswith("w1.weight")} == set()
+    assert ("norm.weight" in second) == (optimizer == "muon")
+    assert_same(
+        trained(config_from(checkpoint.read_meta(path).settings, {}), resume=path)[0], expected
+    )
+    with Trainer(Model.init(CONFIG), tokens(), config) as trainer:
+        trainer.run_step()
+        assert trainer.save_checkpoint(tmp_path / "d.npz") <= trainer.checkpoint_nbytes()
+    model = Model.init(CONFIG, seed=1)
+    before = {name: np.array(value) for name, value in model.weights.items()}
+    with pytest.raises(CheckpointError, match=f"optimizer {optimizer}, this run is to use adamw"):
+        Trainer(model, tokens(), settings(), path)
+    assert_same({name: np.array(value) for name, value in model.weights.items()}, before)
+    notes = convert(path, tmp_path / "model.bin")
+    assert any(f"moments of optimizer {optimizer} stay behind" in note for note in notes)
 
 
 def test_resume_with_other_frozen_tensors_leaves_the_model_alone(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def train(
     matrix_lr: Annotated[float | None, _option("matrix_lr")] = None,
     schedule: Annotated[str | None, _option("schedule")] = None,
     warmup: Annotated[int | None, _option("warmup")] = None,
+    decay: Annotated[float | None, _option("decay")] = None,
     min_lr_ratio: Annotated[float | None, _option("min_lr_ratio")] = None,
     beta1: Annotated[float | None, _option("beta1")] = None,
     beta2: Annotated[float | None, _option("beta2")] = None,

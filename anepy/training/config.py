@@ -35,6 +35,9 @@ class TrainConfig(LoopConfig):
         0.02, "Muon: learning rate of the layers' matrices; follows the schedule of --lr."
     )
     warmup: int = setting(0, "Updates over which the learning rate rises linearly.")
+    decay: float = setting(
+        0.2, "Schedule wsd: part of the updates after the warm-up over which the rate falls."
+    )
     variant: str = setting("max", "Set of optimizations, like opt or baseline+simd_adam.")
     freeze: tuple[str, ...] = setting(
         (), "Leave tensors with such names as they are, like 'layers.0.*'; may be repeated."
@@ -73,6 +76,7 @@ class TrainConfig(LoopConfig):
         require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
         rate_ok = math.isfinite(self.matrix_lr) and self.matrix_lr >= 0
         require(rate_ok, "matrix_lr", self.matrix_lr, "finite and not negative")
+        require(0 < self.decay <= 1, "decay", self.decay, "above 0 and at most 1")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "at least 0 and below 1")
         if self.eval_every and not self.held_out:
             raise ConfigError("eval_every needs held-out data: set held_out, for example to 0.05")
@@ -96,6 +100,11 @@ class TrainConfig(LoopConfig):
     def rising(self) -> int:
         """Count the first updates, over which the learning rate rises: `warmup`."""
         return self.warmup
+
+    @property
+    def falling(self) -> float:
+        """Part of the updates at whose end, with schedule wsd, the rate falls: `decay`."""
+        return self.decay
 
 
 def config_from(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 C = TypeVar("C", bound=type)
 
 
@@ -75,8 +75,10 @@ class LoopConfig:
     eps: float = setting(1e-8, "AdamW: added to the root of the second moment.")
     weight_decay: float = setting(0.0, "AdamW: decay of matrices (not of norms and biases).")
     grad_clip: float | None = setting(None, "Clip gradients to this global norm. Default: off.")
-    schedule: str = setting("constant", "Learning-rate schedule: constant or cosine.")
-    min_lr_ratio: float = setting(0.1, "Cosine schedule: final learning rate as a part of --lr.")
+    schedule: str = setting(
+        "constant", "Learning-rate schedule: constant, linear, cosine or wsd (falls at the end)."
+    )
+    min_lr_ratio: float = setting(0.1, "Schedules: final learning rate as a part of --lr.")
     seed: int = setting(0, "Seed of the order of the data, and of new weights.")
     device: str = setting("auto", "Device: auto, cpu, sim or ane.")
     precision: str = setting("auto", "Precision: auto, fp32, bf16 or fp16.")
@@ -91,6 +93,11 @@ class LoopConfig:
     def rising(self) -> int:
         """Count the first updates, over which the learning rate rises."""
         raise NotImplementedError
+
+    @property
+    def falling(self) -> float:
+        """Part of the updates after the rise at whose end, with schedule wsd, the rate falls."""
+        return 0.2
 
     def validate(self) -> None:
         """Check every setting by itself.
@@ -132,12 +139,22 @@ class LoopConfig:
         return {"lr": self.learning_rate(update)} | {name: getattr(self, name) for name in names}
 
     def scheduled(self, peak: float, update: int) -> float:
-        """Return a rate at an update, as the schedule lets it rise to its peak and fall."""
+        """Return a rate at an update, as the schedule lets it rise to its peak and fall.
+
+        After the rise a progress of 0 to 1 goes with the updates, and the rate from its peak to
+        `min_lr_ratio` of it: linear, by half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983),
+        or, with wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395), linear over the
+        last part only.
+        """
         if update < self.rising:
             return peak * (update + 1) / self.rising
         if self.schedule == "constant":
             return peak
         last = max(self.updates - 1, self.rising + 1)
         progress = min(1.0, (update - self.rising) / (last - self.rising))
-        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return peak * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+        if self.schedule == "cosine":
+            left = 0.5 * (1.0 + math.cos(math.pi * progress))
+        else:
+            part = self.falling if self.schedule == "wsd" else 1.0
+            left = min(1.0, (1.0 - progress) / part)
+        return peak * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left)

@@ -35,7 +35,7 @@ from .reports import Measurements, StepReport, Summary
 # Settings that change what is computed, so a resume that changes them is worth a note.
 _MATHEMATICAL = (
     "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
-    "warmup", "min_lr_ratio", "held_out", "momentum", "matrix_lr",
+    "warmup", "min_lr_ratio", "held_out", "momentum", "matrix_lr", "decay",
 )  # fmt: skip
 
 
@@ -427,8 +427,9 @@ class Trainer:
         if seed != self.config.seed:
             notes.append(f"seed {self.config.seed} is ignored, the data order of {seed} continues")
         steps = meta.settings.get("steps")
-        if self.config.schedule == "cosine" and steps != self.config.steps:
-            notes.append(f"the cosine now ends at step {self.config.steps}, it was {steps}")
+        schedule = self.config.schedule
+        if schedule != "constant" and steps != self.config.steps:
+            notes.append(f"the {schedule} now ends at step {self.config.steps}, it was {steps}")
         if meta.source.get("tokens") != self.source["tokens"]:
             notes.append("the data is not the checkpoint's: other sequences will be drawn")
         for name, value in self.engine_settings().items():

@@ -34,6 +34,7 @@ void checks_batch(void);
 void checks_masks(void);
 void checks_packing(void);
 void checks_recompute(void);
+void checks_optimizers(void);
 void checks_frozen(void);
 void checks_handles(void);
 void checks_weights(void);

@@ -16,7 +16,7 @@ from ckernels import mutate, toolchain
 
 THREADED = (
     "gemm", "pool", "runtime", "engine", "batch", "masks", "packing", "recompute", "frozen",
-    "handles", "weights", "ready", "decoder", "adapters",
+    "handles", "weights", "ready", "decoder", "adapters", "optimizers",
 )  # fmt: skip
 ARM = ["neonbf16", "neon", "scalar"]
 UNMASKED = {"ANEPY_CPU_MASK": ""}  # whatever mask the tests run under

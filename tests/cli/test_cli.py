@@ -215,7 +215,7 @@ def test_train_without_data_tells_how_to_make_some(run: Run, files: dict[str, Pa
         (["--device", "cpu:threads=4"], ["device cpu takes no details"]),
         (["--precision", "fp7"], ["fp7"]),
         (["--steps", "0"], ["steps is 0"]),
-        (["--schedule", "linear"], ["constant or cosine"]),
+        (["--schedule", "cubic"], ["constant or linear or cosine or wsd"]),
         (["--seq", "33"], ["context is 32"]),
         (["--resume", "missing.npz"], ["missing.npz"]),
         (["--resume"], ["m.ckpt.npz"]),

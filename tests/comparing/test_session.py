@@ -199,7 +199,7 @@ def test_variants_that_cannot_be_compared_are_one_line(
         ({"seed": -1}, "seed is -1"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"batch": 0}, "batch is 0"),
-        ({"schedule": "linear"}, "schedule is linear"),
+        ({"schedule": "cubic"}, "schedule is cubic"),
         ({"lr_warmup": -1}, "lr_warmup is -1"),
         ({"grad_clip": 0.0}, "grad_clip is 0"),
         ({"device": "toaster"}, "toaster"),

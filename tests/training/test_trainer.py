@@ -87,7 +87,8 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
         ("eps", 0.0),
         ("weight_decay", math.inf),
         ("grad_clip", 0.0),
-        ("schedule", "linear"),
+        ("schedule", "cubic"),
+        ("decay", 0.0),
         ("optimizer", "adam"),
         ("momentum", 1.0),
         ("matrix_lr", -0.1),
@@ -144,6 +145,27 @@ def test_learning_rate_cosine_falls_to_its_floor_at_the_last_update() -> None:
 def test_learning_rate_of_degenerate_cosine_is_finite(steps: int, warmup: int) -> None:
     config = TrainConfig(steps=steps, accum=1, warmup=warmup, schedule="cosine")
     assert all(0 < config.learning_rate(i) <= config.lr for i in range(20))
+
+
+def test_learning_rate_linear_falls_evenly_after_the_warm_up() -> None:
+    config = TrainConfig(
+        steps=60, accum=5, lr=2.0, schedule="linear", warmup=2, min_lr_ratio=0.5, decay=0.9
+    )
+    rates = [config.learning_rate(update) for update in range(12)]
+    assert rates[:3] == [1.0, 2.0, 2.0] and rates[-1] == pytest.approx(1.0)
+    assert np.diff(rates[2:]) == pytest.approx(np.full(9, -1.0 / 9))
+    assert config.learning_rate(40) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("decay", "flat"), [(0.25, 16), (1.0, 1), (1e-9, 20)])
+def test_learning_rate_wsd_is_flat_and_falls_at_the_end(decay: float, flat: int) -> None:
+    config = TrainConfig(
+        steps=23, accum=1, lr=3.0, schedule="wsd", warmup=2, min_lr_ratio=0.0, decay=decay
+    )
+    rates = [config.learning_rate(update) for update in range(23)]
+    assert rates[:2] == [1.5, 3.0] and rates[2 : 2 + flat] == [3.0] * flat
+    falling = rates[1 + flat :]
+    assert falling[-1] == 0.0 and np.diff(falling) == pytest.approx(-3.0 / (len(falling) - 1))
 
 
 def test_flops_of_stories110m_agree_with_the_research_programs() -> None:
@@ -225,6 +247,17 @@ def test_resume_after_interruption_is_bit_identical(tmp_path: Path, stop: int) -
     assert_same(got, expected)
     assert [r.loss for r in resumed] == [r.loss for r in reports[stop:]]
     assert [r.lr for r in resumed] == [r.lr for r in reports[stop:]]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_resume_goes_on_where_the_schedule_was(tmp_path: Path, schedule: str) -> None:
+    config = settings(schedule=schedule, accum=1, warmup=1, decay=0.5)
+    expected, reports = trained(config)
+    trained(config, stop=7, save=tmp_path / "c.npz")
+    weights, rest = trained(config, resume=tmp_path / "c.npz")
+    assert_same(weights, expected)
+    assert [report.lr for report in rest] == [report.lr for report in reports[7:]]
+    assert len({report.lr for report in reports}) > 3
 
 
 def test_resume_of_complete_run_equals_a_longer_run(tmp_path: Path) -> None:

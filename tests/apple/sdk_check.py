@@ -28,6 +28,8 @@ ARM64, DYLIB, MACOS = 0x0100000C, 6, 1
 SYMTAB, LOAD_DYLIB, ID_DYLIB, CODE_SIGNATURE, BUILD_VERSION = 0x2, 0xC, 0xD, 0x1D, 0x32
 DEPENDENCIES = (LOAD_DYLIB, 0x80000018, 0x8000001F, 0x80000023)  # plain, weak, re-exported, upward
 AD_HOC = 0x2
+# What the linker of zig adds on its own: the address of the header, under two names.
+LINKERS_OWN = {"__mh_dylib_header", "___dso_handle"}
 
 
 @dataclass
@@ -58,7 +60,7 @@ def read_symbols(data: bytes, at: int, library: MachO) -> None:
             continue
         symbol = text_at(data, strings + index)
         if kind & 0x0E:
-            if not kind & 0x10:  # hidden visibility
+            if not kind & 0x10 and symbol not in LINKERS_OWN:  # 0x10: hidden visibility
                 library.exported.append(symbol)
             continue
         ordinal = description >> 8

@@ -34,6 +34,7 @@ class Build:
 
 PLAIN = Build("plain", ("gcc", "cc", *needs.CLANGS))
 CLANG = Build("clang", needs.CLANGS)
+ZIG = Build("zig", ())
 # clang's sanitized programs run twice as fast.
 ADDRESS = Build(
     "address",
@@ -65,13 +66,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Build], Progr
     def make(build: Build) -> Program:
         if build not in made:
             folder = tmp_path_factory.mktemp(build.name)
-            compiler = needs.compiler_with(build.link, build.compilers, folder)
+            compiler = needs.compiler_with(build.link, build.compilers or (zig(folder),), folder)
             flags = toolchain.script_flags(folder, "--werror", *build.options)
             assert "-Werror" in flags
             sources = toolchain.library_sources()
             objects = toolchain.compile_files(compiler, flags, sources, folder / "library")
             checks = toolchain.compile_checks(compiler, flags, folder / "checks")
-            path = toolchain.link(compiler, build.link, [*objects, *checks], folder / "run")
+            more = libgcc() if build is ZIG and needs.X86_64 else []
+            path = toolchain.link(compiler, build.link, [*objects, *checks, *more], folder / "run")
             by_source = dict(zip([*sources, *toolchain.CHECKS], [*objects, *checks], strict=True))
             made[build] = Program(path, compiler, flags, by_source)
         return made[build]
@@ -93,7 +95,22 @@ def assert_passes(*command: str | Path, env: dict[str, str] | None = None) -> st
 # -------------------------------------------------------------------------------- every kind of run
 
 
-@pytest.mark.parametrize("build", [PLAIN, CLANG], ids=lambda build: build.name)
+def zig(folder: Path) -> str:
+    """Return a program that is what releases are compiled with, as build_lib.sh calls it."""
+    path = folder / "zig-cc"
+    target = f"-target {os.uname().machine}-linux-gnu.2.17 -mcpu=baseline"
+    path.write_text(f'#!/bin/sh\nexec {needs.zig()} {target} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def libgcc() -> list[Path]:
+    """Return what `__builtin_cpu_supports`, which a check asks, needs; zig brings none."""
+    gcc = needs.program("gcc", "clang")
+    return [Path(toolchain.run([gcc, "-print-libgcc-file-name"]).stdout.strip())]
+
+
+@pytest.mark.parametrize("build", [PLAIN, CLANG, ZIG], ids=lambda build: build.name)
 def test_checks_optimized_as_released_pass(
     program: Callable[[Build], Program], build: Build
 ) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+import binary
 import needs
 import pytest
+from binary import Instruction, Library
 from ckernels import toolchain
 
 pytestmark = needs.LINUX  # reads ELF files
@@ -19,164 +18,60 @@ pytestmark = needs.LINUX  # reads ELF files
 HEADER = toolchain.ROOT / "libsrc" / "anepy.h"
 COMPILERS = ["gcc", "clang"]
 
-# Of the platform itself: everything else would have to be shipped or installed.
-ALLOWED_LIBRARIES = re.compile(
-    r"(libc|libm|libpthread|ld-linux[\w-]*)\.so\.\d|libc\.musl-\w+\.so\.1"
-)
-
-# Where pthread became part of libc (Debian 12, Ubuntu 22.04, RHEL 9): what a library built on any
-# newer system needs at least. A release is built on an older one; this gate is for newer calls.
-NEWEST_GLIBC = (2, 34)
-# Headers of glibc 2.38 and later put these in the place of strtol, strtoul and scanf.
-RENAMED_BY_HEADERS = re.compile(r"__isoc23_\w+")
-
-# A library neither prints, nor ends the process, nor changes what belongs to all of it.
-FORBIDDEN_IMPORT = re.compile(
-    r"_?_?(v|f|vf|d|vd|w|fw)?printf(_chk)?|f?put(s|c|char)(_unlocked)?|perror|psignal"
-    r"|abort|_?_?exit|_Exit|quick_exit|at_quick_exit|atexit|__assert\w*|raise|kill|p?thread_kill"
-    r"|signal|sigaction|sigprocmask|setlocale|setenv|putenv|unsetenv|chdir|system|popen|exec\w+"
-    r"|v?fork|fesetround|fesetenv|feenableexcept|sched_setaffinity|pthread_setaffinity_np"
-    r"|dlopen|dlsym|std(out|err)"
-)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a disassembly, AT&T syntax."""
-
-    address: int
-    encoding: bytes
-    text: str
-
-    @property
-    def opcode(self) -> int:
-        """First byte: 0x62 begins EVEX instructions, 0xc4 and 0xc5 VEX ones, nothing else."""
-        return self.encoding[0]
-
-    @property
-    def writes_memory(self) -> bool:
-        """Whether a vector move has its last operand, the destination, in memory."""
-        return self.text.startswith("vmov") and self.text.split("#")[0].rstrip().endswith(")")
-
-    @property
-    def uses_stack(self) -> bool:
-        """Whether it holds a vector there; an address that is read again costs nothing."""
-        return "(%rsp" in self.text and re.search("%[xyz]mm", self.text) is not None
-
-    @property
-    def target(self) -> int | None:
-        """Where a jump inside the function goes."""
-        found = re.match(r"j\w+\s+([0-9a-f]+) <", self.text)
-        return int(found[1], 16) if found else None
-
-
-@dataclass(frozen=True)
-class Library:
-    """A built library, and its functions."""
-
-    path: Path
-
-    @cached_property
-    def functions(self) -> dict[str, list[Instruction]]:
-        listing = toolchain.run([needs.program("objdump"), "-d", "--wide", self.path]).stdout
-        functions: dict[str, list[Instruction]] = {}
-        name = ""
-        for line in listing.splitlines():
-            if found := re.match(r"[0-9a-f]+ <(.+)>:$", line):
-                name = found[1]
-                functions[name] = []
-            elif found := re.match(r"\s*([0-9a-f]+):\t((?:[0-9a-f]{2} )+)\s*\t?(.*)", line):
-                encoding = bytes.fromhex(found[2])
-                functions[name].append(Instruction(int(found[1], 16), encoding, found[3].strip()))
-        return functions
-
-    def innermost_loops(self, function: str) -> Iterator[list[Instruction]]:
-        """Yield the bodies of loops that contain no other: from a backward jump's target to it."""
-        code = self.functions[function]
-        first = code[0].address
-        spans = {
-            (jump.target, jump.address)
-            for jump in code
-            if jump.target is not None and first <= jump.target <= jump.address
-        }
-        for start, end in spans:
-            if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in spans):
-                yield [i for i in code if start <= i.address <= end]
-
 
 @pytest.fixture(scope="session", params=COMPILERS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
     """Build the library as released, once per compiler."""
     compiler = needs.program(request.param)
+    for tool in ("readelf", "objdump"):
+        needs.program(tool, package="binutils")
     folder = tmp_path_factory.mktemp(request.param)
     options = ["--quiet", "--werror", "--out", folder]
     toolchain.run([toolchain.SCRIPT, *options], env={"CC": compiler})
     return Library(folder / "libanepy.so")
 
 
-def symbols(library: Library, *options: str) -> list[tuple[str, str]]:
-    """Return the dynamic symbols as (name, version)."""
-    listing = toolchain.run([needs.program("nm"), "-D", *options, library.path]).stdout
-    names = [line.split()[-1] for line in listing.splitlines()]
-    return [(name.split("@")[0], name.partition("@")[2].lstrip("@")) for name in names]
-
-
 def whole() -> str:
     """Return anepy.h and the part of it that it includes."""
-    return "".join(path.read_text() for path in sorted(HEADER.parent.glob("anepy*.h")))
-
-
-def declared() -> set[str]:
-    """Return the functions anepy.h declares as exported."""
-    text = re.sub(r"/\*.*?\*/", "", whole(), flags=re.DOTALL)
-    return set(re.findall(r"^ANEPY_API\s[^;(]*?\b(anepy_\w+)\s*\(", text, re.MULTILINE))
+    return binary.public_header(HEADER.parent)
 
 
 # ---------------------------------------------------------------------------------- symbols, needs
 
 
 def test_library_exports_what_the_header_declares_and_nothing_else(library: Library) -> None:
-    exported = {name for name, _ in symbols(library, "--defined-only")}
-    assert len(exported) > 20
-    assert exported == declared()
+    assert len(binary.declarations(whole())) > 20
+    assert library.wrong_exports(whole()) == []
+    assert library.wrong_exports("ANEPY_API int anepy_new(void);")[0].endswith("not declared")
 
 
 def test_library_needs_the_platform_only(library: Library) -> None:
-    listing = toolchain.run([needs.program("readelf"), "-dW", library.path]).stdout
-    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", listing)
-    assert needed
-    assert [name for name in needed if not ALLOWED_LIBRARIES.fullmatch(name)] == []
-    assert "RPATH" not in listing and "RUNPATH" not in listing and "TEXTREL" not in listing
+    assert library.foreign_needs() == []
 
 
 def test_library_runs_on_systems_with_an_older_libc(library: Library) -> None:
-    newer = [
-        (name, version)
-        for name, version in symbols(library, "--undefined-only")
-        if (found := re.fullmatch(r"GLIBC_(\d+)\.(\d+)(\.\d+)?", version))
-        and (int(found[1]), int(found[2])) > NEWEST_GLIBC
-        and not RENAMED_BY_HEADERS.fullmatch(name)
-    ]
-    assert newer == []
+    assert library.newer_calls(binary.NEWEST_GLIBC) == []
+    assert library.newer_calls((2, 0)) != []
 
 
 def test_library_imports_nothing_that_prints_ends_or_changes_the_process(library: Library) -> None:
-    imported = [name for name, _ in symbols(library, "--undefined-only")]
-    assert {"memcpy", "free"} <= set(imported)
-    assert [name for name in imported if FORBIDDEN_IMPORT.fullmatch(name)] == []
+    assert {"memcpy", "free"} <= set(library.imported)
+    assert library.forbidden_imports() == []
 
 
 def test_forbidden_imports_are_recognized() -> None:
     bad = "printf __printf_chk __fprintf_chk vfprintf puts fputs abort exit _exit stderr"
     good = "snprintf vsnprintf __snprintf_chk __vsnprintf_chk pthread_sigmask exp expf strtol fgets"
-    assert [name for name in bad.split() if not FORBIDDEN_IMPORT.fullmatch(name)] == []
-    assert [name for name in good.split() if FORBIDDEN_IMPORT.fullmatch(name)] == []
+    assert [name for name in bad.split() if not binary.FORBIDDEN_IMPORT.fullmatch(name)] == []
+    assert [name for name in good.split() if binary.FORBIDDEN_IMPORT.fullmatch(name)] == []
 
 
-def test_library_has_no_executable_stack(library: Library) -> None:
-    listing = toolchain.run([needs.program("readelf"), "-lW", library.path]).stdout
-    stack = [line.split() for line in listing.splitlines() if "GNU_STACK" in line]
-    assert [words[-2] for words in stack] == ["RW"]
+def test_library_has_no_executable_stack_and_no_writable_calls(library: Library) -> None:
+    assert library.soft_places() == []
+
+
+def test_library_tells_nothing_of_the_machine_that_built_it(library: Library) -> None:
+    assert library.traces() == []
 
 
 # ------------------------------------------------------------------------------------ instructions
@@ -184,29 +79,15 @@ def test_library_has_no_executable_stack(library: Library) -> None:
 
 @needs.X86
 def test_wide_instructions_stand_in_functions_of_their_set_only(library: Library) -> None:
-    """A processor without AVX must be able to run everything the table of kernels leaves it.
-
-    The first byte tells the encoding: EVEX (AVX-512) or VEX (AVX, AVX2, FMA, F16C).
-    """
-    offenders = [
-        f"{name}: {instruction.text}"
-        for name, code in library.functions.items()
-        for instruction in code
-        if (instruction.opcode == 0x62 and "__avx512" not in name)
-        or (instruction.opcode in (0xC4, 0xC5) and not re.search("__avx(512|2)", name))
-    ]
-    assert offenders[:20] == []
+    """A processor without AVX must be able to run everything the table of kernels leaves it."""
+    assert library.misplaced_instructions()[:20] == []
+    assert library.missing_sets() == []
     for isa, register in (("avx2", "%ymm"), ("avx512", "%zmm")):
         assert any(
             register in instruction.text and "vfmadd" in instruction.text
             for instruction in library.functions[f"gemm_tile__{isa}"]
         )
     assert any("vdpbf16ps" in i.text for i in library.functions["dot_tile__avx512bf16"])
-    assert [
-        name
-        for name, code in library.functions.items()
-        if not name.endswith("__avx512bf16") and any("bf16" in i.text.split()[0] for i in code)
-    ] == []
     assert len([name for name in library.functions if "__avx2" in name]) > 15
 
 

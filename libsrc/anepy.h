@@ -125,12 +125,15 @@ typedef struct anepy_tensor {
     uint32_t struct_size;
     uint32_t flags;   /* ANEPY_TENSOR_... */
     char name[64];    /* as in Meta's Llama, e.g. layers.0.attention.wq.weight */
-    int64_t offset;   /* first element in the arena of weights, or of adapters */
+    int64_t offset;   /* how many numbers stand before it there; bytes / 4 if all are float32 */
     int64_t gradient; /* first element in the arenas of gradients and moments; -1: it is frozen */
     int64_t rows;     /* 1 for vectors */
     int64_t cols;
     int32_t layer; /* -1: of none */
     int32_t role;  /* a number for what it is in its layer, or in the model */
+    int64_t byte;    /* where it begins in the arena of weights, or of adapters */
+    int32_t storage; /* ANEPY_STORED_... */
+    int32_t reserved;
 } anepy_tensor;
 
 typedef struct anepy_model anepy_model; /* dimensions + tensor table; holds no weights */
@@ -139,14 +142,29 @@ ANEPY_API int32_t anepy_model_create(anepy_model **out, const anepy_config *conf
 ANEPY_API void anepy_model_free(anepy_model *model); /* accepts NULL */
 ANEPY_API int32_t anepy_model_tensor_n(const anepy_model *model);
 ANEPY_API int32_t anepy_model_tensor(const anepy_model *model, int32_t index, anepy_tensor *out);
-/* Elements (float32) of the arena of weights: the number of parameters. */
+/* Numbers in the arena of weights, the parameters, and the bytes they take. */
 ANEPY_API int64_t anepy_model_arena_n(const anepy_model *model);
+ANEPY_API int64_t anepy_model_params_nbytes(const anepy_model *model);
 /* Elements (float32) of the arenas of gradients and moments: the number of trainable parameters. */
 ANEPY_API int64_t anepy_model_gradient_n(const anepy_model *model);
 
 /* Takes a tensor out of training, before engines are made with this table: it has no gradient and
  * no moments, and no update changes it. Fails if none would be left to train. */
 ANEPY_API int32_t anepy_model_freeze(anepy_model *model, int32_t index);
+
+/* How a tensor is stored. */
+#define ANEPY_STORED_F32 0
+#define ANEPY_STORED_BF16 2
+#define ANEPY_STORED_Q8 3 /* 32 numbers of a row in 34 bytes: a binary16 scale, int8 values */
+
+/* Stores a matrix smaller, before engines and decoders are made with this table: its place and those
+ * of the tensors behind it change. It is frozen, as only float32 is trained. Vectors stay float32; a
+ * matrix whose rows are no multiple of 32 long becomes bf16 where Q8 is asked for. */
+ANEPY_API int32_t anepy_model_store(anepy_model *model, int32_t index, int32_t storage);
+/* Converts n numbers, of Q8 whole blocks; fails if one is too large for its storage. bf16 is rounded
+ * to nearest even; Q8 has the scale max |x| / 127, as GGUF's Q8_0. */
+ANEPY_API int32_t anepy_pack(void *dst, const float *src, int32_t storage, int64_t n);
+ANEPY_API int32_t anepy_unpack(float *dst, const void *src, int32_t storage, int64_t n);
 
 /* Bits of the projections that anepy_model_adapt takes, in the order of the table. */
 enum { ANEPY_TARGET_WQ = 1, ANEPY_TARGET_WK = 2, ANEPY_TARGET_WV = 4, ANEPY_TARGET_WO = 8 };
@@ -197,13 +215,13 @@ typedef struct anepy_engine anepy_engine;
 #define ANEPY_ENGINE_RECOMPUTE 2u
 
 /* The arenas are 64-byte aligned, owned by the caller and alive until anepy_engine_free: params
- * float32[anepy_model_arena_n], which is read and, by update, written; the others
+ * of anepy_model_params_nbytes, which is read and, by update, written; the others
  * float32[anepy_model_gradient_n]. With metal_dw, grads is from anepy_memory_alloc: a GPU takes
  * whole mappings. */
 typedef struct anepy_engine_options {
     uint32_t struct_size;
     uint32_t flags; /* ANEPY_ENGINE_... */
-    float *params;
+    void *params;
     float *grads;
     float *adam_m;
     float *adam_v;
@@ -381,9 +399,9 @@ ANEPY_API int32_t anepy_engine_restore(anepy_engine *engine, const anepy_engine_
 
 typedef struct anepy_decoder anepy_decoder; /* computes logits with a key/value cache */
 
-/* params: float32[anepy_model_arena_n], alive until anepy_decoder_free. */
+/* params: of anepy_model_params_nbytes, alive until anepy_decoder_free. */
 ANEPY_API int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model,
-                                       const float *params, int32_t max_len, int32_t threads);
+                                       const void *params, int32_t max_len, int32_t threads);
 ANEPY_API void anepy_decoder_free(anepy_decoder *decoder); /* accepts NULL */
 /* logits: float32[vocab_size]. Positions run 0, 1, 2, ...; position 0 starts anew. */
 ANEPY_API int32_t anepy_decoder_forward(anepy_decoder *decoder, float *logits, int32_t token,

@@ -61,17 +61,17 @@ ANEPY_API int32_t anepy_program_get_port(const anepy_model *model, anepy_program
                                          const anepy_program_options *options, int32_t index);
 
 /* MIL text and weight file of `count` programs: function "main", or procedure000, procedure001...
- * for several. params: float32[anepy_model_arena_n], NULL if all weights are live. dialect "1.3"
+ * for several. params: the arena of weights, NULL if all weights are live. dialect "1.3"
  * (NULL) or "1.0". *text_n and *blob_n say how many bytes fit and get how many there are, the text
  * without a final zero; with text and blob NULL nothing is copied. No file: *blob_n becomes 0. */
-ANEPY_API int32_t anepy_mil_write(const anepy_model *model, const float *params,
+ANEPY_API int32_t anepy_mil_write(const anepy_model *model, const void *params,
                                   const anepy_program_options *programs, int32_t count,
                                   const char *dialect, char *text, uint64_t *text_n, uint8_t *blob,
                                   uint64_t *blob_n);
 
 /* Runs a program as device cpu does, in float32. in: [input_channels, width], out:
  * [output_channels, width], packed; the first n columns are computed. */
-ANEPY_API int32_t anepy_program_run_native(const anepy_model *model, const float *params,
+ANEPY_API int32_t anepy_program_run_native(const anepy_model *model, const void *params,
                                            const anepy_program_options *options, int32_t n,
                                            int32_t threads, const float *in, float *out);
 

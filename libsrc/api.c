@@ -21,7 +21,7 @@
 
 /* The layout that Python declares for ctypes: no padding the compiler could choose differently. */
 _Static_assert(sizeof(anepy_config) == 104, "config");
-_Static_assert(sizeof(anepy_tensor) == 112, "tensor");
+_Static_assert(sizeof(anepy_tensor) == 128, "tensor");
 _Static_assert(sizeof(anepy_engine_info) == 160, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 136, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 72, "update options");

@@ -115,7 +115,7 @@ static int32_t copy(const char *what, void *to, uint64_t *n, const void *from, u
     return ANEPY_OK;
 }
 
-int32_t anepy_mil_write(const anepy_model *model, const float *params,
+int32_t anepy_mil_write(const anepy_model *model, const void *params,
                         const anepy_program_options *programs, int32_t count, const char *dialect,
                         char *text, uint64_t *text_n, uint8_t *blob, uint64_t *blob_n) {
     anepy_dialect which;
@@ -149,7 +149,7 @@ int32_t anepy_mil_write(const anepy_model *model, const float *params,
 
 /* -------------------------------------------------------------------------------- run natively */
 
-static int32_t run(anepy_device *device, const anepy_program *p, const float *params, int32_t layer,
+static int32_t run(anepy_device *device, const anepy_program *p, const void *params, int32_t layer,
                    int32_t n, const float *in, float *out) {
     anepy_surface *input, *output;
     anepy_executable *executable;
@@ -165,7 +165,7 @@ static int32_t run(anepy_device *device, const anepy_program *p, const float *pa
     return anepy_surface_read(output, 0, p->output_channels, out);
 }
 
-int32_t anepy_program_run_native(const anepy_model *model, const float *params,
+int32_t anepy_program_run_native(const anepy_model *model, const void *params,
                                  const anepy_program_options *options, int32_t n, int32_t threads,
                                  const float *in, float *out) {
     anepy_program p;

@@ -140,13 +140,14 @@ def model_path(argument: Path | None, option: Path | None) -> Path:
     return path
 
 
-def adapted_model(path: Path, adapter: Path | None) -> Model:
-    """Load a model with the adapter of a folder, if one is named, fused into it."""
+def adapted_model(path: Path, adapter: Path | None, storage: str = "f32") -> Model:
+    """Load a model stored so, or in float32 with the adapter of a folder fused into it."""
     from ..models.lora import Lora
     from ..models.model import Model
 
-    model = Model.load(path)
-    return model if adapter is None else Lora.load(adapter).fuse(model)
+    if adapter is None:
+        return Model.load(path, storage)
+    return Lora.load(adapter).fuse(Model.load(path))
 
 
 def distinct(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:

@@ -94,6 +94,9 @@ def generate(
         int, typer.Option("--max-tokens", "-n", min=0, help="New tokens at most.")
     ] = 256,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the sampling.")] = 0,
+    weights: Annotated[
+        str, typer.Option(help="Weights in memory: f32, bf16, q8, or auto: what loses nothing.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="Device: auto or cpu.")] = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -104,8 +107,18 @@ def generate(
 
     told = choose_device(device)
     began = time.perf_counter()
-    loaded = adapted_model(path, adapter)
-    text = stream(loaded, prompt, tokenizer, temperature, top_p, max_tokens, seed, threads)
+    loaded = adapted_model(path, adapter, weights)
+    text = stream(
+        loaded,
+        prompt,
+        tokenizer,
+        temperature,
+        top_p,
+        max_tokens,
+        seed,
+        threads,
+        weights=weights,
+    )
     if not as_json:
         note(told)
     pieces = []

@@ -120,7 +120,7 @@ class Engine(Owner):
         if lora is not None:
             lora.attach(model.config)
         self.lora = lora
-        table = self._table = TensorTable(model.config, freeze, lora)
+        table = self._table = TensorTable(model.config, freeze, lora, model.storage)
         self.frozen = table.frozen
         self._lib = table.lib
         second = table.second_moments(optimizer)
@@ -243,6 +243,12 @@ class Engine(Owner):
         ids, wanted = pair(tokens, targets)
         begun = as_starts(starts, ids)
         count, n = np.atleast_2d(ids).shape
+        if self._table.untrainable:
+            raise ConfigError(
+                f"{self._table.untrainable[0]} is stored as {self.model.storage}, and only float32 "
+                "is trained: load the model with storage='f32', freeze its matrices, or train an "
+                "adapter (lora)"
+            )
         stats = abi.StepStats()
         with Uninterrupted(), self._call() as handle:
             self._lib.anepy_engine_step_batch(

@@ -11,18 +11,20 @@ from ..system import files
 from . import gguf, huggingface, llama2c, research, tensor_file
 from .identify import HEAD_BYTES, known_as
 from .model import Model, ModelConfig, PathLike
+from .storage import check_storage
 from .tensors import Stored
 
 DTYPES = {"bin": ("f32",), "gguf": ("f32", "f16", "bf16", "q8_0"), "folder": ("f32", "f16", "bf16")}
 _READS = "anepy reads llama2.c .bin files, GGUF files and Hugging Face folders"
 
 
-def load(path: PathLike) -> Model:
+def load(path: PathLike, storage: str = "f32") -> Model:
     """Read a model of any format, as `Model.load` says."""
     path = Path(path)
+    check_storage(storage, ("auto",))
     try:
         stored = _open(path)
-        model = Model(stored.config)
+        model = Model(stored.config, stored.storage if storage == "auto" else storage)
     except OSError as error:
         inside = "" if error.filename in (None, str(path)) else f"{error.filename}: "
         advice = "make it readable" if isinstance(error, PermissionError) else _READS

@@ -21,6 +21,7 @@ from ..errors import ModelError
 from ..system import files
 from . import rope, tensors
 from .model import ModelConfig
+from .storage import Q8_BYTES, StoredTensors
 from .stored_tokenizer import CONTROL, UNKNOWN, UNUSED, Pieces, StoredTokenizer
 from .tensors import Stored, Tensor
 from .views import Array
@@ -139,6 +140,7 @@ def open_file(path: Path) -> Stored:
         config,
         partial(_fill, path, found, wanted, meta.arch != "llama"),
         StoredTokenizer("gguf", fields=fields) if fields else None,
+        _natural(wanted, found),
     )
 
 
@@ -176,6 +178,12 @@ def _reader(path: Path) -> Any:
         raise ModelError(
             f"model {path} is no whole GGUF file: it is truncated or damaged; get it again"
         ) from None
+
+
+def _natural(wanted: list[Tensor], found: Mapping[str, Any]) -> str:
+    """Return the storage that holds every matrix of a file as it is."""
+    kinds = {found[tensor.gguf].tensor_type.name for tensor in wanted if len(tensor.shape) == 2}
+    return {("Q8_0",): "q8", ("BF16",): "bf16"}.get(tuple(kinds), "f32")
 
 
 def _config(meta: _Metadata, found: Mapping[str, Any]) -> ModelConfig:
@@ -258,6 +266,16 @@ def _fill(
     for tensor in wanted:
         stored = found[tensor.gguf]
         where = f"model {path}: tensor {tensor.gguf}"
+        if isinstance(weights, StoredTensors) and stored.tensor_type.name == "Q8_0":
+            blocks = stored.data
+            if not np.isfinite(blocks.reshape(-1, Q8_BYTES)[:, :2].copy().view("<f2")).all():
+                raise ModelError(
+                    f"{where} has NaN or infinite weights: it is damaged; get it again"
+                )
+            if half_split and tensor.heads:
+                blocks = tensors.from_half_split(blocks, tensor.heads)
+            if weights.take_blocks(tensor.name, blocks):
+                continue
         try:
             values = dequantize(stored.data, stored.tensor_type).reshape(tensor.shape)
         except NotImplementedError:

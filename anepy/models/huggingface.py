@@ -90,7 +90,9 @@ def open_folder(folder: Path, weights: Path | None = None) -> Stored:
                 "anepy cannot compute with it"
             )
     second = places.get("lm_head.weight") if config.tied else None
-    return Stored(config, partial(_fill, places, wanted, second), _tokenizer(folder))
+    halves = all(places[t.hugging_face].dtype == "BF16" for t in wanted if len(t.shape) == 2)
+    storage = "bf16" if halves else "f32"
+    return Stored(config, partial(_fill, places, wanted, second), _tokenizer(folder), storage)
 
 
 def _places(folder: Path, weights: Path | None) -> dict[str, Place]:
@@ -160,9 +162,10 @@ def _fill(
             values = tensors.from_half_split(values, tensor.heads)
         where = f"{place.path}: tensor {tensor.hugging_face}"
         tensors.put(weights, tensor.name, values, where)
-    embedding = weights["tok_embeddings.weight"]
+    first = places["model.embed_tokens.weight"]
     if second is not None and (
-        second.shape != embedding.shape or not np.array_equal(tensor_file.values(second), embedding)
+        second.shape != first.shape
+        or not np.array_equal(tensor_file.values(second), tensor_file.values(first))
     ):
         raise ModelError(
             f"{second.path}: tensor lm_head.weight differs from model.embed_tokens.weight although "

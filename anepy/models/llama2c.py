@@ -7,8 +7,9 @@ its `version1_export`: a header of 256 bytes that begins with "ak42", norms firs
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def open_file(path: Path) -> Stored:
     config, tables = _read_header(path, head, size)
     if tables:
         config = _with_base(path, config)
-    return Stored(config, partial(_fill, path, _HEADER.size, list(_file_order(config)), tables))
+    return Stored(config, partial(_fill, path, _HEADER.size, config, tables))
 
 
 def _open_1(path: Path, head: bytes, size: int) -> Stored:
@@ -72,22 +73,23 @@ def _open_1(path: Path, head: bytes, size: int) -> Stored:
     config = ModelConfig(dim, hidden, layers, heads, kv_heads, vocab, seq_len, tied=shared != 0)
     expected = _HEADER_1_BYTES + 4 * _parameters(path, config)
     _check_size(path, size, expected)
-    return Stored(config, partial(_fill, path, _HEADER_1_BYTES, list(_file_order_1(config)), 0))
+    return Stored(config, partial(_fill, path, _HEADER_1_BYTES, config, 0))
 
 
 def _fill(
-    path: Path, offset: int, order: Sequence[str | None], tables: int, weights: Mapping[str, Array]
+    path: Path, offset: int, config: ModelConfig, tables: int, weights: Mapping[str, Array]
 ) -> None:
     data = _map(path, offset)
+    shapes = {tensor.name: tensor.shape for tensor in tensors.tensors(config)}
+    order = _file_order_1(config) if offset == _HEADER_1_BYTES else _file_order(config)
     at = 0
     for name in order:
         if name is None:
             at += tables
             continue
-        weight = weights[name]
-        values = data[at : at + weight.size].reshape(weight.shape)
+        values = data[at : at + math.prod(shapes[name])].reshape(shapes[name])
         tensors.put(weights, name, values, f"model {path}: tensor {name}")
-        at += weight.size
+        at += values.size
 
 
 def _map(path: Path, offset: int) -> Array:

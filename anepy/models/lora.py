@@ -164,7 +164,7 @@ class Lora:
             if name.endswith("lora_a"):
                 stem = name.removesuffix("lora_a")
                 product = (self.weights[f"{stem}lora_b"] * np.float32(self.scale)) @ a
-                model.weights[f"{stem}weight"][...] += product
+                model.weights[f"{stem}weight"] = model.weights[f"{stem}weight"] + product
         return model
 
     @classmethod

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ..errors import ConfigError
 from ..native import abi, find
 from .freezing import Freeze, frozen_names, patterns
+from .storage import STORAGES, Row, StoredTensors, check_storage
 from .stored_tokenizer import Pieces, StoredTokenizer
 from .views import Array, Tensors
 
@@ -30,6 +31,7 @@ PathLike = str | os.PathLike[str]
 Place = tuple[int, tuple[int, ...]]  # first element, shape
 
 DEFAULT_SEQ = 256
+_STORAGE_NAMES = {number: name for name, number in STORAGES.items()}
 
 
 _ROPE_TYPES = ("default", "linear", "llama3")  # by number in C
@@ -194,13 +196,17 @@ class TensorTable:
         config: dimensions of the model.
         freeze: tensors that have no gradient and no moments, by patterns of names.
         lora: an adapter, which alone is trained then.
+        storage: of the matrices, "f32", "bf16" or "q8"; where rows are no multiple of 32 long, bf16
+            takes the place of q8. Vectors are float32. Only float32 is trained.
 
     Attributes:
-        places: name -> first element in the arena of weights, shape.
+        places: name -> number of its first parameter, shape.
+        rows: name -> where it is in the arena of weights, and how it is stored.
         adapter: the same in the arena of the adapter, of its tensors.
         trainable: the same in the arenas of gradients and moments, of the tensors they have.
         frozen: the names of the others.
-        size: elements of the arena of weights.
+        untrainable: those that nobody froze, but that are stored smaller than float32.
+        size: parameters.
 
     Raises:
         ConfigError: the dimensions make no model, a pattern matches nothing or leaves nothing, or
@@ -208,7 +214,13 @@ class TensorTable:
         LibraryNotFoundError: there is no native library.
     """
 
-    def __init__(self, config: ModelConfig, freeze: Freeze = (), lora: Lora | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        freeze: Freeze = (),
+        lora: Lora | None = None,
+        storage: str = "f32",
+    ) -> None:
         if lora is not None and patterns(freeze):
             raise ConfigError("freeze and lora: beside an adapter all weights are frozen already")
         self.config = config
@@ -221,14 +233,21 @@ class TensorTable:
         finalizer.atexit = False  # the process takes its memory along
         self.size: int = self.lib.anepy_model_arena_n(handle)
         names = [tensor.name.decode() for tensor in self._rows()]
-        self.frozen = tuple(frozen_names(names, freeze))
-        for name in self.frozen:
+        number = STORAGES[check_storage(storage)]
+        for index in range(len(names)) if number else ():
+            self.lib.anepy_model_store(handle, index, number)
+        chosen = frozen_names(names, freeze)
+        for name in chosen:
             self.lib.anepy_model_freeze(handle, names.index(name))
+        trained = {t.name.decode() for t in self._rows() if t.gradient >= 0}
+        self.frozen = tuple(name for name in names if name not in trained)
+        self.untrainable = tuple(name for name in self.frozen if name not in chosen)
         if lora is not None:
             targets = sum(1 << abi.TARGETS.index(target) for target in lora.targets)
             self.lib.anepy_model_adapt(handle, lora.rank, lora.scale, targets)
-            self.frozen = tuple(names)
+            self.frozen, self.untrainable = tuple(names), ()
         self.places: dict[str, Place] = {}
+        self.rows: dict[str, Row] = {}
         self.adapter: dict[str, Place] = {}
         self.trainable: dict[str, Place] = {}
         for tensor in self._rows():
@@ -236,6 +255,8 @@ class TensorTable:
             shape = (tensor.rows, tensor.cols) if tensor.flags & abi.MATRIX else (tensor.cols,)
             places = self.adapter if tensor.flags & abi.ADAPTER else self.places
             places[name] = (tensor.offset, shape)
+            if places is self.places:
+                self.rows[name] = Row(tensor.byte, _STORAGE_NAMES[tensor.storage], shape)
             if tensor.gradient >= 0:
                 self.trainable[name] = (tensor.gradient, shape)
 
@@ -279,14 +300,25 @@ class TensorTable:
         Raises:
             NativeError: the system gives no memory.
         """
-        size = self.trainable_size if trainable else self.size
-        nbytes = size * 4
+        return self._memory(4 * (self.trainable_size if trainable else self.size)).view(np.float32)
+
+    def weights_arena(self) -> npt.NDArray[Any]:
+        """Return zeroed memory for the weights as they are stored: float32, or bytes.
+
+        Raises:
+            NativeError: the system gives no memory.
+        """
+        memory = self._memory(self.lib.anepy_model_params_nbytes(self.handle))
+        stored = any(row.storage != "f32" for row in self.rows.values())
+        return memory if stored else memory.view(np.float32)
+
+    def _memory(self, nbytes: int) -> npt.NDArray[np.uint8]:
         address = ctypes.c_void_p()
         self.lib.anepy_memory_alloc(ctypes.byref(address), nbytes)
-        memory = (ctypes.c_float * size).from_address(address.value or 0)
+        memory = (ctypes.c_uint8 * nbytes).from_address(address.value or 0)
         finalizer = weakref.finalize(memory, self.lib.anepy_memory_free, address, nbytes)
         finalizer.atexit = False
-        return np.frombuffer(memoryview(memory), dtype=np.float32)
+        return np.frombuffer(memoryview(memory), dtype=np.uint8)
 
     def views(
         self, arena: Array, trainable: bool = False, places: Mapping[str, Place] | None = None
@@ -317,20 +349,29 @@ class Model:
         weights: name -> writable float32 view; matrices are (out, in). Names as in Meta's Llama and
             llama2.c's model.py, e.g. `layers.0.attention.wq.weight`. `weights[name] = array` copies
             into it. An `Engine` on sim or ane that exists already goes on with programs for the old
-            values until its next `update` or `restore`.
-        arena: float32 (n_parameters,), all weights in the order of the native tensor table.
+            values until its next `update` or `restore`. Where `storage` is smaller, a name gives
+            a read-only float32 copy, and assigning to it converts.
+        arena: float32 (n_parameters,), all weights in the order of the native tensor table; where
+            they are stored smaller, uint8: their bytes.
+        storage: how the matrices are stored: "f32", "bf16", or "q8", int8 with a scale for 32
+            values of a row, as GGUF's Q8_0. What is stored smaller is not trained.
         path: the file or folder it was loaded from, if any.
         tokenizer: what came with it, kept as it was stored; None if nothing did. `save` writes it
             again where the format is the one it came in. A tokenizer of llama2.c's kind, which a
             GGUF file can hold, may be assigned.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, storage: str = "f32") -> None:
         """Make a model whose weights are all zero; `init` makes random ones, `load` reads them."""
         self.config = config
-        self.table = TensorTable(config)
-        self.arena = self.table.arena()
-        self.weights = self.table.views(self.arena)
+        self.storage = storage
+        self.table = TensorTable(config, storage=storage)
+        self.arena = self.table.weights_arena()
+        self.weights: Tensors | StoredTensors
+        if self.arena.dtype == np.float32:
+            self.weights = self.table.views(self.arena)
+        else:
+            self.weights = StoredTensors(self.table.lib, self.table.rows, self.arena)
         self.path: Path | None = None
         self.tokenizer: StoredTokenizer | Pieces | None = None
 
@@ -339,7 +380,7 @@ class Model:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles carry the weights; the native table is made anew.
-        return _rebuild, (self.config, self.arena.copy(), self.tokenizer)
+        return _rebuild, (self.config, self.arena.copy(), self.tokenizer, self.storage)
 
     @property
     def n_parameters(self) -> int:
@@ -347,11 +388,12 @@ class Model:
         return self.table.size
 
     @classmethod
-    def init(cls, config: ModelConfig, seed: int = 0) -> Model:
+    def init(cls, config: ModelConfig, seed: int = 0, storage: str = "f32") -> Model:
         """Make a model with random weights, as llama2.c's trainer starts.
 
         Matrices are normal with deviation 0.02, those that write to the residual stream (wo, w3)
-        with 0.02 / sqrt(2 n_layers); norm weights are 1, biases 0 (model.py of llama2.c).
+        with 0.02 / sqrt(2 n_layers); norm weights are 1, biases 0 (model.py of llama2.c). Stored
+        smaller, the numbers are those of float32, rounded; one tensor at a time is float32.
 
         Example:
             >>> Model.init(PRESETS["stories260K"], seed=1).n_parameters
@@ -359,26 +401,48 @@ class Model:
         """
         if seed < 0:
             raise ConfigError(f"seed is {seed}, expected a number >= 0")
-        model = cls(config)
-        for index, (name, weight) in enumerate(model.weights.items()):
+        model = cls(config, storage)
+        for index, (name, row) in enumerate(model.table.rows.items()):
+            stored = isinstance(model.weights, StoredTensors)
+            weight = np.empty(row.shape, np.float32) if stored else model.weights[name]
             if weight.ndim == 1:
                 weight.fill(0.0 if name.endswith(".bias") else 1.0)
-                continue
-            deviation = 0.02
-            if name.endswith(("attention.wo.weight", "feed_forward.w3.weight")):
-                deviation /= math.sqrt(2 * config.n_layers)
-            random = np.random.default_rng((seed, index))
-            random.standard_normal(out=weight, dtype=np.float32)
-            weight *= np.float32(deviation)
+            else:
+                deviation = 0.02
+                if name.endswith(("attention.wo.weight", "feed_forward.w3.weight")):
+                    deviation /= math.sqrt(2 * config.n_layers)
+                random = np.random.default_rng((seed, index))
+                random.standard_normal(out=weight, dtype=np.float32)
+                weight *= np.float32(deviation)
+            if stored:
+                model.weights[name] = weight
         return model
 
+    def stored(self, storage: str) -> Model:
+        """Copy the model with its matrices stored so: "f32", "bf16" or "q8".
+
+        Raises:
+            ConfigError: no such storage, or a weight is too large for it.
+        """
+        copy = Model(self.config, storage)
+        if storage == self.storage:
+            copy.arena[...] = self.arena
+        else:
+            for name in self.weights:
+                copy.weights[name] = self.weights[name]
+        copy.path, copy.tokenizer = self.path, self.tokenizer
+        return copy
+
     @classmethod
-    def load(cls, path: PathLike) -> Model:
+    def load(cls, path: PathLike, storage: str = "f32") -> Model:
         """Read a model; its format is told by its content.
 
         Args:
             path: a llama2.c `.bin` file (version 0 or 1, float32), a GGUF file, a Hugging Face
                 folder with `config.json`, or a safetensors file in such a folder.
+            storage: of the matrices in memory, "f32", "bf16" or "q8"; one tensor at a time is
+                float32 on its way there, and Q8_0 of a GGUF file is kept as it is. "auto": as
+                the file has them, if that is bf16 or Q8_0 throughout, else "f32".
 
         Raises:
             ModelError: no such file, none of these, damaged, a model that anepy cannot compute, or
@@ -386,7 +450,7 @@ class Model:
         """
         from . import formats
 
-        return formats.load(path)
+        return formats.load(path, storage)
 
     def save(self, path: PathLike, dtype: str = "f32") -> int:
         """Write the model, complete or not at all.
@@ -410,9 +474,12 @@ class Model:
 
 
 def _rebuild(
-    config: ModelConfig, weights: Array, tokenizer: StoredTokenizer | Pieces | None
+    config: ModelConfig,
+    weights: npt.NDArray[Any],
+    tokenizer: StoredTokenizer | Pieces | None,
+    storage: str,
 ) -> Model:
-    model = Model(config)
+    model = Model(config, storage)
     model.arena[...] = weights
     model.tokenizer = tokenizer
     return model

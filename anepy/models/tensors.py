@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .model import ModelConfig, TensorTable
+from .storage import StoredTensors
 from .stored_tokenizer import StoredTokenizer
 from .views import Array
 
@@ -65,11 +66,13 @@ class Stored(NamedTuple):
         config: its dimensions.
         fill: reads all weights into name -> float32 array. Raises ModelError.
         tokenizer: what came with it.
+        storage: the smallest storage that holds the file's matrices as they are.
     """
 
     config: ModelConfig
     fill: Callable[[Mapping[str, Array]], None]
     tokenizer: StoredTokenizer | None = None
+    storage: str = "f32"
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
@@ -138,8 +141,14 @@ def put(weights: Mapping[str, Array], name: str, values: npt.NDArray[Any], where
         where: the file and the tensor's name in it, for the message.
 
     Raises:
-        ModelError: a value is NaN or infinite.
+        ModelError: a value is NaN or infinite, or too large for how the model is stored.
     """
+    if isinstance(weights, StoredTensors):
+        try:
+            weights[name] = values
+        except ConfigError as error:
+            raise ModelError(f"{where} cannot be stored: {error}") from None
+        return
     with np.errstate(over="ignore"):  # of float64
         weights[name][...] = values
     if not np.isfinite(weights[name]).all():

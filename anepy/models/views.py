@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,16 +64,31 @@ def assign(
     if name in frozen:
         raise ConfigError(frozen_text(name))
     if name not in tensors:
-        near = difflib.get_close_matches(str(name), tensors, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the first is {next(iter(tensors))!r}"
-        raise ConfigError(f"there is no tensor {name!r}: {hint}")
+        raise ConfigError(missing_text(name, tensors))
     target = tensors[name]
+    np.copyto(target, real_numbers(name, values, target.shape), casting="same_kind")
+
+
+def missing_text(name: str, tensors: Collection[str]) -> str:
+    """Say that there is no tensor of a name, and which one may be meant."""
+    near = difflib.get_close_matches(str(name), tensors, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the first is {next(iter(tensors))!r}"
+    return f"there is no tensor {name!r}: {hint}"
+
+
+def real_numbers(name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Return values as an array that float32 can take.
+
+    Raises:
+        ConfigError: another shape, or no real numbers.
+    """
     try:
-        array = np.asarray(values)
-        if array.shape == target.shape:
-            np.copyto(target, array, casting="same_kind")
-            return
-    except (TypeError, ValueError) as error:
+        array: npt.NDArray[Any] = np.asarray(values)
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"tensor {name!r} takes real numbers: {reason}") from None
-    raise ConfigError(f"tensor {name!r} has shape {target.shape}, not {array.shape}")
+    if not np.can_cast(array.dtype, np.float32, casting="same_kind"):
+        raise ConfigError(f"tensor {name!r} takes real numbers, not {array.dtype}")
+    if array.shape != shape:
+        raise ConfigError(f"tensor {name!r} has shape {shape}, not {array.shape}")
+    return array

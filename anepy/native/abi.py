@@ -75,6 +75,9 @@ class Tensor(_Sized):
         ("cols", c_int64),
         ("layer", c_int32),
         ("role", c_int32),
+        ("byte", c_int64),
+        ("storage", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -398,6 +401,9 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_model_create": (POINTER(handle), POINTER(Config)),
     "anepy_model_tensor": (handle, c_int32, POINTER(Tensor)),
     "anepy_model_freeze": (handle, c_int32),
+    "anepy_model_store": (handle, c_int32, c_int32),
+    "anepy_pack": (handle, _floats, c_int32, c_int64),
+    "anepy_unpack": (_floats, handle, c_int32, c_int64),
     "anepy_model_adapt": (handle, c_int32, c_double, c_uint32),
     "anepy_step_flops": (handle, POINTER(Flops), c_int32, c_int32),
     "anepy_optimizer_moments": (c_char_p, POINTER(Tensor)),
@@ -487,6 +493,7 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_model_free": (None, (handle,)),
     "anepy_model_tensor_n": (c_int32, (handle,)),
     "anepy_model_arena_n": (c_int64, (handle,)),
+    "anepy_model_params_nbytes": (c_int64, (handle,)),
     "anepy_model_gradient_n": (c_int64, (handle,)),
     "anepy_model_adapter_n": (c_int64, (handle,)),
     "anepy_rope_frequency": (c_double, (handle, c_int32)),

@@ -23,6 +23,7 @@ from ..engine.decoder import Decoder
 from ..engine.device import AUTO, choice_note
 from ..errors import ConfigError
 from ..models.model import Model
+from ..models.storage import check_storage
 from .chat import encode_chat
 from .tokenizer import Tokenizer
 from .tokenizer_stored import resolve_tokenizer
@@ -42,6 +43,7 @@ def stream(
     threads: int | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
+    weights: str = "auto",
 ) -> Iterator[str]:
     """Yield the prompt, then what a model continues it with; never half a character.
 
@@ -62,6 +64,10 @@ def stream(
         stop: a string or several; the text ends before the first of them.
         chat: put the prompt into the model's chat template as what a user says, and yield the
             answer alone.
+        weights: how the model's matrices are stored while it writes: "f32", "bf16" or "q8" (int8,
+            a scale for 32 values of a row). Reading them is most of the time of a token. "auto"
+            takes a `Model` as it is, and of a path what loses nothing: bf16 or Q8_0 where the
+            file is so throughout, else "f32". Not with a `Decoder`.
 
     Raises:
         ConfigError: a setting is out of range or the prompt exceeds the context.
@@ -75,7 +81,9 @@ def stream(
     decoder = model if isinstance(model, Decoder) else None
     if decoder is not None and threads is not None:
         raise ConfigError("a Decoder has its threads already: leave threads out")
-    loaded = _loaded(model)
+    if decoder is not None and weights != "auto":
+        raise ConfigError("a Decoder has its weights already: leave weights out")
+    loaded = _loaded(model, check_storage(weights, ("auto",)))
     config = loaded.config
     tokenizer = resolve_tokenizer(tokenizer, loaded)
     context = config.seq_len if decoder is None else decoder.max_len
@@ -116,10 +124,12 @@ def _joined(pieces: Callable[P, Iterator[str]]) -> Callable[P, str]:
 generate = _joined(stream)
 
 
-def _loaded(model: Model | str | Path | Decoder) -> Model:
+def _loaded(model: Model | str | Path | Decoder, weights: str) -> Model:
     if isinstance(model, Decoder):
         return model.model
-    return model if isinstance(model, Model) else Model.load(model)
+    if not isinstance(model, Model):
+        return Model.load(model, weights)
+    return model if weights in ("auto", model.storage) else model.stored(weights)
 
 
 def _stream(

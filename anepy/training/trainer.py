@@ -23,6 +23,7 @@ from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.lora import Lora
 from ..models.model import Model, sequence_length
+from ..models.storage import StoredTensors
 from ..models.views import Tensors
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
@@ -107,6 +108,11 @@ class Trainer:
             model = Model.load(model)
         self.model = model
         self.lora = self._adapter(lora)
+        if isinstance(model.weights, StoredTensors) and self.lora is None:
+            raise ConfigError(
+                f"the model is stored as {model.storage}, and only float32 is trained: load it "
+                "with storage='f32', or train an adapter (lora)"
+            )
         self.seq = sequence_length(self.config.seq, model.config.seq_len)
         if not isinstance(data, TokenData):
             data = TokenData(data)
@@ -177,7 +183,10 @@ class Trainer:
     @property
     def trained(self) -> Tensors:
         """Return the tensors that a checkpoint holds: the model's, or the adapter's."""
-        return self.model.weights if self.lora is None else self.lora.weights
+        if self.lora is not None:
+            return self.lora.weights
+        assert isinstance(self.model.weights, Tensors)  # __init__ saw to it
+        return self.model.weights
 
     @property
     def steps_done(self) -> int:

@@ -210,12 +210,6 @@ static void to_bf16(const anepy_kernels *kernels, uint16_t *dst, const float *sr
     }
 }
 
-static void from_bf16(const anepy_kernels *kernels, float *dst, const uint16_t *src, int64_t n) {
-    if (kernels->bf16 != NULL) kernels->bf16->from_bf16(dst, src, n);
-    else
-        for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
-}
-
 static void conversion_piece(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const anepy_bench *b = context;
@@ -226,7 +220,7 @@ static void conversion_piece(void *context, int32_t index, int32_t worker) {
     case TO_HALF: b->kernels->to_half((uint16_t *)(void *)to + i, from + i, n); break;
     case FROM_HALF: b->kernels->from_half(to + i, (uint16_t *)(void *)from + i, n); break;
     case TO_BF16: to_bf16(b->kernels, (uint16_t *)(void *)to + i, from + i, n); break;
-    case FROM_BF16: from_bf16(b->kernels, to + i, (uint16_t *)(void *)from + i, n); break;
+    case FROM_BF16: b->kernels->from_bf16(to + i, (uint16_t *)(void *)from + i, n); break;
     default: memcpy(to + i, from + i, (size_t)n * sizeof(float)); break;
     }
 }

@@ -43,7 +43,7 @@ static void multiply(const anepy_decoder *d, float *y, anepy_storage w, const fl
         anepy_gemm_run(&d->gemm, &many);
         return;
     }
-    int64_t row_nbytes = w.cols * anepy_dtype_nbytes(w.dtype);
+    int64_t row_nbytes = anepy_stored_nbytes(w.dtype, w.cols);
     int32_t piece = anepy_max_i32(1, (int32_t)(PIECE_BYTES / row_nbytes));
     product p = {d, y, w, x, piece};
     anepy_pool_stream(d->pool, (w.rows + piece - 1) / piece, product_rows, &p);
@@ -257,7 +257,7 @@ static int64_t lay_out(anepy_decoder *d, float *base) {
     return used;
 }
 
-int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model, const float *params,
+int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model, const void *params,
                              int32_t max_len, int32_t threads) {
     const anepy_kernels *kernels = anepy_kernels_get();
     const anepy_blas *blas;

@@ -9,7 +9,7 @@
 
 struct anepy_decoder {
     const anepy_model *model;
-    const float *params;
+    const void *params;
     const anepy_kernels *kernels;
     anepy_pool *pool;
     int32_t max_len, position;

@@ -62,7 +62,7 @@ static int32_t bank_unlock(anepy_surface *surface, int32_t for_writing) {
 typedef struct {
     const anepy_bank_surface *surface;
     const anepy_kernels *kernels;
-    const float *params;
+    const void *params;
 } weight_task;
 
 static void write_weight_rows(void *context, int32_t index, int32_t worker) {
@@ -85,7 +85,7 @@ static void write_weight_rows(void *context, int32_t index, int32_t worker) {
                               anepy_storage_rows(from, r, 1), 0);
 }
 
-static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const float *params) {
+static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const void *params) {
     int adapter = anepy_tensor_has(s->weight.tensor, ANEPY_TENSOR_ADAPTER);
     weight_task task = {s, d->base.options.gemm->kernels,
                         adapter ? d->base.options.adapter : params};
@@ -95,7 +95,7 @@ static int32_t write_weight(anepy_bank_device *d, anepy_bank_surface *s, const f
     return bank_unlock(&s->base, 1);
 }
 
-static int32_t bank_load_weights(anepy_device *device, const float *params) {
+static int32_t bank_load_weights(anepy_device *device, const void *params) {
     anepy_bank_device *d = (anepy_bank_device *)device;
     for (anepy_bank_surface *s = d->surfaces; s != NULL; s = s->next)
         if (s->weight.tensor != NULL) ANEPY_TRY(write_weight(d, s, params));
@@ -104,7 +104,7 @@ static int32_t bank_load_weights(anepy_device *device, const float *params) {
 
 /* Finds the surface of a live weight, or makes and fills one. */
 static int32_t weight_surface(anepy_bank_device *d, const anepy_program_matrix *m,
-                              const float *params, anepy_bank_surface **out) {
+                              const void *params, anepy_bank_surface **out) {
     for (*out = d->surfaces; *out != NULL; *out = (*out)->next)
         if ((*out)->weight.tensor == m->tensor && (*out)->weight.first_row == m->first_row)
             return ANEPY_OK;
@@ -129,7 +129,7 @@ static void bank_release(anepy_executable *executable) {
 }
 
 static int32_t add_executable(anepy_bank_device *d, anepy_bank *bank,
-                              const anepy_instance *instance, int32_t function, const float *params,
+                              const anepy_instance *instance, int32_t function, const void *params,
                               anepy_executable **out) {
     const anepy_program *program = instance->program;
     anepy_executable *executable = calloc(1, sizeof *executable);
@@ -167,7 +167,7 @@ static int same_text(const anepy_instance *a, const anepy_instance *b) {
 }
 
 /* Lists the distinct texts of instances; functions[i] becomes the text of instance i. */
-static int32_t distinct(const anepy_instance *instances, int32_t n, const float *params,
+static int32_t distinct(const anepy_instance *instances, int32_t n, const void *params,
                         anepy_mil_item *items, int32_t *functions) {
     int32_t count = 0;
     for (int32_t i = 0; i < n; i++) {
@@ -238,7 +238,7 @@ typedef struct {
 } plan;
 
 static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
-                            int32_t n, const float *params, const form *f, anepy_executable **out) {
+                            int32_t n, const void *params, const form *f, anepy_executable **out) {
     int32_t count = distinct(instances, n, params, p->items, p->functions), made = 0, status;
     int32_t texts = f->single ? count : 1, each = f->single ? 1 : count;
     ANEPY_TRY(check_budget(d, texts));
@@ -266,7 +266,7 @@ static int32_t compile_form(anepy_bank_device *d, const plan *p, const anepy_ins
 /* Tries the forms in turn until the hardware takes one; the next compilation begins with that one.
  * If none is taken, the error is that of the first. */
 static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_instance *instances,
-                            int32_t n, const float *params, anepy_executable **out) {
+                            int32_t n, const void *params, anepy_executable **out) {
     char first[512] = "";
     for (int32_t i = d->form; i < FORM_N; i++) {
         if (!possible(&d->traits, &FORMS[i])) continue;
@@ -279,7 +279,7 @@ static int32_t compile_plan(anepy_bank_device *d, const plan *p, const anepy_ins
 }
 
 static int32_t bank_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
-                            const float *params, anepy_executable **out) {
+                            const void *params, anepy_executable **out) {
     plan p = {.items = calloc((size_t)n, sizeof *p.items),
               .functions = calloc((size_t)n, sizeof *p.functions),
               .banks = calloc((size_t)n, sizeof(anepy_bank *))};

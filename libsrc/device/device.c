@@ -65,7 +65,7 @@ static void move_rows(void *context, int32_t index, int32_t worker) {
     if (m->surface->dtype == ANEPY_F32)
         memcpy(m->writing ? inside : host, m->writing ? host : inside, (size_t)n * sizeof(float));
     else if (m->surface->dtype == ANEPY_BF16 && m->writing) kernels->bf16->to_bf16(inside, host, n);
-    else if (m->surface->dtype == ANEPY_BF16) kernels->bf16->from_bf16(host, inside, n);
+    else if (m->surface->dtype == ANEPY_BF16) kernels->from_bf16(host, inside, n);
     else if (m->writing) kernels->to_half(inside, host, n);
     else kernels->from_half(host, inside, n);
 }

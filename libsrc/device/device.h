@@ -113,10 +113,10 @@ typedef struct {
      * compiled, if the process may not compile so many. With ANEPY_COMPILES_BESIDE, and if no
      * weight is live, it may run on another thread while older executables are evaluated. */
     int32_t (*compile)(anepy_device *device, const anepy_instance *instances, int32_t n,
-                       const float *params, anepy_executable **out);
+                       const void *params, anepy_executable **out);
     void (*release)(anepy_executable *executable);
     /* Loads the current live weights from params; NULL without ANEPY_DYNAMIC. */
-    int32_t (*load_weights)(anepy_device *device, const float *params);
+    int32_t (*load_weights)(anepy_device *device, const void *params);
     /* Binds tensor `index` of the program to the channels of surface from `channel` on. */
     int32_t (*bind)(anepy_executable *executable, int32_t index, anepy_surface *surface,
                     int32_t channel);

@@ -24,12 +24,6 @@ SIMD_TARGET static void SIMD_FN(to_bf16)(uint16_t *dst, const float *src, int64_
     memcpy(dst + i, &rest, (size_t)(n - i) * sizeof *dst);
 }
 
-SIMD_TARGET static void SIMD_FN(from_bf16)(float *dst, const uint16_t *src, int64_t n) {
-    int64_t i = 0;
-    for (; i + VL <= n; i += VL) v_store(dst + i, v_load_bf16(src + i));
-    for (; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
-}
-
 /* Rounds two rows and interleaves them; high is NULL if the last row has no partner. */
 V_INLINE void pack_pair(uint32_t *dst, const float *low, const float *high, int32_t n) {
     int32_t j = 0;
@@ -87,6 +81,6 @@ SIMD_TARGET static float SIMD_FN(dot_chains)(uint32_t a, uint32_t b, int64_t rou
 #define BF16_KERNELS                                                                               \
     {                                                                                              \
         .dot_tile = SIMD_FN(dot_tile), .to_bf16 = SIMD_FN(to_bf16),                                \
-        .from_bf16 = SIMD_FN(from_bf16), .pack_pairs = SIMD_FN(pack_pairs),                        \
+        .pack_pairs = SIMD_FN(pack_pairs),                        \
         .zip_pairs = SIMD_FN(zip_pairs), .dot_chains = SIMD_FN(dot_chains),                        \
     }

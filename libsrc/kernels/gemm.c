@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels/blas.h"
+#include "kernels/weights.h"
 
 #define COLS ANEPY_COLUMNS
 #define PANEL_DEPTH 2048    /* units of the reduction that panels of B have room for */
@@ -143,6 +144,39 @@ static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *
     }
 }
 
+/* bf16 in pairs that a kernel reads where they lie. */
+static int pairs_in_place(const anepy_gemm *gemm, const anepy_product *s) {
+    return gemm->bf16 != NULL && s->stored.dtype == ANEPY_BF16 && s->stored.cols % 2 == 0;
+}
+
+/* pack_rows of weights that are stored smaller: a row, or a pair of steps, at a time. */
+static units pack_stored(const anepy_gemm *gemm, const anepy_product *s, float *block,
+                         int32_t first, int32_t rows) {
+    const anepy_bf16_kernels *bf16 = gemm->bf16;
+    const uint16_t *halves = s->stored.data;
+    int32_t n = units_of(gemm, s->k), by_rows = s->a_step == 1;
+    float *wide = block + BLOCK_ROWS * MULTIPLY_DEPTH;
+    if (by_rows && pairs_in_place(gemm, s)) {
+        const void *at = halves + (int64_t)first * s->stored.cols + s->from;
+        return (units){at, s->stored.cols / 2, 1};
+    }
+    for (int32_t i = 0; i < rows && by_rows; i++) {
+        float *row = block + (int64_t)i * n;
+        anepy_weights_read(gemm->kernels, bf16 != NULL ? wide : row, s->stored, first + i, s->from,
+                           s->k);
+        if (bf16 != NULL) round_rows(bf16, row, wide, s->k, 1, s->k, n);
+    }
+    if (by_rows) return (units){block, n, 1};
+    for (int32_t p = 0; p < s->k; p++) {
+        float *step = bf16 != NULL ? wide + p % 2 * BLOCK_ROWS : block + (int64_t)p * BLOCK_ROWS;
+        anepy_weights_read(gemm->kernels, step, s->stored, s->from + p, first, rows);
+        if (bf16 != NULL && (p % 2 == 1 || p + 1 == s->k))
+            bf16->pack_pairs((uint32_t *)(void *)block + (int64_t)(p / 2) * BLOCK_ROWS, BLOCK_ROWS,
+                             wide, BLOCK_ROWS, p % 2 + 1, rows);
+    }
+    return (units){block, 1, BLOCK_ROWS};
+}
+
 /* Rows [first, first + rows) of A with the whole reduction: in place if the kernel reads them in
  * order there, else packed into block. */
 static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *block, int32_t first,
@@ -150,6 +184,7 @@ static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *bl
     const anepy_bf16_kernels *bf16 = gemm->bf16;
     int32_t n = units_of(gemm, s->k), by_rows = s->a_step == 1;
     int64_t start = first * s->a_row;
+    if (s->stored.data != NULL) return pack_stored(gemm, s, block, first, rows);
     if (by_rows && bf16 == NULL) return (units){s->a + start, s->a_row, 1};
     if (by_rows && s->a16 != NULL)
         return (units){(const float *)(const void *)(s->a16 + start), s->a_row / 2, 1};
@@ -192,12 +227,34 @@ static void blas_rows(const anepy_blas *blas, const anepy_product *s, int32_t fi
                 (int32_t)s->ldc);
 }
 
+/* The same with weights that are stored smaller: as many rows at a time as there is room for. */
+static void blas_stored(const anepy_gemm *gemm, const anepy_product *whole, int32_t first,
+                        int32_t rows, float *room) {
+    int32_t most = anepy_max_i32(1, (int32_t)(gemm->scratch_n / whole->k));
+    if (most > BLAS_ROUND) most = most / BLAS_ROUND * BLAS_ROUND;
+    for (int32_t end = first + rows; first < end; first += most) {
+        anepy_product s = *whole;
+        int32_t n = anepy_min_i32(most, end - first), by_rows = s.a_step == 1;
+        for (int32_t i = 0; i < (by_rows ? n : s.k); i++)
+            anepy_weights_read(gemm->kernels, room + (int64_t)i * (by_rows ? s.k : n), s.stored,
+                               by_rows ? first + i : s.from + i, by_rows ? s.from : first,
+                               by_rows ? s.k : n);
+        s.a = room;
+        s.a_row = by_rows ? s.k : 1;
+        s.a_step = by_rows ? 1 : n;
+        s.c += first * s.ldc;
+        blas_rows(gemm->blas, &s, 0, n);
+    }
+}
+
 static void blas_block(void *context, int32_t index, int32_t worker) {
-    (void)worker;
     const anepy_gemm_job *job = context;
     const anepy_product *s = &job->product;
     int32_t first = index * BLAS_ROWS, rows = anepy_min_i32(BLAS_ROWS, s->m - first);
-    blas_rows(job->gemm->blas, s, first, rows);
+    if (s->stored.data != NULL)
+        blas_stored(job->gemm, s, first, rows,
+                    job->gemm->scratch + worker * job->gemm->scratch_n);
+    else blas_rows(job->gemm->blas, s, first, rows);
     /* mutate: blas-row-squares */ anepy_gemm_row_squares(job->gemm, s, first, rows);
 }
 
@@ -218,7 +275,8 @@ static void pack_panel(void *context, int32_t index, int32_t worker) {
 anepy_product anepy_gemm_part(const anepy_product *whole, int32_t p, int32_t k) {
     anepy_product s = *whole;
     int64_t a = p * s.a_step, b = s.b_transposed ? p : p * s.ldb;
-    if (s.a16 != NULL) s.a16 += a;
+    if (s.stored.data != NULL) s.from += p;
+    else if (s.a16 != NULL) s.a16 += a;
     else s.a += a;
     if (s.b16 != NULL) s.b16 += b;
     else if (s.b != NULL) s.b += b; /* B may be packed already */
@@ -238,7 +296,7 @@ static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32
     upcoming u = {.at = halves ? (const char *)(s->a16 + start) : (const char *)(s->a + start),
                   .n = units_of(gemm, s->k),
                   .every = 1};
-    if (rows <= 0) return u;
+    if (rows <= 0 || s->stored.data != NULL) return u;
     if (!by_rows) {
         u.stride = s->a_step * size;
         u.rows = s->k;
@@ -337,6 +395,7 @@ void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
         anepy_gemm_job job = {gemm, *product};
         anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLAS_ROWS), blas_block, &job);
         if (product->also == NULL) return;
+        job.product.stored = product->also->stored;
         job.product.a = product->also->a;
         job.product.a_row = product->also->a_row;
         job.product.a_step = product->also->a_step;

@@ -11,6 +11,7 @@
 #define ANEPY_KERNELS_GEMM_H
 
 #include "kernels/kernels.h"
+#include "runtime/storage.h"
 #include "runtime/threads.h"
 
 /* C[m, n] = or += A[m, k] . B[k, n], k >= 1. A(i,p) = a[i*a_row + p*a_step] with a_row or a_step 1.
@@ -22,6 +23,10 @@ typedef struct anepy_product {
      * are even, the first element is 4-byte aligned, and the element behind a row of odd length is
      * finite. */
     const uint16_t *a16, *b16;
+    /* Weights that are stored smaller, instead of a: A is stored, or with a_row 1 its transpose, and
+     * the reduction begins at its column, or row, `from`. They are widened as they are packed. */
+    anepy_storage stored;
+    int32_t from;
     int64_t ldc, a_row, a_step, ldb;
     int32_t b_transposed;
     int32_t m, n, k;

@@ -17,6 +17,7 @@
 #define ANEPY_KERNELS_H
 
 #include "runtime/status.h"
+#include "runtime/storage.h"
 
 #define ANEPY_TILE_ROWS 6   /* rows of C that a matrix kernel computes at once, on every set */
 #define ANEPY_COLUMNS 64    /* columns of a panel; activations are padded to multiples */
@@ -57,7 +58,6 @@ typedef struct {
                      int32_t accumulate, anepy_lines next);
     /* Round to nearest even; NaN stays NaN. */
     void (*to_bf16)(uint16_t *dst, const float *src, int64_t n);
-    void (*from_bf16)(float *dst, const uint16_t *src, int64_t n);
     /* Rows 2q and 2q + 1 of src [k][n], ld apart, become row q of units: dst[q*dst_ld + j]. */
     void (*pack_pairs)(uint32_t *dst, int64_t dst_ld, const float *src, int64_t ld, int32_t k,
                        int32_t n);
@@ -83,6 +83,10 @@ typedef struct anepy_kernels {
 
     /* y[i] = sum_p w[i*ldw + p] * x[p], i < rows. */
     void (*gemv)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows, int32_t k);
+    /* The same for rows without gaps, stored as bf16, or as Q8 (runtime/storage.h), k a multiple of
+     * 32. Sums are float32. */
+    void (*gemv_bf16)(float *y, const uint16_t *w, const float *x, int32_t rows, int32_t k);
+    void (*gemv_q8)(float *y, const anepy_q8 *w, const float *x, int32_t rows, int32_t k);
     /* y[p] = sum_i x[i] * w[i*ldw + p], p < k: gemv with the transpose of w. */
     void (*sum_rows)(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
                      int32_t k);
@@ -96,6 +100,9 @@ typedef struct anepy_kernels {
     /* IEEE binary16, round to nearest even; beyond 65504 becomes infinite, NaN stays NaN. */
     void (*to_half)(uint16_t *dst, const float *src, int64_t n);
     void (*from_half)(float *dst, const uint16_t *src, int64_t n);
+    void (*from_bf16)(float *dst, const uint16_t *src, int64_t n);
+    /* dst[i] = number first + i of a row of blocks. */
+    void (*from_q8)(float *dst, const anepy_q8 *row, int64_t first, int64_t n);
 
     /* RMSNorm over rows c < channels of 64 columns (Zhang & Sennrich 2019):
      * rstd[s] = 1/sqrt(mean_c x^2 + eps); y[c][s] = w[c] * x[c][s] * rstd[s]. */

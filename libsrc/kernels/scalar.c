@@ -41,6 +41,26 @@ static void gemv__scalar(float *y, const float *w, int64_t ldw, const float *x, 
     }
 }
 
+static void gemv_bf16__scalar(float *y, const uint16_t *w, const float *x, int32_t rows,
+                              int32_t k) {
+    for (int32_t i = 0; i < rows; i++, w += k) {
+        y[i] = 0.0f;
+        for (int32_t p = 0; p < k; p++) y[i] += anepy_from_bf16(w[p]) * x[p];
+    }
+}
+
+static void gemv_q8__scalar(float *y, const anepy_q8 *w, const float *x, int32_t rows, int32_t k) {
+    for (int32_t i = 0; i < rows; i++) {
+        y[i] = 0.0f;
+        for (int32_t b = 0; b < k / ANEPY_Q8_N; b++, w++) {
+            float sum = 0.0f;
+            for (int32_t j = 0; j < ANEPY_Q8_N; j++)
+                sum += (float)w->value[j] * x[b * ANEPY_Q8_N + j];
+            y[i] += anepy_from_half(w->scale) * sum;
+        }
+    }
+}
+
 static void sum_rows__scalar(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
                              int32_t k) {
     for (int32_t p = 0; p < k; p++) y[p] = 0.0f;
@@ -78,6 +98,17 @@ static void to_half__scalar(uint16_t *dst, const float *src, int64_t n) {
 
 static void from_half__scalar(float *dst, const uint16_t *src, int64_t n) {
     for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_half(src[i]);
+}
+
+static void from_bf16__scalar(float *dst, const uint16_t *src, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
+}
+
+static void from_q8__scalar(float *dst, const anepy_q8 *row, int64_t first, int64_t n) {
+    for (int64_t i = first; i < first + n; i++) {
+        const anepy_q8 *block = row + i / ANEPY_Q8_N;
+        dst[i - first] = anepy_from_half(block->scale) * (float)block->value[i % ANEPY_Q8_N];
+    }
 }
 
 static void rmsnorm__scalar(float *y, int64_t ldy, float *rstd, const float *x, const float *w,
@@ -238,6 +269,8 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .gemm_tile = gemm_tile_6x16__scalar,
     .transpose_panel = transpose_panel__scalar,
     .gemv = gemv__scalar,
+    .gemv_bf16 = gemv_bf16__scalar,
+    .gemv_q8 = gemv_q8__scalar,
     .sum_rows = sum_rows__scalar,
     .add = add__scalar,
     .scale = scale__scalar,
@@ -245,6 +278,8 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .sum_squares = sum_squares__scalar,
     .to_half = to_half__scalar,
     .from_half = from_half__scalar,
+    .from_bf16 = from_bf16__scalar,
+    .from_q8 = from_q8__scalar,
     .rmsnorm = rmsnorm__scalar,
     .rmsnorm_stats = rmsnorm_stats__scalar,
     .rmsnorm_row = rmsnorm_row__scalar,

@@ -76,6 +76,16 @@ V_INLINE void v_store_half(uint16_t *p, vf v) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+V_INLINE vf v_load_bf16(const uint16_t *p) {
+    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+V_INLINE vf v_set_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_set1_epi16((int16_t)*p)); }
+V_INLINE vf v_load_int8(const int8_t *p) {
+    __m128i x = _mm_loadl_epi64((const __m128i *)(const void *)p);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+}
+
 /* dst[p*dst_ld + j] = src[j*src_ld + p] for 8 x 8 elements. */
 V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
     __m256 r[8], t[8];

@@ -69,6 +69,18 @@ V_INLINE void v_store_half(uint16_t *p, vf v) {
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+V_INLINE vf v_load_bf16(const uint16_t *p) {
+    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+V_INLINE vf v_set_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((int16_t)*p));
+}
+V_INLINE vf v_load_int8(const int8_t *p) {
+    __m128i x = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+}
+
 /* dst[p*dst_ld + j] = src[j*src_ld + p] for 16 x 16 elements. */
 V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
     __m512 r[16], t[16];

@@ -35,7 +35,3 @@ V_INLINE vp v_join(const uint16_t *low, const uint16_t *high) {
     __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)high);
     return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
-V_INLINE vf v_load_bf16(const uint16_t *p) {
-    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}

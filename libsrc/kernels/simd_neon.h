@@ -68,6 +68,19 @@ V_INLINE void v_store_half(uint16_t *p, vf v) {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
 
+V_INLINE vf v_load_bf16(const uint16_t *p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+V_INLINE vf v_set_half(const uint16_t *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(*p)));
+}
+V_INLINE vf v_load_int8(const int8_t *p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    int8x8_t x = vreinterpret_s8_u32(vdup_n_u32(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x))));
+}
+
 /* dst[p*dst_ld + j] = src[j*src_ld + p] for 4 x 4 elements. */
 V_INLINE void v_transpose(float *dst, int64_t dst_ld, const float *src, int64_t src_ld) {
     float32x4x2_t a = vtrnq_f32(vld1q_f32(src), vld1q_f32(src + src_ld));

@@ -38,6 +38,3 @@ V_INLINE vp v_zip(vp v) {
 V_INLINE vp v_join(const uint16_t *low, const uint16_t *high) {
     return vreinterpretq_u32_u16(vcombine_u16(vld1_u16(low), vld1_u16(high)));
 }
-V_INLINE vf v_load_bf16(const uint16_t *p) {
-    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
-}

@@ -59,6 +59,8 @@ SIMD_TARGET static void SIMD_FN(gemv)(float *y, const float *w, int64_t ldw, con
     }
 }
 
+#include "kernels/stored_impl.h"
+
 /* Sums up to 4 vectors of columns, odd and even rows separately, so that additions overlap. */
 V_INLINE void sum_rows_block(float *y, const float *w, int64_t ldw, const float *x, int32_t rows,
                              int64_t left, const int vectors) {
@@ -497,6 +499,8 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .gemm_tile = SIMD_FN(gemm_tile),                                                           \
         .transpose_panel = SIMD_FN(transpose_panel),                                               \
         .gemv = SIMD_FN(gemv),                                                                     \
+        .gemv_bf16 = SIMD_FN(gemv_bf16),                                                           \
+        .gemv_q8 = SIMD_FN(gemv_q8),                                                               \
         .sum_rows = SIMD_FN(sum_rows),                                                             \
         .add = SIMD_FN(add),                                                                       \
         .scale = SIMD_FN(scale),                                                                   \
@@ -504,6 +508,8 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .sum_squares = SIMD_FN(sum_squares),                                                       \
         .to_half = SIMD_FN(to_half),                                                               \
         .from_half = SIMD_FN(from_half),                                                           \
+        .from_bf16 = SIMD_FN(from_bf16),                                                           \
+        .from_q8 = SIMD_FN(from_q8),                                                               \
         .rmsnorm = SIMD_FN(rmsnorm),                                                               \
         .rmsnorm_stats = SIMD_FN(rmsnorm_stats),                                                   \
         .rmsnorm_row = SIMD_FN(rmsnorm_row),                                                       \

@@ -1,7 +1,7 @@
-/* kernels/weights.h - all computations that depend on how weights are stored.
+/* kernels/weights.h - all computations that depend on how weights are stored: float32, bf16, Q8.
  *
- * A further storage is a case in each of these functions, and changes nothing elsewhere. Only
- * float32 is stored so far. */
+ * A further storage is a case in each of these functions, and changes nothing elsewhere but what
+ * gemm.c reads in place. */
 #ifndef ANEPY_KERNELS_WEIGHTS_H
 #define ANEPY_KERNELS_WEIGHTS_H
 
@@ -21,6 +21,9 @@ void anepy_weights_read(const anepy_kernels *kernels, float *dst, anepy_storage 
 /* Converts to binary16: [rows, cols] without gaps, or transposed [cols, rows]. */
 void anepy_weights_to_half(const anepy_kernels *kernels, uint16_t *dst, anepy_storage w,
                            int32_t transposed);
+
+/* Converts n numbers to a storage; fails if one does not fit. */
+int32_t anepy_weights_pack(void *dst, const float *src, anepy_dtype dtype, int64_t n);
 
 /* The elements of a vector, which is always stored as float32. */
 static inline const float *anepy_weights_vector(anepy_storage w) { return w.data; }

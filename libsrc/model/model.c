@@ -141,8 +141,20 @@ static void append(anepy_model *model, int32_t layer, int32_t role, const char *
     t->role = role;
     t->rows = rows != VECTOR ? rows : 1;
     t->cols = cols;
+    t->storage = ANEPY_F32;
     t->offset = model->arena_n;
     model->arena_n += /* mutate: arena-size */ anepy_tensor_n(t);
+}
+
+/* Where tensors lie in the arena of weights: behind each other, at multiples of 4 bytes. */
+static void place_weights(anepy_model *model) {
+    model->params_nbytes = 0;
+    for (int32_t i = 0; i < model->own_n; i++) {
+        anepy_tensor *t = &model->tensors[i];
+        t->byte = model->params_nbytes;
+        model->params_nbytes +=
+            anepy_round_up(anepy_stored_nbytes((anepy_dtype)t->storage, anepy_tensor_n(t)), 4);
+    }
 }
 
 /* Where a tensor stands in the forward pass: an adapter beside its weight. */
@@ -214,6 +226,7 @@ int32_t anepy_model_create(anepy_model **out, const anepy_config *config) {
     if (!config->tied)
         append(m, -1, ANEPY_CLASSIFIER, "output.weight", config->vocab_size, config->dim);
     m->own_n = m->tensor_n;
+    place_weights(m);
     place_gradients(m);
     *out = m;
     return ANEPY_OK;
@@ -235,6 +248,25 @@ int32_t anepy_model_tensor(const anepy_model *model, int32_t index, anepy_tensor
 }
 
 int64_t anepy_model_arena_n(const anepy_model *model) { return model->arena_n; }
+
+int64_t anepy_model_params_nbytes(const anepy_model *model) { return model->params_nbytes; }
+
+int32_t anepy_model_store(anepy_model *model, int32_t index, int32_t storage) {
+    ANEPY_TRY(check_index(model, index));
+    anepy_tensor *t = &model->tensors[index];
+    if (storage != ANEPY_STORED_F32 && storage != ANEPY_STORED_BF16 && storage != ANEPY_STORED_Q8)
+        return anepy_fail(ANEPY_E_ARGUMENT, "storage is %d, expected %d, %d or %d", storage,
+                          ANEPY_STORED_F32, ANEPY_STORED_BF16, ANEPY_STORED_Q8);
+    if (model->adapter.rank > 0)
+        return anepy_fail(ANEPY_E_STATE, "weights are stored before an adapter is added");
+    if (!anepy_tensor_has(t, ANEPY_TENSOR_MATRIX)) return ANEPY_OK;
+    if (storage == ANEPY_STORED_Q8 && t->cols % ANEPY_Q8_N != 0) storage = ANEPY_STORED_BF16;
+    t->storage = storage;
+    if (storage != ANEPY_STORED_F32) t->flags &= ~ANEPY_TENSOR_TRAINABLE;
+    place_weights(model);
+    place_gradients(model);
+    return ANEPY_OK;
+}
 
 int64_t anepy_model_gradient_n(const anepy_model *model) { return model->gradient_n; }
 
@@ -267,6 +299,7 @@ static void append_adapter(anepy_model *model, int32_t layer, int32_t role, int3
                         .flags = ANEPY_TENSOR_MATRIX | ANEPY_TENSOR_DECAYS |
                                  ANEPY_TENSOR_TRAINABLE | ANEPY_TENSOR_ADAPTER,
                         .offset = adapter->n,
+                        .byte = adapter->n * (int64_t)sizeof(float),
                         .rows = is_a ? adapter->rank : weight->rows,
                         .cols = is_a ? weight->cols : adapter->rank,
                         .layer = layer,
@@ -338,8 +371,9 @@ const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, in
     return position >= 0 ? &model->tensors[1 + layer * model->layer_n + position] : NULL;
 }
 
-anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena) {
-    return (anepy_storage){arena + tensor->offset, ANEPY_F32, (int32_t)tensor->rows,
+anepy_storage anepy_stored(const anepy_tensor *tensor, const void *arena) {
+    return (anepy_storage){(const char *)arena + tensor->byte, (anepy_dtype)tensor->storage,
+                           (int32_t)tensor->rows,
                            (int32_t)tensor->cols};
 }
 

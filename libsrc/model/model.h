@@ -72,6 +72,7 @@ struct anepy_model {
     int32_t own_n;  /* without those of adapters */
     int32_t lowest; /* the first that is trainable or has an adapter */
     int64_t arena_n;
+    int64_t params_nbytes;
     int64_t gradient_n;
     anepy_adapter adapter;
     anepy_tensor tensors[]; /* embeddings, layers, final norm, classifier if separate; adapters */
@@ -94,7 +95,7 @@ static inline int anepy_tensor_has(const anepy_tensor *tensor, uint32_t flag) {
 int anepy_model_trains(const anepy_model *model, int32_t layer, int32_t role);
 
 /* Where its weights are in an arena. */
-anepy_storage anepy_stored(const anepy_tensor *tensor, const float *arena);
+anepy_storage anepy_stored(const anepy_tensor *tensor, const void *arena);
 
 /* A linear map y = W x + b, with an adapter y = W x + b + scale B (A x). All that multiplies with weights, writes their gradients or counts
  * operations takes shapes and tensors from here. */

@@ -30,7 +30,7 @@ typedef struct {
 /* params: the parameter arena; the weights of `layer` are baked. Not used for live weights. */
 typedef struct {
     const anepy_program *program;
-    const float *params;
+    const void *params;
     int32_t layer;
 } anepy_mil_item;
 

@@ -44,7 +44,7 @@ typedef struct {
     const anepy_model *model;
     int32_t width;
     const anepy_program *program;
-    const float *params;
+    const void *params;
     int32_t layer;
     int32_t function; /* number of the function being written */
     int32_t counter;  /* makes names unique in the function */

@@ -273,7 +273,7 @@ int32_t anepy_program_find_weight(const anepy_program *program, const anepy_mode
     return -1;
 }
 
-anepy_storage anepy_program_stored(const anepy_program_matrix *m, const float *arena) {
+anepy_storage anepy_program_stored(const anepy_program_matrix *m, const void *arena) {
     return anepy_storage_rows(anepy_stored(m->tensor, arena), m->first_row, m->rows);
 }
 

@@ -152,7 +152,7 @@ int32_t anepy_program_find_weight(const anepy_program *program, const anepy_mode
                                   int32_t layer, const anepy_tensor *tensor);
 
 /* Where it is in an arena, and its first element there. */
-anepy_storage anepy_program_stored(const anepy_program_matrix *matrix, const float *arena);
+anepy_storage anepy_program_stored(const anepy_program_matrix *matrix, const void *arena);
 int64_t anepy_program_offset(const anepy_program_matrix *matrix);
 
 /* Token v belongs to group v % G of `softmax`, G = this: up to 128 tokens each. Probabilities over

@@ -6,9 +6,24 @@
 #include "runtime/common.h"
 
 /* How one number is stored. */
-typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16 } anepy_dtype;
+typedef enum { ANEPY_F32, ANEPY_F16, ANEPY_BF16, ANEPY_Q8 } anepy_dtype;
 
+/* ANEPY_Q8, as GGUF's Q8_0: 32 numbers of a row share a scale, number i is scale * value[i]. A row
+ * is a multiple of 32 long; blocks lie behind each other. */
+#define ANEPY_Q8_N 32
+typedef struct {
+    uint16_t scale; /* binary16 */
+    int8_t value[ANEPY_Q8_N];
+} anepy_q8;
+
+/* Of one number; ANEPY_Q8 has only whole blocks. */
 ANEPY_INLINE int64_t anepy_dtype_nbytes(anepy_dtype dtype) { return dtype == ANEPY_F32 ? 4 : 2; }
+
+/* Of n numbers. */
+ANEPY_INLINE int64_t anepy_stored_nbytes(anepy_dtype dtype, int64_t n) {
+    return dtype == ANEPY_Q8 ? n / ANEPY_Q8_N * (int64_t)sizeof(anepy_q8)
+                             : n * anepy_dtype_nbytes(dtype);
+}
 
 /* A matrix [rows, cols], row after row; a vector is one row. */
 typedef struct {
@@ -19,7 +34,7 @@ typedef struct {
 
 /* Rows [first, first + rows) of a matrix. */
 ANEPY_INLINE anepy_storage anepy_storage_rows(anepy_storage s, int32_t first, int32_t rows) {
-    int64_t nbytes = (int64_t)first * s.cols * anepy_dtype_nbytes(s.dtype);
+    int64_t nbytes = anepy_stored_nbytes(s.dtype, (int64_t)first * s.cols);
     return (anepy_storage){(const char *)s.data + nbytes, s.dtype, rows, s.cols};
 }
 

@@ -24,7 +24,7 @@ int32_t anepy_adapter_pieces(const anepy_dw *dw) {
 static const float *row_of(const anepy_engine *e, const anepy_factor *f, int32_t r, float *room) {
     int64_t at = (int64_t)r * e->room->width;
     if (f->rows != NULL) return f->rows + at;
-    e->kernels->bf16->from_bf16(room, f->rounded + at, anepy_reduction(e));
+    e->kernels->from_bf16(room, f->rounded + at, anepy_reduction(e));
     return room;
 }
 

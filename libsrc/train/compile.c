@@ -67,7 +67,7 @@ static int32_t install(anepy_engine *e, anepy_executable *const *executables) {
     return ANEPY_OK;
 }
 
-static int32_t compile_now(anepy_engine *e, const float *weights) {
+static int32_t compile_now(anepy_engine *e, const void *weights) {
     anepy_device *device = e->room->device;
     anepy_instance *instances = calloc((size_t)e->room->node_n, sizeof *instances);
     anepy_executable **executables = calloc((size_t)e->room->node_n, sizeof *executables);
@@ -112,7 +112,7 @@ static int32_t create(anepy_engine *e) {
     e->room->compiler = c;
     c->engine = e;
     c->room = e->room;
-    c->nbytes = (uint64_t)e->model->arena_n * sizeof(float);
+    c->nbytes = (uint64_t)e->model->params_nbytes;
     c->sets[0] = anepy_map(c->nbytes);
     c->sets[1] = anepy_map(c->nbytes);
     c->instances = calloc((size_t)e->room->node_n, sizeof *c->instances);

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "kernels/weights.h"
+
 #define COLS ANEPY_COLUMNS
 
 /* Without vector_embed: element by element, as the research programs do
@@ -40,15 +42,15 @@ static void scatter_scalar(anepy_engine *e) {
 static void gather_block(void *context, int32_t index, int32_t worker) {
     (void)worker;
     anepy_engine *e = context;
-    const float *table = anepy_weights(e, 0, ANEPY_EMBEDDING).data;
+    anepy_storage table = anepy_weights(e, 0, ANEPY_EMBEDDING);
     int32_t dim = e->model->config.dim, panels = e->run.columns / COLS;
     int32_t first = index % panels * COLS, d0 = index / panels * COLS;
     int32_t depth = anepy_min_i32(COLS, dim - d0);
     anepy_span tokens = anepy_span_at(e, first);
     float block[COLS * COLS], transposed[COLS * COLS];
     for (int32_t j = 0; j < tokens.count; j++)
-        memcpy(block + j * COLS, table + (int64_t)e->run.ids[tokens.first + j] * dim + d0,
-               (size_t)depth * sizeof(float));
+        anepy_weights_read(e->kernels, block + j * COLS, table, e->run.ids[tokens.first + j], d0,
+                           depth);
     e->kernels->transpose_panel(transposed, block, COLS, tokens.count, depth);
     float *x = (float *)e->room->layers[0].x.data + first;
     for (int32_t d = 0; d < depth; d++)
@@ -75,7 +77,8 @@ static void scatter_block(void *context, int32_t index, int32_t worker) {
 
 void anepy_embed(anepy_engine *e) {
     int32_t blocks = (e->model->config.dim + COLS - 1) / COLS * (e->run.columns / COLS);
-    if (anepy_on(e, ANEPY_VECTOR_EMBED)) anepy_engine_run(e, blocks, gather_block);
+    int plain = anepy_weights(e, 0, ANEPY_EMBEDDING).dtype == ANEPY_F32;
+    if (anepy_on(e, ANEPY_VECTOR_EMBED) || !plain) anepy_engine_run(e, blocks, gather_block);
     else gather_scalar(e);
 }
 

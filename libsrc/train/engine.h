@@ -136,7 +136,7 @@ typedef struct {
     anepy_node *tail[ANEPY_PROGRAM_N]; /* of no layer: the first part of each; NULL: it is off */
     anepy_layer *layers;
     anepy_compiler *compiler; /* background_compile */
-    const float *effective;   /* the weights that steps compute with: params, or a copy of them */
+    const void *effective;    /* the weights that steps compute with: params, or a copy of them */
     int32_t stale;            /* the programs are not those of params */
 
     int32_t held;          /* the layer whose activations are there, with recompute */
@@ -222,7 +222,8 @@ struct anepy_engine {
     uint64_t caller_fpmode; /* given back when it returns */
     const anepy_model *model;
     /* The caller's; grads: by anepy_gradient only; adam_v: NULL where no tensor has one. */
-    float *params, *grads, *adam_m, *adam_v;
+    void *params;
+    float *grads, *adam_m, *adam_v;
     float *adapter;                          /* as well; NULL: the model has none */
     const struct anepy_optimizer *optimizer; /* a row of the table in update.c */
     struct anepy_muon *muon;                 /* NULL: another optimizer */
@@ -270,7 +271,7 @@ static inline float *anepy_gradients(const anepy_engine *e) { return e->grads; }
 /* Where the values of a trainable tensor are. */
 static inline float *anepy_values(const anepy_engine *e, const anepy_tensor *tensor) {
     int adapter = anepy_tensor_has(tensor, ANEPY_TENSOR_ADAPTER);
-    return (adapter ? e->adapter : e->params) + tensor->offset;
+    return (float *)(void *)((char *)(adapter ? e->adapter : e->params) + tensor->byte);
 }
 
 static inline int anepy_on(const anepy_engine *e, anepy_switch s) { return e->switches >> s & 1; }

@@ -41,5 +41,6 @@ void checks_weights(void);
 void checks_ready(void);
 void checks_decoder(void);
 void checks_adapters(void);
+void checks_storage(void);
 
 #endif

@@ -45,7 +45,7 @@ static void check_all_halves(const anepy_kernels *set) {
     static float x[HALVES];
     int values = 1, round_trip = 1;
     for (uint32_t h = 0; h < HALVES; h++) halves[h] = (uint16_t)h;
-    KERNEL(set->bf16, from_bf16)(x, halves, HALVES);
+    KERNEL(set, from_bf16)(x, halves, HALVES);
     KERNEL(set->bf16, to_bf16)(back, x, HALVES);
     for (uint32_t h = 0; h < HALVES; h++) {
         values &= equal(x[h], value_of(h));
@@ -87,7 +87,7 @@ static void check_bounds(const anepy_kernels *set, int32_t n, int place) {
     int right = 1;
     KERNEL(set->bf16, to_bf16)(halves, x, n);
     for (int32_t i = 0; i < n; i++) right &= equal(value_of(halves[i]), nearest(x[i]));
-    KERNEL(set->bf16, from_bf16)(y, halves, n);
+    KERNEL(set, from_bf16)(y, halves, n);
     for (int32_t i = 0; i < n; i++) right &= equal(y[i], value_of(halves[i]));
     CHECK(right && guard_intact(), "bf16 %s: %s, n %d, place %d", set->isa,
           right ? "wrote elsewhere" : "wrong", n, place);

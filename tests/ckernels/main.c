@@ -124,6 +124,7 @@ static const struct {
     {"decoder", checks_decoder},
     {"adapters", checks_adapters},
     {"optimizers", checks_optimizers},
+    {"storage", checks_storage},
 };
 #define GROUP_N (sizeof GROUPS / sizeof GROUPS[0])
 

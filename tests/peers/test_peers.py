@@ -218,6 +218,12 @@ def test_generate_script_counts_the_bytes_of_a_token() -> None:
     assert result["share"]["anepy"]["median"] == pytest.approx(np.median(shares))
 
 
+def test_storage_script_compares_the_storages_in_turns() -> None:
+    result = record("storage.py", *TINY, "--tokens", "5", "--prompt", "70")
+    assert set(result["ms_per_token"]) == set(result["prompt_ms"]) == {"f32", "bf16", "q8"}
+    assert set(result["ratio"]) == {"bf16", "q8"} and result["times_as_fast"]["median"] > 0
+
+
 @needs.LINUX
 def test_competitor_script_compares_with_and_without() -> None:
     result = record("competitor.py", *TINY, "--seq", "16", "--steps", "2")

@@ -68,7 +68,7 @@ static int32_t cpu_lock(anepy_surface *surface, int32_t for_writing) {
 }
 
 static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances, int32_t n,
-                           const float *params, anepy_executable **out) {
+                           const void *params, anepy_executable **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
     for (int32_t i = 0; i < n; i++) {
         const anepy_program *program = instances[i].program;

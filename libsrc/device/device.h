@@ -137,6 +137,9 @@ struct anepy_device {
      * document. Attention does not look behind it, and RoPE counts from it. NULL: a sequence is one
      * document. Set before evaluations, by the step engine. */
     const int32_t *documents;
+    /* Programs are evaluated once more for what the backward pass reads: the outputs that the step
+     * engine alone reads may be left as they are. Set before evaluations as well. */
+    int32_t again;
 };
 
 /* The device type with this name; NULL or "auto" is the first usable one. If details follow a

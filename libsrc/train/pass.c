@@ -64,11 +64,13 @@ static int32_t layer_forward(anepy_engine *e, int32_t l, float *next, double *ma
     anepy_layer *layer = &e->room->layers[l];
     const float *out;
     e->room->held = l;
+    e->room->device->again = 0;
     ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_SDPA_FWD], mark));
     ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_SDPA_FWD], SDPA_FWD_OUT, 0, &out));
     anepy_count(mark, &stats->io_ms);
     anepy_residual_add(e, layer->x2.data, layer->x.data, out);
     anepy_count(mark, &stats->elementwise_ms);
+    e->room->device->again = next == NULL; /* nobody reads its out */
     ANEPY_TRY(anepy_evaluate(e, layer->nodes[ANEPY_FFN_FWD], mark));
     if (next == NULL) return ANEPY_OK;
     ANEPY_TRY(anepy_read_output(e, layer->nodes[ANEPY_FFN_FWD], FFN_FWD_OUT, 0, &out));

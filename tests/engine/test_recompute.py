@@ -62,13 +62,20 @@ def test_recompute_has_the_same_bits_with_frozen_tensors_and_packed_documents(
     assert again == kept
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recompute_has_the_same_bits_with_an_adapter(precision: str) -> None:
-    needs.precision(precision)
+@pytest.mark.parametrize("variant", ["baseline", "max"])
+@pytest.mark.parametrize("targets", [("wq", "w2"), ("wq", "wk", "wv", "wo", "w1", "w2", "w3")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_recompute_has_the_same_bits_with_an_adapter(
+    precision: str, targets: tuple[str, ...], variant: str
+) -> None:
+    if precision != "fp16":
+        needs.precision(precision)
     found = []
     for recompute in (False, True):
-        lora = Lora(rank=4, seed=1)
-        options = {"device": "cpu", "precision": precision, "threads": 2, "lora": lora}
+        lora = Lora(rank=4, targets=targets, seed=1)
+        device = "sim" if precision == "fp16" else "cpu"
+        options = {"device": device, "precision": precision, "threads": 2, "lora": lora}
+        options["variant"] = variant
         found.append((trained(SEPARATE, recompute, False, **options), bits(lora.weights)))
     assert found[0] == found[1]
 

@@ -390,7 +390,9 @@ static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     int32_t hidden = cpu->base.options.model->config.hidden_dim;
     float **t = k->tensors;
     uint16_t *gate16 = k->rounded[FFN_FWD_GATE];
-    int gate_packed = packs(cpu, gate16, hidden);
+    /* What the adapter of w2 makes of the gate is saved, too. */
+    int wanted = !cpu->base.again || k->program.low[ANEPY_INTO_W2] > 0;
+    int gate_packed = wanted && packs(cpu, gate16, hidden);
     int packed = normalize(k, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X],
                            ANEPY_FFN_NORM, columns);
     project(k,
@@ -406,6 +408,7 @@ static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
                      .rows = hidden,
                      .columns = columns};
     run_rows(&e, swiglu_rows);
+    if (!wanted) return;
     project(k,
             (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_FWD_OUT]}, .packed = gate_packed},
             t[FFN_FWD_GATE], gate16, columns);

@@ -63,7 +63,7 @@ static const struct {
 } TABLE[ANEPY_PROGRAM_N] = {
     [ANEPY_SDPA_FWD] = {"sdpa_fwd",
                         {{"x", DIM}},
-                        {{"out", DIM},
+                        {{"out", DIM | IN(NEXT)},
                          {"q", Q},
                          {"k", KV},
                          {"v", KV},
@@ -78,7 +78,7 @@ static const struct {
                          ANEPY_BK, ANEPY_BV, ANEPY_Q_NORM, ANEPY_K_NORM}},
     [ANEPY_FFN_FWD] = {"ffn_fwd",
                        {{"x", DIM}},
-                       {{"out", DIM},
+                       {{"out", DIM | IN(NEXT)},
                         {"h1", HIDDEN},
                         {"h3", HIDDEN},
                         {"gate", HIDDEN | FACTOR},

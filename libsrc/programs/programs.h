@@ -33,11 +33,11 @@ typedef enum {
 #define ANEPY_PROGRAM_TENSORS 15
 #define ANEPY_PROGRAM_WEIGHTS 18
 
-/* Where an output lives where tensors can be bound to any memory. A program has all of its outputs
- * in surfaces of its own, or none. */
+/* Where an output lives where tensors can be bound to any memory. */
 typedef enum {
     ANEPY_PLACE_OWN,
     ANEPY_PLACE_NONE,    /* neither it nor its reader needs it in memory */
+    ANEPY_PLACE_NEXT,    /* in memory that the next such output overwrites */
     ANEPY_PLACE_QKV_BWD, /* the input of this name in the packed ones of qkv_bwd, so that dX and dW
                             of wq, wk, wv are one product */
     ANEPY_PLACE_XNORM,   /* in host memory, where the step goes on with it */

@@ -148,6 +148,7 @@ typedef struct {
     float *logits;         /* [vocab, logits_width], then their gradients in place */
     int32_t logits_width;  /* width; less where the classifier is frozen (loss.h) */
     anepy_surface host_xnorm, host_dxnorm, host_logits; /* these as programs see them */
+    anepy_surface host_next; /* [dim, width]: what a half of a layer adds to the residual stream */
     float *group_lse;    /* offload_softmax: [groups, width], log-sum-exp of each group */
     uint16_t *dlogits;   /* bf16: [ANEPY_CHUNK_ROWS, width], gradients of some logits */
     float *xnorm_panels; /* bf16: xnorm as dW of the classifier reads it */
@@ -287,6 +288,12 @@ static inline int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY
 /* Whether products start in the backward pass, so that what they read may be overwritten before its
  * end. Those of scaled losses wait until it is known to be finite. */
 static inline int anepy_dw_at_once(const anepy_engine *e) { return !anepy_scaled(e); }
+
+/* Whether the backward pass of a layer takes place where that of the layer above did, whose products
+ * are waited for: those of adapters are thin, and end almost as soon as they can begin. */
+static inline int anepy_shares_backward(const anepy_engine *e) {
+    return e->recompute || e->adapter != NULL;
+}
 
 /* Whether the running sequences add to gradients. The first after an update replace them. */
 static inline int anepy_adds(const anepy_engine *e) { return e->counted > 0 || e->run.added > 0; }

@@ -171,11 +171,11 @@ static int32_t layer_backward(anepy_engine *e, int32_t l, float *dx, double *mar
     anepy_layer *layer = &e->room->layers[l];
     anepy_node **nodes = layer->nodes;
     const float *out;
-    if (/* mutate: recompute-held */ e->recompute && e->room->held != l) {
-        ANEPY_TRY(anepy_dw_release(e, e->room->held));
-        anepy_count(mark, &stats->dw_wait_ms);
+    if (anepy_shares_backward(e) && l + 1 < e->model->config.n_layers)
+        ANEPY_TRY(anepy_dw_release(e, l + 1));
+    anepy_count(mark, &stats->dw_wait_ms);
+    if (/* mutate: recompute-held */ e->recompute && e->room->held != l)
         ANEPY_TRY(layer_forward(e, l, NULL, mark));
-    }
     if (e->adapter == NULL) ANEPY_TRY(anepy_dw_ready(e, l, DW_W2));
     anepy_count(mark, &stats->io_ms);
     ANEPY_TRY(anepy_evaluate(e, nodes[ANEPY_FFN_BWD], mark));

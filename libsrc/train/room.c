@@ -21,7 +21,7 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     for (int32_t l = 0; l < config->n_layers; l++) {
         anepy_layer *layer = &room->layers[l];
         /* A layer writes the dy of the one below it while products still read its own. */
-        int own = !e->recompute || !anepy_dw_at_once(e);
+        int own = !anepy_shares_backward(e) || !anepy_dw_at_once(e);
         layer->x = carve_surface(c, dim, width);
         layer->x2 = l < 1 || !e->recompute ? carve_surface(c, dim, width) : layer[-1].x2;
         layer->dy = l < 2 || own ? carve_surface(c, dim, width) : layer[-2].dy;
@@ -30,6 +30,7 @@ static void lay_out_host(const anepy_engine *e, anepy_room *room, anepy_carver *
     room->x_final = carve_surface(c, dim, width);
     room->dx = carve_surface(c, dim, width);
     for (int i = 0; i < 2; i++) room->staging[i] = anepy_carve(c, (int64_t)most * width);
+    room->host_next = carve_surface(c, dim, width);
     room->host_xnorm = carve_surface(c, dim, width);
     room->host_dxnorm = carve_surface(c, dim, width);
     room->logits_width = anepy_logits_width(e, width);
@@ -78,10 +79,10 @@ static void carve_capture(const anepy_engine *e, anepy_carver *c, anepy_operand 
 }
 
 /* The sums of squares that products leave; with prealloc also capture buffers for the operands that
- * need one, with recompute in the same memory for each layer. */
+ * need one, where layers share the memory of their backward pass in the same for each. */
 static void lay_out_captures(const anepy_engine *e, anepy_room *room, anepy_carver *c) {
     int32_t layers = e->model->config.n_layers;
-    int shared = e->recompute && anepy_dw_at_once(e);
+    int shared = anepy_shares_backward(e) && anepy_dw_at_once(e);
     for (int32_t l = 0; l < layers; l++)
         for (int32_t i = 0; i < DW_N; i++)
             for (int32_t p = 0; p < room->layers[l].dw[i].product_n; p++) {

@@ -5,7 +5,8 @@
  * to its source and an output straight into its reader, so a step moves nothing; elsewhere each
  * program has one packed input and one packed output surface and inputs are copied.
  *
- * With recompute the programs of all layers have the surfaces of those of the first. */
+ * With recompute the programs of all layers have the surfaces of those of the first, beside adapters
+ * those of the backward pass. */
 #include "train/wiring.h"
 
 #include <stdlib.h>
@@ -113,6 +114,7 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
     *channel = 0;
     switch (place_of(e, p, tensor)) {
     case ANEPY_PLACE_NONE: *surface = NULL; return;
+    case ANEPY_PLACE_NEXT: *surface = &e->room->host_next; return;
     case ANEPY_PLACE_XNORM: *surface = &e->room->host_xnorm; return;
     case ANEPY_PLACE_LOGITS:
         *surface = &e->room->host_logits;
@@ -135,7 +137,8 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
 /* Whose surfaces the node has. */
 static anepy_node *owner_of(anepy_engine *e, anepy_node *node) {
     anepy_program_id id = node->program.id;
-    return e->recompute && id < ANEPY_LAYER_PROGRAM_N ? e->room->layers[0].nodes[id] : node;
+    int shares = e->recompute || (anepy_shares_backward(e) && id >= ANEPY_FFN_BWD);
+    return shares && id < ANEPY_LAYER_PROGRAM_N ? e->room->layers[0].nodes[id] : node;
 }
 
 static int32_t packed_input(anepy_engine *e, anepy_node *node) {

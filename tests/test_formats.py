@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepared = run(made, "prepare", "t.txt", "-o", "t.bin", "-z", "tokenizer.bin", "--json")
     (made / "prepare.json").write_text(prepared)
     words = "train m.bin --data t.bin --steps 6 --accum 4 --seq 32 --held-out 0.2 --eval-windows 2"
-    words += " --eval-every 2 --log t.jsonl --ckpt t.npz --save s.bin --json"
+    words += " --eval-every 2 --log t.jsonl --ckpt t.npz --save s.bin --sample-every 5 --json"
     (made / "train.json").write_text(run(made, *words.split()))
     return made
 
@@ -144,7 +144,7 @@ def test_log(folder: Path) -> None:
     del named["type"]  # the head of the table
     named["step"] |= {log for _, log in phases()}
     named["perf"] -= {"ane"}  # a device, no field
-    assert set(named) == {"run", "step", "batch", "perf", "eval", "restart", "summary"}
+    assert set(named) == {"run", "step", "batch", "perf", "eval", "sample", "restart", "summary"}
     # With a budget of two programs the third step needs a new process.
     words = "train m.bin --data t.bin --steps 3 --accum 1 --seq 32 --device sim:m4,budget=2"
     run(folder, *words.split(), "--log", "restarted.jsonl", "--ckpt", "restarted.npz")
@@ -177,6 +177,19 @@ def test_every_number_of_stats_is_in_the_log(folder: Path) -> None:
         expected = {names.get(f.name, f.name) for f in fields(kind)}
         found = [line for line in lines if line["type"] == record]
         assert found and all(expected <= set(line) for line in found)
+
+
+def test_folder_of_a_run_and_json_of_runs(folder: Path) -> None:
+    words = "train m.bin --data t.bin --steps 4 --accum 2 --seq 32 --held-out 0.2 --eval-every 2"
+    words += " --eval-windows 2 --checkpoint-every 2 --keep 1 --run folder"
+    run(folder, *words.split())
+    named = documented("Run folder", "file")
+    found = {path.name.replace("00000004", "STEP") for path in (folder / "folder").iterdir()}
+    assert found == named - {"run.owner", "checkpoint.npz.owner"}
+    described = json.loads((folder / "folder" / "run.json").read_text())
+    assert_described(described, documented("Run folder", "field of `run.json`"))
+    record = json.loads(run(folder, "runs", "folder", "--json"))
+    assert_described(record, documented("Run folder", "field of `anepy runs --json`"))
 
 
 def test_checkpoint(folder: Path) -> None:

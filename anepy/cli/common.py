@@ -162,13 +162,22 @@ def distinct(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """
     from ..errors import ConfigError
 
-    seen: dict[str, str] = {os.path.realpath(p): label for label, p in inputs.items() if p}
+    seen: dict[object, str] = {_identity(p): label for label, p in inputs.items() if p}
     for label, path in outputs.items():
         if not path:
             continue
-        other = seen.setdefault(os.path.realpath(path), label)
+        other = seen.setdefault(_identity(path), label)
         if other != label:
             raise ConfigError(f"{label} and {other} are the same file {path}: name another one")
+
+
+def _identity(path: Any) -> object:
+    """Return what is the same for two names of one file, through symbolic and hard links."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -5,6 +5,7 @@ Only typer is imported here: `anepy --help` answers without numpy and without th
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Annotated
@@ -36,6 +37,7 @@ from .init import init
 from .lib import lib
 from .mil import mil
 from .probe import probe
+from .runs import plot, runs
 from .train import TrainCommand, train
 
 app = typer.Typer(
@@ -52,6 +54,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    # Closed by `>&-`: without it every file that is opened could become standard output.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     # Text of a model may hold characters the terminal cannot show.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -159,6 +165,14 @@ def _register() -> None:
             "anepy compare baseline max --ablate --model stories15M.bin --data stories.bin",
         ),
     )(compare)
+    app.command(
+        "runs",
+        epilog=examples("anepy runs", "anepy runs first second --json"),
+    )(runs)
+    app.command(
+        "plot",
+        epilog=examples("anepy plot first second", "anepy plot first -o loss.svg"),
+    )(plot)
     app.command(
         "generate",
         epilog=examples(

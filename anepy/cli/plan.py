@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError, DataError
+from ..training import run_folder
 from ..training.config import TrainConfig, config_from
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Request:
     save: Path | None
     log: Path | None
     as_json: bool
+    run: Path | None = None
+    keep: int = 0
+    validation: Path | None = None
+    sample_every: int = 0
+    prompt: str = ""
 
 
 @dataclass
@@ -69,6 +75,7 @@ class Plan:
         resume: checkpoint to continue from; None if there is none.
         meta: what that checkpoint says about its run.
         checkpoint: where to save; None never.
+        validation: tokens to evaluate on; None if they are a part of the data, or none.
         save_at_end: whether a complete run writes its checkpoint, or only an interrupted one.
         written: the checkpoint, once it has been written.
     """
@@ -84,6 +91,7 @@ class Plan:
     meta: Meta | None
     checkpoint: Path | None
     save_at_end: bool
+    validation: Path | None = None
     written: Path | None = None
 
 
@@ -145,7 +153,35 @@ def make_plan(request: Request, began: Restart | None) -> Plan:
         meta=meta,
         checkpoint=None if request.no_checkpoint else checkpoint,
         save_at_end=explicit or not demo,
+        validation=request.validation or _known_validation(request, meta, config),
     )
+
+
+def in_folder(request: Request, began: Restart | None) -> Request:
+    """Return a request whose files are in the folder of its run, where nothing else was said.
+
+    Raises:
+        ConfigError: the folder holds another run, or is none.
+    """
+    folder = request.run
+    if folder is None:
+        return request
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder for the run")
+    if run_folder.holds_run(folder) and request.resume is None and began is None:
+        raise ConfigError(
+            f"{folder} holds a run already: add --resume to go on with it, or name another folder"
+        )
+    checkpoint = request.checkpoint or folder / run_folder.CHECKPOINT
+    resume = str(checkpoint) if request.resume == BARE_RESUME else request.resume
+    log = request.log or folder / run_folder.LOG
+    return replace(request, checkpoint=checkpoint, resume=resume, log=log)
+
+
+def _known_validation(request: Request, meta: Meta | None, config: TrainConfig) -> Path | None:
+    if meta is not None and meta.source.get("validation") and not config.held_out:
+        return Path(str(meta.source["validation"]))
+    return None
 
 
 def _is_demo(request: Request, meta: Meta | None) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..console.text import Header
 from ..console.train import Reporter
 from ..console.train import reporter as make_reporter
 from ..engine.variants import gradients_lag
-from ..errors import CheckpointError, ConfigError, NativeError
+from ..errors import CheckpointError, ConfigError, DivergedError, NativeError
 from ..models import formats
 from ..models.freezing import trained_text
 from ..models.lora import Lora
@@ -25,19 +27,23 @@ from ..models.model import Model, ModelConfig
 from ..system import restart
 from ..system.files import check_writable, discard_temporaries, write_failure
 from ..system.interrupts import StopRequest
+from ..system.owner import owned
 from ..system.words import quantity
-from ..text.data import TokenData
+from ..text.data import TokenData, sidecar_path
 from ..text.generation import generate
 from ..text.tokenizer import Tokenizer
-from ..training import demo
-from ..training.run_log import RunLog
+from ..text.tokenizer_stored import resolve_tokenizer
+from ..training import demo, run_folder
+from ..training.keeping import Keeper
+from ..training.run_log import RunLog, check_log
 from ..training.trainer import Trainer
 from .common import distinct, print_json
 from .missing import brought
-from .plan import Plan, Request, make_plan
+from .plan import Plan, Request, in_folder, make_plan
 from .restart import go_on_elsewhere
 
 DEMO_SAMPLE_TOKENS = 400
+SAMPLE_TOKENS = 60
 
 
 def run(request: Request) -> None:
@@ -53,22 +59,26 @@ def run(request: Request) -> None:
             stack.callback(began.discard)
         else:
             request = brought(request)
+        request = in_folder(request, began)
         plan = make_plan(request, began)
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))
         if began is not None:
             began.discard()  # a later restart replaces this process without a clean-up
+        request = _prepare_folder(request, trainer)
         _check_outputs(request, plan, trainer)
+        stack.enter_context(_owned(request, plan))
+        sampler = _sampler(request, plan, trainer)
         reporter = make_reporter(quiet=request.as_json)
         log = stack.enter_context(_log(request, plan))
         _introduce(request, plan, trainer, reporter, log)
-        stop, saved = _loop(request, plan, trainer, reporter, log)
+        stop, saved = _loop(request, plan, trainer, reporter, log, sampler)
         engine = trainer.engine
         peak = device_peak(engine.device, engine.precision, engine.threads)
         summary = trainer.summary().with_peak(peak)
         log.summary(summary)
         reporter.summary(summary, saved)
-        interrupted = trainer.steps_done < trainer.config.steps
+        interrupted = not trainer.finished
         sample = None
         if plan.demo and stop.signal is None:
             sample = _sample(trainer.model, reporter)
@@ -108,7 +118,9 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
         data = plan.data
     restarted = plan.restarted is not None
     lora = Lora.load(plan.adapter) if plan.adapter is not None else None
-    with Trainer(_model(plan), data, plan.config, plan.resume, restarted, lora) as trainer:
+    with Trainer(
+        _model(plan), data, plan.config, plan.resume, restarted, lora, plan.validation
+    ) as trainer:
         if plan.demo:
             trainer.source["demo"] = True
         yield trainer
@@ -128,14 +140,67 @@ def _model(plan: Plan) -> Model | Path:
     return Model.init(config, seed=plan.config.seed)
 
 
+def _prepare_folder(request: Request, trainer: Trainer) -> Request:
+    """Make the folder of a run, and say where in it the model goes."""
+    if request.run is None:
+        return request
+    try:
+        request.run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(write_failure(request.run, "the run", error)) from error
+    if trainer.lora is not None:
+        save = request.run / run_folder.ADAPTER
+    else:
+        save = run_folder.model_path(request.run, trainer.model.config)
+    return replace(request, save=request.save or save)
+
+
+@contextmanager
+def _owned(request: Request, plan: Plan) -> Iterator[None]:
+    """Keep other processes off the folder or checkpoint of this run."""
+    path = request.run / "run" if request.run is not None else plan.checkpoint
+    if path is None or (request.run is None and not plan.save_at_end):
+        yield
+        return
+    what = f"the run in {request.run}" if request.run is not None else f"checkpoint {path}"
+    with ExitStack() as stack:
+        try:
+            owner = path.with_name(f"{path.name}.owner")
+            stack.enter_context(owned(owner, what, inherited=plan.restarted is not None))
+        except OSError as error:
+            raise CheckpointError(write_failure(path, "checkpoint", error)) from error
+        yield
+
+
+def _sampler(request: Request, plan: Plan, trainer: Trainer) -> Callable[[], str] | None:
+    """Return what writes a little text with the model as it is; None if none was asked for."""
+    if not request.sample_every:
+        return None
+    model = trainer.model
+    if model.path is None and trainer.source.get("model"):  # resumed: its tokenizer lies there
+        model.path = Path(str(trainer.source["model"]))
+    tokenizer = Tokenizer.bytes() if plan.demo else resolve_tokenizer(None, model)
+
+    def sample() -> str:
+        tokens = min(SAMPLE_TOKENS, model.config.seq_len - 1)
+        speaker = model if trainer.lora is None else trainer.lora.fuse(copy.copy(model))
+        return generate(
+            speaker, request.prompt, tokenizer, temperature=0.8, max_tokens=tokens, seed=1
+        )
+
+    return sample
+
+
 def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
     """Check before training that every file to be written at the end can be written."""
-    distinct(
-        {"the checkpoint": plan.checkpoint, "the model to save": request.save, "log": request.log},
-        {"the data": plan.data},
-    )
-    if plan.model is not None and plan.checkpoint is not None:
-        distinct({"the checkpoint": plan.checkpoint}, {"the model": plan.model})
+    outputs = {"the checkpoint": plan.checkpoint, "log": request.log}
+    read = {"the data": plan.data, "the validation data": plan.validation}
+    beside = {f"{what}'s .json": path and sidecar_path(path) for what, path in read.items()}
+    distinct(outputs | {"the model to save": request.save}, read | beside)
+    # A model may be trained in place, into the file it came from.
+    distinct(outputs, {"the model": plan.model})
+    if request.log is not None:
+        check_log(request.log)
     if plan.checkpoint is not None and plan.save_at_end:
         check_writable(plan.checkpoint, "checkpoint", trainer.checkpoint_nbytes())
     if request.save is None:
@@ -181,6 +246,8 @@ def _introduce(
         outputs["saves"] = str(request.save)
     if request.log is not None:
         outputs["log"] = str(request.log)
+    if request.run is not None:
+        outputs = {"run": str(request.run)}
     settings = asdict(trainer.config) | {"seq": trainer.seq}
     header = Header(
         model=plan.name,
@@ -211,6 +278,8 @@ def _introduce(
         "notes": notes,
     }
     log.run(facts, trainer.engine.device)
+    if request.run is not None:
+        run_folder.describe(request.run, facts | {"command": sys.argv[1:]})
 
 
 def _trained(trainer: Trainer) -> str:
@@ -239,7 +308,12 @@ def _notes(trainer: Trainer) -> list[str]:
 
 
 def _loop(
-    request: Request, plan: Plan, trainer: Trainer, reporter: Reporter, log: RunLog
+    request: Request,
+    plan: Plan,
+    trainer: Trainer,
+    reporter: Reporter,
+    log: RunLog,
+    sampler: Callable[[], str] | None,
 ) -> tuple[StopRequest, list[str]]:
     """Train until the end or a signal, then save; nothing after this can lose the run.
 
@@ -251,8 +325,15 @@ def _loop(
         discard_temporaries()
         reporter.abort()
 
+    keeper = Keeper(
+        plan.checkpoint,
+        request.checkpoint_every,
+        request.keep,
+        best=request.run is not None or request.keep > 0,
+    )
     saved: list[str] = []
     failure: NativeError | None = None
+    lost: CheckpointError | None = None
     with StopRequest(reporter.stopping, abort) as stop:
         restart.unblock_signals()
         try:
@@ -262,10 +343,16 @@ def _loop(
                 log.step(report)
                 if stop.signal is not None:
                     break
-                every = request.checkpoint_every
-                if every and report.step % every == 0 and plan.checkpoint is not None:
-                    trainer.save_checkpoint(plan.checkpoint)
+                for text in keeper.after(trainer, report):
+                    reporter.note(text)
+                if keeper.written:
                     plan.written = plan.checkpoint
+                if sampler is not None and report.step % request.sample_every == 0:
+                    text = sampler()
+                    reporter.sample(request.prompt, text)
+                    log.sample(report.step, request.prompt, text)
+        except DivergedError as error:
+            raise DivergedError(f"{error}{_rescued(plan, trainer, keeper)}") from error
         except NativeError as error:
             if not trainer.engine.stale:
                 raise
@@ -274,17 +361,24 @@ def _loop(
             reporter.stop(erase=failure is not None)
         if failure is not None and stop.signal is None:
             go_on_elsewhere(plan, trainer, reporter, log, failure, stop)
-        complete = trainer.steps_done >= trainer.config.steps
+        complete = trainer.finished
+        if trainer.ended:
+            saved.append(f"ended after step {trainer.steps_done}: {trainer.ended}")
         if plan.checkpoint is not None and (plan.save_at_end or not complete):
-            nbytes = trainer.save_checkpoint(plan.checkpoint)
-            plan.written = plan.checkpoint
-            saved.append(f"checkpoint saved: {plan.checkpoint} ({nbytes / 1e6:.1f} MB)")
+            try:
+                nbytes = keeper.save(trainer)
+                plan.written = plan.checkpoint
+                saved.append(f"checkpoint saved: {plan.checkpoint} ({nbytes / 1e6:.1f} MB)")
+            except CheckpointError as error:
+                lost = error
         if complete and request.save is not None:
             saved.append(_save(trainer, request.save))
+    if lost is not None:
+        raise CheckpointError(" ".join([f"{lost};", *saved]).rstrip(";")) from lost
     if not complete:
         done = f"interrupted after step {trainer.steps_done} of {trainer.config.steps}"
         if plan.written is not None:
-            saved += [f"{done}; continue with:", f"  {_continue_command(plan)}"]
+            saved += [f"{done}; continue with:", f"  {_continue_command(request, plan)}"]
         else:
             saved.append(f"{done}; nothing was saved (--no-checkpoint)")
     return stop, saved
@@ -300,10 +394,26 @@ def _save(trainer: Trainer, path: Path) -> str:
     return f"adapter saved: {path}"
 
 
-def _continue_command(plan: Plan) -> str:
+def _rescued(plan: Plan, trainer: Trainer, keeper: Keeper) -> str:
+    """Save a run whose loss is not finite as it was after its last update; say where it is."""
+    if plan.checkpoint is None or not plan.save_at_end:
+        return ""
+    if keeper.written:
+        return f"; the last checkpoint is in {plan.checkpoint}"
+    try:
+        trainer.save_checkpoint(plan.checkpoint, drop_gradients=True)
+    except CheckpointError as error:
+        return f"; {error}"
+    return f"; the run as it was then is in {plan.checkpoint}"
+
+
+def _continue_command(request: Request, plan: Plan) -> str:
     words = ["anepy train"]
     words += [_quoted(plan.model)] if plan.model is not None else []
-    words += ["--resume", _quoted(plan.written or Path())]
+    if request.run is not None:
+        words += ["--run", _quoted(request.run), "--resume"]
+    else:
+        words += ["--resume", _quoted(plan.written or Path())]
     return " ".join(words)
 
 

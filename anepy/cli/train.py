@@ -72,6 +72,12 @@ def train(
     held_out: Annotated[float | None, _option("held_out")] = None,
     eval_every: Annotated[int | None, _option("eval_every")] = None,
     eval_windows: Annotated[int | None, _option("eval_windows")] = None,
+    validation: Annotated[
+        Path | None,
+        path_option(metavar="FILE", help="Tokens to evaluate on, instead of --held-out."),
+    ] = None,
+    patience: Annotated[int | None, _option("patience")] = None,
+    minutes: Annotated[float | None, _option("minutes")] = None,
     variant: Annotated[str | None, _option("variant")] = None,
     device: Annotated[str | None, _option("device")] = None,
     precision: Annotated[str | None, _option("precision")] = None,
@@ -111,6 +117,28 @@ def train(
         int,
         typer.Option(min=0, metavar="STEPS", help="Save it this often too.", show_default=False),
     ] = 0,
+    keep: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Keep the last N of these, by step.", show_default=False
+        ),
+    ] = 0,
+    run: Annotated[
+        Path | None,
+        path_option(
+            metavar="FOLDER",
+            help="Keep all of the run there: settings, log, checkpoints, the best, the model.",
+        ),
+    ] = None,
+    sample_every: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="STEPS", help="Show text of the model this often.", show_default=False
+        ),
+    ] = 0,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Beginning of that text.", show_default=False)
+    ] = "",
     save: Annotated[
         Path | None,
         path_option(
@@ -151,6 +179,11 @@ def train(
         save=save,
         log=log,
         as_json=as_json,
+        run=run,
+        keep=keep,
+        validation=validation,
+        sample_every=sample_every,
+        prompt=prompt,
     )
     if resume is None and not lora and adapter is None:
         for option, value in (("--rank", rank), ("--alpha", alpha), ("--targets", targets)):
@@ -160,6 +193,6 @@ def train(
         raise typer.BadParameter("the adapter has its rank, alpha and targets already")
     if checkpoint is not None and no_checkpoint:
         raise typer.BadParameter("--checkpoint and --no-checkpoint contradict each other")
-    from .run import run
+    from .run import run as train_as_asked
 
-    run(request)
+    train_as_asked(request)

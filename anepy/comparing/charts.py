@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from .drawing import LOSS_HEIGHT, breakable, key, line, plot, round_numbers, thinned
 from .estimates import Ratio, relative_differences
 from .result import Column, Comparison
 from .words import (
@@ -29,12 +30,9 @@ SEGMENTS = (
     "device", "io", "classifier", "softmax + loss", "norms", "elementwise", "dW, waited for",
     "other", "update", "compile",
 )  # fmt: skip
-# Lines of a curve chart: index in the palette, and dashes.
-_LINES = ((0, ""), (6, "7 3"), (2, "2 3"), (3, "9 3 2 3"), (4, ""), (5, "4 4"), (8, "1 4"))
 # The narrowest drawing, a screen of 360 pixels, and the width of a small letter: labels must fit.
 _NARROW, _LETTER = 300, 6.6
-_MOST_POINTS = 400
-_HEIGHTS = {"loss": 220, "apart": 130}
+_APART_HEIGHT = 130
 _FORMS = {"add": "added to", "leave out": "within"}
 _EFFECTS = {"helps": "helps", "costs": "costs", "none": "no effect shown", "?": "one round"}
 _TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2)
@@ -60,11 +58,6 @@ def _nothing(name: str, reason: str) -> str:
         f'<div class="row"><div class="name">{name}</div><div class="none">{escape(reason)}</div>'
         "</div>"
     )
-
-
-def breakable(text: str) -> str:
-    """Escape a name and let it break before its signs."""
-    return re.sub(r"([+_-])", r"<wbr>\1", escape(text))
 
 
 def minus(text: str) -> str:
@@ -163,11 +156,12 @@ def curves(columns: Sequence[Column]) -> str:
         text = losses_text(column, first)
         losses = column.measured.losses
         ends = f"{losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}"
-        points = [(step, (high - loss) / (high - low)) for step, loss in _thinned(losses)]
-        lines.append(_line(index, points, steps, f"{column.title}: loss {ends}; {text}"))
-        keys.append(f"<li>{_key(index)}<span>{breakable(column.title)}: {escape(text)}</span></li>")
-    levels = [((high - loss) / (high - low), f"{loss:g}") for loss in _levels(low, high)]
-    loss = _plot("loss", "loss by step", "".join(lines), levels, steps)
+        points = [(step, (high - loss) / (high - low)) for step, loss in _points(losses)]
+        said = f"{column.title}: loss {ends}; {text}"
+        lines.append(line(index, _across(points, steps), said))
+        keys.append(f"<li>{key(index)}<span>{breakable(column.title)}: {escape(text)}</span></li>")
+    levels = [((high - loss) / (high - low), f"{loss:g}") for loss in round_numbers(low, high)]
+    loss = plot("loss", LOSS_HEIGHT, "loss by step", "".join(lines), levels, _steps(steps))
     return f'{loss}<ul class="legend">{"".join(keys)}</ul>{_differences(shown, first, steps)}'
 
 
@@ -192,9 +186,9 @@ def _differences(shown: Sequence[Column], first: Column, steps: int) -> str:
     for index, column, same in found:
         count = same.steps
         apart = relative_differences(first.measured.losses[:count], column.measured.losses[:count])
-        points = [(step, place(float(value))) for step, value in _thinned(list(apart))]
+        points = [(step, place(float(value))) for step, value in _points(list(apart))]
         said = f"{column.title}: at most {same.worst:.1e} from {first.title}, at step {same.step}"
-        lines.append(_line(index, points, steps, said))
+        lines.append(line(index, _across(points, steps), said))
     bound = place(tolerance)
     lines.append(
         f'<line class="bound" x1="0" x2="100" y1="{100 * bound:.3f}" y2="{100 * bound:.3f}"/>'
@@ -204,67 +198,32 @@ def _differences(shown: Sequence[Column], first: Column, steps: int) -> str:
     return (
         f"<p>Difference from {escape(first.title)}, relative to its loss, of means over ten steps; "
         f"the dashed line is the tolerance, {tolerance:g}.</p>"
-        + _plot("apart", "relative difference of the loss by step", "".join(lines), levels, steps)
+        + plot(
+            "apart",
+            _APART_HEIGHT,
+            "relative difference of the loss by step",
+            "".join(lines),
+            levels,
+            _steps(steps),
+        )
     )
 
 
-def _thinned(values: Sequence[float]) -> list[tuple[int, float]]:
+def _points(values: Sequence[float]) -> list[tuple[int, float]]:
     """Return (step, value) pairs that are finite, evenly thinned to what a screen can show."""
-    stride = max(1, math.ceil(len(values) / _MOST_POINTS))
-    kept = [*range(0, len(values) - 1, stride), len(values) - 1]
-    return [(step + 1, values[step]) for step in kept if math.isfinite(values[step])]
+    pairs = [(step, value) for step, value in enumerate(values, 1) if math.isfinite(value)]
+    return thinned(pairs)
 
 
-def _line(index: int, points: Sequence[tuple[int, float]], steps: int, said: str) -> str:
-    across = 100 / max(1, steps - 1)
-    path = " ".join(f"{(step - 1) * across:.3f},{100 * down:.3f}" for step, down in points)
-    color, dashes = _LINES[index % len(_LINES)]
-    return (
-        f'<g tabindex="0" role="img" aria-label="{escape(said)}"><title>{escape(said)}</title>'
-        f'<polyline class="curve" style="stroke:var(--p{color});'
-        f'stroke-dasharray:{dashes or "none"}" points="{path}"/></g>'
-    )
+def _across(points: Sequence[tuple[int, float]], steps: int) -> list[tuple[float, float]]:
+    return [((step - 1) / max(1, steps - 1), down) for step, down in points]
 
 
-def _key(index: int) -> str:
-    color, dashes = _LINES[index % len(_LINES)]
-    return (
-        '<svg aria-hidden="true"><line x1="0" x2="100%" y1="50%" y2="50%" stroke-width="2" '
-        f'style="stroke:var(--p{color});stroke-dasharray:{dashes or "none"}"/></svg>'
-    )
-
-
-def _plot(
-    kind: str, label: str, lines: str, levels: Sequence[tuple[float, str]], steps: int
-) -> str:
-    height = _HEIGHTS[kind]
-    marks = "".join(f'<span style="top:{100 * down:.2f}%">{text}</span>' for down, text in levels)
-    grid = "".join(
-        f'<line class="grid" x1="0" x2="100" y1="{100 * down:.3f}" y2="{100 * down:.3f}" '
-        'vector-effect="non-scaling-stroke"/>'
-        for down, _ in levels
-    )
+def _steps(steps: int) -> list[tuple[float, str]]:
     ticks = sorted({1, (steps + 1) // 2, steps})
-    across = 100 / max(1, steps - 1)
-    below = "".join(
-        f'<span style="left:{(tick - 1) * across:.2f}%">{"step " if tick == 1 else ""}{tick}</span>'
-        for tick in ticks
-    )
-    return (
-        f'<div class="plot {kind}"><div class="levels" style="height:{height}px">{marks}</div>'
-        f'<div class="frame" style="height:{height}px"><svg viewBox="0 0 100 100" '
-        f'preserveAspectRatio="none" role="group" aria-label="{label}">{grid}{lines}</svg></div>'
-        f'<div class="ticks ends">{below}</div></div>'
-    )
-
-
-def _levels(low: float, high: float) -> list[float]:
-    """Return about four round numbers between two."""
-    raw = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
-    start = math.ceil(low / step)
-    return [round(index * step, 12) for index in range(start, math.floor(high / step) + 1)]
+    return [
+        ((tick - 1) / max(1, steps - 1), f"{'step ' if tick == 1 else ''}{tick}") for tick in ticks
+    ]
 
 
 def ablation(comparison: Comparison) -> str:

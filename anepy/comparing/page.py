@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from . import charts
 from . import words as text
+from .drawing import breakable, document, figure
 from .result import Column, Comparison, columns
-
-_STYLE = Path(__file__).with_name("report.css")
 
 _HOW = (
     "Every variant has an engine and weights of its own and sees the same sequences. In a round "
@@ -31,19 +29,19 @@ def page(named: Sequence[tuple[str, Comparison]]) -> str:
     titles = [column.title for column in shown]
     title = f"{', '.join(titles[:-1])} and {titles[-1]}" if len(titles) > 1 else titles[0]
     sections = [
-        _figure(
+        figure(
             "time",
             "Time per step",
             "Median over rounds, updates included; the thin line spans the quartiles.",
             charts.times(shown),
         ),
-        _figure(
+        figure(
             "phases",
             "Where the time goes",
             "Mean time per step by phase, forward and backward, and the share of updates.",
             charts.phases(shown) + _details("Phases in numbers", _phases(shown)),
         ),
-        _figure(
+        figure(
             "loss",
             "Loss",
             "Mean cross-entropy of every step, the warm-up included.",
@@ -55,7 +53,7 @@ def page(named: Sequence[tuple[str, Comparison]]) -> str:
         if table is not None:
             of = f" ({name})" if len(named) > 1 else ""
             sections.append(
-                _figure(
+                figure(
                     "switches",
                     f"What each switch changes{of}",
                     "Change in time per step: a switch added to its reference, or within it "
@@ -65,24 +63,20 @@ def page(named: Sequence[tuple[str, Comparison]]) -> str:
                 )
             )
     sections.append(
-        _figure("numbers", "All numbers", "Medians; times in ms.", _table(text.metrics(shown)))
+        figure("numbers", "All numbers", "Medians; times in ms.", _table(text.metrics(shown)))
     )
-    return "\n".join(
+    return document(
+        f"anepy compare: {title}",
         [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>anepy compare: {escape(title)}</title>",
-            f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<header>",
-            f"<h1>{charts.breakable(title)}</h1>",
+            f"<h1>{breakable(title)}</h1>",
             _lead(named),
             _findings(shown, named),
             "</header>\n<main>",
             *sections,
             "</main>",
             *(_facts(name if len(named) > 1 else "", item) for name, item in named),
-            f"<footer><p>{_HOW}</p></footer>\n</body>\n</html>\n",
-        ]
+            f"<footer><p>{_HOW}</p></footer>",
+        ],
     )
 
 
@@ -110,14 +104,6 @@ def _findings(shown: Sequence[Column], named: Sequence[tuple[str, Comparison]]) 
     lines = "".join(f"<li>{escape(line)}</li>" for line in remarks)
     return f'<ul class="findings">{"".join(said)}</ul>' + (
         f'<ul class="remarks">{lines}</ul>' if lines else ""
-    )
-
-
-def _figure(name: str, title: str, caption: str, content: str) -> str:
-    return (
-        f'<figure id="{name}" aria-labelledby="{name}-title"><figcaption>'
-        f'<h2 id="{name}-title">{escape(title)}</h2><p>{escape(caption)}</p></figcaption>\n'
-        f"{content}</figure>"
     )
 
 

@@ -123,7 +123,12 @@ class Plain(Reporter):
         self._batch_ms: list[float] = []
 
     def _line(self, text: str) -> None:
-        print(text, file=self._file, flush=True)
+        try:
+            print(text, file=self._file, flush=True)
+        except OSError as error:
+            # The reader has gone, or the disk is full: the run is worth more than its lines.
+            warn(f"anepy: note: {error.strerror} on standard output; the run goes on without it")
+            self._file = silenced(self._file)
 
     def resume(self, header: Header) -> None:
         """Go on with the same spacing of lines, as far as it is known here."""
@@ -405,6 +410,15 @@ def warn(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         return
+
+
+def silenced(file: TextIO) -> TextIO:
+    """Return a file that takes everything, in place of one that takes nothing more."""
+    with contextlib.suppress(OSError, ValueError):
+        # What is left in its buffer must not fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        return file
+    return open(os.devnull, "w")
 
 
 @contextlib.contextmanager

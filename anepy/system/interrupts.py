@@ -68,7 +68,7 @@ class Uninterrupted:
 
 
 class StopRequest:
-    """Watch for SIGINT and SIGTERM while the block runs.
+    """Watch for SIGINT, SIGTERM and SIGHUP while the block runs.
 
     One that this process was told to ignore, as nohup and `&` in a script do with SIGINT, stays
     ignored: the run goes on.
@@ -137,7 +137,7 @@ class StopRequest:
                     os._exit(128 + number)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Those for which scripts have handlers.
 _RAISING = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1,

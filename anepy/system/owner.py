@@ -25,19 +25,21 @@ _LONGEST = 4096  # bytes of an owner file that are read
 
 
 @contextlib.contextmanager
-def owned(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+def owned(path: str | os.PathLike[str], what: str, inherited: bool = False) -> Iterator[None]:
     """Hold the owner file `path` while the block runs.
 
     Args:
         path: the owner file; its folder exists.
         what: what is owned, for the message.
+        inherited: this process may have it already, from before it began again with `exec`.
 
     Raises:
         BusyError: a running process has it, or one of another computer.
         OSError: the file cannot be made.
     """
     mine = _mine()
-    _take(Path(path), mine, what)
+    if not (inherited and os.path.exists(path) and _read(Path(path)) == mine):
+        _take(Path(path), mine, what)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "ANEPY_RESTART"
 MOST_FUTILE = 2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class TrainConfig(LoopConfig):
     held_out: float = setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = setting(0, "Steps between held-out evaluations. 0: at both ends only.")
     eval_windows: int = setting(16, "Sequences per held-out evaluation.")
+    patience: int = setting(0, "Stop after so many evaluations without a better loss. 0: never.")
+    minutes: float | None = setting(None, "Stop after so many minutes, or after --steps.")
 
     def __post_init__(self) -> None:
         """Take one name for several, and the lists of files for tuples."""
@@ -78,8 +80,12 @@ class TrainConfig(LoopConfig):
         require(rate_ok, "matrix_lr", self.matrix_lr, "finite and not negative")
         require(0 < self.decay <= 1, "decay", self.decay, "above 0 and at most 1")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "at least 0 and below 1")
-        if self.eval_every and not self.held_out:
-            raise ConfigError("eval_every needs held-out data: set held_out, for example to 0.05")
+        require(self.patience >= 0, "patience", self.patience, "not negative")
+        minutes = self.minutes
+        time_ok = minutes is None or (math.isfinite(minutes) and minutes > 0)
+        require(time_ok, "minutes", minutes, "finite and above 0")
+        if self.patience and not self.eval_every:
+            raise ConfigError("patience counts evaluations: set eval_every, for example to 100")
 
     def update_options(self, update: int) -> dict[str, Any]:
         """Return the arguments of `Engine.update` for an update, counted from 0."""

@@ -232,6 +232,15 @@ class Measurements:
         if self.sums.started is None:
             self.sums.started = time.perf_counter()
 
+    def minutes_over(self, minutes: float | None) -> bool:
+        """Return whether so many minutes have passed since the first step; None never pass."""
+        started = self.sums.started
+        return (
+            minutes is not None
+            and started is not None
+            and time.perf_counter() - started >= 60 * minutes
+        )
+
     def add_step(self, ms: float, stats: StepStats) -> None:
         """Add a step that took so long."""
         sums = self.sums

@@ -6,15 +6,19 @@ it does there; `t_softmax` is that part alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..engine.stats import UpdateStats
+from ..errors import ConfigError
 from ..system.files import dumps
 from ..system.mac import ANE_PEAK_TFLOPS
 from .reports import StepReport, Summary
+
+_LONGEST_LINE = 1 << 16
 
 
 class RunLog:
@@ -38,6 +42,8 @@ class RunLog:
         self._device = ""
         if path is not None:
             self._file = open(path, "a" if append else "w", encoding="utf-8", buffering=1)
+            if append and _cut(Path(path)):
+                self._file.write("\n")
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -110,6 +116,10 @@ class RunLog:
             }
         )
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Write text that the model made."""
+        self._write({"type": "sample", "step": step, "prompt": prompt, "text": text})
+
     def restart(self, step: int, compiles: int, reason: str) -> None:
         """Write that the run goes on in a new process."""
         self._write({"type": "restart", "step": step, "compiles": compiles, "reason": reason})
@@ -126,3 +136,31 @@ class RunLog:
         except OSError as error:
             self.failure = error
             self.close()
+
+
+def check_log(path: str | Path) -> None:
+    """Refuse to write a log over a file that is none.
+
+    Raises:
+        ConfigError: the file is there, not empty, and does not begin as a log does.
+    """
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(_LONGEST_LINE)
+    except OSError:
+        return  # not there, or a device; opening it will tell
+    try:
+        is_log = isinstance(json.loads(first)["type"], str)
+    except (ValueError, TypeError, KeyError):
+        is_log = False
+    if first and not is_log:
+        raise ConfigError(f"{path} is there and is no log of anepy: name another file for the log")
+
+
+def _cut(path: Path) -> bool:
+    """Return whether the last line of a file has no end, as a killed process leaves it."""
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            return False
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"

@@ -63,6 +63,7 @@ class Trainer:
         restarted: the checkpoint is of this very run, which goes on in a new process: times and
             counts are added to those it carries.
         lora: an adapter to train on, instead of the new one that `config.lora` asks for.
+        validation: tokens to evaluate on, or the path of a file, instead of a part of the data.
 
     Attributes:
         config: the settings.
@@ -70,7 +71,9 @@ class Trainer:
         lora: the adapter that is trained; None if the model is.
         seq: tokens per sequence.
         data: the tokens trained on.
-        held_out: the tokens kept for evaluation; None if `config.held_out` is 0.
+        held_out: the tokens to evaluate on; None if there are none.
+        best: loss and step of the best evaluation; None before the first.
+        ended: why the run ended before its last step, in words; "" if it did not.
         source: where model and data came from, for checkpoints.
         notes: what a resumed run does differently from the saved one, one line each.
         start_step: steps done by the run that is resumed, else 0.
@@ -98,9 +101,17 @@ class Trainer:
         resume: str | Path | None = None,
         restarted: bool = False,
         lora: Lora | None = None,
+        validation: TokenData | str | Path | None = None,
     ) -> None:
         self.config = config if config is not None else TrainConfig()
         self.config.validate()
+        if self.config.held_out and validation is not None:
+            raise ConfigError("held_out and validation data exclude each other: give one of them")
+        if self.config.eval_every and not self.config.held_out and validation is None:
+            raise ConfigError(
+                "eval_every needs something to evaluate on: set held_out, for example to 0.05, or "
+                "give validation data"
+            )
         meta = checkpoint.read_meta(resume) if resume is not None else None
         self.source: dict[str, Any] = {}
         if not isinstance(model, Model):
@@ -121,6 +132,8 @@ class Trainer:
         self.source["tokens"] = len(data)
         data.check(model.config.vocab_size)
         self.data, self.held_out = data.split(self.config.held_out)
+        if validation is not None:
+            self.held_out = self._validation(validation)
         self._held_out_windows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
         if self.held_out is not None:
             self._held_out_windows = list(
@@ -141,6 +154,9 @@ class Trainer:
             defer=meta is not None,  # the weights are not those to compile for yet
         )
         self._base: int | None = None
+        self.best: tuple[float, int] | None = None
+        self.ended = ""
+        self._worse = 0  # evaluations since the best one
         self._in_block = False
         self._counts = 0, 0  # updates and compilations when it was closed
         self.notes: list[str] = []
@@ -167,10 +183,10 @@ class Trainer:
         """
         if self._engine is not None:
             return self._engine
-        if self._loop.steps < self.config.steps:
+        if not self.finished:
             raise ClosedError("this Trainer is closed: make another one")
         raise ClosedError(
-            f"this Trainer has made its {self.config.steps} steps and closed its engine: iterate "
+            f"this Trainer has made its {self._loop.steps} steps and closed its engine: iterate "
             "in `with Trainer(...) as trainer:` to evaluate or save a checkpoint after the last one"
         )
 
@@ -192,6 +208,11 @@ class Trainer:
     def steps_done(self) -> int:
         """Return the number of steps done since the very first one."""
         return self._loop.steps
+
+    @property
+    def finished(self) -> bool:
+        """Return whether all steps are done, or time or patience is over."""
+        return self._loop.steps >= self.config.steps or bool(self.ended)
 
     @property
     def losses(self) -> Sequence[float]:
@@ -246,7 +267,7 @@ class Trainer:
         _ = self.engine
         if self.held_out is not None and self._measured.sums.held_out_before is None:
             self._measured.sums.held_out_before = self.evaluate()
-        while self._loop.steps < self.config.steps or self._unevaluated is not None:
+        while not self.finished or self._unevaluated is not None:
             yield self.run_step()
         if not self._in_block:
             self.close()
@@ -272,7 +293,9 @@ class Trainer:
         engine, config, loop, measured = self.engine, self.config, self._loop, self._measured
         stats, step_ms = loop.step()
         lr = loop.learning_rate()
-        last = loop.steps >= config.steps
+        if measured.minutes_over(config.minutes):
+            self.ended = f"{config.minutes:g} minutes are over"
+        last = self.finished
         updated = loop.update(last)
         update = updated[0] if updated is not None else None
         measured.add_step(step_ms, stats)
@@ -303,8 +326,29 @@ class Trainer:
         """Complete a report, now or, if there are no programs, in the next process."""
         loss = self._measured.sums.held_out_after = self.evaluate()
         self._unevaluated = None
+        self._compare(loss, report.step)
         self._measured.stop()
         return replace(report, held_out_loss=loss)
+
+    def _compare(self, loss: float, step: int) -> None:
+        """Remember the best evaluation, and give up when there is no better one for too long."""
+        if self.best is None or loss < self.best[0]:
+            self.best, self._worse = (loss, step), 0
+            return
+        self._worse += 1
+        if self.config.patience and self._worse >= self.config.patience:
+            self.ended = (
+                f"no better loss than {self.best[0]:.4f} of step {self.best[1]} in "
+                f"{self._worse} evaluation{'s' * (self._worse != 1)}"
+            )
+
+    def _validation(self, validation: TokenData | str | Path) -> TokenData:
+        if not isinstance(validation, TokenData):
+            validation = TokenData(validation)
+        if validation.path is not None:
+            self.source["validation"] = os.path.abspath(validation.path)
+        validation.check(self.model.config.vocab_size)
+        return validation
 
     def evaluate(self) -> float:
         """Return the mean loss over evenly spaced sequences of the held-out data.
@@ -324,12 +368,15 @@ class Trainer:
 
     # Checkpoints
 
-    def save_checkpoint(self, path: str | Path, restarting: bool = False) -> int:
+    def save_checkpoint(
+        self, path: str | Path, restarting: bool = False, drop_gradients: bool = False
+    ) -> int:
         """Write everything a resumed run needs; possible after any step.
 
         Args:
             path: the file.
             restarting: a new process goes on at once and adds up times and counts.
+            drop_gradients: leave out what has been accumulated, which is not finite.
 
         Returns:
             The size of the file in bytes.
@@ -341,9 +388,12 @@ class Trainer:
         arrays = dict(self.trained)
         arrays |= {f"m.{name}": value for name, value in engine.adam_m.items()}
         arrays |= {f"v.{name}": value for name, value in engine.adam_v.items()}
-        if engine.accumulated:
+        accumulated = 0 if drop_gradients else engine.accumulated
+        if accumulated:
             arrays |= {f"grad.{name}": value for name, value in engine.gradients.items()}
         run: dict[str, Any] = {}
+        if self.best is not None:
+            run |= {"best": list(self.best), "worse": self._worse}
         if self._unevaluated is not None:
             run["report"] = asdict(self._unevaluated)
         if restarting:
@@ -352,7 +402,7 @@ class Trainer:
             config=asdict(self.model.config),
             step=self._loop.steps,
             updates=engine.updates,
-            accumulated=engine.accumulated,
+            accumulated=accumulated,
             frozen=list(engine.frozen) if self.lora is None else [],
             adapter=self._adapter_facts(),
             sampler=self._loop.sampler.state(),
@@ -360,7 +410,7 @@ class Trainer:
             source=self.source,
             engine=self.engine_settings(),
             losses=list(self.losses),
-            counted=engine.counted,
+            counted=engine.counted if accumulated else 0,
             scaling={
                 "loss_scale": engine.loss_scale,
                 "clean_steps": engine.clean_steps,
@@ -419,9 +469,12 @@ class Trainer:
         try:
             if "report" in meta.run:
                 self._unevaluated = StepReport.from_record(meta.run["report"])
+            if "best" in meta.run:
+                loss, step = meta.run["best"]
+                self.best, self._worse = (float(loss), int(step)), int(meta.run["worse"])
             if restarted:
                 self._measured.restore(meta.run["measured"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its 'run' is damaged ({error})") from error
         self.notes = self._differences(meta)
 

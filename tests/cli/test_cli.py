@@ -22,7 +22,7 @@ from anepy.native import find
 
 COMMANDS = [
     "train", "compare", "generate", "eval", "fuse", "init", "convert", "fetch", "prepare", "mil",
-    "bench", "probe", "info",
+    "runs", "plot", "bench", "probe", "info",
 ]  # fmt: skip
 LIB_COMMANDS = ["path", "build", "fetch", "verify"]
 

@@ -108,7 +108,7 @@ def test_validate_out_of_range_names_the_setting(name: str, value: Any) -> None:
 
 def test_validate_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="held_out"):
-        TrainConfig(eval_every=5).validate()
+        Trainer(Model.init(CONFIG), tokens(), settings(eval_every=5))
 
 
 @pytest.mark.parametrize("config", [TrainConfig, CompareConfig])

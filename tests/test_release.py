@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -166,6 +167,55 @@ def test_pure_wheel_fetches_verifies_and_trains(machine: Machine, released: Path
     words = ["train", "--steps", 2, "--eval-windows", 1, "--no-checkpoint", "--json"]
     out, err = machine.run(*words, ANEPY_OFFLINE="1")
     assert json.loads(out)["summary"]["step"] == 2 and "compiling" not in err
+
+
+BITS = """
+import hashlib
+import numpy as np
+import anepy
+from anepy.native.info import library_info
+
+config = anepy.ModelConfig(64, 172, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=256, seq_len=64)
+for precision in ("fp32", "bf16"):
+    if precision == "bf16" and not library_info()["isa"].endswith("bf16"):
+        continue
+    model, text = anepy.Model.init(config, seed=0), np.random.default_rng(0)
+    digest = hashlib.sha256()
+    with anepy.Engine(model, precision=precision, threads=2) as engine:
+        for _ in range(5):
+            ids = text.integers(0, 256, 65).astype(np.uint16)
+            digest.update(repr(engine.step(ids[:64], ids[1:]).loss).encode())
+            for name in sorted(model.weights):
+                digest.update(np.ascontiguousarray(engine.gradients[name]).tobytes())
+            engine.update(lr=1e-3)
+    for name in sorted(model.weights):
+        digest.update(np.ascontiguousarray(model.weights[name]).tobytes())
+    print(library_info()["isa"], precision, digest.hexdigest())
+"""
+
+
+@needs.X86
+def test_released_library_computes_the_bits_of_gcc(released: Path, tmp_path: Path) -> None:
+    """Losses, gradients, updated weights: plain x86-64 has no fused products to choose freely.
+
+    AArch64 has: what `-ffp-contract=fast` joins is each compiler's own choice there.
+    """
+    found = {}
+    subprocess.run(
+        [needs.CHECKOUT / "build_lib.sh", "--quiet", "--out", tmp_path],
+        env={**os.environ, "CC": needs.program("gcc")},
+        check=True,
+    )
+    loose = released / f"libanepy-{anepy.__version__}-{TAG}.so"
+    for library in (tmp_path / "libanepy.so", loose):
+        done = [
+            children.run("-c", BITS, ANEPY_LIB=str(library), ANEPY_CPU_MASK=mask)
+            for mask in needs.KERNEL_SETS
+        ]
+        assert all(each.returncode == 0 for each in done), done
+        found[library] = [each.stdout for each in done]
+    one, other = found.values()
+    assert one == other and len(one) == len(needs.KERNEL_SETS) and "scalar fp32" in one[-1]
 
 
 def test_gate_names_every_fault_of_a_bad_library(tmp_path: Path) -> None:

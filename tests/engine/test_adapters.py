@@ -128,6 +128,22 @@ def test_every_variant_computes_the_same(precision: str, variant: str) -> None:
         assert_tensors_close(dict(engine.gradients), gradients, tolerance, min_cosine=cosine)
 
 
+@pytest.mark.parametrize("storage", ["bf16", "q8"])
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_base_may_be_stored_smaller(device: str, storage: str) -> None:
+    config = ModelConfig(64, 96, 2, 4, 2, 211, 64)  # rows of whole blocks
+    model, lora = make_model(config).stored(storage), adapter(config)
+    tokens, targets = batch(config)
+    _, gradients = expected(model, lora, tokens, targets)
+    precision = "fp32" if device == "cpu" else "fp16"
+    bar = tolerances.FP32_GRADIENT if device == "cpu" else tolerances.FP16_GRADIENT
+    with Engine(model, device=device, precision=precision, lora=lora) as engine:
+        stats = engine.step(tokens, targets)
+        found = {name: g / stats.loss_scale for name, g in engine.gradients.items()}
+        assert_tensors_close(found, gradients, bar)
+        engine.update(lr=1e-3)
+
+
 @pytest.mark.parametrize("precision", BARS)
 def test_recompute_has_the_same_bits(precision: str) -> None:
     needs.precision(precision)

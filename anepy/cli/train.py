@@ -88,6 +88,7 @@ def train(
     rank: Annotated[int | None, _option("rank")] = None,
     alpha: Annotated[float | None, _option("alpha")] = None,
     targets: Annotated[str | None, _option("targets")] = None,
+    base: Annotated[str | None, _option("base")] = None,
     adapter: Annotated[
         Path | None,
         path_option(metavar="FOLDER", help="Train this LoRA adapter on, instead of a new one."),
@@ -186,7 +187,12 @@ def train(
         prompt=prompt,
     )
     if resume is None and not lora and adapter is None:
-        for option, value in (("--rank", rank), ("--alpha", alpha), ("--targets", targets)):
+        for option, value in (
+            ("--rank", rank),
+            ("--alpha", alpha),
+            ("--targets", targets),
+            ("--base", base),
+        ):
             if value is not None:
                 raise typer.BadParameter(f"{option} is of an adapter: add --lora")
     if adapter is not None and (rank, alpha, targets) != (None, None, None):

@@ -11,7 +11,7 @@ from ..system import files
 from . import gguf, huggingface, llama2c, research, tensor_file
 from .identify import HEAD_BYTES, known_as
 from .model import Model, ModelConfig, PathLike
-from .storage import check_storage
+from .storages import check_storage
 from .tensors import Stored
 
 DTYPES = {"bin": ("f32",), "gguf": ("f32", "f16", "bf16", "q8_0"), "folder": ("f32", "f16", "bf16")}

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from ..errors import ConfigError
 from ..native import abi, find
 from .freezing import Freeze, frozen_names, patterns
-from .storage import STORAGES, Row, StoredTensors, check_storage
+from .storage import Row, StoredTensors
+from .storages import STORAGES, check_storage
 from .stored_tokenizer import Pieces, StoredTokenizer
 from .views import Array, Tensors
 

@@ -5,31 +5,17 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
+from .storages import STORAGES
 from .views import Array, missing_text, real_numbers
 
-# By name, the number in C. "q8" is GGUF's Q8_0.
-STORAGES: Mapping[str, int] = MappingProxyType({"f32": 0, "bf16": 2, "q8": 3})
 Q8_BYTES, Q8_VALUES = 34, 32  # of a block: a binary16 scale, then int8 values
 _AT_ONCE = 1 << 22  # numbers that are converted at once
-
-
-def check_storage(storage: str, also: tuple[str, ...] = ()) -> str:
-    """Return the name of a storage.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    known = (*also, *STORAGES)
-    if storage not in known:
-        raise ConfigError(f"storage is {storage!r}, expected {', '.join(known)}")
-    return storage
 
 
 class Row(NamedTuple):

@@ -23,7 +23,7 @@ from ..engine.decoder import Decoder
 from ..engine.device import AUTO, choice_note
 from ..errors import ConfigError
 from ..models.model import Model
-from ..models.storage import check_storage
+from ..models.storages import check_storage
 from .chat import encode_chat
 from .tokenizer import Tokenizer
 from .tokenizer_stored import resolve_tokenizer

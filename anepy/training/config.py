@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..models.freezing import patterns
+from ..models.storages import STORAGES
 from ..models.targets import TARGETS, chosen_targets
 from .settings import LoopConfig, described, require, setting
 
@@ -51,6 +52,9 @@ class TrainConfig(LoopConfig):
     targets: tuple[str, ...] = setting(
         TARGETS, "LoRA: projections with an adapter, like wq,wv. Default: wq,wk,wv,wo,w1,w2,w3."
     )
+    base: str | None = setting(
+        None, "LoRA: matrices of the model in memory: f32, bf16 or q8. Default: f32."
+    )
     metal: bool = setting(False, "Weight gradients on the GPU: switch metal_dw (macOS).")
     held_out: float = setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = setting(0, "Steps between held-out evaluations. 0: at both ends only.")
@@ -80,6 +84,8 @@ class TrainConfig(LoopConfig):
         require(rate_ok, "matrix_lr", self.matrix_lr, "finite and not negative")
         require(0 < self.decay <= 1, "decay", self.decay, "above 0 and at most 1")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "at least 0 and below 1")
+        if self.base is not None:
+            require(self.base in STORAGES, "base", self.base, " or ".join(STORAGES))
         require(self.patience >= 0, "patience", self.patience, "not negative")
         minutes = self.minutes
         time_ok = minutes is None or (math.isfinite(minutes) and minutes > 0)

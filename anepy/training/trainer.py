@@ -116,7 +116,9 @@ class Trainer:
         self.source: dict[str, Any] = {}
         if not isinstance(model, Model):
             self.source["model"] = os.path.abspath(model)
-            model = Model.load(model)
+            model = Model.load(model, self.config.base or "f32")
+        elif self.config.base not in (None, model.storage):
+            model = model.stored(self.config.base)
         self.model = model
         self.lora = self._adapter(lora)
         if isinstance(model.weights, StoredTensors) and self.lora is None:

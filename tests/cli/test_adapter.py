@@ -115,6 +115,23 @@ def test_a_resumed_run_is_bit_identical(run: Run, files: Path, tokens: None) -> 
     assert_one_line_error(done, "b.npz is of an adapter to a model with other weights")
 
 
+def test_the_base_may_be_stored_smaller(run: Run, files: Path, tokens: None) -> None:
+    words = ("--base", "q8", "--lr", "1e-2")
+    assert train(run, *words, "--steps", 8, "--save", "whole", "--ckpt", "a.npz").code == 0
+    assert train(run, *words, "--steps", 4, "--ckpt", "b.npz").code == 0
+    done = run("train", "--resume", "b.npz", "--steps", 8, "--save", "parts")
+    assert done.code == 0, done
+    weights = [
+        (files / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")
+    ]
+    assert weights[0] == weights[1]
+    assert (
+        train(run, "--lr", "1e-2", "--steps", 8, "--save", "float32", "--ckpt", "c.npz").code == 0
+    )
+    assert (files / "float32" / "adapter_model.safetensors").read_bytes() != weights[0]
+    assert "base is q4" in train(run, "--base", "q4", "--steps", 1).err
+
+
 def test_an_adapter_is_trained_on(run: Run, files: Path, tokens: None) -> None:
     done = run(
         "train", "m.bin", "--data", "d.bin", "--seq", 16, "--adapter", "adapter", "--lr", 0,

@@ -170,7 +170,9 @@ def _sequences(
             # Short data is no error unless a length was asked for.
             length = max(1, min(length, len(data) - 1))
         return list(windows(data, length, count or DEFAULT_WINDOWS))
-    starts = np.flatnonzero(data.tokens[:] == BOS_ID)
+    starts = data.starts
+    if starts is None:
+        starts = np.flatnonzero(data.tokens[:] == BOS_ID)
     ends = np.append(starts[1:], len(data))
     found = []
     for start, end in zip(starts, ends, strict=True):
@@ -186,37 +188,77 @@ def _sequences(
 
 @guarded
 def prepare(
-    texts: Annotated[list[Path], path_argument(metavar="TEXT...", help="UTF-8 text files.")],
+    texts: Annotated[
+        list[Path],
+        path_argument(metavar="TEXT...", help="Text or JSON lines, .gz too; - is standard input."),
+    ],
     output: Annotated[
         Path,
         path_option("--output", "-o", metavar="D.bin", help="Token file to write."),
     ],
     tokenizer: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--tokenizer",
             "-z",
             metavar="FILE",
-            help="tokenizer.bin of the model; 'bytes' for the demo's byte tokens.",
+            help="Tokenizer, or a model that has one. Default: 'bytes'.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    train_tokenizer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Train a vocabulary of N tokens on the text, and keep it beside the data.",
+            show_default=False,
+        ),
+    ] = None,
     separator: Annotated[
-        str, typer.Option(help="Text between documents; '' makes each file one document.")
+        str,
+        typer.Option(help=r"Text between documents, like '\n\n'; '' makes each file one document."),
     ] = "<|endoftext|>",
+    split: Annotated[
+        float, typer.Option(help="Part of the documents for validation, to D.val.bin.")
+    ] = 0.0,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Of instructions, learn the answers only.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn text into training data.
 
-    Writes token ids, and a JSON file beside them that says how they were made.
+    Writes token ids, and beside them where documents begin and how they were made.
     """
+    if tokenizer is not None and train_tokenizer is not None:
+        raise ConfigError("a tokenizer is either given or trained: leave one of the options out")
     from ..system.download import progress_bar
     from ..system.words import quantity
     from ..text.prepare import prepare as prepare_data
     from ..text.tokenizer import Tokenizer
 
-    words: Tokenizer = Tokenizer.bytes() if tokenizer == BYTES else Tokenizer.load(tokenizer)
+    words: Tokenizer | int
+    if train_tokenizer is not None:
+        words = train_tokenizer
+    elif tokenizer in (None, BYTES):
+        words = Tokenizer.bytes()
+        if tokenizer is None:
+            note(
+                "no tokenizer is named, so each byte is a token: --train-tokenizer 4096 makes "
+                "better ones, --tokenizer FILE takes those of a model"
+            )
+    else:
+        words = Tokenizer.load(str(tokenizer))
     with progress_bar("tokenizing") as progress:
-        done = prepare_data(texts, words, output, separator=separator, progress=progress)
+        done = prepare_data(
+            texts,
+            words,
+            output,
+            separator=unescaped(separator),
+            progress=progress,
+            split=split,
+            mask_prompt=mask_prompt,
+        )
     if as_json:
         print_json(
             {
@@ -227,11 +269,32 @@ def prepare(
                 "documents": done.documents,
                 "vocab_size": done.vocab_size,
                 "dtype": done.dtype,
+                "validation": str(done.validation) if done.validation else None,
+                "validation_tokens": done.validation_tokens,
+                "validation_documents": done.validation_documents,
+                "tokenizer_file": str(done.tokenizer_file) if done.tokenizer_file else None,
+                "masked": done.masked,
             }
         )
         return
+
+    def counted(tokens: int, documents: int) -> str:
+        return f"{quantity(tokens)} tokens, {documents:,} document{'' if documents == 1 else 's'}"
+
     print(
-        f"{done.path}: {quantity(done.tokens)} tokens, "
-        f"{done.documents:,} document{'' if done.documents == 1 else 's'}, "
-        f"{done.dtype}, vocabulary {done.vocab_size:,}"
+        f"{done.path}: {counted(done.tokens, done.documents)}, {done.dtype}, "
+        f"vocabulary {done.vocab_size:,}"
     )
+    if done.validation is not None:
+        told = counted(done.validation_tokens, done.validation_documents)
+        print(f"{done.validation}: {told}")
+    if done.tokenizer_file is not None:
+        print(f"{done.tokenizer_file}: the tokenizer, trained on this text")
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text with `\n`, `\t`, `\r`, `\0` and `\\` understood."""
+    import re
+
+    meant = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+    return re.sub(r"\\([ntr0\\])", lambda found: meant[found[1]], text)

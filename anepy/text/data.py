@@ -1,8 +1,9 @@
 """Training data: flat token files, random windows for training, fixed windows for evaluation.
 
-A token file is nothing but uint16 or uint32 ids, little-endian, the documents one after another,
-each begun by BOS. A small JSON file beside it, which `anepy prepare` writes, may say how it was
-made; files of other programs (llama2.c, nanoGPT) work without that.
+A token file is nothing but ids, little-endian, the documents one after another. A small JSON file
+beside it, which `anepy prepare` writes, may say how it was made, and name two more: where documents
+begin, and which tokens count as targets. Files of other programs (llama2.c, nanoGPT) work without.
+`document_windows.py` draws whole documents.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ Window: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 SIDECAR_FORMAT = "anepy-tokens-1"
 
-DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
+UNCOUNTED = -100  # a target that is not counted
+# No vocabulary has as many tokens: upper halves of wider ids are smaller.
+_UPPER_HALF = 16
+_TELLING = 32
 # Large enough to be fast, small enough that checking many gigabytes stays cheap in memory.
 _CHECK_TOKENS = 1 << 22
 
@@ -36,18 +46,22 @@ class TokenData:
 
     Args:
         path: a flat file of token ids.
-        dtype: "uint16", "uint32", or "auto": what `<path>.json` of `anepy prepare` says, else
-            uint16.
+        dtype: "uint16", "uint32", "int32", "int64", or "auto": what `<path>.json` of `anepy
+            prepare` says, else uint16.
 
     Attributes:
         tokens: (n,) ids, little-endian, read-only.
         path: the file, None for an array.
         name: what messages call this data.
         vocab_size: vocabulary the file was prepared for, None if unknown.
+        starts: (documents,) int64, the first token of each document; None if unknown.
+        mask: (n,) uint8, 1 for a token that counts as a target; None: all do.
+        tokenizer_file: the tokenizer that was trained for this data, None if none was.
 
     Raises:
         ConfigError: `dtype` is none of these names.
-        DataError: the file is missing, empty, of odd length, or contradicts its `.json`.
+        DataError: the file is missing, empty, of odd length, holds wider ids than it is read with,
+            or contradicts its `.json` or the files that this names.
 
     Example:
         >>> data = TokenData.from_array(np.arange(100))
@@ -60,15 +74,20 @@ class TokenData:
     path: Path | None
     name: str
     vocab_size: int | None
+    starts: npt.NDArray[np.int64] | None = None
+    mask: npt.NDArray[np.uint8] | None = None
+    tokenizer_file: Path | None = None
 
     def __init__(self, path: PathLike, dtype: str = "auto") -> None:
         path = Path(path)
         if dtype != "auto" and dtype not in DTYPES:
-            raise ConfigError(f"unknown token type {dtype!r}; use auto, uint16 or uint32")
+            raise ConfigError(f"unknown token type {dtype!r}; use auto, {', '.join(DTYPES)}")
         nbytes = file_size(path)
         vocab_size = None
-        if dtype == "auto":
-            sidecar = _read_sidecar(path)
+        guessed = dtype == "auto"
+        sidecar = _read_sidecar(path) if guessed else None
+        if guessed:
+            guessed = sidecar is None
             dtype = sidecar["dtype"] if sidecar else "uint16"
             if sidecar:
                 vocab_size = sidecar["vocab_size"]
@@ -90,7 +109,34 @@ class TokenData:
             tokens = np.memmap(path, dtype=kind, mode="r")
         except OSError as error:
             raise DataError(f"cannot read token file {path}: {reason_of(error)}") from error
+        if guessed:
+            _refuse_wider_ids(path, tokens)
         self._set(tokens, path, str(path), vocab_size)
+        if sidecar is not None:
+            self._read_beside(path, sidecar)
+
+    def _read_beside(self, path: Path, sidecar: Mapping[str, Any]) -> None:
+        """Map the files that the sidecar names."""
+        for field, dtype, count in (
+            ("document_starts", "<i8", int(sidecar.get("documents") or 0)),
+            ("mask", "u1", len(self)),
+        ):
+            name = sidecar.get(field)
+            if name is None:
+                continue
+            other = path.with_name(str(name))
+            if file_size(other) != count * np.dtype(dtype).itemsize:
+                raise DataError(
+                    f"{other} does not fit {path}, which its {sidecar_path(path).name} was written "
+                    "for; run anepy prepare again"
+                )
+            found = np.memmap(other, dtype=dtype, mode="r")
+            if field == "mask":
+                self.mask = found
+            else:
+                self.starts = found.astype(np.int64)
+        if sidecar.get("tokenizer_file"):
+            self.tokenizer_file = path.with_name(str(sidecar["tokenizer_file"]))
 
     @classmethod
     def from_array(
@@ -159,14 +205,26 @@ class TokenData:
         if held_out == 0:
             return self, None
         at = len(self) - round(len(self) * held_out)
+        if self.starts is not None and self.mask is not None:
+            # Prompts and answers belong together.
+            near = int(np.searchsorted(self.starts, at))
+            at = int(self.starts[min(len(self.starts) - 1, near)])
         return (
-            self._of(
-                self.tokens[:at], self.path, f"the training part of {self.name}", self.vocab_size
-            ),
-            self._of(
-                self.tokens[at:], self.path, f"the held-out part of {self.name}", self.vocab_size
-            ),
+            self._slice(0, at, f"the training part of {self.name}"),
+            self._slice(at, len(self), f"the held-out part of {self.name}"),
         )
+
+    def _slice(self, begin: int, end: int, name: str) -> TokenData:
+        part = self._of(self.tokens[begin:end], self.path, name, self.vocab_size)
+        part.tokenizer_file = self.tokenizer_file
+        if self.mask is not None:
+            part.mask = self.mask[begin:end]
+        if self.starts is not None:
+            inside = self.starts[(self.starts >= begin) & (self.starts < end)] - begin
+            if not len(inside) or inside[0]:
+                inside = np.insert(inside, 0, 0)
+            part.starts = inside
+        return part
 
 
 class Sampler:
@@ -195,7 +253,7 @@ class Sampler:
         self._seed = _counter(seed, "seed")
         self._index = 0
 
-    def next(self) -> Window:
+    def next(self) -> tuple[npt.NDArray[Any], ...]:
         """Return the next window.
 
         Returns:
@@ -272,7 +330,10 @@ def _draw(count: int, seed: int, index: int) -> int:
 def _window(data: TokenData, start: int, seq_len: int) -> Window:
     """Return the int32 copies of one window and of the tokens that follow each of its own."""
     both = data.tokens[start : start + seq_len + 1].astype(np.int32)
-    return both[:-1].copy(), both[1:].copy()
+    targets = both[1:].copy()
+    if data.mask is not None:
+        targets[data.mask[start + 1 : start + seq_len + 1] == 0] = UNCOUNTED
+    return both[:-1].copy(), targets
 
 
 def _need(data: TokenData, seq_len: int) -> None:
@@ -294,6 +355,25 @@ def _counter(value: SupportsIndex, what: str) -> int:
     return number
 
 
+def _refuse_wider_ids(path: Path, tokens: Tokens) -> None:
+    """Raise if a file without a sidecar, read as uint16, shows that its ids are wider.
+
+    Raises:
+        DataError: every second number is so small that it must be the upper half of an id.
+    """
+    seen = np.asarray(tokens[:_CHECK_TOKENS])
+    if len(seen) % 2 or len(seen) < _TELLING or seen[::2].max() < _UPPER_HALF:
+        return
+    if seen[1::2].max() >= _UPPER_HALF:
+        return
+    long = len(seen) % 4 == 0 and not seen[2::4].any() and not seen[3::4].any()
+    raise DataError(
+        f"{path} has no {sidecar_path(path).name} to say of which type its ids are, and they look "
+        f"like {'int64' if long else 'uint32'}, not uint16: pass --dtype "
+        f"{'int64' if long else 'uint32'}, or --dtype uint16 if they are that"
+    )
+
+
 def file_size(path: Path, kind: str = "token") -> int:
     """Return the bytes of a regular file."""
     try:
@@ -304,6 +384,11 @@ def file_size(path: Path, kind: str = "token") -> int:
         what = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
         raise DataError(f"cannot read {kind} file {path}: it is {what}; give a file")
     return info.st_size
+
+
+def beside(path: Path, what: str, ending: str = ".bin") -> Path:
+    """Return the path of a file that belongs to a token file: `D.what.bin` of `D.bin`."""
+    return path.with_name(f"{path.stem if path.suffix else path.name}.{what}{ending}")
 
 
 def sidecar_path(path: Path) -> Path:

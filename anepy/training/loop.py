@@ -48,10 +48,11 @@ class Loop:
         """
         position = self.sampler.state()
         windows = [self.sampler.next() for _ in range(self.config.batch)]
-        tokens, targets = (np.stack(each) for each in zip(*windows, strict=True))
+        # Of packed documents a window says also where they begin.
+        tokens, targets, *starts = (np.stack(each) for each in zip(*windows, strict=True))
         began = time.perf_counter()
         try:
-            stats = self.engine.step(tokens, targets)
+            stats = self.engine.step(tokens, targets, *starts)
         except NativeError:
             self.sampler.restore(position)
             raise

@@ -58,6 +58,16 @@ def discard_temporaries() -> None:
             os.unlink(name)
 
 
+@contextlib.contextmanager
+def temporary(name: str) -> Iterator[None]:
+    """Have `discard_temporaries` remove this file too while the block runs."""
+    _temporaries.add(name)
+    try:
+        yield
+    finally:
+        _temporaries.discard(name)
+
+
 def write_failure(path: str | os.PathLike[str], what: str, error: OSError) -> str:
     """Say in one line why a file could not be written and what to do.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BusyError
+from . import files
 
 _MOST_TRIES = 50
 _PAUSE = 0.02  # s between two tries
@@ -41,7 +42,8 @@ def owned(path: str | os.PathLike[str], what: str, inherited: bool = False) -> I
     if not (inherited and os.path.exists(path) and _read(Path(path)) == mine):
         _take(Path(path), mine, what)
     try:
-        yield
+        with files.temporary(os.fspath(path)):
+            yield
     finally:
         # Somebody who removed the file by hand may have made another.
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ Run it from the checkout, with the extra `peers` installed:
     python tests/peers/lora.py --precision bf16 --base bf16   against autocast
     python tests/peers/lora.py --model model.gguf             a real model
     python tests/peers/lora.py --memory-only --base bf16 --recompute --seq 2048
+    python tests/peers/lora.py --alone --shape tinyllama --base q8 --recompute --seq 1024 --rounds 2
 
 Both train all seven projections of a layer with one sequence per step and AdamW on the adapter.
 They take turns in this process; gradients of A and B and losses are compared before anything is
@@ -41,10 +42,16 @@ from common import (
     write_json,
 )
 
-# SmolLM2-135M (its config.json); the context is what is trained on, not what it knows.
-SMOLLM2 = {
-    "dim": 576, "hidden_dim": 1536, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3,
-    "vocab_size": 49152, "rope_theta": 100000.0, "tied": True,
+# Of their config.json; the context is what is trained on, not what they know.
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "dim": 576, "hidden_dim": 1536, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3,
+        "vocab_size": 49152, "rope_theta": 100000.0, "tied": True,
+    },
+    "tinyllama": {
+        "dim": 2048, "hidden_dim": 5632, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4,
+        "vocab_size": 32000, "tied": False,
+    },
 }  # fmt: skip
 LEARNING_RATE = 1e-5
 # Largest relative error, least cosine. On random tokens a real model's gradients are badly
@@ -58,8 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="instead of random weights of SmolLM2's shape")
-    parser.add_argument("--layers", type=int, default=SMOLLM2["n_layers"], help="(%(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="(%(default)s)")
+    parser.add_argument("--model", type=Path, help="instead of random weights of that shape")
     parser.add_argument("--seq", type=int, default=512, help="tokens per step (%(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both")
@@ -73,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="weights, tokens (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results; - for stdout, no table")
     parser.add_argument("--memory-only", action="store_true", help="no times")
+    parser.add_argument("--alone", action="store_true", help="anepy without PEFT: memory, time")
     parser.add_argument("--side", choices=("anepy", "peft"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -86,8 +94,8 @@ def load(options: argparse.Namespace, storage: str = "f32") -> Any:
         return Model.load(options.folder / "base", storage=storage)
     if options.model is not None:
         return Model.load(options.model, storage=storage)
-    shape = SMOLLM2 | {"n_layers": options.layers}
-    return Model.init(ModelConfig(**shape, seq_len=options.seq), seed=options.seed)
+    config = ModelConfig(**SHAPES[options.shape], seq_len=options.seq)
+    return Model.init(config, seed=options.seed, storage=storage)
 
 
 def write_models(options: argparse.Namespace, folder: Path) -> None:
@@ -103,8 +111,6 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
         if name.endswith("lora_b"):
             values[...] = random.normal(0.0, 0.02, values.shape)
     lora.save(folder / "adapter")
-    tokens, targets = random_tokens(model.config, options.seq, options.seed)
-    np.savez(folder / "tokens.npz", tokens=tokens, targets=targets)
 
 
 class AnepySide:
@@ -117,7 +123,9 @@ class AnepySide:
         base = "" if options.base == "f32" else f", base {options.base}"
         again = ", recompute" if options.recompute else ""
         self.name = f"anepy {options.precision}{base}{again}"
-        self.lora = Lora.load(options.folder / "adapter")
+        self.lora = Lora(options.rank, 2 * options.rank, seed=options.seed)
+        if options.folder is not None:
+            self.lora = Lora.load(options.folder / "adapter")
         self.engine = Engine(
             load(options, options.base),
             device="cpu",
@@ -127,8 +135,8 @@ class AnepySide:
             lora=self.lora,
             recompute=options.recompute,
         )
-        with np.load(options.folder / "tokens.npz") as ids:
-            self.tokens, self.targets = ids["tokens"], ids["targets"]
+        config = self.engine.model.config
+        self.tokens, self.targets = random_tokens(config, options.seq, options.seed)
 
     def prepare(self) -> None:
         """Do nothing: after `update` the next step overwrites the gradients."""
@@ -166,9 +174,9 @@ class PeftSide:
         )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        with np.load(options.folder / "tokens.npz") as ids:
-            self.tokens = torch.from_numpy(ids["tokens"].astype(np.int64))[None]
-            self.targets = torch.from_numpy(ids["targets"].astype(np.int64))
+        tokens, targets = random_tokens(base.config, options.seq, options.seed)
+        self.tokens = torch.from_numpy(tokens.astype(np.int64))[None]
+        self.targets = torch.from_numpy(targets.astype(np.int64))
 
     def prepare(self) -> None:
         """Drop the gradients, which is PyTorch's fastest way to clear them; not timed."""
@@ -274,7 +282,7 @@ def measure(sides: list[Any], options: argparse.Namespace) -> dict[str, dict[str
 def memory_of(options: argparse.Namespace, side: str, folder: Path) -> float:
     """Return the peak memory of a process that takes two steps and updates."""
     words = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-    for name in ("seq", "precision", "base", "attention", "threads"):
+    for name in ("seq", "precision", "base", "attention", "threads", "seed"):
         words += [f"--{name}", str(getattr(options, name))]
     words += ["--recompute"] if options.recompute else []
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -293,12 +301,36 @@ def run_alone(options: argparse.Namespace) -> None:
     print(json.dumps(peak_bytes()))
 
 
+def measure_alone(options: argparse.Namespace) -> None:
+    """Take steps with anepy alone; print the peak memory, that of the model included."""
+    side = AnepySide(options)
+    times = []
+    for _ in range(options.rounds):
+        times.append(timed(side.step)[0])
+        side.update()
+    count = side.engine.model.n_parameters
+    print(
+        f"{side.name}: {count / 1e6:.0f} M parameters, {options.seq} tokens, "
+        f"{summary(times)['median']:.0f} ms a step, peak memory {peak_bytes() / 1e6:.0f} MB"
+    )
+
+
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Write the models, measure memory apart, check, and time both."""
     result: dict[str, Any] = header("lora")
-    names = ("seq", "rank", "precision", "base", "recompute", "attention", "threads", "rounds")
+    names = (
+        "seed",
+        "seq",
+        "rank",
+        "precision",
+        "base",
+        "recompute",
+        "attention",
+        "threads",
+        "rounds",
+    )
     result["settings"] = {name: getattr(options, name) for name in names}
-    result["settings"]["model"] = str(options.model or "random weights of SmolLM2-135M's shape")
+    result["settings"]["model"] = str(options.model or f"random weights, {options.shape}")
     with tempfile.TemporaryDirectory(prefix="anepy-lora-") as name:
         write_models(options, Path(name))
         options.folder = Path(name)
@@ -353,6 +385,9 @@ def print_table(result: dict[str, Any]) -> None:
 def main() -> None:
     """Run what the command line asks for."""
     options = parse_arguments()
+    if options.alone:
+        measure_alone(options)
+        return
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
             raise SystemExit(f"{name} is not installed: pip install 'anepy[peers]'")

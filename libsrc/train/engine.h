@@ -324,10 +324,6 @@ static inline int32_t anepy_running_tokens(const anepy_engine *e) {
     return e->run.beside * e->run.tokens;
 }
 
-static inline int32_t anepy_column(const anepy_engine *e, int32_t token) {
-    return /* mutate: token-column */ token / e->run.tokens * e->run.padded + token % e->run.tokens;
-}
-
 /* What weight gradients are summed over: all columns to the last token. */
 static inline int32_t anepy_reduction(const anepy_engine *e) {
     return e->run.columns - e->run.padded + e->run.tokens;

@@ -81,7 +81,6 @@ MUTATIONS = [
     native("zip-odd-row", "bf16", "1", "bf16"),
     native("pack-odd-row", "bf16", "src", "bf16"),
     native("arena-size", "model", "{} + 1"),
-    native("token-column", "batch", "token"),
     native("loss-padding", "batch", "s"),
     native("squares-tokens", "batch", "e->run.tokens"),
     native("packed-positions", "packing", "1"),

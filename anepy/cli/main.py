@@ -100,6 +100,13 @@ def generate(
         int, typer.Option("--max-tokens", "-n", min=0, help="New tokens at most.")
     ] = 256,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; may be repeated.", show_default=False),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
     weights: Annotated[
         str, typer.Option(help="Weights in memory: f32, bf16, q8, or auto: what loses nothing.")
     ] = "auto",
@@ -123,6 +130,8 @@ def generate(
         max_tokens,
         seed,
         threads,
+        stop or (),
+        chat,
         weights=weights,
     )
     if not as_json:

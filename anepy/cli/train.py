@@ -69,6 +69,8 @@ def train(
     weight_decay: Annotated[float | None, _option("weight_decay")] = None,
     grad_clip: Annotated[float | None, _option("grad_clip", "--grad-clip", "--clip")] = None,
     seed: Annotated[int | None, _option("seed")] = None,
+    pack: Annotated[bool, _option("pack", "--pack")] = False,
+    dtype: Annotated[str | None, _option("dtype")] = None,
     held_out: Annotated[float | None, _option("held_out")] = None,
     eval_every: Annotated[int | None, _option("eval_every")] = None,
     eval_windows: Annotated[int | None, _option("eval_windows")] = None,
@@ -165,7 +167,7 @@ def train(
         for name, value in locals().items()
         if name in TrainConfig.__dataclass_fields__ and value is not None
     }
-    for name in ("recompute", "metal", "freeze", "lora"):
+    for name in ("recompute", "metal", "freeze", "lora", "pack"):
         if not given.get(name):
             given.pop(name, None)
     request = Request(

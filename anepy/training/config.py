@@ -56,6 +56,8 @@ class TrainConfig(LoopConfig):
         None, "LoRA: matrices of the model in memory: f32, bf16 or q8. Default: f32."
     )
     metal: bool = setting(False, "Weight gradients on the GPU: switch metal_dw (macOS).")
+    pack: bool = setting(False, "Put several whole documents into a window, kept apart (cpu).")
+    dtype: str = setting("auto", "Type of the ids in data of other programs, like uint32.")
     held_out: float = setting(0.0, "Part of the data kept for evaluation, like 0.05.")
     eval_every: int = setting(0, "Steps between held-out evaluations. 0: at both ends only.")
     eval_windows: int = setting(16, "Sequences per held-out evaluation.")

@@ -28,6 +28,7 @@ from ..models.views import Tensors
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
+from ..text.document_windows import DocumentSampler
 from . import checkpoint
 from .config import TrainConfig
 from .loop import Loop
@@ -128,7 +129,7 @@ class Trainer:
             )
         self.seq = sequence_length(self.config.seq, model.config.seq_len)
         if not isinstance(data, TokenData):
-            data = TokenData(data)
+            data = TokenData(data, self.config.dtype)
         if data.path is not None:
             self.source["data"] = os.path.abspath(data.path)
         self.source["tokens"] = len(data)
@@ -141,7 +142,12 @@ class Trainer:
             self._held_out_windows = list(
                 windows(self.held_out, self.seq, self.config.eval_windows)
             )
-        sampler = Sampler(self.data, self.seq, self.config.seed)
+        sampler: Sampler
+        if self.config.pack or self.data.mask is not None:
+            # Instructions are learned whole: one a window, unless several are packed.
+            sampler = DocumentSampler(self.data, self.seq, self.config.seed, self.config.pack)
+        else:
+            sampler = Sampler(self.data, self.seq, self.config.seed)
         self._engine: Engine | None = Engine(
             model,
             variant=self.config.engine_variant,
@@ -162,6 +168,13 @@ class Trainer:
         self._in_block = False
         self._counts = 0, 0  # updates and compilations when it was closed
         self.notes: list[str] = []
+        if isinstance(sampler, DocumentSampler) and sampler.cut:
+            self.notes.append(f"{sampler.cut} documents are longer than {self.seq} tokens and cut")
+        if data.vocab_size not in (None, model.config.vocab_size):
+            self.notes.append(
+                f"{data.name} was prepared for a vocabulary of {data.vocab_size}, the model has "
+                f"{model.config.vocab_size}"
+            )
         self._loop = Loop(self._engine, sampler, self.config)
         self._unevaluated: StepReport | None = None
         self._flops = self.flops["total"]
@@ -478,7 +491,7 @@ class Trainer:
                 self._measured.restore(meta.run["measured"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its 'run' is damaged ({error})") from error
-        self.notes = self._differences(meta)
+        self.notes += self._differences(meta)
 
     def _differences(self, meta: checkpoint.Meta) -> list[str]:
         """Tell in one line each what a resumed run does differently from the saved one."""

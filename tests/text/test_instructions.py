@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from anepy.errors import DataError, TokenizerError
+from anepy.models.model import Model, ModelConfig
 from anepy.text.chat import encode_chat, render
 from anepy.text.data import TokenData
 from anepy.text.document_windows import DocumentSampler
 from anepy.text.prepare import prepare
 from anepy.text.tokenizer import Tokenizer
 from anepy.text.tokenizer_pieces import PieceTokenizer, byte_tokenizer
+from anepy.training.config import TrainConfig
+from anepy.training.trainer import Trainer
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}"
@@ -133,6 +136,20 @@ def test_windows_go_on_where_they_were() -> None:
     for _ in range(40):
         for one, other in zip(first.next(), again.next(), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_trainer_learns_answers_alone(tmp_path: Path, pack: bool) -> None:
+    lines = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(9)]
+    path = write(tmp_path / "t.jsonl", *lines)
+    done = prepare(path, Tokenizer.bytes(), tmp_path / "d.bin", mask_prompt=True)
+    model = Model.init(ModelConfig(32, 48, 1, 2, 2, 300, 32))
+    config = TrainConfig(steps=2, seq=24, accum=1, device="cpu", pack=pack)
+    with Trainer(model, done.path, config) as trainer:
+        assert any("vocabulary of 259, the model has 300" in note for note in trainer.notes)
+        counted = [report.stats.tokens for report in trainer]
+    # The answer and EOS of each line; three lines of seven tokens fit.
+    assert counted == ([6, 6] if pack else [2, 2])
 
 
 def test_packing_takes_the_window_with_the_least_room() -> None:

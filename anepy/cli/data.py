@@ -150,7 +150,7 @@ def _tokens(
     assert text is not None
     words = resolve_tokenizer(tokenizer, model)
     with tempfile.TemporaryDirectory(prefix="anepy-") as folder:
-        prepared = prepare(text, words, Path(folder) / "tokens.bin")
+        prepared = prepare(text, words, Path(folder) / "tokens.bin", eos=False)
         tokens = TokenData(prepared.path)
         tokens.name = str(text)
         yield tokens

@@ -77,7 +77,6 @@ def test_version_is_printed(run: Run) -> None:
         ["train", "--checkpoint", "a.npz", "--no-checkpoint"],
         ["generate"],
         ["init", "stories15M"],
-        ["prepare", "t.txt", "-o", "d.bin"],
     ],
 )
 def test_wrong_usage_exits_with_2(run: Run, words: list[str]) -> None:

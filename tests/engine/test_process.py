@@ -20,7 +20,6 @@ from cases import BUSY, GQA, bits, make_engine, make_model, sequence
 from anepy.engine import Decoder, Engine
 from anepy.errors import AnepyError, ClosedError, ConfigError, NativeError
 from anepy.models.model import Model
-from anepy.native import find
 from anepy.native.info import library_info
 from anepy.system.interrupts import Uninterrupted
 
@@ -37,8 +36,7 @@ PRELUDE = (
 
 def start(code: str, **environment: str | None) -> subprocess.Popen[str]:
     """Start a Python that runs this code."""
-    library = find.library()._name  # the very one that is tested here
-    usual: dict[str, str | None] = {"ANEPY_NUM_THREADS": None, "ANEPY_LIB": library}
+    usual: dict[str, str | None] = {"ANEPY_NUM_THREADS": None}
     return children.start("-c", code, **usual | environment)
 
 

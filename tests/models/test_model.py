@@ -26,7 +26,6 @@ from reference import llama64 as ref
 from anepy.errors import ConfigError, ModelError, NativeError
 from anepy.models import model as model_module
 from anepy.models.model import PRESETS, Model, ModelConfig, RopeScaling
-from anepy.native import find
 
 CONFIGS = {
     "tied": ModelConfig(12, 20, 2, 3, 3, 29, 40),
@@ -401,7 +400,7 @@ def test_load_bad_files_take_little_memory(tmp_path: Path) -> None:
         "    except ModelError: print('refused')\n"
     )
     needs.proc()
-    result = children.run("-c", code, *paths, ANEPY_LIB=find.library()._name)
+    result = children.run("-c", code, *paths)
     assert (result.stdout, result.stderr) == ("refused\n" * len(paths), ""), path
 
 

@@ -215,9 +215,10 @@ trap 'exit 143' TERM HUP
 cd "$root"
 zig=no
 echo 'int anepy_probe;' >"$work/probe.c"
-# Only zig knows a processor called baseline. Unless told so, it compiles for the one it runs on.
+# Only zig knows a processor called baseline; clang for x86 only warns. Unless told so,
+# zig compiles for the one it runs on.
 if ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DIR:-$work/zig} \
-    "${cc[@]}" -mcpu=baseline -c "$work/probe.c" -o "$work/probe.o" 2>/dev/null; then
+    "${cc[@]}" -Werror -mcpu=baseline -c "$work/probe.c" -o "$work/probe.o" 2>/dev/null; then
     zig=yes
     export ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DIR:-$work/zig}
 fi

@@ -12,6 +12,7 @@ from . import gguf, huggingface, llama2c, research, tensor_file
 from .identify import HEAD_BYTES, known_as
 from .model import Model, ModelConfig, PathLike
 from .storages import check_storage
+from .stored_tokenizer import StoredTokenizer, from_json
 from .tensors import Stored
 
 DTYPES = {"bin": ("f32",), "gguf": ("f32", "f16", "bf16", "q8_0"), "folder": ("f32", "f16", "bf16")}
@@ -64,7 +65,20 @@ def _open(path: Path) -> Stored:
         )
     if head.startswith(research.MAGIC):
         return research.open_file(path)
-    return llama2c.open_file(path)
+    return llama2c.open_file(path)._replace(tokenizer=from_json(tokenizer_beside(path)))
+
+
+def tokenizer_beside(path: Path) -> Path:
+    """Name the file that keeps the tokenizer of a llama2.c model, which has no place for one."""
+    return path.with_name(f"{path.stem}.tokenizer.json")
+
+
+def _save_beside(model: Model, path: Path) -> None:
+    kept = model.tokenizer
+    content = kept.files.get("tokenizer.json") if isinstance(kept, StoredTokenizer) else None
+    if content is not None:
+        with files.replacing(tokenizer_beside(path)) as file:
+            file.write(content)
 
 
 def save(model: Model, path: PathLike, dtype: str = "f32") -> int:
@@ -73,6 +87,7 @@ def save(model: Model, path: PathLike, dtype: str = "f32") -> int:
     kind = _check(model.config, path, dtype)
     try:
         if kind == "bin":
+            _save_beside(model, path)
             return llama2c.save(path, model)
         if kind == "gguf":
             return gguf.save(path, model.config, model.weights, dtype, model.tokenizer)

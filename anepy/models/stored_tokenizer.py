@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 # SentencePiece's kinds of tokens, which GGUF files use, too.
@@ -28,6 +29,14 @@ class StoredTokenizer:
     files: Mapping[str, bytes] = field(default_factory=dict)
     fields: Mapping[str, tuple[tuple[int, ...], Any]] = field(default_factory=dict)
     ids: Mapping[str, Any] = field(default_factory=dict)
+
+
+def from_json(path: Path) -> StoredTokenizer | None:
+    """Keep a `tokenizer.json` under whatever name; None if there is no such file."""
+    try:
+        return StoredTokenizer("huggingface", {"tokenizer.json": path.read_bytes()})
+    except FileNotFoundError:
+        return None
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.lora import Lora
 from ..models.model import Model, sequence_length
 from ..models.storage import StoredTensors
+from ..models.stored_tokenizer import from_json
 from ..models.views import Tensors
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
@@ -68,7 +69,8 @@ class Trainer:
 
     Attributes:
         config: the settings.
-        model: what is trained, or what the adapter is added to.
+        model: what is trained, or what the adapter is added to. One without a tokenizer gets that
+            of the data, if it was trained for them.
         lora: the adapter that is trained; None if the model is.
         seq: tokens per sequence.
         data: the tokens trained on.
@@ -134,6 +136,8 @@ class Trainer:
             self.source["data"] = os.path.abspath(data.path)
         self.source["tokens"] = len(data)
         data.check(model.config.vocab_size)
+        if model.tokenizer is None and data.tokenizer_file is not None:
+            model.tokenizer = from_json(data.tokenizer_file)
         self.data, self.held_out = data.split(self.config.held_out)
         if validation is not None:
             self.held_out = self._validation(validation)

@@ -1,5 +1,5 @@
 /* decode/decoder.h - what the two ways of a decoder share: decode.c computes one token, prefill.c
- * many of a prompt at once. Both fill the same key/value cache. */
+ * many of a prompt at once, project.c the projections of both. They fill one key/value cache. */
 #ifndef ANEPY_DECODER_H
 #define ANEPY_DECODER_H
 

@@ -315,7 +315,7 @@ def test_text_on_its_own_meets_the_engine_as_it_is(
     assert "loading again" in seen["reload"] and "as told" in seen["reload"]
     assert "the program is refused" in seen["refused"]
     assert "is not @model_path/weights/NAME" in seen["name"]
-    assert "18 surfaces, 16 are the most" in seen["many"]
+    assert "22 surfaces, 20 are the most" in seen["many"]
     assert {key: seen[key] for key in CLEAN} == CLEAN
 
 

@@ -26,6 +26,8 @@ from anepy.errors import (
 )
 from anepy.models.model import Model, ModelConfig
 from anepy.text.data import TokenData
+from anepy.text.prepare import prepare
+from anepy.text.tokenizer_stored import resolve_tokenizer
 from anepy.training import checkpoint
 from anepy.training.config import TrainConfig, config_from
 from anepy.training.convert import convert
@@ -554,3 +556,24 @@ def test_a_run_interrupted_at_random_moments_ends_with_the_same_weights(tmp_path
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 5
     assert_same(dict(model.weights), expected)
+
+
+def test_a_tokenizer_trained_for_the_data_stays_with_the_model(tmp_path: Path) -> None:
+    needs.module("tokenizers")
+    text = tmp_path / "t.txt"
+    text.write_text("the cat sat on the mat, the dog on the log. " * 40)
+    prepared = prepare(text, 300, tmp_path / "d.bin")
+    config = ModelConfig(16, 32, 1, 2, 2, prepared.vocab_size + 3, 16)
+    model = Model.init(config)
+    with Trainer(model, tmp_path / "d.bin", settings(steps=2)) as trainer:
+        for _ in trainer:
+            pass
+    expected = resolve_tokenizer(None, model).encode("the cat sat")
+    for name in ("m.bin", "folder"):
+        needs.module("safetensors")
+        model.save(tmp_path / name)
+        again = Model.load(tmp_path / name)
+        assert resolve_tokenizer(None, again).encode("the cat sat") == expected
+    assert (tmp_path / "m.tokenizer.json").is_file()
+    (tmp_path / "m.bin").rename(tmp_path / "n.bin")
+    assert Model.load(tmp_path / "n.bin").tokenizer is None

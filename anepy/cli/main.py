@@ -44,7 +44,6 @@ app = typer.Typer(
     name="anepy",
     help="Train models of the Llama family on the Apple Neural Engine, or on any CPU.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

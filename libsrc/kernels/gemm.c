@@ -293,10 +293,9 @@ static upcoming rows_ahead(const anepy_gemm *gemm, const anepy_product *s, int32
     int32_t by_rows = s->a_step == 1, halves = gemm->bf16 != NULL && s->a16 != NULL;
     int64_t size = halves ? sizeof *s->a16 : sizeof *s->a, start = first * s->a_row;
     int32_t tiles = BLOCK_ROWS / ANEPY_TILE_ROWS * anepy_pieces(s->n, COLS);
-    upcoming u = {.at = halves ? (const char *)(s->a16 + start) : (const char *)(s->a + start),
-                  .n = units_of(gemm, s->k),
-                  .every = 1};
+    upcoming u = {.n = units_of(gemm, s->k), .every = 1};
     if (rows <= 0 || s->stored.data != NULL) return u;
+    u.at = halves ? (const char *)(s->a16 + start) : (const char *)(s->a + start);
     if (!by_rows) {
         u.stride = s->a_step * size;
         u.rows = s->k;

@@ -330,8 +330,8 @@ static void check_program(anepy_program_id id, const anepy_model *model) {
               named_once(host, p.host_n),
           "%s: a name twice", p.name);
     for (int32_t i = 0; i < p.output_n; i++)
-        CHECK((outputs[i].place == ANEPY_PLACE_OWN) == (outputs[0].place == ANEPY_PLACE_OWN),
-              "%s has some of its outputs in surfaces of its own", p.name);
+        CHECK(outputs[i].place >= ANEPY_PLACE_OWN && outputs[i].place <= ANEPY_PLACE_LOGITS,
+              "%s: %s is in no place", p.name, outputs[i].name);
     for (int32_t i = 0; i < p.weight_n; i++) {
         weights &= p.weights[i] >= 0 && p.weights[i] <= ANEPY_CLASSIFIER;
         for (int32_t j = 0; j < i; j++) weights &= p.weights[i] != p.weights[j];

@@ -67,6 +67,16 @@ def test_version_is_printed(run: Run) -> None:
     assert run("--version") == Result(0, f"anepy {anepy.__version__}\n", "")
 
 
+def test_shells_can_complete_commands_and_options() -> None:
+    for typed, expected in (("anepy ge", "generate"), ("anepy train --hel", "--held-out --help")):
+        done = children.run(
+            "-c", "import sys; sys.argv = ['anepy']; from anepy.cli.main import main; main()",
+            _ANEPY_COMPLETE="complete_bash", COMP_WORDS=typed,
+            COMP_CWORD=str(typed.count(" ")),
+        )  # fmt: skip
+        assert sorted(done.stdout.split()) == expected.split(), done
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_find_compiler_takes_the_variable_then_a_known_name(
         place(tmp_path / "bin" / name, "#!/bin/sh\n").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(build, "_search_path", lambda: os.environ["PATH"])  # without ziglang
     if variable is not None:
         monkeypatch.setenv("CC", variable)
     assert build.find_compiler() == expected

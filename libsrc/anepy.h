@@ -131,7 +131,7 @@ typedef struct anepy_tensor {
     int64_t cols;
     int32_t layer; /* -1: of none */
     int32_t role;  /* a number for what it is in its layer, or in the model */
-    int64_t byte;    /* where it begins in the arena of weights, or of adapters */
+    int64_t byte;  /* where it begins in the arena of weights, or of adapters */
     int32_t storage; /* ANEPY_STORED_... */
     int32_t reserved;
 } anepy_tensor;
@@ -157,12 +157,12 @@ ANEPY_API int32_t anepy_model_freeze(anepy_model *model, int32_t index);
 #define ANEPY_STORED_BF16 2
 #define ANEPY_STORED_Q8 3 /* 32 numbers of a row in 34 bytes: a binary16 scale, int8 values */
 
-/* Stores a matrix smaller, before engines and decoders are made with this table: its place and those
- * of the tensors behind it change. It is frozen, as only float32 is trained. Vectors stay float32; a
- * matrix whose rows are no multiple of 32 long becomes bf16 where Q8 is asked for. */
+/* Stores a matrix smaller, before engines and decoders are made with this table: its place and
+ * those of the tensors behind it change. It is frozen, as only float32 is trained. Vectors stay
+ * float32; a matrix whose rows are no multiple of 32 long becomes bf16 where Q8 is asked for. */
 ANEPY_API int32_t anepy_model_store(anepy_model *model, int32_t index, int32_t storage);
-/* Converts n numbers, of Q8 whole blocks; fails if one is too large for its storage. bf16 is rounded
- * to nearest even; Q8 has the scale max |x| / 127, as GGUF's Q8_0. */
+/* Converts n numbers, of Q8 whole blocks; fails if one is too large for its storage. bf16 is
+ * rounded to nearest even; Q8 has the scale max |x| / 127, as GGUF's Q8_0. */
 ANEPY_API int32_t anepy_pack(void *dst, const float *src, int32_t storage, int64_t n);
 ANEPY_API int32_t anepy_unpack(float *dst, const void *src, int32_t storage, int64_t n);
 

@@ -17,7 +17,6 @@ from .views import Array, Tensors
 
 Fill = Callable[[ModelConfig, Mapping[str, Array]], None]
 T = TypeVar("T")
-_ALIGNMENT = 64
 
 
 class Lora:
@@ -122,20 +121,18 @@ class Lora:
             ConfigError: it belongs to models of other dimensions.
             ModelError: it was loaded from a file that does not fit them.
         """
+        table = TensorTable(config, lora=self)
         if self._config is not None:
-            if _shapes(self._config, self.rank, self.targets) != _shapes(
-                config, self.rank, self.targets
-            ):
+            if table.adapter != TensorTable(self._config, lora=self).adapter:
                 raise ConfigError(
                     f"the adapter belongs to models like {self._config}, not {config}: "
                     "make another one"
                 )
             return
-        places = TensorTable(config, lora=self).adapter
-        arena = _aligned(sum(math.prod(shape) for _, shape in places.values()))
+        arena = table.arena(trainable=True)  # which the adapter alone is
         views = {
             name: arena[at : at + math.prod(shape)].reshape(shape)
-            for name, (at, shape) in places.items()
+            for name, (at, shape) in table.adapter.items()
         }
         random = np.random.default_rng(self.seed)
         for name, view in views.items():
@@ -224,19 +221,3 @@ def projections(config: ModelConfig, targets: Sequence[str]) -> Iterator[tensors
     for tensor in tensors.tensors(config):
         if tensor.name.split(".")[-2] in targets and tensor.name.endswith(".weight"):
             yield tensor
-
-
-def _shapes(config: ModelConfig, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    found = {}
-    for tensor in projections(config, targets):
-        stem = tensor.name.removesuffix("weight")
-        found[f"{stem}lora_a"] = (rank, tensor.shape[1])
-        found[f"{stem}lora_b"] = (tensor.shape[0], rank)
-    return found
-
-
-def _aligned(n: int) -> Array:
-    """Return zeroed memory that begins where the native library wants it."""
-    memory = np.zeros(n + _ALIGNMENT // 4, np.float32)
-    first = -memory.ctypes.data % _ALIGNMENT // 4
-    return memory[first : first + n]

@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import textwrap
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -61,7 +62,7 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(ABC):
     """What a loop of steps and updates needs to know, whoever runs it."""
 
     batch: int = setting(1, "Sequences per step; on the CPU side by side, with memory for each.")
@@ -85,14 +86,14 @@ class LoopConfig:
     threads: int | None = setting(None, "CPU threads. Default: as many as the process may use.")
 
     @property
+    @abstractmethod
     def updates(self) -> int:
         """Count the updates from the first step to the last."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rising(self) -> int:
         """Count the first updates, over which the learning rate rises."""
-        raise NotImplementedError
 
     @property
     def falling(self) -> float:

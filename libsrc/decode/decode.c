@@ -207,10 +207,8 @@ int32_t anepy_decoder_create(anepy_decoder **out, const anepy_model *model, cons
     d->position = -1;
     d->width = (int32_t)anepy_min_i64(CHUNK, anepy_round_up(max_len, ANEPY_COLUMNS));
     int32_t status = anepy_pool_create(&d->pool, threads);
-    d->gemm = (anepy_gemm){.kernels = kernels,
-                           .blas = blas,
-                           .pool = d->pool,
-                           .scratch_n = anepy_prefill_scratch_n(d)};
+    d->gemm = (anepy_gemm){
+        .kernels = kernels, .blas = blas, .pool = d->pool, .scratch_n = anepy_prefill_scratch_n(d)};
     if (status == ANEPY_OK) d->nbytes = (uint64_t)lay_out(d, NULL) * sizeof(float);
     if (status == ANEPY_OK && (d->memory = anepy_map(d->nbytes)) == NULL)
         status = anepy_fail(ANEPY_E_MEMORY, "no memory for a key/value cache of %llu bytes",

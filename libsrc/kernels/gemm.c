@@ -252,8 +252,7 @@ static void blas_block(void *context, int32_t index, int32_t worker) {
     const anepy_product *s = &job->product;
     int32_t first = index * BLAS_ROWS, rows = anepy_min_i32(BLAS_ROWS, s->m - first);
     if (s->stored.data != NULL)
-        blas_stored(job->gemm, s, first, rows,
-                    job->gemm->scratch + worker * job->gemm->scratch_n);
+        blas_stored(job->gemm, s, first, rows, job->gemm->scratch + worker * job->gemm->scratch_n);
     else blas_rows(job->gemm->blas, s, first, rows);
     /* mutate: blas-row-squares */ anepy_gemm_row_squares(job->gemm, s, first, rows);
 }
@@ -339,7 +338,8 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const anepy_gemm *gemm = job->gemm;
     const anepy_product *whole = &job->product;
     float *tile = gemm->scratch + worker * gemm->scratch_n;
-    int32_t cuts = column_pieces(whole), block = index / cuts, panels = anepy_pieces(whole->n, COLS);
+    int32_t cuts = column_pieces(whole), block = index / cuts,
+            panels = anepy_pieces(whole->n, COLS);
     int32_t column = index % cuts * panels / cuts * COLS;
     int32_t end = anepy_min_i32(whole->n, (index % cuts + 1) * panels / cuts * COLS);
     int32_t first = block * BLOCK_ROWS, rows = anepy_min_i32(BLOCK_ROWS, whole->m - first);

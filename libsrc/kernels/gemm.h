@@ -23,8 +23,9 @@ typedef struct anepy_product {
      * are even, the first element is 4-byte aligned, and the element behind a row of odd length is
      * finite. */
     const uint16_t *a16, *b16;
-    /* Weights that are stored smaller, instead of a: A is stored, or with a_row 1 its transpose, and
-     * the reduction begins at its column, or row, `from`. They are widened as they are packed. */
+    /* Weights that are stored smaller, instead of a: A is stored, or with a_row 1 its transpose,
+     * and the reduction begins at its column, or row, `from`. They are widened as they are packed.
+     */
     anepy_storage stored;
     int32_t from;
     int64_t ldc, a_row, a_step, ldb;

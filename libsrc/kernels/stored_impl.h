@@ -17,8 +17,7 @@ SIMD_TARGET static void SIMD_FN(gemv_bf16)(float *y, const uint16_t *w, const fl
                 part[j] = v_fma(v_load_bf16(w + p + j * VL), v_load(x + p + j * VL), part[j]);
             }
         }
-        for (; p + VL <= k; p += VL)
-            part[0] = v_fma(v_load_bf16(w + p), v_load(x + p), part[0]);
+        for (; p + VL <= k; p += VL) part[0] = v_fma(v_load_bf16(w + p), v_load(x + p), part[0]);
         float sum = v_sum(v_add(v_add(part[0], part[1]), v_add(part[2], part[3])));
         for (; p < k; p++) sum += anepy_from_bf16(w[p]) * x[p];
         y[i] = sum;

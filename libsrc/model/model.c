@@ -373,8 +373,7 @@ const anepy_tensor *anepy_model_find(const anepy_model *model, int32_t layer, in
 
 anepy_storage anepy_stored(const anepy_tensor *tensor, const void *arena) {
     return (anepy_storage){(const char *)arena + tensor->byte, (anepy_dtype)tensor->storage,
-                           (int32_t)tensor->rows,
-                           (int32_t)tensor->cols};
+                           (int32_t)tensor->rows, (int32_t)tensor->cols};
 }
 
 int anepy_model_trains(const anepy_model *model, int32_t layer, int32_t role) {

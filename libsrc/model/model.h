@@ -97,8 +97,8 @@ int anepy_model_trains(const anepy_model *model, int32_t layer, int32_t role);
 /* Where its weights are in an arena. */
 anepy_storage anepy_stored(const anepy_tensor *tensor, const void *arena);
 
-/* A linear map y = W x + b, with an adapter y = W x + b + scale B (A x). All that multiplies with weights, writes their gradients or counts
- * operations takes shapes and tensors from here. */
+/* A linear map y = W x + b, with an adapter y = W x + b + scale B (A x). All that multiplies with
+ * weights, writes their gradients or counts operations takes shapes and tensors from here. */
 typedef struct {
     const anepy_tensor *weight; /* [out, in] */
     const anepy_tensor *bias;   /* [out]; NULL: none */

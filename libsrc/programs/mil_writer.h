@@ -125,8 +125,8 @@ mil_tensor anepy_emit_head_padding(mil_writer *w, int32_t heads, int32_t padded,
 
 /* ------------------------------------------------------------------------------- mil_blocks.c */
 
-/* The projection of x with the weight of this role, ANEPY_WQ..., and its adapter; with transposed !=
- * 0 the gradient of its input from that of its output. */
+/* The projection of x with the weight of this role, ANEPY_WQ..., and its adapter; with transposed
+ * != 0 the gradient of its input from that of its output. */
 mil_tensor anepy_emit_linear(mil_writer *w, int32_t role, int transposed, mil_tensor x,
                              const char *hint);
 

@@ -62,9 +62,9 @@ typedef struct {
     int32_t input_channels, output_channels; /* of the packed surfaces */
     int32_t host_channels;
     anepy_program_tensor tensors[ANEPY_PROGRAM_TENSORS];
-    /* Of projections with adapters, ANEPY_INTO_W2...: the position of scale A x in tensors[], in the
-     * backward pass that of scale B^T dy; of all with this input together, behind each other. 0: it
-     * has none. */
+    /* Of projections with adapters, ANEPY_INTO_W2...: the position of scale A x in tensors[], in
+     * the backward pass that of scale B^T dy; of all with this input together, behind each other.
+     * 0: it has none. */
     int32_t low[ANEPY_INTO_N];
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* roles of tensors, ANEPY_WQ... */

@@ -30,8 +30,7 @@ static const float *row_of(const anepy_engine *e, const anepy_factor *f, int32_t
 
 /* out = or += values */
 static void put(const anepy_engine *e, float *out, const float *values, int32_t n) {
-    for (int32_t i = 0; i < n; i++)
-        out[i] = anepy_adds(e) ? out[i] + values[i] : values[i];
+    for (int32_t i = 0; i < n; i++) out[i] = anepy_adds(e) ? out[i] + values[i] : values[i];
 }
 
 /* Columns of dA for up to 64 rows of x. */

@@ -37,7 +37,7 @@ static int baked(const anepy_node *node) {
     return node->program.weight_n > 0 && !node->program.live;
 }
 
-/* Whether what is trained is passed through surfaces: beside an adapter all that is baked is frozen.
+/* Whether what is trained is passed through surfaces: all that is baked beside an adapter is frozen.
  */
 static int compiles_once(const anepy_engine *e) {
     return anepy_on(e, ANEPY_DYNAMIC_WEIGHTS) || e->adapter != NULL;

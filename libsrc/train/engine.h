@@ -289,8 +289,8 @@ static inline int anepy_scaled(const anepy_engine *e) { return e->dtype == ANEPY
  * end. Those of scaled losses wait until it is known to be finite. */
 static inline int anepy_dw_at_once(const anepy_engine *e) { return !anepy_scaled(e); }
 
-/* Whether the backward pass of a layer takes place where that of the layer above did, whose products
- * are waited for: those of adapters are thin, and end almost as soon as they can begin. */
+/* Whether the backward pass of a layer takes place where that of the layer above did, whose
+ * products are waited for: those of adapters are thin, and end almost as soon as they can begin. */
 static inline int anepy_shares_backward(const anepy_engine *e) {
     return e->recompute || e->adapter != NULL;
 }

@@ -28,8 +28,7 @@ int anepy_logits_next(anepy_engine *e) {
 
 /* Logits from a token of the vocabulary on, at a column of the run. */
 static float *logits_at(const anepy_engine *e, int32_t token, int32_t column) {
-    return e->room->logits + (int64_t)token * e->room->logits_width + column -
-           e->run.window.first;
+    return e->room->logits + (int64_t)token * e->room->logits_width + column - e->run.window.first;
 }
 
 int32_t anepy_loss_chunks(const anepy_engine *e) {

@@ -5,8 +5,8 @@
  * to its source and an output straight into its reader, so a step moves nothing; elsewhere each
  * program has one packed input and one packed output surface and inputs are copied.
  *
- * With recompute the programs of all layers have the surfaces of those of the first, beside adapters
- * those of the backward pass. */
+ * With recompute the programs of all layers have the surfaces of those of the first, beside
+ * adapters those of the backward pass. */
 #include "train/wiring.h"
 
 #include <stdlib.h>
@@ -167,8 +167,7 @@ static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
         else others += p->tensors[t].channels;
     }
     if (others + rounded == host) return ANEPY_OK; /* host tensors alone are inputs, or apart */
-    if (others > 0)
-        ANEPY_TRY(ops->surface_create(e->room->device, others, 0, &node->output));
+    if (others > 0) ANEPY_TRY(ops->surface_create(e->room->device, others, 0, &node->output));
     if (rounded == 0) return ANEPY_OK;
     return ops->surface_create(e->room->device, rounded, 1, &node->factors);
 }
@@ -255,7 +254,8 @@ static anepy_dw dw_of(const anepy_engine *e, int32_t layer, int32_t which, anepy
     anepy_dw_rows weights[ANEPY_DW_RUNS];
     int32_t row = 0;
     for (int32_t i = 0; i < anepy_siblings[which].count; i++) {
-        anepy_projection p = anepy_model_projection(e->model, layer, anepy_siblings[which].role + i);
+        anepy_projection p =
+            anepy_model_projection(e->model, layer, anepy_siblings[which].role + i);
         append(weights, &dw.product_n, p.weight, row, p.out);
         append(dw.biases, &dw.bias_n, p.bias, row, p.out);
         append_adapter(&dw.adapter, &p, row);

@@ -1,7 +1,6 @@
 /* adapters.c - low-rank adapters: gradients of A and B against those of an engine whose weights are
  * W + scale B A, in arenas without a byte to spare; the same bits for any number of threads; the
  * base never moves. tests/engine/test_adapters.py compares with float64, in every precision. */
-#define _GNU_SOURCE
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,14 +25,6 @@ static const shape SHAPES[] = {
     {67, ANEPY_TARGET_WO | ANEPY_TARGET_W1},
 };
 enum { SHAPE_N = sizeof SHAPES / sizeof SHAPES[0] };
-
-/* Exactly as long as the library may read, so that sanitizers see a step beyond. */
-static float *arena(int64_t n) {
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, (size_t)n * sizeof(float)) != 0) abort();
-    memset(memory, 0, (size_t)n * sizeof(float));
-    return memory;
-}
 
 /* A table, its arenas, and what a step and an update left in them. */
 typedef struct {
@@ -63,9 +54,10 @@ static result make(const fixture *f, const shape *s) {
         CHECK(anepy_model_adapt(r.model, s->rank, SCALE, s->targets) == ANEPY_OK, "adapt");
     int64_t n = anepy_model_gradient_n(r.model), adapter_n = anepy_model_adapter_n(r.model);
     CHECK(s == NULL || n == adapter_n, "%lld trained of %lld", (long long)n, (long long)adapter_n);
-    r.params = arena(f->n), r.grads = arena(n), r.m = arena(n), r.v = arena(n);
+    r.params = fixture_exact(f->n), r.grads = fixture_exact(n), r.m = fixture_exact(n),
+    r.v = fixture_exact(n);
     memcpy(r.params, f->params, (size_t)f->n * sizeof(float));
-    if (adapter_n > 0) r.adapter = arena(adapter_n);
+    if (adapter_n > 0) r.adapter = fixture_exact(adapter_n);
     for (int64_t i = 0; i < adapter_n; i++) r.adapter[i] = value(i);
     return r;
 }
@@ -97,7 +89,8 @@ static void run(const fixture *f, result *r, const char *precision, const char *
     CHECK(status == ANEPY_OK, "no engine for %s", variant);
     if (status != ANEPY_OK) return;
     for (int i = 0; i < 2 && status == ANEPY_OK; i++)
-        status = anepy_engine_step_batch(engine, &stats, f->tokens, f->targets, NULL, COUNT, tokens);
+        status =
+            anepy_engine_step_batch(engine, &stats, f->tokens, f->targets, NULL, COUNT, tokens);
     CHECK(status == ANEPY_OK, "%s: step", variant);
     r->loss = stats.loss;
     CHECK(anepy_engine_update(engine, &updated, &o) == ANEPY_OK && !updated.skipped, "update");
@@ -242,7 +235,8 @@ static void check_refused(void) {
 
 void checks_adapters(void) {
     for (int which = 0; which < (brief ? 1 : FIXTURE_N); which++)
-        for (int s = 0; s < SHAPE_N; s++) check_shape(which, &SHAPES[s], s % 2 ? "baseline" : "max");
+        for (int s = 0; s < SHAPE_N; s++)
+            check_shape(which, &SHAPES[s], s % 2 ? "baseline" : "max");
     check_bf16();
     check_table();
     check_refused();

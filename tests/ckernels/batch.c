@@ -49,16 +49,6 @@ static double step(anepy_engine *engine, drawn d, int32_t first, int32_t count, 
     return stats.loss;
 }
 
-static double difference(const float *a, const float *b, int64_t n, double factor) {
-    double largest = 0.0, size = 0.0;
-    for (int64_t i = 0; i < n; i++) {
-        largest = fmax(largest, fabs((double)a[i] * factor - b[i]));
-        size = fmax(size, fabs(b[i]));
-        if (isnan(a[i]) || isnan(b[i])) return INFINITY;
-    }
-    return largest / size;
-}
-
 /* Each sequence in a step of its own against all of them in one, after a smaller one that has gone
  * into the same accumulation. */
 static void check_sum(int which, const char *variant, const char *precision, int32_t count,
@@ -82,7 +72,7 @@ static void check_sum(int which, const char *variant, const char *precision, int
         engine = fixture_engine(&f, variant, threads);
         step(engine, d, 0, 1, n);
         loss = step(engine, d, 0, count, n);
-        double off = difference(f.grads, alone, f.n, 1.0);
+        double off = fixture_difference(f.grads, alone, f.n, 1.0);
         CHECK(fabs(loss - sum) <= 1e-6 * sum && off <= 2e-6,
               "%s, %s, %d x %d: loss %.9g, not %.9g, gradients off by %g", precision, variant,
               count, n, loss, sum, off);

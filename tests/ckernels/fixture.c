@@ -1,4 +1,5 @@
 /* fixture.c - makes small models. */
+#define _GNU_SOURCE
 #include "fixture.h"
 
 #include <math.h>
@@ -53,6 +54,23 @@ static float *arena(const fixture *f) {
     void *memory = NULL;
     if (anepy_memory_alloc(&memory, (uint64_t)f->n * sizeof(float)) != ANEPY_OK) abort();
     return memory;
+}
+
+float *fixture_exact(int64_t n) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, (size_t)n * sizeof(float)) != 0) abort();
+    memset(memory, 0, (size_t)n * sizeof(float));
+    return memory;
+}
+
+double fixture_difference(const float *a, const float *b, int64_t n, double factor) {
+    double largest = 0.0, size = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        largest = fmax(largest, fabs((double)a[i] * factor - b[i]));
+        size = fmax(size, fabs(b[i]));
+        if (isnan(a[i]) || isnan(b[i])) return INFINITY;
+    }
+    return largest / size;
 }
 
 void fixture_reset(fixture *f) {

@@ -33,4 +33,11 @@ int32_t fixture_restore(anepy_engine *engine, int64_t accumulated, int64_t updat
 /* Gradients, moments and weights as fixture_make leaves them. */
 void fixture_reset(fixture *f);
 
+/* An arena by itself: zeroed, exactly as long as the library may read, so that sanitizers see a
+ * step beyond. */
+float *fixture_exact(int64_t n);
+
+/* Largest difference of a * factor and b, relative to the largest of b; infinity if one is NaN. */
+double fixture_difference(const float *a, const float *b, int64_t n, double factor);
+
 #endif

@@ -1,7 +1,6 @@
 /* frozen.c - tensors that are not trained: the gradients of the others have the same bits as with
  * everything trained, in arenas without a byte to spare; frozen weights never move; what is not
  * trained is not counted. tests/engine/test_freeze.py has the other precisions and resuming. */
-#define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,14 +12,6 @@
 #include "model/model.h"
 
 enum { STEPS = 2, LENGTH = 65, COUNT = 3 };
-
-/* Exactly as long as the library may read, so that sanitizers see a step beyond. */
-static float *arena(int64_t n) {
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, (size_t)n * sizeof(float)) != 0) abort();
-    memset(memory, 0, (size_t)n * sizeof(float));
-    return memory;
-}
 
 /* An engine, what it left, and the table it was made with. */
 typedef struct {
@@ -98,7 +89,8 @@ static result run(const fixture *f, choice frozen, const char *device, const cha
         if (frozen(&t)) CHECK(anepy_model_freeze(r.model, i) == ANEPY_OK, "freeze %s", t.name);
     }
     int64_t n = anepy_model_gradient_n(r.model);
-    r.grads = arena(n), r.m = arena(n), r.v = arena(n), r.params = arena(f->n);
+    r.grads = fixture_exact(n), r.m = fixture_exact(n), r.v = fixture_exact(n),
+    r.params = fixture_exact(f->n);
     memcpy(r.params, f->params, (size_t)f->n * sizeof(float));
     anepy_engine_options options = {.struct_size = sizeof options,
                                     .params = r.params,

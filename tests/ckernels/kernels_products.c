@@ -22,12 +22,13 @@ static const int32_t DEPTHS[] = {0,  1,  2,  3,  5,  7,   8,    9,    16,
 /* ------------------------------------------------------------------------------------ the table */
 
 static int complete(const anepy_kernels *k) {
-    return k->gemm_tile && k->transpose_panel && k->gemv && k->gemv_bf16 && k->gemv_q8 && k->from_bf16 && k->from_q8 && k->sum_rows && k->add && k->scale &&
-           k->exp && k->sum_squares && k->to_half && k->from_half && k->rmsnorm &&
-           k->rmsnorm_stats && k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward &&
-           k->softmax_step && k->softmax_again && k->scale_columns && k->dot_columns &&
-           k->softmax_row && k->softmax_row_backward && k->logsumexp_columns &&
-           k->softmax_gradient && k->adam && k->sum && k->fma_chains && k->chain_n > 0 &&
+    return k->gemm_tile && k->transpose_panel && k->gemv && k->gemv_bf16 && k->gemv_q8 &&
+           k->from_bf16 && k->from_q8 && k->sum_rows && k->add && k->scale && k->exp &&
+           k->sum_squares && k->to_half && k->from_half && k->rmsnorm && k->rmsnorm_stats &&
+           k->rmsnorm_row && k->rope && k->swiglu && k->swiglu_backward && k->softmax_step &&
+           k->softmax_again && k->scale_columns && k->dot_columns && k->softmax_row &&
+           k->softmax_row_backward && k->logsumexp_columns && k->softmax_gradient && k->adam &&
+           k->sum && k->fma_chains && k->chain_n > 0 &&
            (!k->bf16 || (k->bf16->dot_tile && k->bf16->to_bf16 && k->from_bf16 &&
                          k->bf16->pack_pairs && k->bf16->zip_pairs && k->bf16->dot_chains));
 }

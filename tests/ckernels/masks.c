@@ -75,16 +75,6 @@ static double loss_of(const fixture *f, const batch *b, const int32_t *targets,
     return loss;
 }
 
-static double difference(const float *a, const float *b, int64_t n, double factor) {
-    double largest = 0.0, size = 0.0;
-    for (int64_t i = 0; i < n; i++) {
-        largest = fmax(largest, fabs(a[i] * factor - b[i]));
-        size = fmax(size, fabs(b[i]));
-        if (isnan(a[i]) || isnan(b[i])) return INFINITY;
-    }
-    return largest / size;
-}
-
 static void check_parts(int which, const char *variant, const char *precision, int32_t threads) {
     fixture f = fixture_make(which);
     f.precision = precision;
@@ -124,7 +114,7 @@ static void check_parts(int which, const char *variant, const char *precision, i
     CHECK(fabs(sum / all - loss) <= 1e-6 * loss, "the parts' losses are %.9g together, not %.9g",
           sum / all, loss);
     /* In bf16 the gradients of the logits are rounded when they have their factor. */
-    double off = difference(f.grads, whole, f.n, (double)unit / all);
+    double off = fixture_difference(f.grads, whole, f.n, (double)unit / all);
     CHECK(off <= (bf16 ? 8e-3 : 3e-6), "%s, %s, %d threads: the parts' gradients are off by %g",
           precision, variant, threads, off);
     anepy_engine_info info = {.struct_size = sizeof info};
@@ -151,7 +141,7 @@ static void check_uncounted_sequence(const char *precision) {
     CHECK(fixture_restore(engine, 0, 0) == ANEPY_OK, "restore");
     CHECK(anepy_engine_step_batch(engine, &stats, b.tokens, b.targets, NULL, 3, b.n) == ANEPY_OK,
           "step");
-    double off = difference(f.grads, alone, f.n, 1.0);
+    double off = fixture_difference(f.grads, alone, f.n, 1.0);
     CHECK(stats.loss == loss && stats.tokens == b.n && off <= 2e-6,
           "%s: loss %.17g, not %.17g, gradients off by %g", precision, stats.loss, loss, off);
     anepy_engine_free(engine);

@@ -49,17 +49,6 @@ static float *floats(int64_t n) {
     return x;
 }
 
-/* Largest difference of a * factor and b, relative to the largest of b. */
-static double difference(const float *a, const float *b, int64_t n, double factor) {
-    double largest = 0.0, size = 0.0;
-    for (int64_t i = 0; i < n; i++) {
-        largest = fmax(largest, fabs((double)a[i] * factor - b[i]));
-        size = fmax(size, fabs(b[i]));
-        if (isnan(a[i]) || isnan(b[i])) return INFINITY;
-    }
-    return largest / size;
-}
-
 /* All documents, each in a call of its own. Returns the sum of the losses; `unit` of the gradients.
  */
 static double run_alone(anepy_engine *engine, const packed *b, float *logits, int64_t vocab,
@@ -107,7 +96,7 @@ static void check_packed(int which, const char *variant, const char *precision, 
                   ANEPY_OK,
               "step");
         double counted = (double)stats.tokens;
-        double off = difference(f.grads, alone, f.n, counted / unit);
+        double off = fixture_difference(f.grads, alone, f.n, counted / unit);
         CHECK(fabs(stats.loss * counted - sum) <= (bf16 ? 1e-4 : 1e-6) * sum &&
                   off <= (bf16 ? 2e-2 : 3e-6),
               "%s, %s, %d x %d: loss %.9g, not %.9g, gradients off by %g", precision, variant,
@@ -117,7 +106,7 @@ static void check_packed(int which, const char *variant, const char *precision, 
               variant, n, threads);
         CHECK(anepy_engine_logits_batch(engine, found, b->tokens, b->starts, COUNT, n) == ANEPY_OK,
               "logits");
-        off = difference(found, logits, all, 1.0);
+        off = fixture_difference(found, logits, all, 1.0);
         CHECK(off <= (bf16 ? 1e-2 : 3e-6), "%s, %s, %d: logits off by %g", precision, variant, n,
               off);
         CHECK(anepy_engine_evaluate_batch(engine, &loss, NULL, b->tokens, b->targets, b->starts,

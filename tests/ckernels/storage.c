@@ -222,7 +222,7 @@ static void check_product(anepy_gemm *gemm, const matrix *w, int transposed, int
 }
 
 static void check_products(const anepy_kernels *set, anepy_pool *pool) {
-    static const int32_t SHAPES[][2] = {{7, 32},   {48, 64},    {50, 96}, {100, 160},
+    static const int32_t SHAPES[][2] = {{7, 32},    {48, 64},   {50, 96}, {100, 160},
                                         {65, 2112}, {2100, 64}, {33, 75}, {2, 1}};
     anepy_gemm gemm = {.kernels = set, .pool = pool, .scratch_n = anepy_gemm_scratch_n(1)};
     gemm.panels = malloc((size_t)anepy_gemm_panels_n(2 * COLS) * 4);
@@ -269,7 +269,8 @@ static void check_halves(const anepy_kernels *set) {
     }
 }
 
-/* ------------------------------------------------------------------------------- the tensor table */
+/* ------------------------------------------------------------------------------- the tensor table
+ */
 
 static void check_table(void) {
     anepy_config config = {.struct_size = sizeof config,
@@ -298,8 +299,9 @@ static void check_table(void) {
         CHECK((t.gradient >= 0) == (expected == ANEPY_STORED_F32), "%s is trained", t.name);
         int64_t n = t.rows * t.cols;
         trained += t.gradient >= 0 ? n : 0;
-        byte += expected == ANEPY_STORED_Q8 ? (n / 32 * 34 + 3) / 4 * 4
-                                            : (n * (expected == ANEPY_STORED_F32 ? 4 : 2) + 3) / 4 * 4;
+        byte += expected == ANEPY_STORED_Q8
+                    ? (n / 32 * 34 + 3) / 4 * 4
+                    : (n * (expected == ANEPY_STORED_F32 ? 4 : 2) + 3) / 4 * 4;
     }
     CHECK(byte == anepy_model_params_nbytes(model) && trained == anepy_model_gradient_n(model),
           "the sizes of the arenas");

@@ -15,23 +15,6 @@ from anepy.engine import Engine
 from anepy.models.lora import Lora
 from anepy.models.model import Model
 
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
-
-
-def wrapped(theirs: Any, folder: Path | None = None) -> Any:
-    """Put an adapter around a model of transformers: of this folder, or one with random A and B."""
-    torch, peft = needs.peer("torch"), needs.peer("peft")
-    if folder is not None:
-        return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=MODULES)
-    model = peft.get_peft_model(theirs, config)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.normal_(0.0, 0.2, generator=generator)
-    return model
-
 
 def gradients_of(model: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Return PEFT's gradients of A and B under anepy's names, rows in its order."""
@@ -64,7 +47,7 @@ def rename(name: str) -> str:
 @pytest.mark.parametrize("name", families.CASES)
 def test_gradients_and_logits_are_those_of_peft(tmp_path: Path, name: str) -> None:
     theirs = families.save(name, tmp_path / "base")
-    model = wrapped(theirs)
+    model = families.with_adapter(theirs)
     model.save_pretrained(tmp_path / "adapter")
     ids = families.sequence(theirs)
     lora = Lora.load(tmp_path / "adapter")
@@ -90,7 +73,8 @@ def test_what_is_trained_here_computes_the_same_there(tmp_path: Path, name: str)
             engine.update(lr=2e-2)
         after = engine.logits(ids[:-1])
     lora.save(tmp_path / "adapter")
-    model = wrapped(theirs, tmp_path / "adapter")
+    peft = needs.peer("peft")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     assert np.abs(families.logits_of(model, ids[:-1]) - after).max() < 1e-4
     assert np.abs(after - before).max() > 0.1
     lora.fuse(base)

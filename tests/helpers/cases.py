@@ -69,6 +69,13 @@ def sequence(config: ModelConfig, length: int, seed: int = 1) -> tuple[np.ndarra
     return ids[:-1], ids[1:]
 
 
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    """Return what was raised, which must be one line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
 def message(call: Callable[[], object], kind: type[AnepyError] = ConfigError) -> str:
     """Return what a call that must fail says, in one line."""
     with pytest.raises(kind) as caught:

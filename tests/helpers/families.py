@@ -71,6 +71,22 @@ def save(name: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+
+
+def with_adapter(model: Any, **settings: Any) -> Any:
+    """Wrap a model in an adapter of PEFT whose B is not zero."""
+    torch, peft = needs.peer("torch"), needs.peer("peft")
+    config = {"r": 3, "lora_alpha": 5, "target_modules": [*PROJECTIONS]} | settings
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p.normal_(0.0, 0.2, generator=generator)
+    return wrapped
+
+
 def sequence(model: Any, length: int = 33, seed: int = 3) -> npt.NDArray[Any]:
     """Draw length + 1 ids of the model's vocabulary."""
     random = np.random.default_rng(seed)

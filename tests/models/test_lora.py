@@ -18,21 +18,7 @@ from anepy.models.lora import Lora
 from anepy.models.model import Model, ModelConfig
 from anepy.models.targets import TARGETS
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 CONFIG = ModelConfig(24, 40, 2, 4, 2, 61, 64, tied=False)
-
-
-def with_adapter(model: Any, **settings: Any) -> Any:
-    """Wrap a model of transformers in an adapter of PEFT whose B is not zero."""
-    torch, peft = needs.peer("torch"), needs.peer("peft")
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": [*MODULES]} | settings)
-    wrapped = peft.get_peft_model(model, config).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if "lora_" in name:
-                p.normal_(0.0, 0.2, generator=generator)
-    return wrapped
 
 
 def random_adapter(config: ModelConfig, **settings: Any) -> Lora:
@@ -47,7 +33,7 @@ def random_adapter(config: ModelConfig, **settings: Any) -> Lora:
 def test_adapter_of_peft_computes_the_same(tmp_path: Path, name: str) -> None:
     theirs = families.save(name, tmp_path / "base")
     base = Model.load(tmp_path / "base")
-    wrapped = with_adapter(theirs)
+    wrapped = families.with_adapter(theirs)
     wrapped.save_pretrained(tmp_path / "adapter")
     lora = Lora.load(tmp_path / "adapter")
     assert (lora.rank, lora.alpha, lora.targets) == (3, 5.0, TARGETS)
@@ -93,7 +79,7 @@ def test_saved_adapter_loads_with_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_adapters_in_half_precision_and_by_the_root_of_the_rank(tmp_path: Path, dtype: str) -> None:
     torch = needs.peer("torch")
-    wrapped = with_adapter(
+    wrapped = families.with_adapter(
         families.build("llama3"), use_rslora=True, r=4, target_modules=["q_proj"]
     )
     wrapped.to(getattr(torch, dtype)).save_pretrained(tmp_path)
@@ -107,7 +93,7 @@ def test_adapters_in_half_precision_and_by_the_root_of_the_rank(tmp_path: Path, 
 
 
 def test_layers_without_an_adapter_stay_as_they_are(tmp_path: Path) -> None:
-    wrapped = with_adapter(families.build("llama2"), layers_to_transform=[1])
+    wrapped = families.with_adapter(families.build("llama2"), layers_to_transform=[1])
     wrapped.save_pretrained(tmp_path)
     lora = Lora.load(tmp_path)
     lora.attach(ModelConfig(24, 40, 2, 4, 4, 61, 64, tied=False))
@@ -214,7 +200,7 @@ def test_files_that_are_missing_or_do_not_fit_are_named(folder: Path) -> None:
 
 
 def test_tensors_that_are_no_projections_are_refused(tmp_path: Path) -> None:
-    wrapped = with_adapter(families.build("llama2"), target_modules=["q_proj", "lm_head"])
+    wrapped = families.with_adapter(families.build("llama2"), target_modules=["q_proj", "lm_head"])
     wrapped.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="adapts lm_head"):
         Lora.load(tmp_path)

@@ -16,7 +16,6 @@ from installations import (
     TAG,
     built,
     by_place,
-    isolate,
     layout_of,
     make_sources,
     place,
@@ -29,18 +28,7 @@ from anepy.errors import (
 )
 from anepy.native import build, find
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Return a checkout whose path has a space in it."""
-    root = make_sources(tmp_path / "check out")
-    (root / "anepy").mkdir()
-    return root
-
-
-@pytest.fixture(autouse=True)
-def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    isolate(monkeypatch, tmp_path)
+pytestmark = pytest.mark.usefixtures("isolation")
 
 
 # ----------------------------------------------------------------------------------------- platform

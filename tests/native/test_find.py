@@ -24,9 +24,7 @@ from installations import (
     built,
     by_place,
     installed,
-    isolate,
     layout_of,
-    make_sources,
     place,
     python,
     release_of,
@@ -44,26 +42,7 @@ from anepy.native import find
 from anepy.native.find import Layout
 from anepy.system import download
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Return a checkout whose path has a space in it."""
-    root = make_sources(tmp_path / "check out")
-    (root / "anepy").mkdir()
-    return root
-
-
-@pytest.fixture(autouse=True)
-def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    isolate(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect what would be said on stderr."""
-    collected: list[str] = []
-    monkeypatch.setattr(find, "notify", collected.append)
-    return collected
+pytestmark = pytest.mark.usefixtures("isolation")
 
 
 # ------------------------------------------------------------------------------------------- choice

@@ -10,32 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from installations import TAG, by_place, installed, isolate, layout_of, make_sources, release_of
+from installations import TAG, by_place, installed, layout_of, release_of
 
 from anepy.errors import DownloadError, LibraryBuildError, LibraryNotFoundError
 from anepy.native import find, release, trust
 from anepy.native.find import Layout
 from anepy.system.version import __version__
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    root = make_sources(tmp_path / "check out")
-    (root / "anepy").mkdir()
-    return root
-
-
-@pytest.fixture(autouse=True)
-def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    isolate(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect what would be said on stderr."""
-    collected: list[str] = []
-    monkeypatch.setattr(find, "notify", collected.append)
-    return collected
+pytestmark = pytest.mark.usefixtures("isolation")
 
 
 @pytest.fixture

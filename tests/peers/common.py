@@ -184,6 +184,15 @@ def write_json(result: dict[str, Any], target: str | None) -> None:
         Path(target).write_text(text + "\n")
 
 
+def report(
+    result: dict[str, Any], target: str | None, print_table: Callable[[dict[str, Any]], None]
+) -> None:
+    """Print the results as a table, unless they go to stdout as JSON, and write them."""
+    if target != "-":
+        print_table(result)
+    write_json(result, target)
+
+
 def progress(text: str) -> None:
     """Say on a terminal how far it is."""
     if sys.stderr.isatty():

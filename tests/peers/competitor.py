@@ -31,8 +31,8 @@ from common import (
     progress,
     random_tokens,
     ratio,
+    report,
     summary,
-    write_json,
 )
 from sides import AnepySide, Side, TorchSide, check, float64_gradients, without_torch
 
@@ -178,9 +178,7 @@ def main() -> None:
     """Run what the command line asks for."""
     options = parse_arguments()
     result = measure(options)
-    if options.json != "-":
-        print_table(result)
-    write_json(result, options.json)
+    report(result, options.json, print_table)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from common import (
     progress,
     ratio,
     read_speed,
+    report,
     summary,
-    write_json,
 )
 
 BOS = 1
@@ -233,9 +233,7 @@ def main() -> None:
     """Run what the command line asks for."""
     options = parse_arguments()
     result = measure(options)
-    if options.json != "-":
-        print_table(result)
-    write_json(result, options.json)
+    report(result, options.json, print_table)
 
 
 if __name__ == "__main__":

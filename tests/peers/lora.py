@@ -36,10 +36,10 @@ from common import (
     progress,
     random_tokens,
     ratio,
+    report,
     summary,
     timed,
     usable_cpus,
-    write_json,
 )
 
 # Of their config.json; the context is what is trained on, not what they know.
@@ -395,9 +395,7 @@ def main() -> None:
         run_alone(options)
         return
     result = compare(options)
-    if options.json != "-":
-        print_table(result)
-    write_json(result, options.json)
+    report(result, options.json, print_table)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from common import (
     progress,
     random_tokens,
     ratio,
+    report,
     summary,
     timed,
-    write_json,
 )
 
 STORAGES = ("f32", "bf16", "q8")
@@ -122,9 +122,7 @@ def main() -> None:
     """Run what the command line asks for."""
     options = parse_arguments()
     result = measure(options)
-    if options.json != "-":
-        print_table(result)
-    write_json(result, options.json)
+    report(result, options.json, print_table)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ from __future__ import annotations
 import doctest
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import one_line
 
 import anepy.text.data
 import anepy.text.documents
@@ -25,23 +24,9 @@ def numbers(n: int, name: str = "the token array") -> TokenData:
     return TokenData.from_array(np.arange(n, dtype=np.uint16), name=name)
 
 
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
 def write_sidecar(path: Path, **changes: object) -> None:
     facts = {"format": "anepy-tokens-1", "dtype": "uint32", "vocab_size": 10, "tokens": 4}
     path.with_name(path.name + ".json").write_text(json.dumps({**facts, **changes}))
-
-
-@pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int], None]]:
-    """Return a function that makes writing beyond a size fail, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- TokenData -----------------------------------------------------------------------------------

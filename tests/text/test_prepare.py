@@ -13,6 +13,7 @@ from pathlib import Path
 import needs
 import numpy as np
 import pytest
+from cases import one_line
 
 import anepy.text.data
 import anepy.text.documents
@@ -21,24 +22,6 @@ from anepy.text.data import TokenData
 from anepy.text.prepare import prepare
 from anepy.text.tokenizer import Tokenizer
 from anepy.text.tokenizer_pieces import PieceTokenizer
-
-# 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
-CHI2_9_DOF = 27.9
-
-
-def numbers(n: int, name: str = "the token array") -> TokenData:
-    return TokenData.from_array(np.arange(n, dtype=np.uint16), name=name)
-
-
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
-def write_sidecar(path: Path, **changes: object) -> None:
-    facts = {"format": "anepy-tokens-1", "dtype": "uint32", "vocab_size": 10, "tokens": 4}
-    path.with_name(path.name + ".json").write_text(json.dumps({**facts, **changes}))
 
 
 @pytest.fixture

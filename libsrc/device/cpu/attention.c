@@ -294,7 +294,7 @@ static void load_queries(void *context, int32_t index, int32_t worker) {
     load(a, shared(a, p, 1), dattn, COLS, STEPS | ROWS);
     if (a->bf16 != NULL) /* rounded as in the products that give dp */
         a->kernels->from_bf16(dattn, (const uint16_t *)(const void *)shared(a, p, 1).rows,
-                           a->head_dim * COLS);
+                              a->head_dim * COLS);
     a->kernels->dot_columns(block_of(a, a->cpu->dot, p, 1), dattn,
                             block_of(a, a->executable->tensors[SDPA_BWD2_ATTN], p, a->head_dim),
                             a->width, a->head_dim);

@@ -27,7 +27,7 @@ struct anepy_executable {
     anepy_program program;
     float *tensors[ANEPY_PROGRAM_TENSORS];    /* first element of each bound range */
     uint16_t *rounded[ANEPY_PROGRAM_TENSORS]; /* instead of tensors where the surface is bf16 */
-    const void *params;                      /* the arena it was compiled for */
+    const void *params;                       /* the arena it was compiled for */
     int32_t layer;
 };
 

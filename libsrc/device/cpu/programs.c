@@ -6,8 +6,8 @@
 #define COLS ANEPY_COLUMNS
 /* ----------------------------------------------------------------------------- building blocks */
 
-/* Projections of one input: y[i], or y16[i] if those are rounded, are their outputs, or gradients of
- * these. */
+/* Projections of one input: y[i], or y16[i] if those are rounded, are their outputs, or gradients
+ * of these. */
 typedef struct {
     int32_t into; /* which ones, ANEPY_INTO_W2... */
     float *y[3];
@@ -60,8 +60,8 @@ static void multiply(const anepy_cpu *cpu, const anepy_product *product, int pac
 /* ------------------------------------------------------------------------------------ adapters
  *
  * y = W x + B (scale A x): A is multiplied with x as it was packed for W, and the product with B is
- * added to each block of y while that is in the cache. Backward alike: scale B^T dy with dy as it was
- * packed for W^T, then A^T of that beside W^T dy. */
+ * added to each block of y while that is in the cache. Backward alike: scale B^T dy with dy as it
+ * was packed for W^T, then A^T of that beside W^T dy. */
 
 /* Rows of scale A x, or of scale B^T dy, that the adapters of projections before this one have. */
 static int32_t low_row(const anepy_executable *k, const projections *p, int32_t end) {
@@ -380,8 +380,8 @@ static void sdpa_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     anepy_cpu_rope(cpu, t[SDPA_FWD_Q], c->n_heads, n, columns, 1.0f);
     anepy_cpu_rope(cpu, t[SDPA_FWD_K], c->n_kv_heads, n, columns, 1.0f);
     anepy_cpu_attention(k, n, columns);
-    project(k, (projections){.into = ANEPY_INTO_WO, .y = {t[SDPA_FWD_OUT]}},
-            t[SDPA_FWD_ATTN], NULL, columns);
+    project(k, (projections){.into = ANEPY_INTO_WO, .y = {t[SDPA_FWD_OUT]}}, t[SDPA_FWD_ATTN], NULL,
+            columns);
 }
 
 static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
@@ -396,9 +396,8 @@ static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
     int packed = normalize(k, t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], t[FFN_FWD_X],
                            ANEPY_FFN_NORM, columns);
     project(k,
-            (projections){.into = ANEPY_INTO_W13,
-                          .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]},
-                          .packed = packed},
+            (projections){
+                .into = ANEPY_INTO_W13, .y = {t[FFN_FWD_H1], t[FFN_FWD_H3]}, .packed = packed},
             t[FFN_FWD_XNORM], k->rounded[FFN_FWD_XNORM], columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_FWD_GATE]},
@@ -409,8 +408,7 @@ static void ffn_fwd(anepy_executable *k, int32_t n, int32_t columns) {
                      .columns = columns};
     run_rows(&e, swiglu_rows);
     if (!wanted) return;
-    project(k,
-            (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_FWD_OUT]}, .packed = gate_packed},
+    project(k, (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_FWD_OUT]}, .packed = gate_packed},
             t[FFN_FWD_GATE], gate16, columns);
 }
 
@@ -425,8 +423,7 @@ static void ffn_bwd(anepy_executable *k, int32_t n, int32_t columns) {
                  dh3 == dh1 + (int64_t)hidden * cpu->base.options.width;
     /* The gradient of gate goes where that of h1 will be, unless that is rounded. */
     float *dgate = dh1 != NULL ? cpu->dgate : t[FFN_BWD_DH1];
-    project_backward(k, dgate, (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_BWD_DY]}},
-                     columns);
+    project_backward(k, dgate, (projections){.into = ANEPY_INTO_W2, .y = {t[FFN_BWD_DY]}}, columns);
     elementwise e = {.cpu = cpu,
                      .out = {t[FFN_BWD_DH1], t[FFN_BWD_DH3]},
                      .rounded = {dh1, dh3},
@@ -445,9 +442,9 @@ static void ffn_bwd(anepy_executable *k, int32_t n, int32_t columns) {
 
 static void sdpa_bwd1(anepy_executable *k, int32_t n, int32_t columns) {
     const anepy_cpu *cpu = k->cpu;
-    project_backward(
-        k, cpu->dattn,
-        (projections){.into = ANEPY_INTO_WO, .y = {k->tensors[SDPA_BWD1_DY]}}, columns);
+    project_backward(k, cpu->dattn,
+                     (projections){.into = ANEPY_INTO_WO, .y = {k->tensors[SDPA_BWD1_DY]}},
+                     columns);
     if (k->tensors[SDPA_BWD1_P] != NULL) anepy_cpu_scores_backward1(k, n, columns);
 }
 
@@ -463,10 +460,10 @@ static void sdpa_bwd2(anepy_executable *k, int32_t n, int32_t columns) {
 static void qkv_bwd(anepy_executable *k, int32_t n, int32_t columns) {
     (void)n;
     float **t = k->tensors;
-    project_backward(k, t[QKV_BWD_DX],
-                     (projections){.into = ANEPY_INTO_QKV,
-                                   .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]}},
-                     columns);
+    project_backward(
+        k, t[QKV_BWD_DX],
+        (projections){.into = ANEPY_INTO_QKV, .y = {t[QKV_BWD_DQ], t[QKV_BWD_DK], t[QKV_BWD_DV]}},
+        columns);
 }
 
 static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_executable *, int32_t n, int32_t columns) = {

@@ -57,6 +57,9 @@ AdapterOption = Annotated[
         show_default=False,
     ),
 ]
+DtypeOption = Annotated[
+    str, typer.Option(help="Type of the ids in data of other programs, like uint32.")
+]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, sim or ane.")]
 PrecisionOption = Annotated[str, typer.Option(help="Precision: auto, fp32, bf16 or fp16.")]
 ThreadsOption = Annotated[
@@ -178,6 +181,14 @@ def _identity(path: Any) -> object:
     except OSError:
         return os.path.realpath(path)
     return found.st_dev, found.st_ino
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text with `\n`, `\t`, `\r`, `\0` and `\\` understood."""
+    import re
+
+    meant = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+    return re.sub(r"\\([ntr0\\])", lambda found: meant[found[1]], text)
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ import typer
 from ..comparing.config import CompareConfig
 from ..errors import ConfigError
 from ..training.settings import setting_help
-from .common import EXIT_FAILURE, distinct, guarded, path_option
+from .common import EXIT_FAILURE, DtypeOption, distinct, guarded, path_option
 
 if TYPE_CHECKING:
     from ..comparing.result import Comparison
@@ -43,6 +43,7 @@ def compare(
         Path | None,
         path_option(metavar="FILE", help="Token file (anepy prepare). Default: synthetic."),
     ] = None,
+    dtype: DtypeOption = "auto",
     preset: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +111,7 @@ def compare(
     if load:
         given = [*settings, *(name for name, value in inputs.items() if value is not None)]
         given += ["json"] if as_json else []
+        given += ["dtype"] if dtype != "auto" else []
         if given:
             raise typer.BadParameter(f"--load measures nothing: leave out --{given[0]}")
         _compare_files(words, report)
@@ -118,7 +120,7 @@ def compare(
         raise typer.BadParameter("name two variants or more, like baseline opt")
     if model is not None and preset is not None:
         raise typer.BadParameter("--model and --preset contradict each other")
-    _measure(words or ["baseline", "max"], settings, inputs, outputs)
+    _measure(words or ["baseline", "max"], settings, inputs | {"dtype": dtype}, outputs)
 
 
 def _measure(
@@ -132,18 +134,20 @@ def _measure(
     from ..console.compare import Turns
     from ..system.files import check_writable
     from ..system.interrupts import StopRequest
+    from ..text.data import TokenData
 
     config = CompareConfig(**settings)
     files = {name: path for name, path in outputs.items() if path not in (None, _STDOUT)}
     distinct(files, {name: inputs[name] for name in ("model", "data")})
     for name, path in files.items():
         check_writable(path, name)
+    data = inputs["data"] and TokenData(inputs["data"], inputs["dtype"])
     display = Turns()
     with StopRequest(display.stopping, display.abort) as stop, display:
         comparison = compare(
             variants,
             inputs["model"],
-            inputs["data"],
+            data,
             config,
             preset=inputs["preset"] or DEFAULT_PRESET,
             progress=display.turn,

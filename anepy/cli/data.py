@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, TokenizerError
 from .common import (
     AdapterOption,
     DeviceOption,
+    DtypeOption,
     JsonOption,
     ModelArgument,
     ModelOption,
@@ -29,6 +30,7 @@ from .common import (
     path_option,
     print_json,
     table,
+    unescaped,
 )
 
 if TYPE_CHECKING:
@@ -70,24 +72,26 @@ def evaluate(
     documents: Annotated[
         bool, typer.Option("--documents", help="Each document from its start, one loss each.")
     ] = False,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on tokens or on text."""
+    """Measure loss, perplexity and bits per byte on tokens or on text."""
     path = model_path(model, model_option)
     if (data is None) == (text is None):
         raise ConfigError("pass what to evaluate on: either --data FILE or --text FILE")
     from ..engine.engine import Engine
-    from ..engine.evaluation import mean_loss, sequence_losses
+    from ..engine.evaluation import mean_loss, means, token_losses
     from ..models.model import sequence_length
     from ..system.words import perplexity, quantity
+    from ..text.bits import bits_per_byte
 
     loaded = adapted_model(path, adapter)
     context = loaded.config.seq_len
     length = context if documents and seq is None else sequence_length(seq, context)
-    with _tokens(data, text, tokenizer, loaded) as tokens:
+    with _tokens(data, text, tokenizer, loaded, dtype) as (tokens, words):
         tokens.check(loaded.config.vocab_size)
         sequences = _sequences(tokens, length, windows, documents, shorten=seq is None)
         longest = max(len(ids) for ids, _ in sequences)
@@ -96,15 +100,17 @@ def evaluate(
         ) as engine:
             engine.reserve(len(sequences))
             began = time.perf_counter()
-            losses = sequence_losses(engine, sequences)
+            each = token_losses(engine, sequences)
             seconds = time.perf_counter() - began
             facts: dict[str, Any] = {
                 "device": engine.device,
                 "device_note": engine.device_note,
                 "precision": engine.precision,
             }
+    losses = means(sequences, each)
     count = sum(n for n, _ in losses)
     loss = mean_loss(losses)
+    bits, nbytes = (words and bits_per_byte(words, sequences, each)) or (None, None)
     name = str(data if data is not None else text)
     if as_json:
         print_json(
@@ -114,9 +120,12 @@ def evaluate(
                 "data": name,
                 "loss": loss,
                 "perplexity": perplexity(loss),
+                "bits_per_byte": bits,
                 "tokens": count,
+                "bytes": nbytes,
                 "sequences": [{"tokens": n, "loss": value} for n, value in losses],
                 "seconds": seconds,
+                "tokens_per_s": count / seconds,
                 **facts,
             }
         )
@@ -131,6 +140,7 @@ def evaluate(
     rows += [
         ("loss", f"{loss:.4f}"),
         ("perplexity", f"{perplexity(loss):,.3f}"),
+        *([("bits per byte", f"{bits:.4f}")] if bits is not None else []),
         ("speed", f"{count / seconds:,.0f} tokens/s"),
     ]
     table("anepy eval", rows)
@@ -138,14 +148,22 @@ def evaluate(
 
 @contextmanager
 def _tokens(
-    data: Path | None, text: Path | None, tokenizer: Path | None, model: Model
-) -> Iterator[TokenData]:
+    data: Path | None, text: Path | None, tokenizer: Path | None, model: Model, dtype: str
+) -> Iterator[tuple[TokenData, Tokenizer | None]]:
+    """Yield the tokens to evaluate on, and what made them if that is known."""
     from ..text.data import TokenData
     from ..text.prepare import prepare
     from ..text.tokenizer_stored import resolve_tokenizer
 
     if data is not None:
-        yield TokenData(data)
+        found = TokenData(data, dtype)
+        try:
+            yield found, resolve_tokenizer(tokenizer or found.tokenizer_file, model)
+        except TokenizerError as error:
+            if tokenizer is not None:
+                raise
+            note(f"no bits per byte: {error}")
+            yield found, None
         return
     assert text is not None
     words = resolve_tokenizer(tokenizer, model)
@@ -153,7 +171,7 @@ def _tokens(
         prepared = prepare(text, words, Path(folder) / "tokens.bin", eos=False)
         tokens = TokenData(prepared.path)
         tokens.name = str(text)
-        yield tokens
+        yield tokens, words
 
 
 def _sequences(
@@ -290,11 +308,3 @@ def prepare(
         print(f"{done.validation}: {told}")
     if done.tokenizer_file is not None:
         print(f"{done.tokenizer_file}: the tokenizer, trained on this text")
-
-
-def unescaped(text: str) -> str:
-    r"""Return a text with `\n`, `\t`, `\r`, `\0` and `\\` understood."""
-    import re
-
-    meant = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
-    return re.sub(r"\\([ntr0\\])", lambda found: meant[found[1]], text)

@@ -7,31 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from typing import Annotated
 
 import typer
 
 from .bench import bench
-from .common import (
-    AdapterOption,
-    JsonOption,
-    ModelArgument,
-    ModelOption,
-    ThreadsOption,
-    TokenizerOption,
-    adapted_model,
-    examples,
-    guarded,
-    model_path,
-    note,
-    print_json,
-)
+from .common import examples
 from .compare import compare
 from .convert import convert
 from .data import evaluate, prepare
 from .fetch import fetch
 from .fuse import fuse
+from .generate import generate
 from .info import info
 from .init import init
 from .lib import lib
@@ -80,80 +67,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-@guarded
-def generate(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Beginning of the text.")] = "",
-    adapter: AdapterOption = None,
-    tokenizer: TokenizerOption = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")
-    ] = 1.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest tokens of this total probability.")
-    ] = 0.9,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=0, help="New tokens at most.")
-    ] = 256,
-    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the sampling.")] = 0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="End before this text; may be repeated.", show_default=False),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
-    weights: Annotated[
-        str, typer.Option(help="Weights in memory: f32, bf16, q8, or auto: what loses nothing.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto or cpu.")] = "auto",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Continue a prompt, printing the text while it is written."""
-    path = model_path(model, model_option)
-    from ..text.generation import choose_device, stream
-
-    told = choose_device(device)
-    began = time.perf_counter()
-    loaded = adapted_model(path, adapter, weights)
-    text = stream(
-        loaded,
-        prompt,
-        tokenizer,
-        temperature,
-        top_p,
-        max_tokens,
-        seed,
-        threads,
-        stop or (),
-        chat,
-        weights=weights,
-    )
-    if not as_json:
-        note(told)
-    pieces = []
-    for piece in text:
-        pieces.append(piece)
-        if not as_json:
-            print(piece, end="", flush=True)
-    if as_json:
-        print_json(
-            {
-                "command": "generate",
-                "model": str(path),
-                "prompt": prompt,
-                "text": "".join(pieces),
-                "device": "cpu",
-                "device_note": told,
-                "seconds": time.perf_counter() - began,
-            }
-        )
-    else:
-        print()
 
 
 def _register() -> None:

@@ -376,7 +376,8 @@ def _loop(
     if lost is not None:
         raise CheckpointError(" ".join([f"{lost};", *saved]).rstrip(";")) from lost
     if not complete:
-        done = f"interrupted after step {trainer.steps_done} of {trainer.config.steps}"
+        of = "" if trainer.config.endless else f" of {trainer.config.steps}"
+        done = f"interrupted after step {trainer.steps_done}{of}"
         if plan.written is not None:
             saved += [f"{done}; continue with:", f"  {_continue_command(request, plan)}"]
         else:

@@ -109,6 +109,11 @@ def compare(
 
 def _load(model: Model | str | Path | None, preset: str, seed: int) -> Model:
     if isinstance(model, Model):
+        if model.storage != "f32":
+            raise ConfigError(
+                f"the model is stored as {model.storage}, and compare trains it: load it with "
+                "storage='f32'"
+            )
         return model
     if model is not None:
         return Model.load(model)

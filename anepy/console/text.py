@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..system.words import engine_text, milliseconds, perplexity, quantity
+from ..training.config import ENDLESS
 from ..training.reports import Summary
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -146,10 +147,20 @@ def run_text(settings: Mapping[str, Any]) -> str:
     steps, accum = settings["steps"], settings["accum"]
     updates = -(-steps // accum)
     each = "after each" if accum == 1 else f"every {accum}"
+    if endless(settings):
+        return (
+            f"{settings['minutes']:g} minutes of steps{batch_text(settings)} of {settings['seq']} "
+            f"tokens, an update {each}"
+        )
     return (
         f"{steps:,} step{'s' * (steps != 1)}{batch_text(settings)} of {settings['seq']} tokens, an "
         f"update {each}: {updates:,} update{'s' * (updates != 1)}"
     )
+
+
+def endless(settings: Mapping[str, Any]) -> bool:
+    """Say whether time ends a run, not a number of steps."""
+    return bool(settings["steps"] >= ENDLESS)
 
 
 def batch_text(settings: Mapping[str, Any]) -> str:

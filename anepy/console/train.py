@@ -32,6 +32,7 @@ from .text import (
     Header,
     History,
     batch_text,
+    endless,
     header_rows,
     optimizer_text,
     run_text,
@@ -257,10 +258,12 @@ class Live(Reporter):
         self._report: StepReport | None = None
         self._start_step = 0
         self._total = 0
+        self._seconds = math.inf
+        self._endless = False
         self._seconds_per_step = 0.0
         self._started_at = self._seen_at = 0.0
         self._held_out: float | None = None
-        self._stopping = False
+        self._stopping = self._ended = False
 
     @property
     def _width(self) -> int:
@@ -280,6 +283,8 @@ class Live(Reporter):
     def resume(self, header: Header) -> None:
         """Take over where the display was."""
         self._start_step, self._total = header.start, header.settings["steps"]
+        self._seconds = 60 * (header.settings.get("minutes") or math.inf)
+        self._endless = endless(header.settings)
         for loss in header.losses:
             self._losses.add(loss)
 
@@ -327,6 +332,7 @@ class Live(Reporter):
 
     def stop(self, erase: bool = False) -> None:
         """Draw the last state and leave it on the screen, unless the next process draws it."""
+        self._ended = True
         if self._live is not None:
             self._live.transient = erase
             self._live.stop()
@@ -365,17 +371,22 @@ class Live(Reporter):
             report, losses = self._report, self._losses.values()
         width = min(options.max_width, MAX_WIDTH)
         done = report.step if report else self._start_step
-        left = (self._total - done) * self._seconds_per_step
+        passed = self._seen_at - self._started_at
+        left = min((self._total - done) * self._seconds_per_step, max(0.0, self._seconds - passed))
         eta = f"ETA {duration(left)}" if report else "ETA -"
-        if done >= self._total:
-            eta = f"in {duration(self._seen_at - self._started_at)}"
+        # Where time ends the run, the bar is that of the time.
+        part = passed / self._seconds if self._endless else done / max(1, self._total)
+        if part >= 1 or (self._ended and not self._stopping):
+            eta = f"in {duration(passed)}"
         elif self._stopping:
             eta = "stopping after this step"
         total = f"{self._total:,}"
         counter = f" step  {done:>{len(total)},}/{total}  "
-        share = f"  {100 * done / max(1, self._total):3.0f}%  {eta} "
+        if self._endless:
+            counter = f" step  {done:,}  "
+        share = f"  {100 * min(1.0, part):3.0f}%  {eta} "
         bar = ProgressBar(
-            total=max(1, self._total), completed=done, width=max(5, width - len(counter + share))
+            total=1.0, completed=min(1.0, part), width=max(5, width - len(counter + share))
         )
         yield Text(counter, end="")
         yield from (part for part in console.render(bar, options) if part != Segment.line())

@@ -7,38 +7,56 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .engine import Engine
+from .engine import Engine, Losses
 from .ids import Ids
 
 UNCOUNTED = -100  # a target that is not counted
 _PANEL, _COLUMNS = 64, 512  # a sequence takes a multiple of the one, a group at most the other
 
 
-def sequence_losses(
-    engine: Engine, sequences: Sequence[tuple[Ids, Ids]]
-) -> list[tuple[int, float]]:
-    """Return how many targets of each sequence are counted, and the mean of their losses in nats.
+def token_losses(engine: Engine, sequences: Sequence[tuple[Ids, Ids]]) -> list[Losses]:
+    """Return the losses of all targets of each sequence in nats, 0 where one is not counted.
 
     Args:
         engine: what computes them.
         sequences: tokens and targets of each, int32 (n,), of any lengths up to `engine.seq_len`.
 
     Returns:
-        (counted, loss) in the order of the sequences; loss is 0 where none is counted.
+        float64 (n,) of each sequence, in their order.
     """
-    found = [(0, 0.0)] * len(sequences)
+    found: list[Losses] = [np.zeros(len(targets)) for _, targets in sequences]
     for group in _groups(engine, sequences):
         length = max(len(sequences[i][0]) for i in group)
         tokens = np.zeros((len(group), length), np.int32)
         targets = np.full((len(group), length), UNCOUNTED, np.int32)
         for row, i in enumerate(group):
             tokens[row, : len(sequences[i][0])], targets[row, : len(sequences[i][1])] = sequences[i]
-        counted = np.count_nonzero(targets >= 0, axis=1)
-        if not counted.any():
+        if not (targets >= 0).any():
             continue
         losses = engine.losses(tokens, targets)
         for row, i in enumerate(group):
-            found[i] = int(counted[row]), math.fsum(losses[row]) / max(1, counted[row])
+            found[i] = losses[row, : len(found[i])]
+    return found
+
+
+def sequence_losses(
+    engine: Engine, sequences: Sequence[tuple[Ids, Ids]]
+) -> list[tuple[int, float]]:
+    """Return of each sequence how many targets are counted, and the mean of their losses in nats.
+
+    Arguments are those of `token_losses`; the mean is 0 where none is counted.
+    """
+    return means(sequences, token_losses(engine, sequences))
+
+
+def means(
+    sequences: Sequence[tuple[Ids, Ids]], losses: Sequence[Losses]
+) -> list[tuple[int, float]]:
+    """Return what `sequence_losses` does, of what `token_losses` returned."""
+    found = []
+    for (_, targets), each in zip(sequences, losses, strict=True):
+        counted = int(np.count_nonzero(targets >= 0))
+        found.append((counted, math.fsum(each) / max(1, counted)))
     return found
 
 

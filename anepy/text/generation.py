@@ -11,7 +11,9 @@ import codecs
 import contextlib
 import inspect
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -32,6 +34,30 @@ P = ParamSpec("P")
 _CONTROL = frozenset(range(0x20)) - frozenset(b"\t\n\v\f\r") | {0x7F}
 
 
+@dataclass
+class Speed:
+    """What texts took: `stream` adds to it.
+
+    Attributes:
+        prompt_tokens: read, all at once.
+        prompt_seconds: for that.
+        tokens: written.
+        passes: of the network for those; the first token of a text follows from its prompt.
+        seconds: for those passes.
+    """
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens written one after the other per second; 0 before the first pass."""
+        return self.passes / self.seconds if self.seconds else 0.0
+
+
 def stream(
     model: Model | str | Path | Decoder,
     prompt: str = "",
@@ -44,6 +70,7 @@ def stream(
     stop: str | Sequence[str] = (),
     chat: bool = False,
     weights: str = "auto",
+    speed: Speed | None = None,
 ) -> Iterator[str]:
     """Yield the prompt, then what a model continues it with; never half a character.
 
@@ -68,6 +95,7 @@ def stream(
             a scale for 32 values of a row). Reading them is most of the time of a token. "auto"
             takes a `Model` as it is, and of a path what loses nothing: bf16 or Q8_0 where the
             file is so throughout, else "f32". Not with a `Decoder`.
+        speed: counts and times of this text are added to it.
 
     Raises:
         ConfigError: a setting is out of range or the prompt exceeds the context.
@@ -101,7 +129,8 @@ def stream(
     ends = [stop] if isinstance(stop, str) else list(stop)
     if "" in ends:
         raise ConfigError("a stop string is empty, every text ends before it: leave it out")
-    return _stream(decoder or loaded, tokenizer, ids, length, picks, threads, ends, not chat)
+    spent = speed or Speed()
+    return _stream(decoder or loaded, tokenizer, ids, length, picks, threads, ends, not chat, spent)
 
 
 def _joined(pieces: Callable[P, Iterator[str]]) -> Callable[P, str]:
@@ -141,6 +170,7 @@ def _stream(
     threads: int | None,
     ends: Sequence[str],
     shown: bool,
+    spent: Speed,
 ) -> Iterator[str]:
     # Characters outside the vocabulary come as single bytes: hold them until they are complete.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -152,15 +182,22 @@ def _stream(
     def written(network: Decoder) -> Iterator[str]:
         token, read = prompt[-1], len(prompt)
         if read < length:
+            began = time.perf_counter()
             logits = network.prefill(prompt)
+            spent.prompt_tokens += len(prompt)
+            spent.prompt_seconds += time.perf_counter() - began
         while read < length:
             following = sampling.pick(logits[: tokenizer.vocab_size])
             if following in stops:
                 break
+            spent.tokens += 1
             yield text(token, following)
             token, read = following, read + 1
             if read < length:
+                began = time.perf_counter()
                 logits = network.forward(token, read - 1)
+                spent.passes += 1
+                spent.seconds += time.perf_counter() - began
         yield decoder.decode(b"", final=True)
 
     if shown:
@@ -206,7 +243,8 @@ def choose_device(device: str) -> str:
         return choice_note("cpu", ["not ane: text is generated on the CPU only"])
     if device != "cpu":
         raise ConfigError(
-            f"text is generated on the CPU, not on device {device}: leave --device out"
+            f"text is generated on the CPU, not on device {device}, whose programs compute whole "
+            "sequences and keep nothing from one token to the next: leave --device out"
         )
     return ""
 

@@ -16,6 +16,7 @@ from ..models.storages import STORAGES
 from ..models.targets import TARGETS, chosen_targets
 from .settings import LoopConfig, described, require, setting
 
+ENDLESS = 1 << 53  # steps of a run that something else ends; JSON can hold it
 OPTIMIZERS = ("adamw", "lion", "sgd", "muon")  # as libsrc/train/update.c has them
 
 
@@ -29,7 +30,11 @@ class TrainConfig(LoopConfig):
         10
     """
 
-    steps: int = setting(1000, "Total number of steps (one step is --batch sequences).")
+    steps: int = setting(
+        None,
+        "Total number of steps (one step is --batch sequences). Default: 1000, or with --minutes "
+        "as many as fit.",
+    )
     optimizer: str = setting("adamw", "Optimizer: adamw, lion, sgd or muon.")
     momentum: float = setting(0.95, "Momentum of sgd, and of muon's matrices.")
     matrix_lr: float = setting(
@@ -65,7 +70,9 @@ class TrainConfig(LoopConfig):
     minutes: float | None = setting(None, "Stop after so many minutes, or after --steps.")
 
     def __post_init__(self) -> None:
-        """Take one name for several, and the lists of files for tuples."""
+        """Take one name for several, the lists of files for tuples, and the default of steps."""
+        if self.steps is None:
+            object.__setattr__(self, "steps", 1000 if self.minutes is None else ENDLESS)
         object.__setattr__(self, "freeze", patterns(self.freeze))
         object.__setattr__(self, "targets", chosen_targets(self.targets))
 
@@ -92,6 +99,13 @@ class TrainConfig(LoopConfig):
         minutes = self.minutes
         time_ok = minutes is None or (math.isfinite(minutes) and minutes > 0)
         require(time_ok, "minutes", minutes, "finite and above 0")
+        if self.endless and minutes is None:
+            raise ConfigError("the run has no end: set steps or minutes")
+        if self.endless and self.schedule != "constant":
+            raise ConfigError(
+                f"the schedule {self.schedule} falls towards the last step: set steps beside "
+                "minutes, or leave the schedule constant"
+            )
         if self.patience and not self.eval_every:
             raise ConfigError("patience counts evaluations: set eval_every, for example to 100")
 
@@ -104,6 +118,11 @@ class TrainConfig(LoopConfig):
     def engine_variant(self) -> str:
         """Name the variant the engine gets: `variant`, with the Metal switch if asked for."""
         return f"{self.variant}+metal_dw" if self.metal else self.variant
+
+    @property
+    def endless(self) -> bool:
+        """Whether time ends the run, not a number of steps."""
+        return self.steps >= ENDLESS
 
     @property
     def updates(self) -> int:

@@ -27,7 +27,7 @@ class StepReport:
 
     Attributes:
         step: number of the step, from 1.
-        total: number of the last step of the run.
+        total: number of the last step of the run; 0 if time ends it.
         stats: what the engine says of the step.
         lr: learning rate of the update this step belongs to.
         ms_per_step: wall time of forward and backward; update and evaluation excluded.
@@ -80,7 +80,7 @@ class Summary:
 
     Attributes:
         step: last step done.
-        total: the step the run stops at.
+        total: the step the run stops at; 0 if time ends it.
         steps: steps done by this object.
         updates: updates done since the very first step.
         skipped: steps that counted for nothing (half-precision overflow).

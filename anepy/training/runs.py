@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .config import ENDLESS
 from .run_folder import LOG
 
 _LONGEST_LINE = 1 << 20
@@ -65,8 +66,9 @@ class Run:
 
     @property
     def total(self) -> int:
-        """Steps the run was to have."""
-        return int(self.facts.get("settings", {}).get("steps", 0))
+        """Steps the run was to have; 0 if time was to end it."""
+        steps = int(self.facts.get("settings", {}).get("steps", 0))
+        return 0 if steps >= ENDLESS else steps
 
 
 def read(path: str | Path) -> Run:

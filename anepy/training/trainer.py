@@ -234,6 +234,10 @@ class Trainer:
         return self._loop.steps >= self.config.steps or bool(self.ended)
 
     @property
+    def _total(self) -> int:
+        return 0 if self.config.endless else self.config.steps
+
+    @property
     def losses(self) -> Sequence[float]:
         """Return the losses of the last steps, those before a resume included."""
         return self._measured.losses
@@ -322,7 +326,7 @@ class Trainer:
             measured.add_update(update)
         report = StepReport(
             step=loop.steps,
-            total=config.steps,
+            total=self._total,
             stats=stats,
             lr=lr,
             ms_per_step=step_ms,
@@ -383,7 +387,7 @@ class Trainer:
         """Return what this object has done and measured so far; also after it was closed."""
         engine = self._engine
         counts = self._counts if engine is None else (engine.updates, engine.compiles)
-        return self._measured.summary(self._loop.steps, self.config.steps, *counts)
+        return self._measured.summary(self._loop.steps, self._total, *counts)
 
     # Checkpoints
 

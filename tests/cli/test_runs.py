@@ -80,6 +80,19 @@ def test_minutes_end_a_run_after_a_step_with_an_update(run: Run, files: dict[str
     assert Path("s.bin").exists()
 
 
+def test_minutes_alone_end_a_run_whatever_its_steps(run: Run, files: dict[str, Path]) -> None:
+    """Without --steps there is no other end, on a resume neither, and no schedule towards one."""
+    words = [*TRAIN, "--accum", 1, "--minutes", 0.03]
+    result = run(*words, "--json")
+    record = json.loads(result.out)
+    assert record["summary"]["total"] == 0 and record["summary"]["wall_s"] >= 1.8, result.err
+    result = run("train", "--resume", "m.ckpt.npz", "--minutes", 0.001)
+    assert result.code == 0 and "0.001 minutes are over" in result.out, result.err
+    assert read_meta("m.ckpt.npz").step > record["summary"]["step"]
+    assert_one_line_error(run(*words, "--schedule", "cosine"), "cosine", "set steps")
+    assert TrainConfig().steps == TrainConfig(steps=1000, minutes=1).steps == 1000
+
+
 def test_validation_data_of_its_own(run: Run, files: dict[str, Path]) -> None:
     np.array(list(range(3, 100)) * 3, "<u2").tofile("v.bin")
     words = [*TRAIN, "--validation", "v.bin", "--eval-every", 2]

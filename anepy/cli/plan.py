@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from ..training.config import TrainConfig, config_from
 
 if TYPE_CHECKING:
     from ..system.restart import Restart
-    from ..training.checkpoint import Meta
+    from ..training.checkpoint import Checkpoint, Meta
 
 DEMO_NAME = "demo"
 # The demo must show in well under a minute on two cores that something was learned, and end with
@@ -73,7 +74,7 @@ class Plan:
         adapter: folder of the adapter to train on; None for a new one, or none.
         config: effective settings.
         resume: checkpoint to continue from; None if there is none.
-        meta: what that checkpoint says about its run.
+        saved: that checkpoint, open; whoever asked for the plan closes it.
         checkpoint: where to save; None never.
         validation: tokens to evaluate on; None if they are a part of the data, or none.
         save_at_end: whether a complete run writes its checkpoint, or only an interrupted one.
@@ -88,7 +89,7 @@ class Plan:
     adapter: Path | None
     config: TrainConfig
     resume: Path | None
-    meta: Meta | None
+    saved: Checkpoint | None
     checkpoint: Path | None
     save_at_end: bool
     validation: Path | None = None
@@ -111,18 +112,33 @@ def make_plan(request: Request, began: Restart | None) -> Plan:
     explicit = request.checkpoint is not None or resume is not None
     if began is not None:
         resume = Path(began.checkpoint)
-    meta = None
-    saved: Mapping[str, Any] = {}
-    if resume is not None:
-        from ..training.checkpoint import read_meta
+    with ExitStack() as stack:
+        saved = None
+        if resume is not None:
+            from ..training.checkpoint import Checkpoint
 
-        meta = read_meta(resume)
-        saved = meta.settings
+            saved = stack.enter_context(Checkpoint(resume))
+        plan = _plan(request, began, checkpoint, explicit, saved)
+        stack.pop_all()
+    return plan
+
+
+def _plan(
+    request: Request,
+    began: Restart | None,
+    checkpoint: Path | None,
+    explicit: bool,
+    saved: Checkpoint | None,
+) -> Plan:
+    """Combine what was asked for with what a checkpoint says."""
+    meta = saved.meta if saved is not None else None
+    resume = Path(saved.path) if saved is not None else None
+    settings: Mapping[str, Any] = meta.settings if meta is not None else {}
     demo = _is_demo(request, meta)
     if demo and meta is None:
-        saved = DEMO_SETTINGS
+        settings = DEMO_SETTINGS
     try:
-        config = config_from(saved, request.settings)
+        config = config_from(settings, request.settings)
         config.validate()
     except TypeError as error:
         raise CheckpointError(f"{resume}: its settings are damaged ({error})") from error
@@ -150,7 +166,7 @@ def make_plan(request: Request, began: Restart | None) -> Plan:
         adapter=request.adapter,
         config=config,
         resume=resume,
-        meta=meta,
+        saved=saved,
         checkpoint=None if request.no_checkpoint else checkpoint,
         save_at_end=explicit or not demo,
         validation=request.validation or _known_validation(request, meta, config),

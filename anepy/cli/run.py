@@ -61,8 +61,12 @@ def run(request: Request) -> None:
             request = brought(request)
         request = in_folder(request, began)
         plan = make_plan(request, began)
+        if plan.saved is not None:
+            stack.callback(plan.saved.close)
         # Model and data first: cheap checks before the library is loaded or compiled.
         trainer = stack.enter_context(_trainer(request, plan))
+        if plan.saved is not None:
+            plan.saved.close()  # a deleted file takes room on the disk while it is open
         if began is not None:
             began.discard()  # a later restart replaces this process without a clean-up
         request = _prepare_folder(request, trainer)
@@ -110,7 +114,7 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
     if plan.demo:
         data = demo.data()
     else:
-        if request.model is None and plan.meta is None:
+        if request.model is None and plan.saved is None:
             raise ConfigError(
                 "--data needs a model: anepy train MODEL --data FILE; `anepy init` makes one"
             )
@@ -119,7 +123,7 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
     restarted = plan.restarted is not None
     lora = Lora.load(plan.adapter) if plan.adapter is not None else None
     with Trainer(
-        _model(plan), data, plan.config, plan.resume, restarted, lora, plan.validation
+        _model(plan), data, plan.config, plan.saved, restarted, lora, plan.validation
     ) as trainer:
         if plan.demo:
             trainer.source["demo"] = True
@@ -129,12 +133,13 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
 def _model(plan: Plan) -> Model | Path:
     if plan.model is not None:
         return plan.model
-    if plan.meta is None:
+    if plan.saved is None:
         return demo.model(plan.config.seed)
-    if plan.meta.adapter:  # the checkpoint holds the adapter alone
-        return Path(str(plan.meta.source.get("model", "")))
+    meta = plan.saved.meta
+    if meta.adapter:  # the checkpoint holds the adapter alone
+        return Path(str(meta.source.get("model", "")))
     try:
-        config = ModelConfig(**plan.meta.config)
+        config = ModelConfig(**meta.config)
     except TypeError as error:
         raise CheckpointError(f"{plan.resume}: its model is damaged ({error})") from error
     return Model.init(config, seed=plan.config.seed)

@@ -20,10 +20,16 @@ _temporaries: set[str] = set()
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(
+    path: str | os.PathLike[str], previous: str | os.PathLike[str] | None = None
+) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place if the block succeeds.
 
     The bytes are on the disk before the rename; the new file has the mode the umask asks for.
+
+    Args:
+        path: the file.
+        previous: what the file that is replaced is called afterwards; None: it goes.
 
     Raises:
         OSError: as the operating system reports it; nothing stays behind, `path` is unchanged.
@@ -33,6 +39,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
         file.close()
+        if previous is not None:
+            _keep(target, os.fspath(previous))
         os.replace(name, target)
         _sync_folder(os.path.dirname(target))
 
@@ -143,7 +151,7 @@ def _temporary(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str, st
     name = f"{os.path.dirname(target)}/.anepy-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     _temporaries.add(name)
     try:
-        with open(name, "xb") as file:
+        with open(name, "x+b") as file:
             try:
                 yield file, name, target
             except BaseException:
@@ -155,6 +163,24 @@ def _temporary(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str, st
         with contextlib.suppress(OSError):
             os.unlink(name)
         _temporaries.discard(name)
+
+
+def _keep(target: str, previous: str) -> None:
+    """Give a file another name too, in place of an older file; where links exist it keeps both."""
+    aside = f"{previous}.{secrets.token_hex(4)}.tmp"
+    try:
+        os.link(target, aside)
+    except FileNotFoundError:
+        return
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.replace(target, previous)
+        return
+    try:
+        os.replace(aside, previous)
+    finally:
+        with contextlib.suppress(OSError):  # two names of one file are left alone by a rename
+            os.unlink(aside)
 
 
 def _sync_folder(folder: str) -> None:

@@ -4,18 +4,22 @@ Arrays are named as the weights, or as those of the adapter where that alone is 
 moments are `m.<name>` and `v.<name>`, of tensors that are not frozen; `grad.<name>` is there only
 if gradients were accumulated when it was saved. `meta` is a JSON text in a 0-d unicode array.
 `numpy.load` reads all of it. A file appears under its name only when it is complete: it is written
-to a temporary file in the same folder, synced, then renamed.
+to a temporary file in the same folder, synced, then renamed. Its last bytes, the archive's comment,
+are a checksum of all others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +27,15 @@ import numpy.typing as npt
 from ..errors import CheckpointError
 from ..models.model import ModelConfig
 from ..system.files import replacing, write_failure
+from .run_folder import previous_path
 
 FORMAT = 2
 _READ = (1, FORMAT)  # 1 has no `counted`: its accumulated steps all had equally many targets
 _CHUNK = 1 << 20
 _META_LIMIT = 1 << 26
+_CHECKSUM = b"anepy crc32 "  # and eight hexadecimal digits, of all bytes before these
+_DIGITS = 8
+_DIRECTORY_END = 22  # bytes that end an archive without a comment
 _NPY: Any = np.lib.format  # typed in newer versions of numpy only
 
 
@@ -73,13 +81,16 @@ class Meta:
     format: int = FORMAT
 
 
-def save(path: str | Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Meta) -> int:
+def save(
+    path: str | Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Meta, keep: bool = False
+) -> int:
     """Write a checkpoint so that either the old or the complete new file is there.
 
     Args:
         path: the file to write; an existing regular file is replaced.
         arrays: name -> float32 array, C-contiguous, any shape.
         meta: everything else.
+        keep: the file that is replaced stays as `NAME-previous.npz`.
 
     Returns:
         The size of the file in bytes.
@@ -89,12 +100,17 @@ def save(path: str | Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Meta) -
     """
     text = json.dumps(asdict(meta))
     try:
-        with replacing(path) as file:
+        with replacing(path, _before(path) if keep else None) as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                archive.comment = _CHECKSUM + b"0" * _DIGITS
                 _write_member(archive, "meta", np.array(text))
                 for name, array in arrays.items():
                     _write_member(archive, name, array)
-            return file.tell()
+            nbytes = file.tell()
+            checksum = _crc32(file, nbytes - _DIGITS)
+            file.seek(nbytes - _DIGITS)
+            file.write(b"%08x" % checksum)
+            return nbytes
     except OSError as error:
         raise CheckpointError(write_failure(path, "checkpoint", error)) from error
 
@@ -105,57 +121,92 @@ def read_meta(path: str | Path) -> Meta:
     Raises:
         CheckpointError: missing, truncated, or not a checkpoint of anepy.
     """
-    with _opened(path) as archive:
-        return _read_meta(path, archive)
+    with Checkpoint(path, whole=False) as file:
+        return file.meta
 
 
-def load(
-    path: str | Path,
-    config: Mapping[str, Any],
-    adapter: Mapping[str, Any],
-    weights: Mapping[str, npt.NDArray[Any]],
-    adam_m: Mapping[str, npt.NDArray[Any]],
-    adam_v: Mapping[str, npt.NDArray[Any]],
-    gradients: Mapping[str, npt.NDArray[Any]],
-) -> Meta:
-    """Copy a checkpoint into existing arrays, array by array.
-
-    Everything is checked first, checksums included: a bad file changes nothing.
+class Checkpoint:
+    """A checkpoint that is open: whatever takes its name meanwhile, all is read from one file.
 
     Args:
-        path: the checkpoint.
-        config: dimensions of the model that is to receive it.
-        adapter: as `Meta.adapter` for this run.
-        weights: name -> float32 array, C-contiguous; overwritten, as are the next two.
-        adam_m: first moments, of all names that are not frozen.
-        adam_v: second moments, of those too.
-        gradients: accumulated gradients, of those too; set to zero if the file has none.
+        path: the file.
+        whole: read every byte and compare the checksum.
 
-    Returns:
-        What `read_meta` returns.
+    Attributes:
+        path: the file.
+        meta: what it says about its run.
 
     Raises:
-        CheckpointError: the file is bad, or of a model of other dimensions or frozen tensors, or of
-            another adapter.
+        CheckpointError: missing, truncated, damaged, or not a checkpoint of anepy; the message
+            names the one before it if that is whole.
     """
-    targets = {name: array for name, array in weights.items()}
-    targets |= {f"m.{name}": array for name, array in adam_m.items()}
-    targets |= {f"v.{name}": array for name, array in adam_v.items()}
-    with _opened(path) as archive:
-        meta = _read_meta(path, archive)
-        _check_config(path, meta.config, config)
-        _check_adapter(path, meta.adapter, adapter)
-        _check_frozen(path, meta.frozen, [name for name in weights if name not in adam_m])
-        if meta.accumulated:
-            targets |= {f"grad.{name}": array for name, array in gradients.items()}
-        for name, array in targets.items():
-            _check_member(path, archive, name, array)
-        for name, array in targets.items():
-            _read_member(archive, name, array)
-    if not meta.accumulated:
-        for array in gradients.values():
-            array[...] = 0.0
-    return meta
+
+    def __init__(self, path: str | Path, whole: bool = True) -> None:
+        self.path = path
+        with _told(path), contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "rb"))
+            self._sealed = whole and _verify(path, file)
+            self._archive = stack.enter_context(zipfile.ZipFile(file))
+            self.meta = _read_meta(path, self._archive)
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._open.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def load(
+        self,
+        config: Mapping[str, Any],
+        adapter: Mapping[str, Any],
+        weights: Mapping[str, npt.NDArray[Any]],
+        adam_m: Mapping[str, npt.NDArray[Any]],
+        adam_v: Mapping[str, npt.NDArray[Any]],
+        gradients: Mapping[str, npt.NDArray[Any]],
+    ) -> None:
+        """Copy it into existing arrays, array by array.
+
+        Everything is checked first, checksums included: a bad file changes nothing.
+
+        Args:
+            config: dimensions of the model that is to receive it.
+            adapter: as `Meta.adapter` for this run.
+            weights: name -> float32 array, C-contiguous; overwritten, as are the next two.
+            adam_m: first moments, of all names that are not frozen.
+            adam_v: second moments, of those too.
+            gradients: accumulated gradients, of those too; set to zero if the file has none.
+
+        Raises:
+            CheckpointError: the file is bad, or of a model of other dimensions or frozen tensors,
+                or of another adapter.
+        """
+        meta, path, archive = self.meta, self.path, self._archive
+        targets = {name: array for name, array in weights.items()}
+        targets |= {f"m.{name}": array for name, array in adam_m.items()}
+        targets |= {f"v.{name}": array for name, array in adam_v.items()}
+        with _told(path):
+            _check_config(path, meta.config, config)
+            _check_adapter(path, meta.adapter, adapter)
+            _check_frozen(path, meta.frozen, [name for name in weights if name not in adam_m])
+            if meta.accumulated:
+                targets |= {f"grad.{name}": array for name, array in gradients.items()}
+            for name, array in targets.items():
+                _check_member(path, archive, name, array, self._sealed)
+            for name, array in targets.items():
+                _read_member(archive, name, array)
+        if not meta.accumulated:
+            for array in gradients.values():
+                array[...] = 0.0
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
@@ -163,22 +214,69 @@ def _write_member(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) 
         _NPY.write_array(member, array, allow_pickle=False)
 
 
+def _crc32(file: BinaryIO, nbytes: int) -> int:
+    """Return the checksum of the first bytes of a file."""
+    file.seek(0)
+    checksum = 0
+    while nbytes and (chunk := file.read(min(nbytes, _CHUNK))):
+        checksum = zlib.crc32(chunk, checksum)
+        nbytes -= len(chunk)
+    return checksum
+
+
+def _verify(path: str | Path, file: BinaryIO) -> bool:
+    """Compare the checksum of a file; return whether it has one, which copies by numpy lack.
+
+    Raises:
+        BadZipFile: it differs, or its place holds something else.
+    """
+    nbytes = file.seek(0, os.SEEK_END)
+    file.seek(max(0, nbytes - _DIRECTORY_END))
+    end = file.read()
+    if end.startswith(b"PK\5\6") and end.endswith(b"\0\0"):
+        return False
+    kept, digits = end[-_DIGITS - len(_CHECKSUM) : -_DIGITS], end[-_DIGITS:]
+    if kept != _CHECKSUM or b"%08x" % _crc32(file, nbytes - _DIGITS) != digits:
+        raise zipfile.BadZipFile("its checksum is wrong")
+    return True
+
+
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Open a checkpoint; whatever goes wrong while reading it becomes one line."""
+def _told(path: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a checkpoint is read into one line."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
+        yield
+    except CheckpointError:
+        raise
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; check the path") from None
+        hint = _previous(path) or "; check the path"
+        raise CheckpointError(f"{path}: no such checkpoint{hint}") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(f"cannot read checkpoint {path}: {reason}") from error
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # zipfile and numpy raise what they stumble over
         detail = " ".join(str(error).split())[:120]
+        hint = _previous(path) or "; use another one"
         raise CheckpointError(
-            f"{path}: truncated, damaged or not a checkpoint ({detail}); use another one"
+            f"{path}: truncated, damaged or not a checkpoint ({detail}){hint}"
         ) from error
+
+
+def _before(path: str | Path) -> Path:
+    """Return where the checkpoint before one is: beside the file, not beside a link to it."""
+    return previous_path(Path(os.path.realpath(path)))
+
+
+def _previous(path: str | Path) -> str:
+    """Say where the checkpoint before a bad one is; empty if there is none that is whole."""
+    other = _before(path)
+    if not other.is_file():
+        return ""
+    try:
+        with Checkpoint(other) as file:
+            return f"; the one before it, of step {file.meta.step}, is whole: resume from {other}"
+    except CheckpointError:
+        return ""
 
 
 def _read_meta(path: str | Path, archive: zipfile.ZipFile) -> Meta:
@@ -212,15 +310,12 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
     known = Meta.__dataclass_fields__
     for name in ("step", "updates", "accumulated", "counted"):
         value = values.get(name, 0 if name == "counted" and values["format"] == 1 else None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
             raise CheckpointError(f"{path}: '{name}' in 'meta' is {value!r}, not a count")
     for name in ("config", "sampler", "settings", "source", "engine"):
         if not isinstance(values.get(name), dict):
             raise CheckpointError(f"{path}: '{name}' is missing in 'meta'; the file is damaged")
-    scaling = values.get("scaling")
-    if not isinstance(scaling, dict) or not all(
-        isinstance(x, (int, float)) for x in scaling.values()
-    ):
+    if not _is_scaling(values.get("scaling")):
         raise CheckpointError(f"{path}: 'scaling' in 'meta' is damaged; take another checkpoint")
     for name in ("run", "adapter"):
         if not isinstance(values.get(name, {}), dict):
@@ -232,6 +327,16 @@ def _meta_from(path: str | Path, values: Any) -> Meta:
     if not isinstance(losses, list) or not all(isinstance(x, (int, float)) for x in losses):
         raise CheckpointError(f"{path}: 'losses' in 'meta' are no numbers; the file is damaged")
     return Meta(**{name: value for name, value in values.items() if name in known})
+
+
+def _is_scaling(values: Any) -> bool:
+    """Say whether a value is what the engine can restore its loss scale from."""
+    if not isinstance(values, dict) or not values.keys() <= {"loss_scale", "clean_steps", "unit"}:
+        return False
+    if not all(type(x) in (int, float) and 0 <= x < 1 << 62 for x in values.values()):
+        return False
+    steps = values.get("clean_steps", 0)
+    return type(steps) is int and steps < 1 << 31
 
 
 def _check_config(path: str | Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -278,9 +383,16 @@ def _frozen_text(names: Sequence[str]) -> str:
 
 
 def _check_member(
-    path: str | Path, archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]
+    path: str | Path,
+    archive: zipfile.ZipFile,
+    name: str,
+    array: npt.NDArray[Any],
+    sealed: bool,
 ) -> None:
-    """Check presence, type, shape, size and checksum of one array against its destination."""
+    """Check presence, type, shape and size of one array against its destination.
+
+    Where the checksum of the file is known to be right (`sealed`) its bytes need no second look.
+    """
     try:
         info = archive.getinfo(f"{name}.npy")
     except KeyError:
@@ -293,10 +405,9 @@ def _check_member(
                 f"{path}: array '{name}' is {dtype} {list(shape)}{order}, "
                 f"expected {array.dtype} {list(array.shape)}; use another file"
             )
-        # The checksum is compared when the last byte has been read.
-        nbytes = 0
-        while chunk := member.read(_CHUNK):
-            nbytes += len(chunk)
+        nbytes = info.file_size - member.tell() if sealed else 0
+        while not sealed and (chunk := member.read(_CHUNK)):
+            nbytes += len(chunk)  # zipfile compares its checksum when the last byte was read
     if nbytes != array.nbytes:
         raise CheckpointError(
             f"{path}: array '{name}' has {nbytes} bytes, expected {array.nbytes}; use another file"

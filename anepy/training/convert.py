@@ -109,7 +109,12 @@ def _moments(model: Model) -> tuple[dict[str, Array], dict[str, Array]]:
 
 
 def _read_checkpoint(path: Path) -> State:
-    meta = checkpoint.read_meta(path)
+    with checkpoint.Checkpoint(path) as file:
+        return _state(path, file)
+
+
+def _state(path: Path, file: checkpoint.Checkpoint) -> State:
+    meta = file.meta
     if meta.adapter:
         raise ModelError(
             f"checkpoint {path} holds an adapter, no model: `anepy train --resume` writes it as a "
@@ -129,7 +134,7 @@ def _read_checkpoint(path: Path) -> State:
     optimizer = meta.settings.get("optimizer", "adamw")
     if optimizer != "adamw":
         v = {}  # it keeps none, or not of all tensors
-    checkpoint.load(path, asdict(model.config), {}, model.weights, m, v, gradients)
+    file.load(asdict(model.config), {}, model.weights, m, v, gradients)
     notes = []
     if meta.accumulated:
         notes.append(

@@ -57,7 +57,7 @@ class Keeper:
             CheckpointError: it could not be written.
         """
         assert self.path is not None
-        nbytes = trainer.save_checkpoint(self.path)
+        nbytes = trainer.save_checkpoint(self.path, keep=True)
         self.written = True
         if self._keep:
             number(self.path, trainer.steps_done, self._keep)

@@ -1,7 +1,8 @@
 """The folder of a run: the names in it, and what it says of the run.
 
-`run.json` (what it is), `log.jsonl`, `checkpoint.npz` (the last), `checkpoint-STEP.npz` (the last
-few), `best.npz` (of the best evaluation) and, at the end, the model or adapter.
+`run.json` (what it is), `log.jsonl`, `checkpoint.npz` (the last), `checkpoint-previous.npz` (the
+one before), `checkpoint-STEP.npz` (the last few), `best.npz` (of the best evaluation) and, at the
+end, the model or adapter.
 Imports nothing heavy.
 """
 
@@ -37,6 +38,11 @@ def best_path(checkpoint: Path | None) -> Path:
     if checkpoint.name == CHECKPOINT:
         return checkpoint.with_name(BEST)
     return checkpoint.with_name(f"{_stem(checkpoint)}-best.npz")
+
+
+def previous_path(checkpoint: Path) -> Path:
+    """Return where the checkpoint is kept that another has replaced."""
+    return checkpoint.with_name(f"{_stem(checkpoint)}-previous.npz")
 
 
 def number(checkpoint: Path, step: int, keep: int) -> None:

@@ -7,6 +7,7 @@ gradients and the sampler's position, and a resumed run continues bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,8 @@ class Trainer:
         model: a `Model`, whose weights are trained in place, or the path of one.
         data: a `TokenData` or the path of one.
         config: settings; the defaults of `TrainConfig` if None.
-        resume: checkpoint to continue from. Its weights, moments, accumulated gradients and
+        resume: checkpoint to continue from, a path or one that is open, which stays the caller's to
+            close. Its weights, moments, accumulated gradients and
             sampler position replace those of `model`; differences between its settings and
             `config` follow `config` and are told in `notes`. Only the seed is the file's, and the
             frozen tensors have to be.
@@ -101,7 +103,7 @@ class Trainer:
         model: Model | str | Path,
         data: TokenData | str | Path,
         config: TrainConfig | None = None,
-        resume: str | Path | None = None,
+        resume: str | Path | checkpoint.Checkpoint | None = None,
         restarted: bool = False,
         lora: Lora | None = None,
         validation: TokenData | str | Path | None = None,
@@ -115,7 +117,21 @@ class Trainer:
                 "eval_every needs something to evaluate on: set held_out, for example to 0.05, or "
                 "give validation data"
             )
-        meta = checkpoint.read_meta(resume) if resume is not None else None
+        with contextlib.ExitStack() as opened:
+            if resume is not None and not isinstance(resume, checkpoint.Checkpoint):
+                resume = opened.enter_context(checkpoint.Checkpoint(resume))
+            self._prepare(model, data, resume, restarted, lora, validation)
+
+    def _prepare(
+        self,
+        model: Model | str | Path,
+        data: TokenData | str | Path,
+        resume: checkpoint.Checkpoint | None,
+        restarted: bool,
+        lora: Lora | None,
+        validation: TokenData | str | Path | None,
+    ) -> None:
+        """Load everything, and go on where a checkpoint is."""
         self.source: dict[str, Any] = {}
         if not isinstance(model, Model):
             self.source["model"] = os.path.abspath(model)
@@ -163,7 +179,7 @@ class Trainer:
             recompute=self.config.recompute,
             lora=self.lora,
             optimizer=self.config.optimizer,
-            defer=meta is not None,  # the weights are not those to compile for yet
+            defer=resume is not None,  # the weights are not those to compile for yet
         )
         self._base: int | None = None
         self.best: tuple[float, int] | None = None
@@ -183,9 +199,9 @@ class Trainer:
         self._unevaluated: StepReport | None = None
         self._flops = self.flops["total"]
         self._measured = Measurements(self._flops)
-        if meta is not None and resume is not None:
+        if resume is not None:
             try:
-                self._restore(resume, meta, restarted)
+                self._restore(resume, restarted)
             except BaseException:
                 self.close()
                 raise
@@ -392,7 +408,11 @@ class Trainer:
     # Checkpoints
 
     def save_checkpoint(
-        self, path: str | Path, restarting: bool = False, drop_gradients: bool = False
+        self,
+        path: str | Path,
+        restarting: bool = False,
+        drop_gradients: bool = False,
+        keep: bool = False,
     ) -> int:
         """Write everything a resumed run needs; possible after any step.
 
@@ -400,6 +420,7 @@ class Trainer:
             path: the file.
             restarting: a new process goes on at once and adds up times and counts.
             drop_gradients: leave out what has been accumulated, which is not finite.
+            keep: the file that is replaced stays as `NAME-previous.npz`.
 
         Returns:
             The size of the file in bytes.
@@ -442,7 +463,7 @@ class Trainer:
             run=run,
             anepy=__version__,
         )
-        return checkpoint.save(path, arrays, meta)
+        return checkpoint.save(path, arrays, meta, keep)
 
     def checkpoint_nbytes(self) -> int:
         """Return the size of the largest checkpoint this run can write, in bytes."""
@@ -463,7 +484,8 @@ class Trainer:
             "threads": engine.threads,
         }
 
-    def _restore(self, path: str | Path, meta: checkpoint.Meta, restarted: bool) -> None:
+    def _restore(self, file: checkpoint.Checkpoint, restarted: bool) -> None:
+        path, meta = file.path, file.meta
         if meta.step > self.config.steps:
             raise ConfigError(
                 f"{path} is at step {meta.step} already, steps is {self.config.steps}: raise steps"
@@ -477,8 +499,7 @@ class Trainer:
         # Before the arrays: a sampler state that does not fit must leave the weights alone.
         self._loop.sampler.restore(meta.sampler)
         engine = self.engine
-        checkpoint.load(
-            path,
+        file.load(
             asdict(self.model.config),
             self._adapter_facts(),
             self.trained,

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def save(path: Path, source: dict[str, dict[str, np.ndarray]], accumulated: int 
 
 
 def load(path: Path, into: dict[str, dict[str, np.ndarray]], **config: Any) -> Meta:
-    return checkpoint.load(path, CONFIG | config, {}, **into)
+    with checkpoint.Checkpoint(path) as file:
+        file.load(CONFIG | config, {}, **into)
+        return file.meta
 
 
 def rewritten(path: Path, **changes: bytes | None) -> None:
@@ -204,6 +207,59 @@ def test_load_of_bad_file_changes_nothing(tmp_path: Path) -> None:
         for part, values in arenas(1).items():
             for name, value in values.items():
                 np.testing.assert_array_equal(into[part][name], value, err_msg=f"{reason}: {part}")
+
+
+def test_damage_of_any_one_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c.npz"
+    save(path, arenas(0))
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.Checkpoint(path)
+
+
+def test_the_one_before_is_kept_and_offered(tmp_path: Path) -> None:
+    path, before = tmp_path / "c.npz", tmp_path / "c-previous.npz"
+    arrays = {"weight": np.zeros(4, np.float32)}
+    for step in range(3):
+        checkpoint.save(path, arrays, replace(meta(), step=step), keep=True)
+    assert checkpoint.read_meta(before).step == 1
+    assert sorted(tmp_path.iterdir()) == [before, path]
+    for damage in (path.read_bytes()[:-1], None):
+        path.write_bytes(damage) if damage else path.unlink()
+        with pytest.raises(CheckpointError, match=r"of step 1, is whole: resume from .*previous"):
+            checkpoint.Checkpoint(path)
+    before.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="check the path"):
+        checkpoint.Checkpoint(path)
+
+
+def test_the_one_before_is_kept_where_links_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "c.npz"
+    for step in range(3):
+        checkpoint.save(path, {}, replace(meta(), step=step), keep=True)
+    assert checkpoint.read_meta(tmp_path / "c-previous.npz").step == 1
+    assert checkpoint.read_meta(path).step == 2
+
+
+def test_all_is_read_from_the_file_that_was_opened(tmp_path: Path) -> None:
+    path, into = tmp_path / "c.npz", arenas(2)
+    save(path, arenas(0))
+    with checkpoint.Checkpoint(path) as file:
+        save(path, arenas(1))
+        file.load(CONFIG, {}, **into)
+    np.testing.assert_array_equal(
+        into["weights"]["norm.weight"], arenas(0)["weights"]["norm.weight"]
+    )
 
 
 def test_load_of_another_model_names_the_difference(tmp_path: Path) -> None:

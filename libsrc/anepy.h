@@ -277,6 +277,15 @@ typedef struct anepy_step_stats {
     double forward_ms;     /* up to and with the loss */
     double backward_ms;    /* the rest */
     int64_t tokens;        /* targets that are counted */
+    /* What there was to do, for a prediction of its time elsewhere. */
+    int64_t dispatches;    /* programs evaluated on the device */
+    int64_t device_nbytes; /* their inputs, outputs and weights, each once */
+    int64_t io_nbytes;     /* moved between host and surfaces, or from surface to surface */
+    int64_t host_nbytes;   /* read and written by the host's work on elements, as float32 */
+    int64_t host_exps;     /* exponentials on the host: of soft-max */
+    double device_flops;   /* of the products in those programs */
+    double host_flops;     /* of the classifier's products on the host */
+    double dw_flops;       /* of weight gradients on the host, but the classifier's */
 } anepy_step_stats;
 
 #define ANEPY_LEAVE_GRADIENTS 1u   /* nobody reads them before the next step, which replaces them */

@@ -73,6 +73,22 @@ def compare(
     ablate: Annotated[
         bool, typer.Option("--ablate", help=setting_help(CompareConfig, "ablate"))
     ] = False,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            "--predict",
+            help="Measure nothing: count a step of each variant, predict its time by chip.",
+        ),
+    ] = False,
+    chip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHIP",
+            help="With --predict: m3pro, m3max, m3ultra, m4, m4pro, m4max or m5; may be repeated. "
+            "Default: all.",
+            show_default=False,
+        ),
+    ] = None,
     load: Annotated[
         bool,
         typer.Option("--load", help="Measure nothing: compare these files of --json instead."),
@@ -108,6 +124,15 @@ def compare(
     }
     inputs = {"model": model, "data": data, "preset": preset}
     outputs = {"results": as_json, "report": report}
+    if chip and not predict:
+        raise typer.BadParameter("--chip is of --predict")
+    if predict:
+        given = [name for name in settings if name not in ("seq", "device")]
+        given += ["load"] * load + ["data"] * (data is not None) + ["report"] * (report is not None)
+        if given:
+            raise typer.BadParameter(f"--predict measures nothing: leave out --{given[0]}")
+        _predict(words or ["baseline", "max"], inputs, settings, chip or (), as_json)
+        return
     if load:
         given = [*settings, *(name for name, value in inputs.items() if value is not None)]
         given += ["json"] if as_json else []
@@ -121,6 +146,38 @@ def compare(
     if model is not None and preset is not None:
         raise typer.BadParameter("--model and --preset contradict each other")
     _measure(words or ["baseline", "max"], settings, inputs | {"dtype": dtype}, outputs)
+
+
+def _predict(
+    variants: Sequence[str],
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    chips: Sequence[str],
+    as_json: Path | None,
+) -> None:
+    """Count, predict, show, write."""
+    from ..comparing import predicted as text
+    from ..comparing.file import write
+    from ..comparing.session import DEFAULT_PRESET, shape
+    from ..console.compare import print_wide
+    from ..system.files import check_writable, dumps
+    from .common import print_json
+
+    if as_json not in (None, _STDOUT):
+        check_writable(as_json, "results")
+    model = shape(inputs["model"], inputs["preset"] or DEFAULT_PRESET)
+    found = text.predict_variants(variants, model, chips=chips, **settings)
+    made = text.record(found, ["anepy", *sys.argv[1:]])
+    if as_json == _STDOUT:
+        print_json(made)
+        return
+    for table in text.tables(found):
+        print_wide(table)
+    for line in text.sentences():
+        print(line)
+    if as_json is not None:
+        write(as_json, "results", dumps(made, indent=2) + "\n")
+        print(f"results written: {as_json}")
 
 
 def _measure(

@@ -117,12 +117,23 @@ def _load(model: Model | str | Path | None, preset: str, seed: int) -> Model:
         return model
     if model is not None:
         return Model.load(model)
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    shape = PRESETS[preset]
+    config = _preset(preset)
     # Refused before gigabytes of random numbers are drawn: weights here and four arenas each.
-    _check_room(int(machine.available_memory() * _MEMORY_SHARE), 16 * TensorTable(shape).size)
-    return Model.init(shape, seed=seed)
+    _check_room(int(machine.available_memory() * _MEMORY_SHARE), 16 * TensorTable(config).size)
+    return Model.init(config, seed=seed)
+
+
+def _preset(name: str) -> ModelConfig:
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def shape(model: str | Path | None, preset: str) -> tuple[str, ModelConfig]:
+    """Return name and dimensions of a model file, or of a preset if there is none."""
+    if model is not None:
+        return Path(model).name, Model.load(model, storage="auto").config
+    return f"{preset} shape", _preset(preset)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,15 @@ class StepStats:
         flops: floating-point operations.
         forward_ms: from the embedding to the loss.
         backward_ms: the rest of the step.
+        dispatches: programs evaluated on the device.
+        device_nbytes: bytes of their inputs, outputs and weights, each once.
+        io_nbytes: bytes moved between host and surfaces, or from one surface to another.
+        host_nbytes: bytes that work on elements on the host reads and writes: embedding, norms,
+            residuals, soft-max.
+        host_exps: exponentials on the host, of the soft-max.
+        device_flops: floating-point operations of the products in the programs.
+        host_flops: of the classifier's products on the host.
+        dw_flops: of the weight gradients on the host, but the classifier's.
     """
 
     loss: float
@@ -95,6 +104,14 @@ class StepStats:
     flops: float
     forward_ms: float
     backward_ms: float
+    dispatches: int = 0
+    device_nbytes: int = 0
+    io_nbytes: int = 0
+    host_nbytes: int = 0
+    host_exps: int = 0
+    device_flops: float = 0.0
+    host_flops: float = 0.0
+    dw_flops: float = 0.0
 
     @classmethod
     def read(cls, native: abi.StepStats) -> StepStats:

@@ -149,6 +149,14 @@ class StepStats(_Sized):
         ("forward_ms", c_double),
         ("backward_ms", c_double),
         ("tokens", c_int64),
+        ("dispatches", c_int64),
+        ("device_nbytes", c_int64),
+        ("io_nbytes", c_int64),
+        ("host_nbytes", c_int64),
+        ("host_exps", c_int64),
+        ("device_flops", c_double),
+        ("host_flops", c_double),
+        ("dw_flops", c_double),
     )
 
 

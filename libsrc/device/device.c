@@ -71,10 +71,11 @@ static void move_rows(void *context, int32_t index, int32_t worker) {
 }
 
 static int32_t move_channels(anepy_surface *surface, int32_t channel, move m) {
-    const anepy_device *device = surface->device;
+    anepy_device *device = surface->device;
     ANEPY_TRY(device->ops->lock(surface, m.writing));
     m.surface = surface;
     m.inside = channel_data(surface, channel);
+    device->moved += anepy_surface_nbytes(surface, m.count);
     anepy_pool_run(device->options.gemm->pool, anepy_pieces(m.count, MOVE_ROWS), move_rows, &m);
     return device->ops->unlock(surface, m.writing);
 }
@@ -94,8 +95,9 @@ int32_t anepy_surface_copy(anepy_surface *dst, int32_t dst_channel, anepy_surfac
     const anepy_device_ops *ops = dst->device->ops;
     ANEPY_TRY(ops->lock(src, 0));
     ANEPY_TRY(ops->lock(dst, 1));
+    dst->device->moved += anepy_surface_nbytes(dst, count);
     memcpy(channel_data(dst, dst_channel), channel_data(src, src_channel),
-           (size_t)(anepy_dtype_nbytes(dst->dtype) * count * dst->width));
+           (size_t)anepy_surface_nbytes(dst, count));
     ANEPY_TRY(ops->unlock(dst, 1));
     return ops->unlock(src, 0);
 }

@@ -131,6 +131,7 @@ struct anepy_device {
     const anepy_device_ops *ops;
     anepy_device_options options;
     uint64_t nbytes;          /* bytes of its surfaces */
+    uint64_t moved;           /* bytes that the calls below have moved so far */
     _Atomic int64_t compiles; /* so far; another thread may be compiling */
     int64_t compile_budget;   /* most compilations of the process; 0: no limit */
     /* With ANEPY_PACKS: of each column the position, in its sequence, of the first token of its
@@ -146,6 +147,11 @@ struct anepy_device {
  * colon, *detail (may be NULL) points to them. Returns NULL with an error sentence if there is
  * none. */
 const anepy_device_type *anepy_device_find(const char *name, const char **detail);
+
+/* Bytes of so many channels. */
+static inline uint64_t anepy_surface_nbytes(const anepy_surface *surface, int32_t count) {
+    return (uint64_t)(anepy_dtype_nbytes(surface->dtype) * count * surface->width);
+}
 
 /* Copies channels between a surface and host memory of [count, width] float32, converting. */
 int32_t anepy_surface_read(anepy_surface *surface, int32_t channel, int32_t count, float *dst);

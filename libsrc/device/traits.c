@@ -27,6 +27,7 @@ static int read_word(anepy_traits *t, const char *word, size_t n) {
     else if (is(word, n, "dialect=1.0")) t->dialect = 10;
     else if (is(word, n, "procedures=no")) t->single = 1;
     else if (is(word, n, "reuse=no")) t->fresh = 1;
+    else if (is(word, n, "run=no")) t->dry = 1;
     else if (read_number(word, n, "surface=", 64, &t->surface_nbytes))
         return t->surface_nbytes % 64 == 0;
     else if (read_number(word, n, "test-fails=", 1, &t->fails)) return 1;
@@ -43,7 +44,8 @@ int32_t anepy_traits_parse(anepy_traits *out, const char *detail) {
             return anepy_fail(
                 ANEPY_E_NAME,
                 "unknown device detail '%.*s': use m1 to m5, dialect=1.3 or 1.0, "
-                "budget=N, timeout=N (ms), surface=N (a multiple of 64), procedures=no, reuse=no",
+                "budget=N, timeout=N (ms), surface=N (a multiple of 64), procedures=no, reuse=no, "
+                "run=no",
                 (int)(n < 40 ? n : 40), detail);
         detail = detail[n] == ',' ? detail + n + 1 : NULL;
     }

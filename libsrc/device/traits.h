@@ -16,6 +16,7 @@ typedef struct {
     int32_t surface_nbytes; /* surface=N: surfaces are multiples of it; a multiple of 64 */
     int32_t single;         /* procedures=no: one program per text */
     int32_t fresh;          /* reuse=no: nothing that an earlier run compiled is loaded */
+    int32_t dry;            /* run=no: the simulator counts evaluations and computes nothing */
     int32_t timeout_ms;     /* timeout=N: a call that takes longer counts as never returning */
 } anepy_traits;
 

@@ -45,6 +45,10 @@ typedef struct anepy_product {
     int32_t b_row, packed_k;
 } anepy_product;
 
+static inline double anepy_product_flops(const anepy_product *p) {
+    return 2.0 * p->m * p->n * p->k;
+}
+
 /* What products need to run. */
 typedef struct {
     const anepy_kernels *kernels;

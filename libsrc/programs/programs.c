@@ -266,6 +266,36 @@ void anepy_program_weight(anepy_program_matrix *out, const anepy_program *progra
     out->columns = matrix ? (int32_t)anepy_round_up(out->cols, 32) : program->width;
 }
 
+/* Products of attention, [head_dim, width] by [width, width] for each head, and sums of the rows of
+ * the latter by a product with ones. */
+static double attention_flops(const anepy_program *p, const anepy_model *model) {
+    static const int32_t PRODUCTS[ANEPY_PROGRAM_N] = {
+        [ANEPY_SDPA_FWD] = 2, [ANEPY_SDPA_BWD1] = 3, [ANEPY_SDPA_BWD2] = 2};
+    double square = 2.0 * p->width * p->width, sums = p->id == ANEPY_SDPA_BWD2 ? p->width : 0;
+    return square * (PRODUCTS[p->id] * (double)model->q_dim + model->config.n_heads * sums);
+}
+
+double anepy_program_flops(const anepy_program *p, const anepy_model *model) {
+    double flops = attention_flops(p, model);
+    for (int32_t i = 0; i < p->weight_n; i++) {
+        anepy_program_matrix m;
+        anepy_program_weight(&m, p, model, 0, i);
+        if (anepy_tensor_has(m.tensor, ANEPY_TENSOR_MATRIX))
+            flops += 2.0 * m.rows * m.cols * p->width;
+    }
+    return flops;
+}
+
+int64_t anepy_program_elements(const anepy_program *p, const anepy_model *model, int32_t count) {
+    int64_t n = ((int64_t)p->input_channels + p->output_channels) * p->width * count;
+    for (int32_t i = 0; i < p->weight_n; i++) {
+        anepy_program_matrix m;
+        anepy_program_weight(&m, p, model, 0, i);
+        n += (int64_t)m.rows * m.cols;
+    }
+    return n;
+}
+
 int32_t anepy_program_find_weight(const anepy_program *program, const anepy_model *model,
                                   int32_t layer, const anepy_tensor *tensor) {
     for (int32_t i = 0; i < program->weight_n; i++)

@@ -147,6 +147,12 @@ static inline int anepy_program_passes(const anepy_program *program, int32_t ind
     return program->live || (program->weights[index] & ANEPY_LORA) != 0;
 }
 
+/* Floating-point operations of the products of one sequence, two per multiply-add. */
+double anepy_program_flops(const anepy_program *program, const anepy_model *model);
+/* Elements of the inputs and outputs of so many sequences, and of the weights. */
+int64_t anepy_program_elements(const anepy_program *program, const anepy_model *model,
+                               int32_t count);
+
 /* Which of them this tensor is; -1: none. */
 int32_t anepy_program_find_weight(const anepy_program *program, const anepy_model *model,
                                   int32_t layer, const anepy_tensor *tensor);

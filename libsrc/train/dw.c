@@ -43,6 +43,7 @@ static int32_t read_raw(anepy_engine *e, anepy_operand *o) {
     anepy_surface *s = o->source;
     int64_t n = (int64_t)o->channels * s->width;
     ANEPY_TRY(ops->lock(s, 0));
+    e->room->device->moved += anepy_surface_nbytes(s, o->channels);
     memcpy(o->capture + n, (const uint16_t *)s->data + (int64_t)o->channel * s->width,
            (size_t)n * sizeof(uint16_t));
     return ops->unlock(s, 0);
@@ -189,6 +190,8 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     e->run.dw_started++;
     dw->engine = e;
     dw->sums = 0;
+    for (int32_t i = 0; i < dw->product_n; i++)
+        e->run.stats.dw_flops += anepy_product_flops(&dw->products[i].job.product);
     for (int32_t i = 0; i < dw->bias_n; i++)
         dw->sums += anepy_pieces(dw->biases[i].rows, ANEPY_PIECE_ROWS);
     if (e->room->metal != NULL) {

@@ -78,6 +78,7 @@ static void scatter_block(void *context, int32_t index, int32_t worker) {
 void anepy_embed(anepy_engine *e) {
     int32_t blocks = (e->model->config.dim + COLS - 1) / COLS * (e->run.columns / COLS);
     int plain = anepy_weights(e, 0, ANEPY_EMBEDDING).dtype == ANEPY_F32;
+    anepy_touch(e, e->model->config.dim, 2);
     if (anepy_on(e, ANEPY_VECTOR_EMBED) || !plain) anepy_engine_run(e, blocks, gather_block);
     else gather_scalar(e);
 }
@@ -94,6 +95,7 @@ static void clear_rows(void *context, int32_t index, int32_t worker) {
 void anepy_embed_backward(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
     if (gradient_of(e) == NULL) return;
+    anepy_touch(e, e->model->config.dim, 3);
     /* The first step replaces what is there; a tied classifier has done so. */
     if (!anepy_adds(e) && !c->tied)
         anepy_engine_run(e, (c->vocab_size + COLS - 1) / COLS, clear_rows);

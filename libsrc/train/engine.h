@@ -308,6 +308,11 @@ static inline void anepy_engine_run(anepy_engine *e, int32_t count, anepy_loop_f
     anepy_pool_run(e->pool, count, fn, e);
 }
 
+/* Counts work on elements: so many rows of all columns, read or written so often. */
+static inline void anepy_touch(anepy_engine *e, int64_t rows, int32_t times) {
+    e->run.stats.host_nbytes += rows * e->run.columns * times * (int64_t)sizeof(float);
+}
+
 /* Adds the time since *mark to a phase and moves the mark. */
 static inline void anepy_count(double *mark, double *phase) {
     double now = anepy_now_ms();

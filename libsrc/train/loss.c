@@ -135,6 +135,9 @@ void anepy_loss(anepy_engine *e, int gradient, double *loss) {
     int32_t chunks = anepy_loss_chunks(e), pieces = chunks * (e->run.window.columns / COLS);
     const float *max = e->room->partial, *sum = max + (int64_t)chunks * e->room->width;
     anepy_engine_run(e, pieces, partial_sums);
+    anepy_touch(e, e->model->config.vocab_size, gradient ? 3 : 1);
+    e->run.stats.host_exps +=
+        (int64_t)e->model->config.vocab_size * e->run.window.columns * (gradient ? 2 : 1);
     anepy_loss_join(e, max, sum, chunks, loss);
     if (gradient && !in_chunks(e)) {
         anepy_engine_run(e, pieces, logits_gradient);
@@ -149,6 +152,7 @@ void anepy_classifier(anepy_engine *e) {
                              .ldb = e->room->width,
                              .n = e->run.window.columns};
     anepy_weights_factor(&product, anepy_weights(e, 0, ANEPY_CLASSIFIER), 0);
+    e->run.stats.host_flops += anepy_product_flops(&product);
     anepy_gemm_run(&e->room->gemm, &product);
 }
 
@@ -246,11 +250,13 @@ static void backward_in_chunks(anepy_engine *e) {
                        &c);
         anepy_weights_factor(&dx, anepy_storage_rows(matrix, first, c.rows), 1);
         dx.accumulate = first > 0;
+        e->run.stats.host_flops += anepy_product_flops(&dx);
         anepy_gemm_multiply(&e->room->gemm, &dx);
         if (gradient == NULL) continue;
         dw.c = gradient + (int64_t)first * dim;
         dw.m = c.rows;
         dw.squares = e->squares.taking ? e->squares.rows + first : NULL;
+        e->run.stats.host_flops += anepy_product_flops(&dw);
         anepy_gemm_multiply(&for_dw, &dw);
     }
 }
@@ -266,6 +272,7 @@ void anepy_classifier_backward(anepy_engine *e) {
                              .ldb = e->room->logits_width,
                              .n = e->run.window.columns};
     anepy_weights_factor(&product, anepy_weights(e, 0, ANEPY_CLASSIFIER), 1);
+    e->run.stats.host_flops += anepy_product_flops(&product);
     anepy_gemm_run(&e->room->gemm, &product);
 }
 
@@ -286,5 +293,6 @@ void anepy_classifier_dw(anepy_engine *e) {
                              .k = anepy_reduction(e),
                              .accumulate = anepy_adds(e),
                              .squares = e->squares.taking ? e->squares.rows : NULL};
+    e->run.stats.host_flops += anepy_product_flops(&product);
     anepy_gemm_run(&e->room->gemm, &product);
 }

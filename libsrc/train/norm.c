@@ -26,7 +26,10 @@ static void norm_panel(void *context, int32_t index, int32_t worker) {
                         e->model->config.dim, e->room->width);
 }
 
-void anepy_final_norm(anepy_engine *e) { anepy_engine_run(e, e->run.columns / COLS, norm_panel); }
+void anepy_final_norm(anepy_engine *e) {
+    anepy_touch(e, e->model->config.dim, 3);
+    anepy_engine_run(e, e->run.columns / COLS, norm_panel);
+}
 
 /* Whether rows go through the kernel: not where a device has computed dx and there is no dw. */
 static int needs_row(const norm_task *t) { return t->through == NULL || t->gradient != NULL; }
@@ -83,6 +86,7 @@ void anepy_norm_backward(anepy_engine *e, float *dx, const float *residual, cons
                       .through = through,
                       .weight = anepy_weights(e, layer, role).data};
     if (anepy_gradient(e, tensor) != NULL) task.gradient = own_gradient(e, layer, role);
+    anepy_touch(e, e->model->config.dim, (needs_row(&task) ? 6 : 0) + (through != NULL ? 3 : 0));
     if (needs_row(&task)) anepy_pool_run(e->pool, e->run.columns / COLS, stats_panel, &task);
     anepy_pool_run(e->pool, anepy_pieces(e->model->config.dim, ANEPY_PIECE_ROWS), backward_rows,
                    &task);
@@ -121,6 +125,7 @@ void anepy_heads_backward(anepy_engine *e, float *dx, const float *dy, const flo
     int32_t heads = role == ANEPY_Q_NORM ? c->n_heads : c->n_kv_heads, n = e->model->head_dim;
     float *gradient = own_gradient(e, layer, role);
     heads_task task = {e, dx, dy, x, weight};
+    anepy_touch(e, (int64_t)heads * n, 5);
     anepy_pool_run(e->pool, heads, head_backward, &task);
     if (anepy_gradient(e, anepy_model_find(e->model, layer, role)) == NULL) return;
     memcpy(gradient, e->room->head_partial, (size_t)n * sizeof(float));
@@ -165,5 +170,6 @@ static void add_rows(void *context, int32_t index, int32_t worker) {
 
 void anepy_residual_add(anepy_engine *e, float *out, const float *a, const float *b) {
     add_task task = {e, out, a, b};
+    anepy_touch(e, e->model->config.dim, 3);
     anepy_pool_run(e->pool, anepy_pieces(e->model->config.dim, ANEPY_PIECE_ROWS), add_rows, &task);
 }

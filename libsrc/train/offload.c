@@ -108,6 +108,7 @@ static void join(anepy_engine *e, int gradient, double *loss) {
     join_task task = {e, anepy_softmax_groups(e->model)};
     int32_t pieces = task.groups * (e->run.columns / COLS);
     anepy_pool_run(e->pool, pieces, group_piece, &task);
+    anepy_touch(e, e->model->config.vocab_size, gradient ? 2 : 1);
     anepy_loss_join(e, e->room->group_lse, NULL, task.groups, loss);
     if (gradient) {
         anepy_pool_run(e->pool, pieces, gradient_piece, &task);
@@ -131,7 +132,7 @@ int32_t anepy_offload_softmax(anepy_engine *e, int gradient, double *loss, doubl
     const anepy_device_ops *ops = e->room->device->ops;
     ANEPY_TRY(transfer_logits(e, node));
     anepy_count(mark, &e->run.stats.io_ms);
-    ANEPY_TRY(ops->evaluate(node->executable, e->run.tokens, e->run.beside));
+    ANEPY_TRY(anepy_compute(e, node));
     anepy_count(mark, &e->run.stats.device_ms);
     ANEPY_TRY(ops->lock(node->output, 0));
     join(e, gradient, loss);

@@ -135,6 +135,7 @@ int32_t anepy_step(anepy_engine *e, const anepy_batch *batch) {
     anepy_step_stats *stats = &e->run.stats;
     set_run(e, batch->sequences, batch->tokens, GROUP_COLUMNS);
     ANEPY_TRY(begin(e, batch));
+    uint64_t moved = e->room->device->moved;
     anepy_scale_begin(e);
     anepy_ready_begin(e);
     int32_t status = add_sequences(e, &mark);
@@ -151,6 +152,7 @@ int32_t anepy_step(anepy_engine *e, const anepy_batch *batch) {
     ANEPY_TRY(anepy_step_flops(e->model, &flops, batch->sequences, batch->tokens));
     stats->flops = flops.total;
     stats->allocations = anepy_heap_operations() - heap;
+    stats->io_nbytes = (int64_t)(e->room->device->moved - moved);
     anepy_count(&mark, &stats->backward_ms);
     stats->step_ms = mark - start;
     return ANEPY_OK;

@@ -403,6 +403,12 @@ int32_t anepy_transfer_inputs(anepy_engine *e, anepy_node *node) {
 }
 
 int32_t anepy_compute(anepy_engine *e, anepy_node *node) {
+    const anepy_program *p = &node->program;
+    anepy_step_stats *stats = &e->run.stats;
+    stats->dispatches++;
+    stats->device_flops += anepy_program_flops(p, e->model) * e->run.beside;
+    stats->device_nbytes += anepy_program_elements(p, e->model, e->run.beside) *
+                            anepy_dtype_nbytes(e->dtype == ANEPY_F16 ? ANEPY_F16 : ANEPY_F32);
     return e->room->device->ops->evaluate(node->executable, e->run.tokens, e->run.beside);
 }
 

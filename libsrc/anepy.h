@@ -129,9 +129,9 @@ typedef struct anepy_tensor {
     int64_t gradient; /* first element in the arenas of gradients and moments; -1: it is frozen */
     int64_t rows;     /* 1 for vectors */
     int64_t cols;
-    int32_t layer; /* -1: of none */
-    int32_t role;  /* a number for what it is in its layer, or in the model */
-    int64_t byte;  /* where it begins in the arena of weights, or of adapters */
+    int32_t layer;   /* -1: of none */
+    int32_t role;    /* a number for what it is in its layer, or in the model */
+    int64_t byte;    /* where it begins in the arena of weights, or of adapters */
     int32_t storage; /* ANEPY_STORED_... */
     int32_t reserved;
 } anepy_tensor;
@@ -213,6 +213,9 @@ typedef struct anepy_engine anepy_engine;
 /* Of the activations of a layer only its input is kept; the backward pass computes the others
  * again: one forward pass more, the same bits, less memory. */
 #define ANEPY_ENGINE_RECOMPUTE 2u
+/* adam_m and adam_v are bf16, uint16 instead of float32, rounded at random so that the mean is
+ * right; equal runs have equal bits. */
+#define ANEPY_ENGINE_BF16_MOMENTS 4u
 
 /* The arenas are 64-byte aligned, owned by the caller and alive until anepy_engine_free: params
  * of anepy_model_params_nbytes, which is read and, by update, written; the others
@@ -223,8 +226,8 @@ typedef struct anepy_engine_options {
     uint32_t flags; /* ANEPY_ENGINE_... */
     void *params;
     float *grads;
-    float *adam_m;
-    float *adam_v;
+    void *adam_m;
+    void *adam_v;
     const char *variant;   /* NULL: "max"; else NAME, then any of +switch -switch */
     const char *device;    /* NULL: "auto"; else NAME or NAME:DETAILS, as "sim:m1,budget=20" */
     const char *precision; /* NULL: "auto" */

@@ -57,6 +57,7 @@ def train(
     accum: Annotated[int | None, _option("accum")] = None,
     optimizer: Annotated[str | None, _option("optimizer")] = None,
     lr: Annotated[float | None, _option("lr")] = None,
+    moments: Annotated[str | None, _option("moments")] = None,
     momentum: Annotated[float | None, _option("momentum")] = None,
     matrix_lr: Annotated[float | None, _option("matrix_lr")] = None,
     schedule: Annotated[str | None, _option("schedule")] = None,

@@ -178,6 +178,8 @@ def optimizer_text(settings: Mapping[str, Any]) -> str:
         parts.append(f"matrices lr {settings['matrix_lr']:g}")
     if optimizer in ("sgd", "muon"):
         parts.append(f"momentum {settings['momentum']:g}")
+    if settings.get("moments", "f32") != "f32":
+        parts.append(f"moments in {settings['moments']}")
     if betas != (0.9, 0.999):
         parts.append("betas {:g} and {:g}".format(*betas))
     if settings["weight_decay"]:

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..models.freezing import Freeze
 from ..models.lora import Lora
 from ..models.model import Model, TensorTable
+from ..models.storages import MOMENTS
 from ..models.views import Array, Tensors
 from ..native import abi
 from ..system.interrupts import Uninterrupted
@@ -82,6 +83,9 @@ class Engine(Owner):
         optimizer: what `update` does, see there: "adamw", "lion", "sgd" or "muon". The first keeps
             two moments of each trained weight, the others one, in `adam_m`, and muon two of what
             is no matrix of a layer. `adam_v` has the tensors with a second one.
+        moments: "f32", or "bf16": half the memory, and views of uint16, the upper half of each
+            float32. They are rounded up or down at random, in the mean to the right number, as
+            rounding to nearest would undo small changes; equal runs still have equal bits.
         defer: compile programs when they are first needed, not at once. For callers that will call
             `restore`: programs for weights about to be replaced would be wasted.
 
@@ -111,6 +115,7 @@ class Engine(Owner):
         lora: Lora | None = None,
         recompute: bool = False,
         optimizer: str = "adamw",
+        moments: str = "f32",
         defer: bool = False,
     ) -> None:
         check_counts(seq_len=seq_len, threads=threads)
@@ -125,12 +130,18 @@ class Engine(Owner):
         self._lib = table.lib
         second = table.second_moments(optimizer)
         self.optimizer = optimizer
-        self._grads, self._m = table.arena(trainable=True), table.arena(trainable=True)
-        self._v = table.arena(trainable=True) if second else np.empty(0, np.float32)
+        if moments not in MOMENTS:
+            raise ConfigError(f"moments are {moments!r}, they are kept as {' or '.join(MOMENTS)}")
+        self.moments = moments
+        kept = np.uint16 if moments == "bf16" else np.float32
+        self._grads, self._m = table.arena(trainable=True), table.arena(True, kept)
+        self._v = table.arena(True, kept) if second else np.empty(0, np.float32)
         self.adam_m: Tensors = table.views(self._m, trainable=True)
         self.adam_v: Tensors = table.views(self._v, True, second)
         options = abi.EngineOptions(
-            flags=abi.DEFER * defer | abi.RECOMPUTE * recompute,
+            flags=abi.DEFER * defer
+            | abi.RECOMPUTE * recompute
+            | abi.BF16_MOMENTS * (moments == "bf16"),
             params=address(model.arena),
             grads=address(self._grads),
             adam_m=address(self._m),

@@ -290,18 +290,20 @@ class TensorTable:
         pairs = range(self.config.head_width // 2)
         return np.array([self.lib.anepy_rope_frequency(self.handle, pair) for pair in pairs])
 
-    def arena(self, trainable: bool = False) -> Array:
-        """Return zeroed float32 memory for one value per parameter.
+    def arena(self, trainable: bool = False, dtype: type[Any] = np.float32) -> Array:
+        """Return zeroed memory for one value per parameter.
 
         It is freed when the last view of it is gone.
 
         Args:
             trainable: only for the parameters of trainable tensors.
+            dtype: float32, or uint16 for bf16.
 
         Raises:
             NativeError: the system gives no memory.
         """
-        return self._memory(4 * (self.trainable_size if trainable else self.size)).view(np.float32)
+        size = self.trainable_size if trainable else self.size
+        return self._memory(np.dtype(dtype).itemsize * size).view(dtype)
 
     def weights_arena(self) -> npt.NDArray[Any]:
         """Return zeroed memory for the weights as they are stored: float32, or bytes.

@@ -10,6 +10,8 @@ from ..errors import ConfigError
 # By name, the number in C. "q8" is GGUF's Q8_0.
 STORAGES: Mapping[str, int] = MappingProxyType({"f32": 0, "bf16": 2, "q8": 3})
 
+MOMENTS = ("f32", "bf16")  # of optimizers
+
 
 def check_storage(storage: str, also: tuple[str, ...] = ()) -> str:
     """Return the name of a storage.

@@ -66,7 +66,12 @@ def assign(
     if name not in tensors:
         raise ConfigError(missing_text(name, tensors))
     target = tensors[name]
-    np.copyto(target, real_numbers(name, values, target.shape), casting="same_kind")
+    array = real_numbers(name, values, target.shape)
+    if not np.can_cast(array.dtype, target.dtype, casting="same_kind"):
+        raise ConfigError(
+            f"tensor {name!r} is bf16, uint16 with the upper half of each float32: give it such"
+        )
+    np.copyto(target, array, casting="same_kind")
 
 
 def missing_text(name: str, tensors: Collection[str]) -> str:

@@ -21,7 +21,7 @@ from ..errors import (
 )
 
 ABI_VERSION = 4
-DEFER, RECOMPUTE = 1, 2  # flags of EngineOptions
+DEFER, RECOMPUTE, BF16_MOMENTS = 1, 2, 4  # flags of EngineOptions
 LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
 MATRIX, ADAPTER = 1, 8  # of the flags of Tensor
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # by the bits of anepy_model_adapt

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..models.freezing import patterns
-from ..models.storages import STORAGES
+from ..models.storages import MOMENTS, STORAGES
 from ..models.targets import TARGETS, chosen_targets
 from .settings import LoopConfig, described, require, setting
 
@@ -36,6 +36,7 @@ class TrainConfig(LoopConfig):
         "as many as fit.",
     )
     optimizer: str = setting("adamw", "Optimizer: adamw, lion, sgd or muon.")
+    moments: str = setting("f32", "Moments of the optimizer in memory: f32, or bf16, half of it.")
     momentum: float = setting(0.95, "Momentum of sgd, and of muon's matrices.")
     matrix_lr: float = setting(
         0.02, "Muon: learning rate of the layers' matrices; follows the schedule of --lr."
@@ -88,6 +89,7 @@ class TrainConfig(LoopConfig):
         for name in ("warmup", "eval_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
         require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
+        require(self.moments in MOMENTS, "moments", self.moments, " or ".join(MOMENTS))
         require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
         rate_ok = math.isfinite(self.matrix_lr) and self.matrix_lr >= 0
         require(rate_ok, "matrix_lr", self.matrix_lr, "finite and not negative")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ConfigError, ModelError
 from ..models import research
@@ -134,7 +135,15 @@ def _state(path: Path, file: checkpoint.Checkpoint) -> State:
     optimizer = meta.settings.get("optimizer", "adamw")
     if optimizer != "adamw":
         v = {}  # it keeps none, or not of all tensors
-    file.load(asdict(model.config), {}, model.weights, m, v, gradients)
+    if meta.settings.get("moments", "f32") == "bf16":
+        halves = [
+            {name: np.zeros(a.shape, np.uint16) for name, a in each.items()} for each in (m, v)
+        ]
+        file.load(asdict(model.config), {}, model.weights, halves[0], halves[1], gradients)
+        m, v = ({name: _widened(a) for name, a in each.items()} for each in halves)
+        meta.settings["moments"] = "f32"
+    else:
+        file.load(asdict(model.config), {}, model.weights, m, v, gradients)
     notes = []
     if meta.accumulated:
         notes.append(
@@ -147,6 +156,11 @@ def _state(path: Path, file: checkpoint.Checkpoint) -> State:
         )
         return State(model, None, None, None, notes)
     return State(model, meta, m, v, notes)
+
+
+def _widened(halves: npt.NDArray[np.uint16]) -> Array:
+    """Return what bf16 stands for: the upper halves of float32."""
+    return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _read_research(path: Path) -> State:

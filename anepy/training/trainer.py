@@ -179,6 +179,7 @@ class Trainer:
             recompute=self.config.recompute,
             lora=self.lora,
             optimizer=self.config.optimizer,
+            moments=self.config.moments,
             defer=resume is not None,  # the weights are not those to compile for yet
         )
         self._base: int | None = None
@@ -468,9 +469,11 @@ class Trainer:
     def checkpoint_nbytes(self) -> int:
         """Return the size of the largest checkpoint this run can write, in bytes."""
         engine = self.engine
+        parts = (self.trained, engine.adam_m, engine.adam_v)
         # Accumulated gradients are of the tensors that have a first moment.
-        parts = (self.trained, engine.adam_m, engine.adam_m, engine.adam_v)
-        return sum(value.nbytes for part in parts for value in part.values()) + (1 << 16)
+        gradients = sum(4 * value.size for value in engine.adam_m.values())
+        held = sum(value.nbytes for part in parts for value in part.values())
+        return held + gradients + (1 << 16)
 
     def engine_settings(self) -> dict[str, Any]:
         """Return what the engine runs on: device, precision, variant, isa, threads."""
@@ -495,6 +498,12 @@ class Trainer:
             raise CheckpointError(
                 f"{path} has the moments of optimizer {optimizer}, this run is to use "
                 f"{self.config.optimizer}: resume with the same one, or train its model anew"
+            )
+        moments = meta.settings.get("moments", "f32")
+        if moments != self.config.moments:
+            raise CheckpointError(
+                f"{path} has its moments in {moments}, this run is to have them in "
+                f"{self.config.moments}: resume with --moments {moments}"
             )
         # Before the arrays: a sampler state that does not fit must leave the weights alone.
         self._loop.sampler.restore(meta.sampler)

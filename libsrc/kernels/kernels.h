@@ -101,6 +101,10 @@ typedef struct anepy_kernels {
     void (*to_half)(uint16_t *dst, const float *src, int64_t n);
     void (*from_half)(float *dst, const uint16_t *src, int64_t n);
     void (*from_bf16)(float *dst, const uint16_t *src, int64_t n);
+    /* To one of the two nearest bf16 at random, so that the mean is right: number i of the result
+     * depends on src[i], key and (uint32_t)(first + i) alone, on every set. */
+    void (*to_bf16_randomly)(uint16_t *dst, const float *src, int64_t n, int64_t first,
+                             uint32_t key);
     /* dst[i] = number first + i of a row of blocks. */
     void (*from_q8)(float *dst, const anepy_q8 *row, int64_t first, int64_t n);
 

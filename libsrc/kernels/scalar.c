@@ -104,6 +104,12 @@ static void from_bf16__scalar(float *dst, const uint16_t *src, int64_t n) {
     for (int64_t i = 0; i < n; i++) dst[i] = anepy_from_bf16(src[i]);
 }
 
+static void to_bf16_randomly__scalar(uint16_t *dst, const float *src, int64_t n, int64_t first,
+                                     uint32_t key) {
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = anepy_to_bf16_randomly(src[i], anepy_mixed((uint32_t)(first + i) ^ key));
+}
+
 static void from_q8__scalar(float *dst, const anepy_q8 *row, int64_t first, int64_t n) {
     for (int64_t i = first; i < first + n; i++) {
         const anepy_q8 *block = row + i / ANEPY_Q8_N;
@@ -279,6 +285,7 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .to_half = to_half__scalar,
     .from_half = from_half__scalar,
     .from_bf16 = from_bf16__scalar,
+    .to_bf16_randomly = to_bf16_randomly__scalar,
     .from_q8 = from_q8__scalar,
     .rmsnorm = rmsnorm__scalar,
     .rmsnorm_stats = rmsnorm_stats__scalar,

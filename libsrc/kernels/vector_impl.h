@@ -166,6 +166,14 @@ SIMD_TARGET static void SIMD_FN(from_half)(float *dst, const uint16_t *src, int6
     for (; i < n; i++) dst[i] = anepy_from_half(src[i]);
 }
 
+/* The compiler makes vectors of it. */
+SIMD_TARGET static void SIMD_FN(to_bf16_randomly)(uint16_t *dst, const float *src, int64_t n,
+                                                  int64_t first, uint32_t key) {
+    uint32_t at = (uint32_t)first;
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = anepy_to_bf16_randomly(src[i], anepy_mixed((at + (uint32_t)i) ^ key));
+}
+
 V_INLINE vf v_sigmoid(vf x) {
     vf one = v_set(1.0f);
     return v_div(one, v_add(one, v_exp(v_sub(v_set(0.0f), x))));
@@ -509,6 +517,7 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .to_half = SIMD_FN(to_half),                                                               \
         .from_half = SIMD_FN(from_half),                                                           \
         .from_bf16 = SIMD_FN(from_bf16),                                                           \
+        .to_bf16_randomly = SIMD_FN(to_bf16_randomly),                                             \
         .from_q8 = SIMD_FN(from_q8),                                                               \
         .rmsnorm = SIMD_FN(rmsnorm),                                                               \
         .rmsnorm_stats = SIMD_FN(rmsnorm_stats),                                                   \

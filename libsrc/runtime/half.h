@@ -55,4 +55,21 @@ static inline float anepy_from_bf16(uint16_t half) {
     return x;
 }
 
+/* Mixes the bits of a number so that each bit of it changes each bit of the result in half of all
+ * cases: the end of MurmurHash3 (Appleby, in the public domain). */
+static inline uint32_t anepy_mixed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x85ebca6bu;
+    x = (x ^ x >> 13) * 0xc2b2ae35u;
+    return x ^ x >> 16;
+}
+
+/* Rounds up with a probability of the part that is cut off, and so to x on average; infinities and
+ * NaN stay. The bits of `random` decide, of which the lower 16 count. */
+static inline uint16_t anepy_to_bf16_randomly(float x, uint32_t random) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t finite = 0u - (uint32_t)((bits & 0x7f800000) != 0x7f800000);
+    return (uint16_t)((bits + /* mutate: random-rounding */ (random & 0xffff & finite)) >> 16);
+}
+
 #endif

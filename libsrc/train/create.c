@@ -143,6 +143,7 @@ int32_t anepy_engine_create(anepy_engine **out, const anepy_model *model,
     e->adam_v = o->adam_v;
     e->adapter = o->adapter;
     anepy_ready_all(e);
+    e->bf16_moments = (o->flags & ANEPY_ENGINE_BF16_MOMENTS) != 0;
     e->recompute = (o->flags & ANEPY_ENGINE_RECOMPUTE) != 0;
     e->seq_len = o->seq_len > 0 ? o->seq_len : model->config.seq_len;
     int32_t status = build(e, o);

@@ -224,7 +224,9 @@ struct anepy_engine {
     const anepy_model *model;
     /* The caller's; grads: by anepy_gradient only; adam_v: NULL where no tensor has one. */
     void *params;
-    float *grads, *adam_m, *adam_v;
+    float *grads;
+    void *adam_m, *adam_v;                   /* by moments.h */
+    int bf16_moments;                        /* stored as that */
     float *adapter;                          /* as well; NULL: the model has none */
     const struct anepy_optimizer *optimizer; /* a row of the table in update.c */
     struct anepy_muon *muon;                 /* NULL: another optimizer */

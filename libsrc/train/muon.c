@@ -15,6 +15,7 @@
 #include <stdlib.h>
 
 #include "runtime/memory.h"
+#include "train/moments.h"
 #include "train/room.h"
 
 #define STEPS 5
@@ -37,8 +38,9 @@ struct anepy_muon {
 typedef struct {
     anepy_engine *e;
     const anepy_muon_rates *rates;
-    float *p, *g, *m;
-    float rate; /* lr * sqrt(max(1, rows / cols)) */
+    float *p, *g;
+    int64_t first; /* of its elements in the arena of moments */
+    float rate;    /* lr * sqrt(max(1, rows / cols)) */
     float shrink;
     int32_t cols, small, large, ld, square_ld;
     int transposed;
@@ -50,7 +52,7 @@ static matrix matrix_of(anepy_engine *e, const anepy_tensor *t) {
     return (matrix){.e = e,
                     .p = anepy_values(e, t),
                     .g = anepy_gradient(e, t),
-                    .m = e->adam_m + t->gradient,
+                    .first = t->gradient,
                     .cols = cols,
                     .small = small,
                     .large = large,
@@ -77,13 +79,15 @@ static void take_momentum(void *context, int32_t index, int32_t worker) {
     const matrix *t = context;
     struct anepy_muon *muon = t->e->muon;
     float scale = t->rates->grad_scale, momentum = t->rates->momentum;
+    uint32_t key = anepy_moment_key(t->e, ANEPY_FIRST_MOMENT);
     for (int32_t row = index * ANEPY_PIECE_ROWS; row < rows_end(t, index); row++) {
         float *x = muon->x + (int64_t)row * t->ld;
         for (int32_t j = 0; j < t->large; j++) {
             int64_t at = place(t, row, j);
             float g = t->g[at] * scale;
-            t->m[at] = momentum * t->m[at] + g;
-            x[j] = g + momentum * t->m[at];
+            float m = momentum * anepy_moment(t->e, t->e->adam_m, t->first + at) + g;
+            anepy_moment_set(t->e, t->e->adam_m, t->first + at, m, key);
+            x[j] = g + momentum * m;
         }
         for (int32_t j = t->large; j < t->ld; j++) x[j] = 0.0f;
         muon->squares[row] = t->e->kernels->sum_squares(x, t->ld);

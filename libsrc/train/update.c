@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "train/compile.h"
+#include "train/moments.h"
 #include "train/muon.h"
 #include "train/scaling.h"
 #include "train/squares.h"
@@ -94,6 +95,32 @@ int32_t anepy_optimizer_open(anepy_engine *e) {
     return e->optimizer->muon ? anepy_muon_open(e) : ANEPY_OK;
 }
 
+#define BLOCK 1024 /* elements of moments that are widened at once */
+
+/* Runs of elements whose moments are stored as bf16. */
+static void step_bf16(const anepy_engine *e, float *p, float *g, int64_t at, int64_t n,
+                      const rates *r) {
+    float m[BLOCK], v[BLOCK];
+    uint16_t *stored_m = e->adam_m, *stored_v = e->adam_v;
+    for (int64_t i = 0; i < n; i += BLOCK, at += BLOCK) {
+        int64_t part = anepy_min_i64(BLOCK, n - i);
+        r->kernels->from_bf16(m, stored_m + at, part);
+        if (stored_v != NULL) r->kernels->from_bf16(v, stored_v + at, part);
+        e->optimizer->step(p + i, g + i, m, v, part, r);
+        r->kernels->to_bf16_randomly(stored_m + at, m, part, at,
+                                     anepy_moment_key(e, ANEPY_FIRST_MOMENT));
+        if (stored_v != NULL)
+            r->kernels->to_bf16_randomly(stored_v + at, v, part, at,
+                                         anepy_moment_key(e, ANEPY_SECOND_MOMENT));
+    }
+}
+
+static void step_f32(const anepy_engine *e, float *p, float *g, int64_t at, int64_t n,
+                     const rates *r) {
+    float *m = e->adam_m, *v = e->adam_v;
+    e->optimizer->step(p, g, m + at, v != NULL ? v + at : NULL, n, r);
+}
+
 typedef struct {
     anepy_engine *e;
     rates decaying, others;
@@ -116,10 +143,9 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
         if (gradient == NULL || stop <= at) continue;
         if (stop > end) stop = end;
         if (!by_muon(e->optimizer, tensor))
-            e->optimizer->step(anepy_values(e, tensor) + done, gradient + done, e->adam_m + at,
-                               e->adam_v != NULL ? e->adam_v + at : NULL, stop - at,
-                               anepy_tensor_has(tensor, ANEPY_TENSOR_DECAYS) ? &t->decaying
-                                                                             : &t->others);
+            (e->bf16_moments ? step_bf16 : step_f32)(
+                e, anepy_values(e, tensor) + done, gradient + done, at, stop - at,
+                anepy_tensor_has(tensor, ANEPY_TENSOR_DECAYS) ? &t->decaying : &t->others);
         at = stop;
     }
 }

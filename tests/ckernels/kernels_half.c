@@ -1,11 +1,14 @@
 /* kernels_half.c - binary16 conversion of every instruction set: all 65536 halves, and floats on,
- * at and between their midpoints, in the caller's floating-point mode and in the library's. */
+ * at and between their midpoints, in the caller's floating-point mode and in the library's; and
+ * random rounding to bf16. */
 #include <math.h>
 
 #include "check.h"
 #include "groups.h"
 #include "guard.h"
+#include "kernels/kernels.h"
 #include "runtime/fpmode.h"
+#include "runtime/half.h"
 
 #define HALVES 65536
 #define BATCH 61 /* full vectors and a rest */
@@ -100,6 +103,47 @@ static void check_bounds(const anepy_kernels *set, int32_t n, int place) {
     guard_reset();
 }
 
+/* Every set rounds like the plain one, to a neighbour, and right on average. */
+static void check_random_rounding(const anepy_kernels *set, int32_t n, int place) {
+    float *x = guard_matrix(1, n, n, place, random_wild);
+    uint16_t *halves = guard_halves(n, place), wanted[4096];
+    int right = n <= 4096;
+    KERNEL(set, to_bf16_randomly)(halves, x, n, 0xfffffffeu, 77);
+    anepy_kernels_scalar()->to_bf16_randomly(wanted, x, n, 0xfffffffeu, 77);
+    for (int32_t i = 0; right && i < n; i++) {
+        float low = from_bits(to_bits(x[i]) & 0xffff0000u), found = anepy_from_bf16(halves[i]);
+        int up = to_bits(found) == to_bits(low) + 0x10000u;
+        right &= halves[i] == wanted[i];
+        right &= isnan(x[i]) || up || to_bits(found) == to_bits(low);
+    }
+    CHECK(right && guard_intact(), "to_bf16_randomly %s: %s, n %d, place %d", set->isa,
+          right ? "wrote elsewhere" : "wrong", n, place);
+    guard_reset();
+}
+
+static void check_mean_of_random_rounding(const anepy_kernels *set) {
+    enum { N = 1 << 16 };
+    static float x[N];
+    static uint16_t halves[N];
+    const float edge[] = {INFINITY, -INFINITY, 0.0f, -0.0f, 1.0f, -2.0f};
+    uint16_t same[6];
+    for (int part = 1; part < 8; part++) {
+        double up = 0.0;
+        for (int i = 0; i < N; i++) x[i] = 1.0f + (float)part / 8.0f * 0x1p-7f;
+        KERNEL(set, to_bf16_randomly)(halves, x, N, 5, (uint32_t)part);
+        for (int i = 0; i < N; i++) up += anepy_from_bf16(halves[i]) > 1.0f;
+        CHECK(fabs(up / N - part / 8.0) < 0.01, "to_bf16_randomly %s: %g of %d / 8 go up", set->isa,
+              up / N, part);
+    }
+    KERNEL(set, to_bf16_randomly)(same, edge, 6, 0, 1);
+    for (int i = 0; i < 6; i++)
+        CHECK(equal(anepy_from_bf16(same[i]), edge[i]), "to_bf16_randomly %s: edge %d", set->isa,
+              i);
+    x[0] = NAN;
+    KERNEL(set, to_bf16_randomly)(same, x, 1, 0, 1);
+    CHECK(isnan(anepy_from_bf16(same[0])), "to_bf16_randomly %s loses NaN", set->isa);
+}
+
 void checks_half(void) {
     const anepy_kernels *set;
     for (int flush = 0; flush < 2; flush++) {
@@ -107,9 +151,12 @@ void checks_half(void) {
             uint64_t fpmode = flush ? anepy_fpmode_enter() : 0;
             check_all_halves(set);
             check_rounding(set);
+            check_mean_of_random_rounding(set);
             for (int32_t s = 0; s < SIZE_N; s++)
-                for (int place = 0; place < GUARD_PLACES; place++)
+                for (int place = 0; place < GUARD_PLACES; place++) {
                     check_bounds(set, SIZES[s], place);
+                    check_random_rounding(set, SIZES[s], place);
+                }
             if (flush) anepy_fpmode_leave(fpmode);
         }
     }

@@ -71,6 +71,7 @@ MUTATIONS = [
     native("vector-load-tail", "elementwise", "1", "vectors"),
     native("vector-store-tail", "elementwise", "1", "vectors"),
     native("transpose-row-limit", "products", "1", "vectors"),
+    native("random-rounding", "half", "0", "vectors"),
     native("exp-coefficient", "exp", "{} * 0.9999f", "vectors"),
     native("adam-eps", "adam", "v_set(0.0f)", "vectors"),
     native("gemm-later-part-adds", "gemm", "0"),

@@ -199,6 +199,26 @@ def test_train_resume_in_every_spelling_equals_one_run(
     assert Path("a.bin").read_bytes() == Path("b.bin").read_bytes()
 
 
+def test_train_moments_in_bf16_resume_with_the_same_bits(run: Run, files: dict[str, Path]) -> None:
+    words = ["train", "m.bin", "--data", "d.bin", "--seq", 16, "--accum", 1, "--moments", "bf16"]
+    assert run(*words, "--steps", 8, "--save", "once.bin", "--ckpt", "once.npz").code == 0
+    assert run(*words, "--steps", 5, "--ckpt", "two.npz").code == 0
+    result = run("train", "--resume", "two.npz", "--steps", 8, "--save", "two.bin")
+    assert result.code == 0 and "moments in bf16" in result.out, result.err
+    assert Path("once.bin").read_bytes() == Path("two.bin").read_bytes()
+    weights = Path("once.bin").stat().st_size
+    assert Path("once.npz").stat().st_size < 2.4 * weights  # 3 times with moments in float32
+    again = run("train", "--resume", "two.npz", "--steps", 9, "--moments", "f32")
+    assert_one_line_error(again, "two.npz", "--moments bf16")
+    # Elsewhere they are float32, with the same values.
+    assert run("convert", "two.npz", "wide.npz").code == 0
+    with np.load("two.npz") as halves, np.load("wide.npz") as wide:
+        name = "v.layers.0.attention.wq.weight"
+        assert wide[name].any()
+        assert (wide[name].view(np.uint32) == halves[name].astype(np.uint32) << 16).all()
+    assert run("train", "--resume", "wide.npz", "--data", "d.bin", "--steps", 9).code == 0
+
+
 def test_train_resume_of_a_finished_run_says_what_to_do(run: Run, files: dict[str, Path]) -> None:
     assert run("train", "m.bin", "--data", "d.bin", "--steps", 2, "--seq", 16).code == 0
     assert_one_line_error(run("train", "m.bin", "--resume"), "step 2 of 2", "--steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import needs
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from cases import BIASES, GQA, NORMS, SEPARATE, bits, make_model, message, sequence
 from reference import optimizers64 as ref
-from reference.adamw64 import clip_gradients
+from reference.adamw64 import adamw, clip_gradients
 from tolerances import assert_tensors_close, relative_error
 
 from anepy.engine.engine import Engine
@@ -121,15 +122,19 @@ def test_settings_know_the_optimizers_of_the_library() -> None:
     assert tuple(names) == OPTIMIZERS
 
 
-@pytest.mark.parametrize("optimizer", OTHERS)
-def test_updates_have_the_same_bits_on_any_number_of_threads(optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [*((name, "f32") for name in OTHERS), *((name, "bf16") for name in OPTIMIZERS)],
+)
+def test_updates_have_the_same_bits_on_any_number_of_threads(optimizer: str, moments: str) -> None:
     found = []
     for threads in (1, 2, 3):
         model = make_model(GQA)
-        with Engine(model, "max", "cpu", "fp32", threads=threads, optimizer=optimizer) as engine:
+        options = {"optimizer": optimizer, "moments": moments, "threads": threads}
+        with Engine(model, "max", "cpu", "fp32", **options) as engine:
             for step in range(3):
                 engine.step(*sequence(GQA, 66, seed=step))
-                engine.update(**SETTINGS[optimizer])
+                engine.update(**SETTINGS.get(optimizer, {"lr": 1e-3}))
             found.append((bits(model.weights), bits(engine.adam_m), bits(engine.adam_v)))
     assert found[0] == found[1] == found[2]
 
@@ -172,7 +177,90 @@ def test_the_simulator_trains_with_it(optimizer: str) -> None:
         assert losses[-1] < losses[0] - 0.05
 
 
+def widened(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what bf16 stands for, as float64."""
+    bits32 = {key: value.astype(np.uint32) << 16 for key, value in tensors.items()}
+    return {key: value.view(np.float32).astype(np.float64) for key, value in bits32.items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_in_bf16_are_those_of_float64_rounded_without_a_trend(optimizer: str) -> None:
+    """The update is exact for the moments it began with; they end beside what float64 says."""
+    model, settings = make_model(GQA), SETTINGS.get(optimizer, {"lr": 1e-3, "beta2": 0.95})
+    options = {"optimizer": optimizer, "moments": "bf16", "threads": 2}
+    with Engine(model, "max", "cpu", "fp32", **options) as engine:
+        for step in range(1, 4):
+            engine.step(*sequence(GQA, 40, seed=step))
+            gradients = {key: g.astype(np.float64) for key, g in engine.gradients.items()}
+            wanted = {key: w.astype(np.float64) for key, w in model.weights.items()}
+            m, v = widened(engine.adam_m), {key: np.zeros(w.shape) for key, w in wanted.items()}
+            v |= widened(engine.adam_v)
+            if optimizer == "adamw":
+                adamw(wanted, gradients, m, v, step, **settings)
+            else:
+                expected_update(optimizer, wanted, gradients, m, v, step, 0.0)
+            engine.update(**settings)
+            if optimizer != "lion":  # of signs that float32 sees otherwise there are always some
+                for key, w in model.weights.items():
+                    assert relative_error(w, wanted[key]) < UPDATE.get(optimizer, 1e-6), key
+            for found, exact in ((engine.adam_m, m), (engine.adam_v, v)):
+                errors = []
+                for key, value in widened(found).items():
+                    error = value - exact[key]
+                    least = 1e-5 * np.abs(exact[key]).max()  # sums that cancel, in float32
+                    assert (np.abs(error) <= 2**-7 * np.abs(exact[key]) + least).all(), key
+                    clear = np.abs(exact[key]) > 1e3 * least
+                    errors.append((error[clear] / exact[key][clear]).ravel())
+                relative = np.concatenate([*errors, np.zeros(0)])
+                if len(relative):
+                    spread = relative.std() / len(relative) ** 0.5
+                    assert relative.std() > 1e-3 and abs(relative.mean()) < 5 * spread
+
+
+def test_second_moments_in_bf16_forget() -> None:
+    """Each update takes 0.1 % off, which rounding to nearest would undo for ever."""
+    with Engine(make_model(GQA), "max", "cpu", "fp32", moments="bf16") as engine:
+        tokens, targets = sequence(GQA, 8)
+        name = "layers.0.feed_forward.w1.weight"
+        for update in range(301):
+            engine.step(tokens, targets)
+            for gradient in engine.gradients.values():
+                gradient[...] = 0.1 if update == 0 else 0.0
+            engine.update(lr=0.0)
+            if update == 0:
+                first = widened(engine.adam_v)[name]
+        left = widened(engine.adam_v)[name] / first
+    assert left.mean() == pytest.approx(0.999**300, rel=0.01) and left.std() < 0.1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_in_bf16_train_like_those_in_float32(optimizer: str) -> None:
+    """The loss over 200 updates stays within 1 %."""
+    often = 1.0 / np.arange(1, GQA.vocab_size + 1)  # Zipf's law, which the losses come down to
+    lines = np.random.default_rng(3).choice(GQA.vocab_size, (200, 40), p=often / often.sum())
+    settings = {
+        "adamw": {"lr": 1e-3}, "lion": {"lr": 2e-4, "beta2": 0.99},
+        "sgd": {"lr": 0.02, "momentum": 0.9}, "muon": {"lr": 1e-3, "matrix_lr": 3e-3},
+    }  # fmt: skip
+    curves = []
+    for kind in ("f32", "bf16"):
+        losses = []
+        options = {"optimizer": optimizer, "moments": kind, "threads": 1}
+        with Engine(make_model(GQA), "max", "cpu", "fp32", **options) as engine:
+            for line in lines:
+                losses.append(engine.step(line[:-1], line[1:]).loss)
+                engine.update(**settings[optimizer])
+        curves.append(np.array(losses).reshape(20, 10).mean(axis=1))
+    exact, rounded = curves
+    assert exact[-1] < 0.9 * exact[0] and (rounded != exact).any()
+    assert np.abs(rounded / exact - 1).max() < 0.01, (rounded, exact)
+
+
 def test_wrong_names_and_values_are_refused_in_one_line() -> None:
+    assert "f32 or bf16" in message(lambda: Engine(make_model(), moments="f16"), ConfigError)
+    with Engine(make_model(), "max", "cpu", moments="bf16") as engine:
+        error = message(lambda: engine.adam_m.__setitem__("norm.weight", np.ones(GQA.dim)))
+        assert "uint16" in error
     text = message(lambda: Engine(make_model(), optimizer="adam"), ConfigError)
     assert "unknown optimizer 'adam'" in text and "adamw, lion, sgd, muon" in text
     with Engine(make_model(), "max", "cpu", optimizer="muon") as engine:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NativeError
 from ..native import abi, find
 from ..system.mac import ANE_PEAK_TFLOPS
 
@@ -95,12 +95,16 @@ def machine_peak(precision: str = "fp32", threads: int | None = None) -> float:
         raise ConfigError(
             f"no peak is known for precision {precision!r}: use one of {', '.join(PRECISIONS)}"
         )
-    found = peaks(threads=threads)
+    # No need of the memory that measuring its speed takes: a run may have none to spare.
+    found = _peaks.get((None, threads)) or _arithmetic.get(threads)
+    if found is None:
+        found = _arithmetic[threads] = _measure_peaks(None, threads or 0, memory=False)
     value = found.fp32_gflops if precision == "fp32" else found.bf16_gflops
     return math.nan if value is None else value
 
 
 _peaks: dict[tuple[str | None, int | None], Peaks] = {}
+_arithmetic: dict[int | None, Peaks] = {}
 
 
 def _better(one: Peaks, other: Peaks) -> Peaks:
@@ -112,10 +116,10 @@ def _better(one: Peaks, other: Peaks) -> Peaks:
     return replace(one, **values)
 
 
-def _measure_peaks(isa: str | None, threads: int) -> Peaks:
+def _measure_peaks(isa: str | None, threads: int, memory: bool = True) -> Peaks:
     out = abi.Peaks()
     name = None if isa is None else isa.encode("unicode_escape")
-    find.library().anepy_peaks_measure(ctypes.byref(out), name, threads)
+    find.library().anepy_peaks_measure(ctypes.byref(out), name, threads, memory)
     return Peaks(
         isa=out.isa.decode(),
         threads=out.threads,
@@ -137,11 +141,14 @@ def device_peak(device: str, precision: str, threads: int) -> dict[str, Any] | N
 
     Returns:
         `gflops` and its `name`: Apple's figure for the Neural Engine, and for a CPU what its
-        multiply-adds in registers do at most, measured once per process.
+        multiply-adds in registers do at most, measured once per process; None where they cannot be.
     """
     if device == "ane":
         return {"gflops": ANE_PEAK_TFLOPS * 1e3, "name": "Apple's figure for the Neural Engine"}
     if device != "cpu":
         return None
-    gflops = machine_peak(precision, threads)
+    try:
+        gflops = machine_peak(precision, threads)
+    except NativeError:  # no memory for threads: a figure less
+        return None
     return {"gflops": gflops, "name": "measured FMA peak"} if gflops > 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, DataError, TokenizerError
+from ..errors import ConfigError, DataError, ModelError, TokenizerError
 from .common import (
     AdapterOption,
     DeviceOption,
@@ -85,6 +86,7 @@ def evaluate(
     from ..engine.engine import Engine
     from ..engine.evaluation import mean_loss, means, token_losses
     from ..models.model import sequence_length
+    from ..models.soundness import overflow
     from ..system.words import perplexity, quantity
     from ..text.bits import bits_per_byte
 
@@ -110,6 +112,8 @@ def evaluate(
     losses = means(sequences, each)
     count = sum(n for n, _ in losses)
     loss = mean_loss(losses)
+    if not math.isfinite(loss):
+        raise ModelError(overflow(loaded))
     bits, nbytes = (words and bits_per_byte(words, sequences, each)) or (None, None)
     name = str(data if data is not None else text)
     if as_json:
@@ -194,7 +198,7 @@ def _sequences(
     ends = np.append(starts[1:], len(data))
     found = []
     for start, end in zip(starts, ends, strict=True):
-        ids = data.tokens[start : min(end, start + length + 1)].astype(np.int32)
+        ids = data.read(start, min(end, start + length + 1)).astype(np.int32)
         if len(ids) > 1:
             found.append((ids[:-1].copy(), ids[1:].copy()))
         if len(found) == count:

@@ -35,6 +35,8 @@ DEMO_SETTINGS: Mapping[str, Any] = {
     "eval_every": 700,
     "eval_windows": 500,
 }
+# What is done when a loss or gradient is not finite.
+STOP, ROLLBACK = "stop", "rollback"
 # The value that a bare --resume stands for; no file can have this name.
 BARE_RESUME = "\0"
 
@@ -59,6 +61,7 @@ class Request:
     validation: Path | None = None
     sample_every: int = 0
     prompt: str = ""
+    on_diverge: str = STOP
 
 
 @dataclass
@@ -142,12 +145,18 @@ def _plan(
         config.validate()
     except TypeError as error:
         raise CheckpointError(f"{resume}: its settings are damaged ({error})") from error
+    if request.on_diverge not in (STOP, ROLLBACK):
+        raise ConfigError(f"on_diverge is {request.on_diverge}, it must be {STOP} or {ROLLBACK}")
+    if request.on_diverge == ROLLBACK and (request.no_checkpoint or not (explicit or not demo)):
+        raise ConfigError("a rollback needs a checkpoint to go back to: name one with --checkpoint")
     if demo and (config.lora or request.adapter is not None):
         raise ConfigError("an adapter needs a model: anepy train MODEL --lora --data FILE")
-    if meta is not None and meta.step >= config.steps and "report" not in meta.run:
+    done = meta is not None and meta.step >= config.steps and "report" not in meta.run
+    # One that was killed between its last checkpoint and its end has yet to write its model.
+    if done and meta is not None and not (request.save or run_folder.lacks_model(request.run)):
         raise ConfigError(
             f"{resume} is at step {meta.step} of {config.steps}, there is nothing left to do: "
-            f"pass a larger --steps"
+            "pass a larger --steps, or --save to write its model"
         )
     data = request.data
     if data is None and not demo:

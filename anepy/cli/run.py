@@ -19,7 +19,7 @@ from ..console.text import Header
 from ..console.train import Reporter
 from ..console.train import reporter as make_reporter
 from ..engine.variants import gradients_lag
-from ..errors import CheckpointError, ConfigError, DivergedError, NativeError
+from ..errors import CheckpointError, ConfigError, DataError, DivergedError, NativeError
 from ..models import formats
 from ..models.freezing import trained_text
 from ..models.lora import Lora
@@ -39,7 +39,7 @@ from ..training.run_log import RunLog, check_log
 from ..training.trainer import Trainer
 from .common import distinct, print_json
 from .missing import brought
-from .plan import Plan, Request, in_folder, make_plan
+from .plan import ROLLBACK, Plan, Request, in_folder, make_plan
 from .restart import go_on_elsewhere
 
 DEMO_SAMPLE_TOKENS = 400
@@ -224,7 +224,7 @@ def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
 
 def _log(request: Request, plan: Plan) -> RunLog:
     try:
-        return RunLog(request.log, append=plan.resume is not None)
+        return RunLog(request.log, plan.saved.meta.step if plan.saved is not None else None)
     except OSError as error:
         assert request.log is not None
         raise ConfigError(write_failure(request.log, "log", error)) from error
@@ -330,19 +330,22 @@ def _loop(
         discard_temporaries()
         reporter.abort()
 
-    keeper = Keeper(
-        plan.checkpoint,
-        request.checkpoint_every,
-        request.keep,
-        best=request.run is not None or request.keep > 0,
-    )
     saved: list[str] = []
     failure: NativeError | None = None
     lost: CheckpointError | None = None
-    with StopRequest(reporter.stopping, abort) as stop:
+    with (
+        StopRequest(reporter.stopping, abort) as stop,
+        Keeper(
+            plan.checkpoint,
+            request.checkpoint_every,
+            request.keep,
+            best=request.run is not None or request.keep > 0,
+            good=plan.resume,
+        ) as keeper,
+    ):
         restart.unblock_signals()
-        try:
-            reporter.start()
+
+        def train() -> None:
             for report in trainer:
                 reporter.step(report)
                 log.step(report)
@@ -356,8 +359,27 @@ def _loop(
                     text = sampler()
                     reporter.sample(request.prompt, text)
                     log.sample(report.step, request.prompt, text)
-        except DivergedError as error:
-            raise DivergedError(f"{error}{_rescued(plan, trainer, keeper)}") from error
+            trainer.check()
+
+        try:
+            reporter.start()
+            rolling = request.on_diverge == ROLLBACK
+            for text in keeper.begin(trainer, rolling) if plan.save_at_end else ():
+                reporter.note(text)
+            while True:
+                try:
+                    train()
+                    break
+                except DivergedError as error:
+                    told = ""
+                    if rolling and stop.signal is None:
+                        told = keeper.roll_back(trainer)
+                    if not told:
+                        raise
+                    reporter.note(f"{error}; {told}")
+                    log.rollback(trainer.steps_done, str(error))
+        except (DivergedError, DataError) as error:
+            raise type(error)(f"{error}{_rescued(plan, trainer, keeper)}") from error
         except NativeError as error:
             if not trainer.engine.stale:
                 raise
@@ -369,7 +391,8 @@ def _loop(
         complete = trainer.finished
         if trainer.ended:
             saved.append(f"ended after step {trainer.steps_done}: {trainer.ended}")
-        if plan.checkpoint is not None and (plan.save_at_end or not complete):
+        there = trainer.start_step == trainer.steps_done and plan.checkpoint == plan.resume
+        if plan.checkpoint is not None and not there and (plan.save_at_end or not complete):
             try:
                 nbytes = keeper.save(trainer)
                 plan.written = plan.checkpoint
@@ -401,16 +424,15 @@ def _save(trainer: Trainer, path: Path) -> str:
 
 
 def _rescued(plan: Plan, trainer: Trainer, keeper: Keeper) -> str:
-    """Save a run whose loss is not finite as it was after its last update; say where it is."""
+    """Save what is good of a run that cannot go on; say where it is."""
     if plan.checkpoint is None or not plan.save_at_end:
         return ""
-    if keeper.written:
-        return f"; the last checkpoint is in {plan.checkpoint}"
     try:
-        trainer.save_checkpoint(plan.checkpoint, drop_gradients=True)
+        return f"; {keeper.give_up(trainer)}"
+    except DivergedError:
+        return "; these weights are not saved"
     except CheckpointError as error:
         return f"; {error}"
-    return f"; the run as it was then is in {plan.checkpoint}"
 
 
 def _continue_command(request: Request, plan: Plan) -> str:

@@ -119,7 +119,12 @@ def train(
     ] = False,
     checkpoint_every: Annotated[
         int,
-        typer.Option(min=0, metavar="STEPS", help="Save it this often too.", show_default=False),
+        typer.Option(
+            min=0,
+            metavar="STEPS",
+            help="Save it this often too. Default: every ten minutes.",
+            show_default=False,
+        ),
     ] = 0,
     keep: Annotated[
         int,
@@ -127,6 +132,14 @@ def train(
             min=0, metavar="N", help="Keep the last N of these, by step.", show_default=False
         ),
     ] = 0,
+    on_diverge: Annotated[
+        str,
+        typer.Option(
+            metavar="stop|rollback",
+            help="When a loss is not finite: stop with the last good state saved, or go back to it "
+            "and on with other data.",
+        ),
+    ] = "stop",
     run: Annotated[
         Path | None,
         path_option(
@@ -188,6 +201,7 @@ def train(
         validation=validation,
         sample_every=sample_every,
         prompt=prompt,
+        on_diverge=on_diverge,
     )
     if resume is None and not lora and adapter is None:
         for option, value in (

@@ -175,6 +175,14 @@ class Engine(Owner):
         self.switches = named_switches(self._lib, info.switches)
 
     @property
+    def trained(self) -> Tensors:
+        """The weights that are trained, frozen ones among them: the adapter's, or the model's."""
+        if self.lora is not None:
+            return self.lora.weights
+        assert isinstance(self.model.weights, Tensors)  # others are not trained
+        return self.model.weights
+
+    @property
     def accumulated(self) -> int:
         """Steps since the last update."""
         return int(self._info().accumulated)

@@ -487,7 +487,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_library_get_info": (POINTER(LibraryInfo),),
     "anepy_device_get_info": (c_int32, POINTER(DeviceInfo)),
     "anepy_variant_parse": (c_char_p, c_char_p, handle, POINTER(c_uint32)),
-    "anepy_peaks_measure": (POINTER(Peaks), c_char_p, c_int32),
+    "anepy_peaks_measure": (POINTER(Peaks), c_char_p, c_int32, c_int32),
     "anepy_bench_run": (handle, POINTER(BenchResult), POINTER(c_double), POINTER(BenchOptions)),
 }
 

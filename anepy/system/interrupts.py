@@ -68,7 +68,7 @@ class Uninterrupted:
 
 
 class StopRequest:
-    """Watch for SIGINT, SIGTERM and SIGHUP while the block runs.
+    """Watch for SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2 and SIGXCPU in the block.
 
     One that this process was told to ignore, as nohup and `&` in a script do with SIGINT, stays
     ignored: the run goes on.
@@ -96,7 +96,7 @@ class StopRequest:
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._old = {
             number: signal.signal(number, self._note)
-            for number in _SIGNALS
+            for number in STOPPING
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         self._thread = threading.Thread(target=self._watch, name="anepy-signals", daemon=True)
@@ -122,7 +122,7 @@ class StopRequest:
 
     def _watch(self) -> None:
         # The main thread decides when signals wait (restart.py); here they could be lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         first_at: float | None = None
         while received := self._reader.recv(64):
             for number in received:
@@ -137,9 +137,9 @@ class StopRequest:
                     os._exit(128 + number)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Those for which scripts have handlers.
-_RAISING = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1,
-    signal.SIGUSR2,
+STOPPING = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+    signal.SIGXCPU,
 )  # fmt: skip
+# Those for which scripts have handlers.
+_RAISING = (*STOPPING, signal.SIGALRM)

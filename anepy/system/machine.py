@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,8 +68,9 @@ def memory() -> int:
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = _CGROUPS) -> int:
     """Return the bytes a new process could use without swapping, 0 where they are unknown.
 
-    On Linux what the kernel estimates, and not more than the control group has left. Elsewhere
-    half of the physical memory: the system gives no such estimate, and others need some too.
+    On Linux what the kernel estimates, and not more than the control group and this process's own
+    limit of addresses leave. Elsewhere half of the physical memory: the system gives no such
+    estimate, and others need some too.
 
     Args:
         meminfo: the kernel's table.
@@ -77,8 +79,20 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = _CGR
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, *_left_in_cgroups(cgroups))
+                left = int(line.split()[1]) * 1024
+                return min(left, _left_of_addresses(), *_left_in_cgroups(cgroups))
     return memory() // 2
+
+
+def _left_of_addresses() -> int:
+    """Return how many bytes `ulimit -v` leaves this process."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 62
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
+    return limit
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:

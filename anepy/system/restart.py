@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .interrupts import STOPPING
+
 if TYPE_CHECKING:
     from .interrupts import StopRequest
 
 VARIABLE = "ANEPY_RESTART"
 MOST_FUTILE = 2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def replace_process(restart: Restart, stop: StopRequest) -> None:
                 if int(name) > 2:
                     os.set_inheritable(int(name), False)
     os.environ[VARIABLE] = json.dumps(asdict(restart))
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         if stop.signal is None:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -106,4 +107,4 @@ def replace_process(restart: Restart, stop: StopRequest) -> None:
 
 def unblock_signals() -> None:
     """Take the signals that waited while the process was replaced."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -12,6 +12,7 @@ import json
 import operator
 import os
 import stat
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias
@@ -41,6 +42,36 @@ _TELLING = 32
 _CHECK_TOKENS = 1 << 22
 
 
+class _Source:
+    """A file read by calls: one that gets shorter is an error, while mapped it ends the process."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
+        self._file = open(path, "rb", buffering=0)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return a copy of some elements.
+
+        Raises:
+            DataError: the file ends before, or cannot be read.
+        """
+        size = self.dtype.itemsize
+        offset, left = start * size, max(0, stop - start) * size
+        parts = []
+        while left:
+            try:
+                part = os.pread(self._file.fileno(), left, offset)
+            except OSError as error:
+                raise DataError(f"cannot read {self.path}: {reason_of(error)}") from error
+            if not part:
+                raise DataError(
+                    f"{self.path} has become shorter while it was read: restore it, then resume"
+                )
+            parts.append(part)
+            offset, left = offset + len(part), left - len(part)
+        return np.frombuffer(b"".join(parts), self.dtype)
+
+
 class TokenData:
     """Tokens of a file, memory-mapped and read-only, or of an array.
 
@@ -57,6 +88,7 @@ class TokenData:
         starts: (documents,) int64, the first token of each document; None if unknown.
         mask: (n,) uint8, 1 for a token that counts as a target; None: all do.
         tokenizer_file: the tokenizer that was trained for this data, None if none was.
+        checksum: CRC-32 of the ids as they are stored; None before `check`.
 
     Raises:
         ConfigError: `dtype` is none of these names.
@@ -77,6 +109,10 @@ class TokenData:
     starts: npt.NDArray[np.int64] | None = None
     mask: npt.NDArray[np.uint8] | None = None
     tokenizer_file: Path | None = None
+    checksum: int | None = None
+    _source: _Source | None = None
+    _mask_source: _Source | None = None
+    _begin: int = 0  # of a part, in its file
 
     def __init__(self, path: PathLike, dtype: str = "auto") -> None:
         path = Path(path)
@@ -107,6 +143,7 @@ class TokenData:
             )
         try:
             tokens = np.memmap(path, dtype=kind, mode="r")
+            self._source = _Source(path, kind)
         except OSError as error:
             raise DataError(f"cannot read token file {path}: {reason_of(error)}") from error
         if guessed:
@@ -132,7 +169,7 @@ class TokenData:
                 )
             found = np.memmap(other, dtype=dtype, mode="r")
             if field == "mask":
-                self.mask = found
+                self.mask, self._mask_source = found, _Source(other, found.dtype)
             else:
                 self.starts = found.astype(np.int64)
         if sidecar.get("tokenizer_file"):
@@ -173,13 +210,15 @@ class TokenData:
         return f"TokenData({self.name!r}, {len(self)} tokens of {self.tokens.dtype.name})"
 
     def check(self, vocab_size: int) -> None:
-        """Read every token once and verify it against a vocabulary.
+        """Read every token once, verify it against a vocabulary, and note the checksum.
 
         Raises:
             DataError: an id is outside 0..vocab_size-1; names the first one.
         """
+        checksum = 0
         for start in range(0, len(self), _CHECK_TOKENS):
-            chunk = self.tokens[start : start + _CHECK_TOKENS]
+            chunk = self.read(start, min(len(self), start + _CHECK_TOKENS))
+            checksum = zlib.crc32(np.ascontiguousarray(chunk).data, checksum)
             if 0 <= chunk.min() and chunk.max() < vocab_size:
                 continue
             at = int(np.argmax((chunk < 0) | (chunk >= vocab_size)))
@@ -187,6 +226,29 @@ class TokenData:
                 f"{self.name}: token {start + at} is {int(chunk[at])}, but the model's vocabulary"
                 f" has {vocab_size}; prepare the data with the tokenizer of the model"
             )
+        self.checksum = checksum
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Return some ids, (stop - start,).
+
+        Raises:
+            DataError: the file has become shorter, or cannot be read.
+        """
+        if self._source is None:
+            return self.tokens[start:stop]
+        return self._source.read(self._begin + start, self._begin + stop)
+
+    def counts(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+        """Return which of some tokens count as targets, (stop - start,); None: all do.
+
+        Raises:
+            DataError: as `read` says.
+        """
+        if self.mask is None:
+            return None
+        if self._mask_source is None:
+            return self.mask[start:stop].astype(np.bool_)
+        return self._mask_source.read(self._begin + start, self._begin + stop).astype(np.bool_)
 
     def split(self, held_out: float) -> tuple[TokenData, TokenData | None]:
         """Split off the end of the data, for evaluation.
@@ -217,6 +279,8 @@ class TokenData:
     def _slice(self, begin: int, end: int, name: str) -> TokenData:
         part = self._of(self.tokens[begin:end], self.path, name, self.vocab_size)
         part.tokenizer_file = self.tokenizer_file
+        part._source, part._mask_source = self._source, self._mask_source
+        part._begin = self._begin + begin
         if self.mask is not None:
             part.mask = self.mask[begin:end]
         if self.starts is not None:
@@ -329,10 +393,11 @@ def _draw(count: int, seed: int, index: int) -> int:
 
 def _window(data: TokenData, start: int, seq_len: int) -> Window:
     """Return the int32 copies of one window and of the tokens that follow each of its own."""
-    both = data.tokens[start : start + seq_len + 1].astype(np.int32)
+    both = data.read(start, start + seq_len + 1).astype(np.int32)
     targets = both[1:].copy()
-    if data.mask is not None:
-        targets[data.mask[start + 1 : start + seq_len + 1] == 0] = UNCOUNTED
+    counts = data.counts(start + 1, start + seq_len + 1)
+    if counts is not None:
+        targets[~counts] = UNCOUNTED
     return both[:-1].copy(), targets
 
 

@@ -96,10 +96,10 @@ class DocumentSampler(Sampler):
         end = 0
         for document in self._rooms[self._order[at]]:
             begin, length = int(self._begins[document]), int(self._lengths[document])
-            both = self.data.tokens[begin : begin + length + 1].astype(np.int32)
+            both = self.data.read(begin, begin + length + 1).astype(np.int32)
             following = both[1:]
-            if self.data.mask is not None:
-                counts = self.data.mask[begin + 1 : begin + length + 1] != 0
+            counts = self.data.counts(begin + 1, begin + length + 1)
+            if counts is not None:
                 following = np.where(counts, following, np.int32(UNCOUNTED))
             tokens[end : end + length], targets[end : end + length] = both[:-1], following
             starts[end] = True

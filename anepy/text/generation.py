@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from ..engine.decoder import Decoder
 from ..engine.device import AUTO, choice_note
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..models.model import Model
+from ..models.soundness import overflow
 from ..models.storages import check_storage
 from .chat import encode_chat
 from .tokenizer import Tokenizer
@@ -187,6 +188,8 @@ def _stream(
             spent.prompt_tokens += len(prompt)
             spent.prompt_seconds += time.perf_counter() - began
         while read < length:
+            if not np.isfinite(logits).all():
+                raise ModelError(overflow(model.model if isinstance(model, Decoder) else model))
             following = sampling.pick(logits[: tokenizer.vocab_size])
             if following in stops:
                 break
@@ -271,8 +274,11 @@ class Sampling:
         """
         if self.temperature == 0:
             return int(np.argmax(logits))
-        scaled = logits.astype(np.float64) / self.temperature
-        weights = np.exp(scaled - scaled.max())
+        # Differences first: divided by a tiny temperature, large logits have none left.
+        scaled = logits.astype(np.float64)
+        scaled -= scaled.max()
+        with np.errstate(over="ignore"):
+            weights = np.exp(scaled / self.temperature)
         weights /= weights.sum()
         ids: npt.NDArray[Any] = np.arange(len(weights))
         if 0 < self.top_p < 1:

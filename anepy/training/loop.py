@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..engine.engine import Engine
 from ..engine.stats import StepStats, UpdateStats
 from ..errors import DivergedError, NativeError
+from ..models.soundness import largest, unsound
 from ..text.data import Sampler
 from .settings import LoopConfig
 
@@ -47,9 +50,8 @@ class Loop:
             NativeError: the step was not done; the next one draws the same batch.
         """
         position = self.sampler.state()
-        windows = [self.sampler.next() for _ in range(self.config.batch)]
         # Of packed documents a window says also where they begin.
-        tokens, targets, *starts = (np.stack(each) for each in zip(*windows, strict=True))
+        tokens, targets, *starts = self._batch()
         began = time.perf_counter()
         try:
             stats = self.engine.step(tokens, targets, *starts)
@@ -58,12 +60,23 @@ class Loop:
             raise
         wall_ms = (time.perf_counter() - began) * 1e3
         if not math.isfinite(stats.loss):
-            raise self._diverged("loss", self.steps + 1)
+            raise self.diverged("loss", self.steps + 1)
         # fp16 skips such a step and lowers its scale; at scale 1 there is nothing to lower.
         if stats.skipped and stats.loss_scale <= 1:
-            raise self._diverged("gradient", self.steps + 1)
+            raise self.diverged("gradient", self.steps + 1)
         self.steps += 1
         return stats, wall_ms
+
+    def _batch(self) -> list[npt.NDArray[Any]]:
+        """Draw the sequences of a step, each into its row."""
+        window = self.sampler.next()
+        rows = [np.empty((self.config.batch, *part.shape), part.dtype) for part in window]
+        for row in range(self.config.batch):
+            if row:
+                window = self.sampler.next()
+            for part, values in zip(rows, window, strict=True):
+                part[row] = values
+        return rows
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next update."""
@@ -89,11 +102,26 @@ class Loop:
         stats = engine.update(**config.update_options(engine.updates))
         wall_ms = (time.perf_counter() - began) * 1e3
         if stats.skipped:
-            raise self._diverged("gradient", self.steps)
+            raise self.diverged("gradient", self.steps)
         return stats, wall_ms
 
-    def _diverged(self, what: str, step: int) -> DivergedError:
+    def diverged(self, what: str, step: int) -> DivergedError:
+        """Return the error that says what is not finite, in which tensor, and what to do.
+
+        Args:
+            what: is not finite, in a word.
+            step: which one found it.
+        """
+        engine = self.engine
+        weights = engine.trained
+        bad = unsound(weights)
+        where = f"weight {bad}" if bad else ""
+        if not bad and (bad := unsound(engine.gradients)):
+            where = f"gradient of {bad}"
+        size, name = largest(weights)
+        facts = [f"first in the {where}"] * bool(where)
+        facts += [f"the largest weight is {size:.2g}, in {name}"] * math.isfinite(size)
         return DivergedError(
-            f"step {step}: the {what} is not finite; the weights are as after update "
-            f"{self.engine.updates}: lower the learning rate or set grad_clip"
+            f"step {step}: the {what} is not finite ({'; '.join(facts)}); the weights are as after "
+            f"update {engine.updates}: lower the learning rate or set grad_clip"
         )

@@ -45,6 +45,11 @@ def previous_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{_stem(checkpoint)}-previous.npz")
 
 
+def start_path(checkpoint: Path) -> Path:
+    """Return where the start of a run is kept until it has written its first checkpoint."""
+    return checkpoint.with_name(f"{_stem(checkpoint)}-start.npz")
+
+
 def number(checkpoint: Path, step: int, keep: int) -> None:
     """Keep a checkpoint under a name with its step too, and only the last `keep` of these.
 
@@ -84,6 +89,13 @@ def _stem(checkpoint: Path) -> str:
 def holds_run(folder: Path) -> bool:
     """Return whether a folder has a run in it."""
     return (folder / DESCRIPTION).exists()
+
+
+def lacks_model(folder: Path | None) -> bool:
+    """Return whether the model or adapter at the end of a run is missing in its folder."""
+    if folder is None:
+        return False
+    return not any((folder / name).exists() for name in ("model.bin", "model", ADAPTER))
 
 
 def describe(folder: Path, facts: Mapping[str, Any]) -> None:

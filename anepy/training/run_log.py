@@ -7,10 +7,11 @@ it does there; `t_softmax` is that part alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from ..engine.stats import UpdateStats
 from ..errors import ConfigError
@@ -29,21 +30,23 @@ class RunLog:
 
     Args:
         path: the file; None writes nothing.
-        append: continue the file instead of replacing it.
+        after: go on with the file behind this step, dropping what a run that was killed had written
+            beyond its checkpoint, a half line included; None replaces the file.
 
     Raises:
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: str | Path | None, append: bool = False) -> None:
+    def __init__(self, path: str | Path | None, after: int | None = None) -> None:
         self.failure: OSError | None = None
         self._file: TextIO | None = None
         self._batch_ms: list[float] = []
         self._device = ""
         if path is not None:
-            self._file = open(path, "a" if append else "w", encoding="utf-8", buffering=1)
-            if append and _cut(Path(path)):
-                self._file.write("\n")
+            mode: Literal["w", "a"] = "w" if after is None else "a"
+            self._file = open(path, mode, encoding="utf-8", errors="replace", buffering=1)
+            if after is not None and os.path.isfile(path):
+                os.truncate(path, _end_of(Path(path), after))
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -124,6 +127,11 @@ class RunLog:
         """Write that the run goes on in a new process."""
         self._write({"type": "restart", "step": step, "compiles": compiles, "reason": reason})
 
+    def rollback(self, step: int, reason: str) -> None:
+        """Write that a run which diverged went back to an earlier step."""
+        self._batch_ms.clear()
+        self._write({"type": "rollback", "step": step, "reason": reason})
+
     def summary(self, summary: Summary) -> None:
         """Write how the run went."""
         self._write({"type": "summary", **asdict(summary)})
@@ -157,10 +165,16 @@ def check_log(path: str | Path) -> None:
         raise ConfigError(f"{path} is there and is no log of anepy: name another file for the log")
 
 
-def _cut(path: Path) -> bool:
-    """Return whether the last line of a file has no end, as a killed process leaves it."""
+def _end_of(path: Path, step: int) -> int:
+    """Return where the records of a log end that are of no later step, in bytes."""
+    end = 0
     with path.open("rb") as file:
-        if file.seek(0, 2) == 0:
-            return False
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
+        for line in file:
+            try:
+                record = json.loads(line)
+                if not line.endswith(b"\n") or int(record.get("step", 0)) > step:
+                    break
+            except (ValueError, TypeError, AttributeError):
+                break
+            end += len(line)
+    return end

@@ -8,6 +8,7 @@ gradients and the sampler's position, and a resumed run continues bit for bit.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,9 @@ from ..engine.flops import flops_per_step
 from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.lora import Lora
 from ..models.model import Model, sequence_length
+from ..models.soundness import unsound
 from ..models.storage import StoredTensors
 from ..models.stored_tokenizer import from_json
-from ..models.views import Tensors
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
@@ -34,6 +35,7 @@ from ..text.document_windows import DocumentSampler
 from . import checkpoint
 from .config import TrainConfig
 from .loop import Loop
+from .needs import check_batch, check_memory
 from .reports import Measurements, StepReport, Summary
 
 # Settings that change what is computed, so a resume that changes them is worth a note.
@@ -132,6 +134,7 @@ class Trainer:
         validation: TokenData | str | Path | None,
     ) -> None:
         """Load everything, and go on where a checkpoint is."""
+        self._counts = 0, 0  # updates and compilations when it was closed
         self.source: dict[str, Any] = {}
         if not isinstance(model, Model):
             self.source["model"] = os.path.abspath(model)
@@ -152,8 +155,10 @@ class Trainer:
             self.source["data"] = os.path.abspath(data.path)
         self.source["tokens"] = len(data)
         data.check(model.config.vocab_size)
+        self.source["crc32"] = data.checksum
         if model.tokenizer is None and data.tokenizer_file is not None:
             model.tokenizer = from_json(data.tokenizer_file)
+        check_batch(self.config.batch, self.seq)
         self.data, self.held_out = data.split(self.config.held_out)
         if validation is not None:
             self.held_out = self._validation(validation)
@@ -162,6 +167,7 @@ class Trainer:
             self._held_out_windows = list(
                 windows(self.held_out, self.seq, self.config.eval_windows)
             )
+        self._first_window = next(windows(self.data, min(self.seq, max(1, len(self.data) - 1)), 1))
         sampler: Sampler
         if self.config.pack or self.data.mask is not None:
             # Instructions are learned whole: one a window, unless several are packed.
@@ -187,7 +193,6 @@ class Trainer:
         self.ended = ""
         self._worse = 0  # evaluations since the best one
         self._in_block = False
-        self._counts = 0, 0  # updates and compilations when it was closed
         self.notes: list[str] = []
         if isinstance(sampler, DocumentSampler) and sampler.cut:
             self.notes.append(f"{sampler.cut} documents are longer than {self.seq} tokens and cut")
@@ -200,12 +205,13 @@ class Trainer:
         self._unevaluated: StepReport | None = None
         self._flops = self.flops["total"]
         self._measured = Measurements(self._flops)
-        if resume is not None:
-            try:
+        try:
+            check_memory(self._engine, self.config.batch)
+            if resume is not None:
                 self._restore(resume, restarted)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
         self.start_step = self._loop.steps
 
     # The engine and what is derived from it
@@ -231,14 +237,6 @@ class Trainer:
         """Return what `flops_per_step` says of a step of this run."""
         config = self.config
         return flops_per_step(self.model.config, self.seq, config.batch, config.freeze, self.lora)
-
-    @property
-    def trained(self) -> Tensors:
-        """Return the tensors that a checkpoint holds: the model's, or the adapter's."""
-        if self.lora is not None:
-            return self.lora.weights
-        assert isinstance(self.model.weights, Tensors)  # __init__ saw to it
-        return self.model.weights
 
     @property
     def steps_done(self) -> int:
@@ -408,6 +406,46 @@ class Trainer:
 
     # Checkpoints
 
+    def check(self) -> None:
+        """Look whether the weights are worth keeping: they, their loss and gradient are finite.
+
+        Half precision may overflow, and a gradient cannot be looked at while others accumulate. A
+        loss takes programs: where there are none for these weights it is left out.
+
+        Raises:
+            DivergedError: they are not; says what is not finite.
+        """
+        engine, loop = self.engine, self._loop
+        if unsound(engine.trained):
+            raise loop.diverged("weights", self.steps_done)
+        if engine.stale:
+            return
+        loss = mean_loss(sequence_losses(engine, [self._first_window]))
+        if not math.isfinite(loss):
+            raise loop.diverged("loss", self.steps_done)
+        if engine.accumulated or engine.precision == "fp16" or self._first_window[1].max() < 0:
+            return
+        unit = engine.unit
+        try:
+            engine.step(*self._first_window)
+            if unsound(engine.gradients):
+                raise loop.diverged("gradient", self.steps_done)
+        finally:
+            engine.discard()
+            engine.restore(0, engine.updates, unit=unit)
+
+    def roll_back(self, path: str | Path) -> None:
+        """Go back to a checkpoint of this run, and on from it with data not drawn so far.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another run.
+        """
+        drawn = self._loop.sampler.state()
+        with checkpoint.Checkpoint(path) as file:
+            self._load(file)
+        self._loop.sampler.restore(drawn)
+        self._unevaluated = None
+
     def save_checkpoint(
         self,
         path: str | Path,
@@ -430,7 +468,7 @@ class Trainer:
             CheckpointError: it could not be written; an older file is unchanged.
         """
         engine = self.engine
-        arrays = dict(self.trained)
+        arrays = dict(self.engine.trained)
         arrays |= {f"m.{name}": value for name, value in engine.adam_m.items()}
         arrays |= {f"v.{name}": value for name, value in engine.adam_v.items()}
         accumulated = 0 if drop_gradients else engine.accumulated
@@ -469,7 +507,7 @@ class Trainer:
     def checkpoint_nbytes(self) -> int:
         """Return the size of the largest checkpoint this run can write, in bytes."""
         engine = self.engine
-        parts = (self.trained, engine.adam_m, engine.adam_v)
+        parts = (engine.trained, engine.adam_m, engine.adam_v)
         # Accumulated gradients are of the tensors that have a first moment.
         gradients = sum(4 * value.size for value in engine.adam_m.values())
         held = sum(value.nbytes for part in parts for value in part.values())
@@ -505,19 +543,7 @@ class Trainer:
                 f"{path} has its moments in {moments}, this run is to have them in "
                 f"{self.config.moments}: resume with --moments {moments}"
             )
-        # Before the arrays: a sampler state that does not fit must leave the weights alone.
-        self._loop.sampler.restore(meta.sampler)
-        engine = self.engine
-        file.load(
-            asdict(self.model.config),
-            self._adapter_facts(),
-            self.trained,
-            engine.adam_m,
-            engine.adam_v,
-            engine.gradients,
-        )
-        engine.restore(meta.accumulated, meta.updates, counted=meta.counted, **meta.scaling)
-        self._loop.steps = meta.step
+        self._load(file)
         self._measured = Measurements(self._flops, meta.losses)
         try:
             if "report" in meta.run:
@@ -530,6 +556,22 @@ class Trainer:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its 'run' is damaged ({error})") from error
         self.notes += self._differences(meta)
+
+    def _load(self, file: checkpoint.Checkpoint) -> None:
+        """Take weights, moments, gradients and the place in the data from a checkpoint."""
+        engine, meta = self.engine, file.meta
+        # Before the arrays: a sampler state that does not fit must leave the weights alone.
+        self._loop.sampler.restore(meta.sampler)
+        file.load(
+            asdict(self.model.config),
+            self._adapter_facts(),
+            engine.trained,
+            engine.adam_m,
+            engine.adam_v,
+            engine.gradients,
+        )
+        engine.restore(meta.accumulated, meta.updates, counted=meta.counted, **meta.scaling)
+        self._loop.steps = meta.step
 
     def _differences(self, meta: checkpoint.Meta) -> list[str]:
         """Tell in one line each what a resumed run does differently from the saved one."""
@@ -545,7 +587,8 @@ class Trainer:
         schedule = self.config.schedule
         if schedule != "constant" and steps != self.config.steps:
             notes.append(f"the {schedule} now ends at step {self.config.steps}, it was {steps}")
-        if meta.source.get("tokens") != self.source["tokens"]:
+        same = {name: self.source[name] for name in ("tokens", "crc32")}
+        if any(meta.source.get(name, value) != value for name, value in same.items()):
             notes.append("the data is not the checkpoint's: other sequences will be drawn")
         for name, value in self.engine_settings().items():
             if name in meta.engine and meta.engine[name] != value and name != "switches":

@@ -154,7 +154,7 @@ static int32_t measure_memory(anepy_peaks *out, anepy_pool *pool) {
 /* -------------------------------------------------------------------------------------- the call
  */
 
-int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads) {
+int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads, int32_t memory) {
     const anepy_kernels *kernels;
     anepy_pool *pool;
     ANEPY_TRY(anepy_kernels_named(&kernels, isa));
@@ -166,7 +166,7 @@ int32_t anepy_peaks_measure(anepy_peaks *out, const char *isa, int32_t threads) 
     strncpy(out->isa, kernels->isa, sizeof out->isa - 1);
     uint64_t fpmode = anepy_fpmode_enter();
     int32_t status = measure_arithmetic(out, kernels, pool);
-    if (status == ANEPY_OK) status = measure_memory(out, pool);
+    if (status == ANEPY_OK && memory) status = measure_memory(out, pool);
     anepy_fpmode_leave(fpmode);
     anepy_pool_free(pool);
     return status;

@@ -390,8 +390,8 @@ def test_report_survives_json() -> None:
 
 def test_log_append_continues_and_default_replaces(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    for append, lines in ((False, 1), (True, 2), (False, 1)):
-        with RunLog(path, append=append) as log:
+    for after, lines in ((None, 1), (0, 2), (None, 1)):
+        with RunLog(path, after) as log:
             log.run({}, "cpu")
         assert len(path.read_text().splitlines()) == lines
 

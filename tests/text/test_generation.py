@@ -265,3 +265,10 @@ def test_generate_sampled_text_depends_on_the_seed_alone() -> None:
     ]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("One day") and len(texts[0]) > 40
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
+def test_sampling_near_zero_takes_the_likeliest(temperature: float) -> None:
+    logits = np.array([1e30, 3e38, -3e38, 0.0], np.float32)
+    assert Sampling(temperature, 0.9, 0).pick(logits) == 1
+    assert Sampling(temperature, 1.0, 0).pick(logits) == 1

@@ -23,7 +23,10 @@ def convert(
     ],
     target: Annotated[
         Path,
-        path_argument(metavar="OUT", help=".bin, .gguf, .npz (a checkpoint), else a folder."),
+        path_argument(
+            metavar="OUT",
+            help=".bin, .gguf, .npz (a checkpoint), tokenizer.json, tokenizer.bin, or a folder.",
+        ),
     ],
     dtype: Annotated[
         str, typer.Option(help="How weights are stored: f32, f16, bf16 or q8_0.")
@@ -42,21 +45,31 @@ def convert(
             "--tokenizer",
             "-z",
             metavar="FILE",
-            help="tokenizer.bin for a .gguf. Default: the one beside IN.",
+            help="For the model. Default: its own, or the one beside IN.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a model in another format, or a checkpoint with its optimizer's state."""
+    """Write a model in another format, or a checkpoint with its optimizer's state.
+
+    Its tokenizer goes along. OUT named tokenizer.json or tokenizer.bin is the tokenizer alone.
+    """
     if target.exists() and not force:
         raise ConfigError(f"{target} exists: name another file, or add --force to replace it")
     distinct({"OUT": target}, {"IN": source})
+    if target.name in ("tokenizer.json", "tokenizer.bin"):
+        from ..text.tokenizer import Tokenizer
+        from ..text.tokenizer_stored import save_tokenizer
+
+        words = Tokenizer.load(tokenizer or source)
+        save_tokenizer(words, target)
+        print(f"{target}: {words.vocab_size:,} tokens")
+        return
     from ..system.words import quantity
     from ..training.convert import read, write
 
     state = read(source)
-    if target.suffix == ".gguf":
-        _give_tokenizer(state.model, tokenizer, source)
+    _give_tokenizer(state.model, tokenizer, source)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write(state, target, dtype, research)
@@ -66,7 +79,7 @@ def convert(
 
 
 def _give_tokenizer(model: Model, named: Path | None, source: Path) -> None:
-    """Let a GGUF file hold the tokenizer that lies beside a model of llama2.c."""
+    """Let a model have the tokenizer that was named, or lies beside a file of llama2.c."""
     from ..models.stored_tokenizer import Pieces
     from ..text.tokenizer_stored import resolve_tokenizer
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from pathlib import Path
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, TokenizerError
 from ..system import files
 from . import gguf, huggingface, llama2c, research, tensor_file
 from .identify import HEAD_BYTES, known_as
 from .model import Model, ModelConfig, PathLike
 from .storages import check_storage
-from .stored_tokenizer import StoredTokenizer, from_json
+from .stored_tokenizer import from_json
 from .tensors import Stored
+from .tokenizer_formats import folder_files
 
 DTYPES = {"bin": ("f32",), "gguf": ("f32", "f16", "bf16", "q8_0"), "folder": ("f32", "f16", "bf16")}
 _READS = "anepy reads llama2.c .bin files, GGUF files and Hugging Face folders"
@@ -74,8 +76,12 @@ def tokenizer_beside(path: Path) -> Path:
 
 
 def _save_beside(model: Model, path: Path) -> None:
-    kept = model.tokenizer
-    content = kept.files.get("tokenizer.json") if isinstance(kept, StoredTokenizer) else None
+    content = None
+    if model.tokenizer is not None:
+        try:
+            content = folder_files(model.tokenizer).get("tokenizer.json")
+        except TokenizerError as error:
+            warnings.warn(f"{path} gets no tokenizer beside it: {error}", stacklevel=4)
     if content is not None:
         with files.replacing(tokenizer_beside(path)) as file:
             file.write(content)

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ModelError, TokenizerError
 from ..system import files
 from . import rope, tensors
 from .model import ModelConfig
 from .storage import Q8_BYTES, StoredTensors
-from .stored_tokenizer import CONTROL, UNKNOWN, UNUSED, Pieces, StoredTokenizer
+from .stored_tokenizer import Pieces, StoredTokenizer
 from .tensors import Stored, Tensor
+from .tokenizer_formats import gguf_fields
 from .views import Array
 
 MAGIC = b"GGUF"
@@ -335,8 +336,8 @@ def save(
         config: the model's dimensions.
         weights: its tensors.
         dtype: "f32", "f16", "bf16" or "q8_0".
-        tokenizer: one of a GGUF file, kept as it was, or one of llama2.c's kind. Without either the
-            file has none, and a warning says so.
+        tokenizer: one of a GGUF file, kept as it was, or another that such a file can hold. Else
+            the file has none, and a warning says why.
 
     Returns:
         the bytes written.
@@ -390,56 +391,25 @@ def _write_tokenizer(
     config: ModelConfig,
     tokenizer: StoredTokenizer | Pieces | None,
 ) -> None:
-    if isinstance(tokenizer, StoredTokenizer) and tokenizer.format == "gguf":
-        for key, (kinds, value) in tokenizer.fields.items():
-            types = [package.GGUFValueType(kind) for kind in kinds]
-            # The writer refuses an empty list, which says no more than none.
-            if value != []:
-                writer.add_key_value(key, value, types[0], types[-1] if len(types) > 1 else None)
-        return
-    if isinstance(tokenizer, Pieces):
-        _write_pieces(writer, path, config, tokenizer)
+    try:
+        fields = gguf_fields(tokenizer, config.vocab_size) if tokenizer is not None else {}
+        reason = "the model has none"
+    except TokenizerError as error:
+        fields, reason = {}, str(error)
+    except ModelError as error:
+        raise ModelError(f"cannot write model {path}: {error}") from None
+    for key, (kinds, value) in fields.items():
+        types = [package.GGUFValueType(kind) for kind in kinds]
+        # The writer refuses an empty list, which says no more than none.
+        if value != []:
+            writer.add_key_value(key, value, types[0], types[-1] if len(types) > 1 else None)
+    if fields:
         return
     writer.add_tokenizer_model("no_vocab")
     warnings.warn(
-        f"{path} gets no tokenizer: the model has none that anepy can write into a GGUF file, so "
-        "llama.cpp loads it but reads no text",
+        f"{path} gets no tokenizer, so llama.cpp loads it but reads no text: {reason}",
         stacklevel=4,
     )
-
-
-def _write_pieces(writer: Any, path: Path, config: ModelConfig, tokenizer: Pieces) -> None:
-    """Write a tokenizer of pieces as SentencePiece's, which llama2.c's were made from."""
-    entries, scores = tokenizer.pieces()
-    if len(entries) > config.vocab_size:
-        raise ModelError(
-            f"cannot write model {path}: its tokenizer has {len(entries)} tokens, the model "
-            f"{config.vocab_size}; give it the tokenizer it was trained with"
-        )
-    names, kinds, scores = [], list(tokenizer.kinds()), list(scores)
-    for entry, kind in zip(entries, kinds, strict=True):
-        # llama2.c's own exporter writes spaces for SentencePiece's mark and lines around names.
-        name = entry.strip(b"\n") if kind == CONTROL else entry.replace(b" ", "\u2581".encode())
-        names.append(name)
-    # Rows of the model that no token has.
-    for extra in range(len(names), config.vocab_size):
-        names.append(b"[PAD%d]" % extra)
-        kinds.append(UNUSED)
-        scores.append(0.0)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(names)
-    writer.add_token_scores([float(score) for score in scores])
-    writer.add_token_types(kinds)
-    if tokenizer.bos_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_id)
-    if tokenizer.eos_id is not None:
-        writer.add_eos_token_id(tokenizer.eos_id)
-    if UNKNOWN in kinds:
-        writer.add_unk_token_id(kinds.index(UNKNOWN))
-    writer.add_add_bos_token(tokenizer.bos_id is not None)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(True)
 
 
 def _write_tensors(

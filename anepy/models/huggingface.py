@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ModelError, TokenizerError
 from ..system import files
 from . import hf_config, tensor_file, tensors
 from .model import ModelConfig
 from .stored_tokenizer import Pieces, StoredTokenizer
 from .tensor_file import Place
 from .tensors import Stored, Tensor
+from .tokenizer_formats import folder_files
 from .views import Array
 
 CONFIG = "config.json"
@@ -210,7 +212,8 @@ def save(
         config: the model's dimensions.
         weights: its tensors.
         dtype: "f32", "f16" or "bf16".
-        tokenizer: what came with the model; written only if it came from such a folder.
+        tokenizer: what came with the model; in the form of such a folder if it can be, else a
+            warning says why not.
 
     Returns:
         the bytes written.
@@ -224,7 +227,10 @@ def save(
     beside: Mapping[str, bytes] = {}
     if isinstance(tokenizer, StoredTokenizer):
         settings |= tokenizer.ids
-        beside = tokenizer.files
+    try:
+        beside = folder_files(tokenizer) if tokenizer is not None else {}
+    except TokenizerError as error:
+        warnings.warn(f"{folder} gets no tokenizer: {error}", stacklevel=4)
     shards = _shards(tensors.tensors(config), 4 if dtype == "f32" else 2)
     names = [
         WEIGHTS if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"

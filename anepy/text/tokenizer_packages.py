@@ -10,10 +10,10 @@ import numpy as np
 
 from ..errors import TokenizerError
 from ..models.stored_tokenizer import StoredTokenizer
+from ..models.tokenizer_formats import ENDS
 from .tokenizer import Ids, Raw, Text, Tokenizer, outside, unicode
 
-# What ends a text or a turn in the models there are, where no file of theirs says it.
-_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
+# What ends a turn in the models there are, where no file of theirs says it.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -115,7 +115,7 @@ class JsonTokenizer(Tokenizer):
         if eos is None:
             eos = next(iter(ends), None)
         if eos is None:
-            eos = next((self.specials[name] for name in _ENDS if name in self.specials), None)
+            eos = next((self.specials[name] for name in ENDS if name in self.specials), None)
         self.eos_id = eos
         turns = {self.specials[name] for name in _TURN_ENDS if name in self.specials}
         self.stop_ids = frozenset({*ends, *turns, *([] if eos is None else [eos])})

@@ -137,6 +137,7 @@ class PieceTokenizer(Tokenizer):
         self.eos_id = known("</s>") if eos_id is None and self._named else eos_id
         ends = {self.bos_id, self.eos_id} - {None} if stop_ids is None else stop_ids
         self.stop_ids = frozenset(i for i in ends if i is not None)
+        self.blank_first = blank_first
         self._blank = b" " if blank_first else b""
         self._marks = marks
         self._joinable = _joinable_bytes(self._joins)

@@ -10,15 +10,22 @@ from typing import Any
 from ..errors import ModelError, TokenizerError
 from ..models import gguf, huggingface
 from ..models.model import Model
-from ..models.stored_tokenizer import CONTROL, USER_DEFINED, Pieces, StoredTokenizer
+from ..models.stored_tokenizer import Pieces, StoredTokenizer
+from ..models.tokenizer_formats import (
+    JSON,
+    KIND,
+    MODEL,
+    SETTINGS,
+    TEMPLATE,
+    folder_files,
+    gguf_fields,
+    json_of_merges,
+)
+from ..system.files import replacing, write_failure
 from .tokenizer import PathLike, Tokenizer
 from .tokenizer_packages import JsonTokenizer, SentencePieceTokenizer
 from .tokenizer_pieces import MIN_VOCAB, PieceTokenizer, byte_tokenizer
 
-JSON = "tokenizer.json"
-MODEL = "tokenizer.model"
-SETTINGS = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
 _GENERATION = "generation_config.json"
 
 
@@ -82,7 +89,7 @@ def of_model(model: Model) -> Tokenizer | None:
     if isinstance(came, StoredTokenizer):
         if not (came.fields or JSON in came.files or MODEL in came.files):
             return None
-        if came.format == "gguf" and came.fields.get(_KIND, ((), None))[1] in (None, "no_vocab"):
+        if came.format == "gguf" and came.fields.get(KIND, ((), None))[1] in (None, "no_vocab"):
             return None
         tokenizer = of_stored(came, name)
     elif isinstance(came, Tokenizer):
@@ -136,6 +143,46 @@ def resolve_tokenizer(tokenizer: Tokenizer | PathLike | None, model: Model) -> T
     )
 
 
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer as a file of its own: a `tokenizer.json`, or llama2.c's `tokenizer.bin`.
+
+    Raises:
+        TokenizerError: the file cannot be written, or not hold the tokenizer with the same ids.
+    """
+    kept = tokenizer.stored if tokenizer.stored is not None else tokenizer
+    assert isinstance(kept, StoredTokenizer | Pieces)
+    try:
+        if path.suffix == ".json":
+            content = folder_files(kept).get(JSON)
+            if content is None:  # it came as SentencePiece's file alone
+                content = folder_files(_as_pieces(tokenizer))[JSON]
+            try:
+                with replacing(path) as file:
+                    file.write(content)
+            except OSError as error:
+                raise TokenizerError(write_failure(path, "tokenizer", error)) from error
+            return
+        pieces = _as_pieces(tokenizer)
+        known = PieceTokenizer(*pieces.pieces())
+        ends = known.bos_id, known.eos_id, known.kinds()
+        if ends != (pieces.bos_id, pieces.eos_id, pieces.kinds()) or not pieces.blank_first:
+            raise TokenizerError("it has special tokens that such a file does not tell from others")
+        known.save(path)
+    except TokenizerError as error:
+        raise TokenizerError(f"cannot write {path}: {error}") from None
+
+
+def _as_pieces(tokenizer: Tokenizer) -> PieceTokenizer:
+    if isinstance(tokenizer, PieceTokenizer):
+        return tokenizer
+    assert tokenizer.stored is not None
+    fields = gguf_fields(tokenizer.stored, tokenizer.vocab_size)
+    found = of_stored(StoredTokenizer("gguf", fields=fields), tokenizer.name)
+    if not isinstance(found, PieceTokenizer):
+        raise TokenizerError("it merges bytes, and such a file holds pieces with scores")
+    return found
+
+
 # ------------------------------------------------------------------------------- Hugging Face
 
 
@@ -187,39 +234,6 @@ def _object(content: bytes, name: str) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------- GGUF
 
-_KIND = "tokenizer.ggml.model"
-_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_WORDS = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_GPT2: Mapping[str, Any] = {
-    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
-}  # fmt: skip
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    """Return the step that cuts a text into these words, then bytes into letters."""
-    words = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {"type": "Sequence", "pretokenizers": [words, {**_GPT2, "use_regex": False}]}
-
-
-_DIGITS = {"type": "Digits", "individual_digits": True}
-# How the families' own tokenizer.json cuts a text into words, under llama.cpp's names for that;
-# llama.cpp leaves Qwen's normalization out.
-_WORDS_OF: Mapping[str, dict[str, Any]] = {
-    "gpt-2": dict(_GPT2),
-    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, dict(_GPT2)]},
-    "llama-bpe": _split(_WORDS % r"\p{N}{1,3}"),
-    "qwen2": _split(_WORDS % r"\p{N}"),
-}
-_OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-
 
 def _of_gguf_file(path: Path) -> Tokenizer:
     try:
@@ -232,12 +246,12 @@ def _of_gguf_file(path: Path) -> Tokenizer:
 
 
 def _of_fields(fields: Mapping[str, Any], name: str, stored: StoredTokenizer) -> Tokenizer:
-    kind = fields.get(_KIND)
+    kind = fields.get(KIND)
     tokens = fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise TokenizerError(f"{name} lists no tokens; get the file again")
     if kind == "gpt2":
-        return _of_merges(fields, tokens, name, stored)
+        return _of_merges(fields, name, stored)
     if kind != "llama":
         raise TokenizerError(
             f"{name} is of kind {kind!r}; anepy reads llama and gpt2: give the model's own "
@@ -263,55 +277,18 @@ def _of_fields(fields: Mapping[str, Any], name: str, stored: StoredTokenizer) ->
     )
 
 
-def _of_merges(
-    fields: Mapping[str, Any], tokens: list[str], name: str, stored: StoredTokenizer
-) -> Tokenizer:
+def _of_merges(fields: Mapping[str, Any], name: str, stored: StoredTokenizer) -> Tokenizer:
     """Write the file of the package tokenizers that means the same, and read it."""
-    pre = str(fields.get("tokenizer.ggml.pre", "default"))
-    pre = _OTHER_NAMES.get(pre, pre)
-    if pre not in _WORDS_OF:
+    try:
+        content, settings = json_of_merges(fields)
+    except TokenizerError as error:
         raise TokenizerError(
-            f"{name} cuts words as {pre!r}; anepy knows {', '.join(_WORDS_OF)}: give the model's "
-            f"own {JSON} (--tokenizer FILE)"
-        )
-    added = [
-        {
-            "id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": kind == CONTROL,
-        }
-        for i, kind in enumerate(_kinds(fields, len(tokens)))
-        if kind in (CONTROL, USER_DEFINED)
-    ]  # fmt: skip
-    # A token may hold a blank only behind its first letter: none is empty.
-    merges = [
-        [pair[: pair.index(" ", 1)], pair[pair.index(" ", 1) + 1 :]]
-        for pair in fields.get("tokenizer.ggml.merges", [])
-    ]
-    bos, eos = _ends(fields)
-    adds = fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": _WORDS_OF[pre],
-        "post_processor": {**_GPT2, "trim_offsets": False},
-        "decoder": dict(_GPT2),
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": pre == "llama-bpe",
-            "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
-        },
-    }  # fmt: skip
-    settings: dict[str, Any] = {"add_bos_token": bool(adds)}
-    for key, token in (("bos_token", bos), ("eos_token", eos)):
-        if token is not None:
-            settings[key] = tokens[token]
+            f"{name} {error}: give the model's own {JSON} (--tokenizer FILE)"
+        ) from None
     template = fields.get("tokenizer.chat_template")
     raw = json.dumps(content, ensure_ascii=False).encode()
-    return JsonTokenizer(raw, name, settings, sorted(_stops(fields, eos)), template, stored)
+    stops = sorted(_stops(fields, _ends(fields)[1]))
+    return JsonTokenizer(raw, name, settings, stops, template, stored)
 
 
 def _kinds(fields: Mapping[str, Any], count: int) -> list[int]:

@@ -18,8 +18,10 @@ from anepy.errors import TokenizerError
 from anepy.models.model import Model, ModelConfig
 from anepy.models.stored_tokenizer import StoredTokenizer
 from anepy.text.tokenizer import Tokenizer
+from anepy.text.tokenizer_packages import JsonTokenizer, SentencePieceTokenizer
 from anepy.text.tokenizer_pieces import PieceTokenizer, byte_tokenizer
 from anepy.text.tokenizer_stored import of_model, of_stored, resolve_tokenizer
+from anepy.text.tokenizer_training import train_tokenizer
 
 WORDS = (
     "the cat sat on a mat", "it's", "I'M", "we'LL", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n",
@@ -370,6 +372,94 @@ def test_kinds_that_anepy_does_not_read_are_named() -> None:
     fields["tokenizer.ggml.pre"] = ((8,), "unheard")
     with pytest.raises(TokenizerError, match="cuts words as 'unheard'"):
         of_stored(StoredTokenizer("gguf", fields=fields), "m.gguf")
+
+
+# ------------------------------------------------------------------- from one format to another
+
+
+def converted(tokenizer: Any, size: int, folder: Path, *endings: str) -> Tokenizer:
+    """Save a model with a tokenizer in one format after the other; return the last one's."""
+    model = Model.init(ModelConfig(32, 32, 1, 2, 2, size, 64))
+    model.tokenizer = tokenizer
+    for number, ending in enumerate(endings):
+        path = folder / f"{number}{ending}"
+        model.save(path)
+        model = Model.load(path)
+    found = of_model(model)
+    assert found is not None
+    return found
+
+
+CHATTY = {"chat_template": "{{ messages[0]['content'] }}", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("endings", [(".gguf",), (".gguf", ""), (".bin", ".gguf", "", ".gguf")])
+def test_json_goes_through_other_formats(
+    json_file: Path, tmp_path: Path, endings: tuple[str, ...]
+) -> None:
+    needs.module("gguf")
+    original = JsonTokenizer(json_file.read_bytes(), "original", CHATTY)
+    size = original.vocab_size + 3
+    if json_file.parent.name.startswith("marks"):  # whose merges do not come from scores
+        model = Model.init(ModelConfig(32, 32, 1, 2, 2, size, 64))
+        model.tokenizer = original.stored
+        with pytest.warns(UserWarning, match="gets no tokenizer.*not all merges"):
+            model.save(tmp_path / "no.gguf")
+        return
+    found = converted(original.stored, size, tmp_path, *endings)
+    assert (found.bos_id, found.eos_id) == (original.bos_id, original.eos_id)
+    if ".bin" not in endings:  # beside which lies a tokenizer.json alone
+        assert found.chat_template == CHATTY["chat_template"]
+    several = [t for t in texts(400) if "\0" not in t]
+    assert [found.encode(t) for t in several] == [original.encode(t) for t in several]
+    answers = (
+        llama_cpp.ask(tmp_path / "0.gguf", *({"text": t} for t in several[:200]))
+        if (endings[0] == ".gguf")
+        else []
+    )
+    assert answers == [original.encode(t) for t in several[: len(answers)]]
+
+
+def test_trained_vocabulary_goes_to_llama_cpp_and_back(tmp_path: Path) -> None:
+    needs.module("gguf")
+    text = tmp_path / "text.txt"
+    text.write_text("Once there was a cat. It's 12 o'clock, said the cat!\n\n" * 50, "utf-8")
+    trained, content = train_tokenizer([text], 300, None, lambda count: None)
+    stored = StoredTokenizer("huggingface", {"tokenizer.json": content})
+    found = converted(stored, trained.vocab_size, tmp_path, ".gguf", "")
+    several = ["It's the cat. 123  cats\n", "Grüße, 日本!", " a", "</s>", *texts(100)]
+    several = [t for t in several if "\0" not in t]
+    wanted = [trained.encode(t) for t in several]
+    assert [found.encode(t) for t in several] == wanted
+    assert llama_cpp.ask(tmp_path / "0.gguf", *({"text": t} for t in several)) == wanted
+    assert (found.bos_id, found.eos_id) == (trained.bos_id, trained.eos_id)
+
+
+@pytest.mark.parametrize("endings", [("",), (".gguf", ""), (".bin", ".gguf"), ("", ".gguf", "")])
+def test_pieces_go_through_other_formats(tmp_path: Path, endings: tuple[str, ...]) -> None:
+    needs.module("gguf")
+    original = PieceTokenizer.read(needs.data("tokenizer.bin"))
+    found = converted(original, 32000, tmp_path, *endings)
+    several = [t for t in texts(300) if "\0" not in t]
+    several += needs.data("tinyshakespeare.txt").read_text("utf-8").split("\n\n")[:100]
+    assert (found.bos_id, found.eos_id) == (1, 2)
+    for text in several:
+        if "\u2581" not in text:  # means a blank elsewhere
+            assert found.encode(text) == original.encode(text), text
+
+
+def test_sentencepiece_goes_to_gguf(tmp_path: Path) -> None:
+    needs.module("gguf")
+    sentencepiece_model(tmp_path / "m.model")
+    content = (tmp_path / "m.model").read_bytes()
+    original = SentencePieceTokenizer(content, "original")
+    stored = StoredTokenizer("huggingface", {"tokenizer.model": content})
+    found = converted(stored, original.vocab_size, tmp_path, ".gguf")
+    several = [t for t in texts(400) if "\0" not in t]
+    assert [found.encode(t) for t in several] == [original.encode(t) for t in several]
+    assert llama_cpp.ask(tmp_path / "0.gguf", *({"text": t} for t in several[:200])) == [
+        original.encode(t) for t in several[:200]
+    ]
 
 
 # ------------------------------------------------------------------------------------- models

@@ -20,6 +20,7 @@ from anepy import (
     TrainConfig,
     Trainer,
 )
+from anepy.text.tokenizer import Tokenizer
 from anepy.training.convert import convert
 
 PLAIN = ModelConfig(32, 48, 2, 4, 4, 61, 16)
@@ -230,6 +231,28 @@ def test_convert_to_gguf_takes_the_tokenizer_beside(run: Run, tmp_path: Path) ->
     Model.init(GROUPED).save(tmp_path / "other.bin")
     result = run("convert", "other.bin", "other.gguf")
     assert result.code == 0 and "anepy: note: other.gguf gets no tokenizer" in result.err
+
+
+def test_convert_writes_a_tokenizer_alone(run: Run, tmp_path: Path) -> None:
+    words = Tokenizer.load(needs.data("tok512.bin"))
+    needs.module("gguf")
+    model = Model.init(ModelConfig(32, 32, 1, 2, 2, 512, 64))
+    model.save(tmp_path / "m.bin")
+    named = ["-z", needs.data("tok512.bin")]
+    texts = ["Once upon a time", "It's 12  cats\n", "日本 é"]
+    for ending in (".gguf", ".folder"):
+        assert run("convert", "m.bin", f"m{ending}", *named).code == 0
+        for name in ("tokenizer.json", "tokenizer.bin"):
+            result = run("convert", f"m{ending}", name, "--force")
+            assert result.code == 0 and "512 tokens" in result.out, result.err
+            assert [Tokenizer.load(name).encode(t) for t in texts] == [
+                words.encode(t) for t in texts
+            ]
+    # The scores of a tokenizer.json are ranks, which order the same.
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 99)
+    assert run("prepare", "text.txt", "-o", "d.bin", "--train-tokenizer", 270).code == 0
+    result = run("convert", "d.tokenizer.json", "tokenizer.bin", "--force")
+    assert_one_line_error(result, "tokenizer.bin", "merges bytes")
 
 
 def test_init_takes_dimensions_of_a_model_or_of_options(run: Run, tmp_path: Path) -> None:

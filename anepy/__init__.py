@@ -42,6 +42,7 @@ _HOMES = {
     "PieceTokenizer": "text.tokenizer_pieces",
     "Program": "hardware.program",
     "Progress": "comparing.session",
+    "Ranks": "training.ranks",
     "Ratio": "comparing.estimates",
     "Sampler": "text.data",
     "RopeScaling": "models.model",
@@ -52,6 +53,7 @@ _HOMES = {
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
     "TrainConfig": "training.config",
+    "Traffic": "training.reports",
     "Trainer": "training.trainer",
     "UnsupportedError": "errors",
     "UnsupportedPlatformError": "errors",
@@ -113,7 +115,8 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
     from .text.tokenizer_pieces import PieceTokenizer
     from .training.config import TrainConfig
-    from .training.reports import StepReport, Summary
+    from .training.ranks import Ranks
+    from .training.reports import StepReport, Summary, Traffic
     from .training.trainer import Trainer
 
 

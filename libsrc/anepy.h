@@ -293,6 +293,7 @@ typedef struct anepy_step_stats {
 
 #define ANEPY_LEAVE_GRADIENTS 1u   /* nobody reads them before the next step, which replaces them */
 #define ANEPY_GRADIENTS_AS_LEFT 2u /* nobody has written to them since the last step */
+#define ANEPY_SQUARES_GIVEN 4u     /* squares is the sum of the squares of the gradients */
 
 typedef struct anepy_update_options {
     uint32_t struct_size;
@@ -307,6 +308,12 @@ typedef struct anepy_update_options {
     double grad_clip;    /* largest global norm; 0: none */
     double momentum;     /* sgd, and muon's matrices */
     double matrix_lr;    /* muon: of the matrices of the layers, in place of lr */
+    double squares;
+    /* Updates a part of what is trained only: part_n elements of the arena of gradients from
+     * part_first on, and of each part_stride further. part_n 0: everything. Not with muon. */
+    int64_t part_first;
+    int64_t part_n;
+    int64_t part_stride;
 } anepy_update_options;
 
 typedef struct anepy_update_stats {
@@ -371,9 +378,20 @@ ANEPY_API int32_t anepy_engine_update(anepy_engine *engine, anepy_update_stats *
  * having called this with the same numbers: counted is the sum of what their infos say (below 0:
  * this engine's), scale the smallest of their loss_scale / unit (0: this engine's). The gradients
  * are multiplied to carry scale first. They become NaN if this engine must not update, because one
- * of them is not finite or all its steps were skipped: then none does. Fails with ANEPY_E_STATE
- * without a step since the last update. */
-ANEPY_API int32_t anepy_engine_reduce(anepy_engine *engine, int64_t counted, double scale);
+ * of them is not finite or all its steps were skipped: then none does. An engine without a step
+ * since the last update has gradients of zero, and must be told both numbers; without, it fails
+ * with ANEPY_E_STATE. counted 0 says that no engine may update: the next update is skipped.
+ * ANEPY_REDUCED: the gradients carry scale already. */
+#define ANEPY_REDUCED 1u
+ANEPY_API int32_t anepy_engine_reduce(anepy_engine *engine, int64_t counted, double scale,
+                                      uint32_t flags);
+
+/* With on, steps leave out what their last sequences, those that run side by side at the end, add to
+ * the gradient of the embedding. All else of it is final with the first bucket then. The second call
+ * copies what the last step left out, for the caller to add: float32 [tokens, dim], a row for each
+ * token of those sequences. It returns how many rows that is; rows NULL: nothing is copied. */
+ANEPY_API int32_t anepy_engine_hold_embedding(anepy_engine *engine, int32_t on);
+ANEPY_API int32_t anepy_engine_held_embedding(anepy_engine *engine, float *rows);
 
 /* Forgets the steps since the last update; gradients are zero. */
 ANEPY_API int32_t anepy_engine_discard(anepy_engine *engine);

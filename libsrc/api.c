@@ -10,6 +10,7 @@
 #include "runtime/machine.h"
 #include "runtime/memory.h"
 #include "train/create.h"
+#include "train/embed.h"
 #include "train/ready.h"
 #include "train/scaling.h"
 #include "train/step.h"
@@ -24,7 +25,7 @@ _Static_assert(sizeof(anepy_config) == 104, "config");
 _Static_assert(sizeof(anepy_tensor) == 128, "tensor");
 _Static_assert(sizeof(anepy_engine_info) == 160, "engine info");
 _Static_assert(sizeof(anepy_step_stats) == 200, "step stats");
-_Static_assert(sizeof(anepy_update_options) == 72, "update options");
+_Static_assert(sizeof(anepy_update_options) == 104, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
 _Static_assert(sizeof(anepy_flops) == 56, "flops");
 
@@ -214,6 +215,13 @@ static int32_t check_update(const anepy_engine *e, const anepy_update_options *o
                           "eps %g must be at least 1.2e-38, weight_decay %g and grad_clip %g not "
                           "below 0, eps and weight_decay finite",
                           o->eps, o->weight_decay, o->grad_clip);
+    if (o->part_n != 0 && (o->part_n < 0 || o->part_first < 0 || o->part_stride < o->part_n))
+        return anepy_fail(ANEPY_E_ARGUMENT, "part of %lld elements from %lld on, every %lld",
+                          (long long)o->part_n, (long long)o->part_first,
+                          (long long)o->part_stride);
+    if (o->part_n != 0 && e->muon != NULL)
+        return anepy_fail(ANEPY_E_UNSUPPORTED,
+                          "muon needs whole matrices: it cannot update a part of them");
     return ANEPY_OK;
 }
 
@@ -226,15 +234,12 @@ int32_t anepy_engine_update(anepy_engine *e, anepy_update_stats *out,
 }
 
 static int32_t check_reduce(const anepy_engine *e, int64_t counted, double scale) {
-    if (e->counted == 0 && !e->scaling.skipped)
+    if (e->counted == 0 && !e->scaling.skipped && (counted < 0 || scale == 0.0))
         return anepy_fail(ANEPY_E_STATE, "no step since the last update: nothing to reduce");
-    if (e->scaling.unit == 0.0)
+    if (e->counted > 0 && e->scaling.unit == 0.0)
         return anepy_fail(ANEPY_E_STATE, "gradients of steps whose targets were not told: a step "
                                          "or restore with `counted` and `unit` comes first");
-    if (counted == 0)
-        return anepy_fail(ANEPY_E_STATE, "no target was counted, every step since the last update "
-                                         "was skipped: nothing to reduce");
-    if (counted < e->counted)
+    if (counted > 0 && counted < e->counted)
         return anepy_fail(ANEPY_E_ARGUMENT, "counted is %lld, of this engine alone it is %lld",
                           (long long)counted, (long long)e->counted);
     if (!(scale >= 1e-30 && scale <= 1e30) ||
@@ -244,13 +249,26 @@ static int32_t check_reduce(const anepy_engine *e, int64_t counted, double scale
     return ANEPY_OK;
 }
 
-int32_t anepy_engine_reduce(anepy_engine *e, int64_t counted, double scale) {
+int32_t anepy_engine_reduce(anepy_engine *e, int64_t counted, double scale, uint32_t flags) {
     ANEPY_TRY(enter(e));
-    if (counted < 0) counted = e->counted;
-    if (scale == 0.0 && e->scaling.unit > 0.0) scale = anepy_target_scale(e);
+    int none = e->counted == 0 && !e->scaling.skipped;
+    if (!none && counted < 0) counted = e->counted;
+    if (!none && scale == 0.0 && e->scaling.unit > 0.0) scale = anepy_target_scale(e);
     int32_t status = check_reduce(e, counted, scale);
-    if (status == ANEPY_OK) anepy_scale_join(e, counted, scale);
+    if (status == ANEPY_OK) anepy_scale_join(e, counted, scale, (flags & ANEPY_REDUCED) != 0);
     return leave(e, status);
+}
+
+int32_t anepy_engine_hold_embedding(anepy_engine *e, int32_t on) {
+    ANEPY_TRY(enter(e));
+    e->hold_embedding = on != 0;
+    return leave(e, ANEPY_OK);
+}
+
+int32_t anepy_engine_held_embedding(anepy_engine *e, float *rows) {
+    ANEPY_TRY(enter(e));
+    if (rows != NULL) anepy_embed_held(e, rows);
+    return leave(e, anepy_running_tokens(e));
 }
 
 int32_t anepy_engine_discard(anepy_engine *e) {

@@ -182,8 +182,13 @@ def _plan(
     )
 
 
-def in_folder(request: Request, began: Restart | None) -> Request:
+def in_folder(request: Request, began: Restart | None, check: bool = True) -> Request:
     """Return a request whose files are in the folder of its run, where nothing else was said.
+
+    Args:
+        request: what was asked for.
+        began: by which process, if not by this one.
+        check: whether the folder is looked at; rank 0 of several does so for all.
 
     Raises:
         ConfigError: the folder holds another run, or is none.
@@ -191,9 +196,9 @@ def in_folder(request: Request, began: Restart | None) -> Request:
     folder = request.run
     if folder is None:
         return request
-    if folder.exists() and not folder.is_dir():
+    if check and folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name a folder for the run")
-    if run_folder.holds_run(folder) and request.resume is None and began is None:
+    if check and run_folder.holds_run(folder) and request.resume is None and began is None:
         raise ConfigError(
             f"{folder} holds a run already: add --resume to go on with it, or name another folder"
         )

@@ -35,6 +35,7 @@ from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_stored import resolve_tokenizer
 from ..training import demo, run_folder
 from ..training.keeping import Keeper
+from ..training.ranks import Ranks, started
 from ..training.run_log import RunLog, check_log
 from ..training.trainer import Trainer
 from .common import distinct, print_json
@@ -54,29 +55,37 @@ def run(request: Request) -> None:
         typer.Exit: the run was interrupted.
     """
     with ExitStack() as stack:
+        ranks = started()
+        if ranks is not None:
+            stack.enter_context(ranks)
+        first = ranks is None or ranks.first
         began = restart.pending()
         if began is not None:
             stack.callback(began.discard)
         else:
             request = brought(request)
-        request = in_folder(request, began)
+        request = in_folder(request, began, check=first)
         plan = make_plan(request, began)
         if plan.saved is not None:
             stack.callback(plan.saved.close)
         # Model and data first: cheap checks before the library is loaded or compiled.
-        trainer = stack.enter_context(_trainer(request, plan))
+        trainer = stack.enter_context(_trainer(request, plan, ranks))
         if plan.saved is not None:
             plan.saved.close()  # a deleted file takes room on the disk while it is open
         if began is not None:
             began.discard()  # a later restart replaces this process without a clean-up
-        request = _prepare_folder(request, trainer)
-        _check_outputs(request, plan, trainer)
-        stack.enter_context(_owned(request, plan))
-        sampler = _sampler(request, plan, trainer)
-        reporter = make_reporter(quiet=request.as_json)
+        if first:
+            request = _prepare_folder(request, trainer)
+            _check_outputs(request, plan, trainer)
+            stack.enter_context(_owned(request, plan))
+            sampler = _sampler(request, plan, trainer)
+            reporter = make_reporter(quiet=request.as_json)
+        else:  # rank 0 writes and shows
+            request = replace(request, log=None, run=None, save=None, as_json=False)
+            sampler, reporter = None, Reporter()
         log = stack.enter_context(_log(request, plan))
         _introduce(request, plan, trainer, reporter, log)
-        stop, saved = _loop(request, plan, trainer, reporter, log, sampler)
+        signal, saved = _loop(request, plan, trainer, reporter, log, sampler)
         engine = trainer.engine
         peak = device_peak(engine.device, engine.precision, engine.threads)
         summary = trainer.summary().with_peak(peak)
@@ -84,7 +93,7 @@ def run(request: Request) -> None:
         reporter.summary(summary, saved)
         interrupted = not trainer.finished
         sample = None
-        if plan.demo and stop.signal is None:
+        if plan.demo and not signal and first:
             sample = _sample(trainer.model, reporter)
         if log.failure is not None:
             reporter.note(f"the log {request.log} ends early: {log.failure.strerror}")
@@ -103,12 +112,12 @@ def run(request: Request) -> None:
                     "sample": sample,
                 }
             )
-    if stop.signal is not None:
-        raise typer.Exit(stop.exit_code)
+    if signal:
+        raise typer.Exit(128 + signal)  # by the convention of shells
 
 
 @contextmanager
-def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
+def _trainer(request: Request, plan: Plan, ranks: Ranks | None) -> Iterator[Trainer]:
     """Load everything and close it at the end."""
     data: TokenData | Path
     if plan.demo:
@@ -123,7 +132,7 @@ def _trainer(request: Request, plan: Plan) -> Iterator[Trainer]:
     restarted = plan.restarted is not None
     lora = Lora.load(plan.adapter) if plan.adapter is not None else None
     with Trainer(
-        _model(plan), data, plan.config, plan.saved, restarted, lora, plan.validation
+        _model(plan), data, plan.config, plan.saved, restarted, lora, plan.validation, ranks
     ) as trainer:
         if plan.demo:
             trainer.source["demo"] = True
@@ -308,8 +317,8 @@ def _engine(trainer: Trainer) -> dict[str, Any]:
 
 
 def _notes(trainer: Trainer) -> list[str]:
-    chosen = trainer.engine.device_note
-    return [*([chosen] if chosen else []), *trainer.notes]
+    chosen = (trainer.ranks_note, trainer.engine.device_note)
+    return [*(text for text in chosen if text), *trainer.notes]
 
 
 def _loop(
@@ -319,11 +328,11 @@ def _loop(
     reporter: Reporter,
     log: RunLog,
     sampler: Callable[[], str] | None,
-) -> tuple[StopRequest, list[str]]:
+) -> tuple[int, list[str]]:
     """Train until the end or a signal, then save; nothing after this can lose the run.
 
     Returns:
-        Whether and how it was stopped, and what was written, in words.
+        The signal that stopped it, 0 if none did, and what was written, in words.
     """
 
     def abort() -> None:
@@ -344,12 +353,13 @@ def _loop(
         ) as keeper,
     ):
         restart.unblock_signals()
+        trainer.asked = lambda: stop.signal or 0
 
         def train() -> None:
             for report in trainer:
                 reporter.step(report)
                 log.step(report)
-                if stop.signal is not None:
+                if trainer.stopped:
                     break
                 for text in keeper.after(trainer, report):
                     reporter.note(text)
@@ -372,13 +382,15 @@ def _loop(
                     break
                 except DivergedError as error:
                     told = ""
-                    if rolling and stop.signal is None:
+                    if rolling and not trainer.stopped:
                         told = keeper.roll_back(trainer)
                     if not told:
                         raise
                     reporter.note(f"{error}; {told}")
                     log.rollback(trainer.steps_done, str(error))
         except (DivergedError, DataError) as error:
+            if isinstance(error, DataError) and trainer.ranks is not None:
+                raise  # of one rank: no checkpoint can be made without the others
             raise type(error)(f"{error}{_rescued(plan, trainer, keeper)}") from error
         except NativeError as error:
             if not trainer.engine.stale:
@@ -387,8 +399,10 @@ def _loop(
         finally:
             reporter.stop(erase=failure is not None)
         if failure is not None and stop.signal is None:
+            if trainer.ranks is not None:
+                raise _no_new_process(plan, trainer, failure)
             go_on_elsewhere(plan, trainer, reporter, log, failure, stop)
-        complete = trainer.finished
+        complete, signal = trainer.finished, trainer.stopped
         if trainer.ended:
             saved.append(f"ended after step {trainer.steps_done}: {trainer.ended}")
         there = trainer.start_step == trainer.steps_done and plan.checkpoint == plan.resume
@@ -410,7 +424,16 @@ def _loop(
             saved += [f"{done}; continue with:", f"  {_continue_command(request, plan)}"]
         else:
             saved.append(f"{done}; nothing was saved (--no-checkpoint)")
-    return stop, saved
+    return signal, saved
+
+
+def _no_new_process(plan: Plan, trainer: Trainer, failure: NativeError) -> NativeError:
+    """Save the run of ranks that may compile no more: MPI replaces no processes."""
+    text = f"{failure.detail}; an MPI job cannot go on in new processes"
+    if plan.checkpoint is not None:
+        trainer.save_checkpoint(plan.checkpoint)
+        text += f": the run is in {plan.checkpoint}, start it again with --resume"
+    return type(failure)(failure.code, failure.name, text)
 
 
 def _save(trainer: Trainer, path: Path) -> str:

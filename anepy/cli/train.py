@@ -81,6 +81,15 @@ def train(
     ] = None,
     patience: Annotated[int | None, _option("patience")] = None,
     minutes: Annotated[float | None, _option("minutes")] = None,
+    shard: Annotated[bool, _option("shard", "--shard")] = False,
+    wire: Annotated[str | None, _option("wire")] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="MPI: the same bits in each run on as many ranks. It is always so.",
+        ),
+    ] = False,
     variant: Annotated[str | None, _option("variant")] = None,
     device: Annotated[str | None, _option("device")] = None,
     precision: Annotated[str | None, _option("precision")] = None,
@@ -181,7 +190,7 @@ def train(
         for name, value in locals().items()
         if name in TrainConfig.__dataclass_fields__ and value is not None
     }
-    for name in ("recompute", "metal", "freeze", "lora", "pack"):
+    for name in ("recompute", "metal", "freeze", "lora", "pack", "shard"):
         if not given.get(name):
             given.pop(name, None)
     request = Request(

@@ -217,6 +217,17 @@ def summary_rows(summary: Summary, arrow: str) -> list[tuple[str, str]]:
             f"{summary.tokens_per_s:,.0f} tokens/s, {summary.tflops * 1e3:,.1f} GFLOP/s",
         )
     )
+    if summary.ranks is not None:
+        each = summary.ranks["tokens_per_s"]
+        speeds = f"{min(each):,.0f} to {max(each):,.0f}" if len(each) > 1 else f"{each[0]:,.0f}"
+        rows.append(
+            (
+                "ranks",
+                f"{len(each)} of {speeds} tokens/s; communicating "
+                f"{summary.ranks['communicating']:.1%} of the time, "
+                f"{summary.ranks['hidden']:.0%} of it hidden",
+            )
+        )
     if summary.peak is not None:
         peak = f"{summary.peak['gflops']:,.0f} GFLOP/s, {summary.peak['name']}"
         rows.append(("utilization", f"{summary.utilization:.1%} of {peak}"))

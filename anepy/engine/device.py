@@ -102,3 +102,15 @@ def refusal(name: str, reason: str) -> str:
     """Say in a few words why a device is not taken."""
     reason = reason.removeprefix(f"device {name}: ").removesuffix(_ADVICE)
     return f"not {name}: {' '.join(reason.split())}"
+
+
+def precision_note(precision: str, device: str, isa: str, asked: str) -> str:
+    """Say in a few words why "auto" took a precision (`choose_precision` in create.c), else ""."""
+    if asked != AUTO:
+        return ""
+    if precision == "fp16":
+        return f"device {device} computes in fp16"
+    if precision == "bf16" or "bf16" not in isa:
+        has = "has" if precision == "bf16" else "has no"
+        return f"{isa} {has} bf16 dot products"
+    return "the system's library multiplies matrices in fp32"

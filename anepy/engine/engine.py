@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from ..models.views import Array, Tensors
 from ..native import abi
 from ..system.interrupts import Uninterrupted
 from .adapt import adapted
-from .device import AUTO, open_device
+from .device import AUTO, open_device, precision_note
 from .gradients import Gradients
 from .handle import (
     Owner,
@@ -134,8 +134,8 @@ class Engine(Owner):
             raise ConfigError(f"moments are {moments!r}, they are kept as {' or '.join(MOMENTS)}")
         self.moments = moments
         kept = np.uint16 if moments == "bf16" else np.float32
-        self._grads, self._m = table.arena(trainable=True), table.arena(True, kept)
-        self._v = table.arena(True, kept) if second else np.empty(0, np.float32)
+        self._grads, self._m = table.arena(trainable=True), self._moments(table, kept)
+        self._v = self._moments(table, kept) if second else np.empty(0, np.float32)
         self.adam_m: Tensors = table.views(self._m, trainable=True)
         self.adam_v: Tensors = table.views(self._v, True, second)
         options = abi.EngineOptions(
@@ -169,10 +169,17 @@ class Engine(Owner):
         self.device: str = info.device.decode()
         self.precision: str = info.precision.decode()
         self.isa: str = info.isa.decode()
-        self.precision_note = self._why_precision() if precision == AUTO else ""
+        self.precision_note = precision_note(self.precision, self.device, self.isa, precision)
         self.threads: int = info.threads
         self.seq_len: int = info.seq_len
         self.switches = named_switches(self._lib, info.switches)
+
+    def _moments(self, table: TensorTable, dtype: type[Any]) -> Array:
+        """Return zeroed memory for one moment; `SharedEngine` saves some of it."""
+        return table.arena(True, dtype)
+
+    def _complete(self, options: abi.UpdateOptions) -> None:
+        """Fill in what an update needs to know beyond its arguments; `SharedEngine` does."""
 
     @property
     def trained(self) -> Tensors:
@@ -316,18 +323,21 @@ class Engine(Owner):
         To train with several engines as one, say one for each rank of MPI, the function replaces
         each bucket by its sum over all of them, and all are given the same two numbers, so that
         the update of each is that of one engine which made all the steps. If the gradients of one
-        are not finite, or all its steps were skipped, its buckets are NaN: all skip the update.
+        are not finite, or all its steps were skipped, its buckets are NaN: all skip the update. One
+        that made no step takes part with zeros; it has to be told both numbers.
 
         Args:
             function: takes a bucket, float32 (n,), contiguous and writable, and changes its
                 values. What it returns is ignored. If it raises, the gradients are dropped as by
                 `discard`, and the exception is raised again.
-            counted: the sum of `counted` of all engines; default that of this one.
+            counted: the sum of `counted` of all engines; default that of this one. 0: the next
+                update is skipped.
             scale: what the gradient of each target is to carry, the smallest `gradient_scale` of
                 all engines; the gradients are multiplied first. Default that of this one.
 
         Raises:
-            NativeError: no step was made since the last update, or none counted a target.
+            NativeError: no step was made since the last update, and `counted` or `scale` is left
+                out.
             ConfigError: `counted` is less than this engine's, or `scale` out of range.
 
         Example:
@@ -344,7 +354,7 @@ class Engine(Owner):
             raise ConfigError(f"scale is {scale}, expected a number above 0")
         with self._call() as handle:
             self._lib.anepy_engine_reduce(
-                handle, -1 if counted is None else int(counted), float(scale or 0.0)
+                handle, -1 if counted is None else int(counted), float(scale or 0.0), 0
             )
             self._gradients.stale = False
             try:
@@ -415,6 +425,7 @@ class Engine(Owner):
             options.flags = abi.LEAVE_GRADIENTS if leave else 0
             if not self._gradients.exposed:
                 options.flags |= abi.GRADIENTS_AS_LEFT
+            self._complete(options)
             try:
                 self._lib.anepy_engine_update(handle, ctypes.byref(stats), ctypes.byref(options))
             finally:
@@ -580,15 +591,6 @@ class Engine(Owner):
             self._gradients.show()
         with self._call() as handle:
             self._lib.anepy_engine_restore(handle, ctypes.byref(info))
-
-    def _why_precision(self) -> str:
-        """Say in a few words why "auto" took the precision (`choose_precision` in create.c)."""
-        if self.precision == "fp16":
-            return f"device {self.device} computes in fp16"
-        if self.precision == "bf16" or "bf16" not in self.isa:
-            has = "has" if self.precision == "bf16" else "has no"
-            return f"{self.isa} {has} bf16 dot products"
-        return "the system's library multiplies matrices in fp32"
 
     def _info(self) -> abi.EngineInfo:
         info = abi.EngineInfo()

@@ -60,14 +60,17 @@ class Gradients(Mapping[str, Array]):
 
         Final norm and classifier, the layers from the last to the first, the embedding.
         """
-        names = dict.fromkeys(_bucket(name) for name in reversed(self._places))
-        return [self._bucket_view(bucket) for bucket in names]
-
-    def _bucket_view(self, bucket: str) -> Array:
-        places = [place for name, place in self._places.items() if _bucket(name) == bucket]
-        end = max(offset + math.prod(shape) for offset, shape in places)
         with self._guard:
-            return self._lend()[min(offset for offset, _ in places) : end]
+            return [self._lend()[begin:end] for begin, end in self.bucket_places()]
+
+    def bucket_places(self) -> list[tuple[int, int]]:
+        """Return where each bucket begins and ends, in the same order."""
+        found: dict[str, tuple[int, int]] = {}
+        for name in reversed(self._places):
+            offset, shape = self._places[name]
+            end = found.get(_bucket(name), (0, offset + math.prod(shape)))[1]
+            found[_bucket(name)] = offset, end
+        return list(found.values())
 
     def _lend(self) -> Array:
         self.exposed = True

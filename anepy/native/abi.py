@@ -22,7 +22,8 @@ from ..errors import (
 
 ABI_VERSION = 4
 DEFER, RECOMPUTE, BF16_MOMENTS = 1, 2, 4  # flags of EngineOptions
-LEAVE_GRADIENTS, GRADIENTS_AS_LEFT = 1, 2  # flags of UpdateOptions
+LEAVE_GRADIENTS, GRADIENTS_AS_LEFT, SQUARES_GIVEN = 1, 2, 4  # flags of UpdateOptions
+REDUCED = 1  # of anepy_engine_reduce
 MATRIX, ADAPTER = 1, 8  # of the flags of Tensor
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # by the bits of anepy_model_adapt
 
@@ -174,6 +175,10 @@ class UpdateOptions(_Sized):
         ("grad_clip", c_double),
         ("momentum", c_double),
         ("matrix_lr", c_double),
+        ("squares", c_double),
+        ("part_first", c_int64),
+        ("part_n", c_int64),
+        ("part_stride", c_int64),
     )
 
 
@@ -443,7 +448,9 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     ),
     "anepy_engine_logits": (handle, _floats, _ids, c_int32),
     "anepy_engine_logits_batch": (handle, _floats, _ids, _starts, c_int32, c_int32),
-    "anepy_engine_reduce": (handle, c_int64, c_double),
+    "anepy_engine_reduce": (handle, c_int64, c_double, c_uint32),
+    "anepy_engine_hold_embedding": (handle, c_int32),
+    "anepy_engine_held_embedding": (handle, POINTER(c_float)),
     "anepy_engine_discard": (handle,),
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),
     "anepy_decoder_create": (POINTER(handle), handle, handle, c_int32, c_int32),

@@ -328,6 +328,10 @@ class Sampler:
         self._index += 1
         return _window(self.data, start, self.seq_len)
 
+    def skip(self, count: int) -> None:
+        """Leave out the next windows."""
+        self._index += count
+
     def state(self) -> dict[str, int]:
         """Return what `restore` needs to continue with the same windows."""
         return {"seed": self._seed, "index": self._index}

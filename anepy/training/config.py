@@ -17,6 +17,7 @@ from ..models.targets import TARGETS, chosen_targets
 from .settings import LoopConfig, described, require, setting
 
 ENDLESS = 1 << 53  # steps of a run that something else ends; JSON can hold it
+WIRES = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "lion", "sgd", "muon")  # as libsrc/train/update.c has them
 
 
@@ -69,6 +70,10 @@ class TrainConfig(LoopConfig):
     eval_windows: int = setting(16, "Sequences per held-out evaluation.")
     patience: int = setting(0, "Stop after so many evaluations without a better loss. 0: never.")
     minutes: float | None = setting(None, "Stop after so many minutes, or after --steps.")
+    shard: bool = setting(
+        False, "MPI: each rank updates, and has the moments of, its part of the weights only."
+    )
+    wire: str = setting("fp32", "MPI: how gradients travel: fp32, or rounded to bf16.")
 
     def __post_init__(self) -> None:
         """Take one name for several, the lists of files for tuples, and the default of steps."""
@@ -108,6 +113,9 @@ class TrainConfig(LoopConfig):
                 f"the schedule {self.schedule} falls towards the last step: set steps beside "
                 "minutes, or leave the schedule constant"
             )
+        require(self.wire in WIRES, "wire", self.wire, " or ".join(WIRES))
+        if self.shard and self.optimizer == "muon":
+            raise ConfigError("shard: muon needs whole matrices; use adamw, lion or sgd")
         if self.patience and not self.eval_every:
             raise ConfigError("patience counts evaluations: set eval_every, for example to 100")
 

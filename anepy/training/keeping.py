@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Keeper:
         self._every = every
         self._keep = keep
         self._best = best
-        self._last = time.monotonic()
+        self._last = 0.0
         self._furthest = self._rollbacks = 0
         self._stack = contextlib.ExitStack()
 
@@ -94,7 +93,7 @@ class Keeper:
         if self.path is None:
             return []
         notes = []
-        if self._due(report.step) and not trainer.finished:
+        if self._due(trainer, report.step) and not trainer.finished:
             trainer.check()
             notes += self._try(self.save, trainer)
         improved = trainer.best is not None and trainer.best[1] == report.step
@@ -102,10 +101,11 @@ class Keeper:
             notes += self._try(lambda t: t.save_checkpoint(best_path(self.path)), trainer)
         return notes
 
-    def _due(self, step: int) -> bool:
+    def _due(self, trainer: Trainer, step: int) -> bool:
         if self._every:
             return step % self._every == 0
-        return time.monotonic() - self._last > _PAUSE_S
+        self._last = self._last or trainer.clock()
+        return trainer.clock() - self._last > _PAUSE_S
 
     def _try(self, write: Callable[[Trainer], object], trainer: Trainer) -> list[str]:
         try:
@@ -121,10 +121,10 @@ class Keeper:
             CheckpointError: it could not be written.
         """
         assert self.path is not None
-        self._last = time.monotonic()
+        self._last = trainer.clock()
         nbytes = trainer.save_checkpoint(self.path, keep=True)
         self.written, self.good = True, self.path
-        if self._keep:
+        if self._keep and (trainer.ranks is None or trainer.ranks.first):
             number(self.path, trainer.steps_done, self._keep)
         return nbytes
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.engine import Engine
+from ..engine.evaluation import mean_loss, sequence_losses
 from ..engine.stats import StepStats, UpdateStats
 from ..errors import DivergedError, NativeError
 from ..models.soundness import largest, unsound
@@ -78,6 +79,11 @@ class Loop:
                 part[row] = values
         return rows
 
+    @property
+    def accumulated(self) -> int:
+        """Steps since the last update."""
+        return self.engine.accumulated
+
     def learning_rate(self) -> float:
         """Return the learning rate of the next update."""
         return self.config.learning_rate(self.engine.updates)
@@ -104,6 +110,31 @@ class Loop:
         if stats.skipped:
             raise self.diverged("gradient", self.steps)
         return stats, wall_ms
+
+    def check(self, window: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]) -> None:
+        """Raise unless weights, loss and gradient are finite, as `Trainer.check` says.
+
+        Args:
+            window: tokens and targets to compute a loss and a gradient of.
+        """
+        engine = self.engine
+        if unsound(engine.trained):
+            raise self.diverged("weights", self.steps)
+        if engine.stale:
+            return
+        loss = mean_loss(sequence_losses(engine, [window]))
+        if not math.isfinite(loss):
+            raise self.diverged("loss", self.steps)
+        if self.accumulated or engine.precision == "fp16" or window[1].max() < 0:
+            return
+        unit = engine.unit
+        try:
+            engine.step(*window)
+            if unsound(engine.gradients):
+                raise self.diverged("gradient", self.steps)
+        finally:
+            engine.discard()
+            engine.restore(0, engine.updates, unit=unit)
 
     def diverged(self, what: str, step: int) -> DivergedError:
         """Return the error that says what is not finite, in which tensor, and what to do.

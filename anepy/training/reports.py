@@ -22,6 +22,26 @@ _LOSS_WINDOW = 10
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What the ranks of a job communicated for an update, as rank 0 saw it.
+
+    Attributes:
+        nbytes: bytes it sent.
+        busy_ms: time that this took it, in calls of MPI and additions.
+        waited_ms: time that its step waited for it, after the backward pass.
+    """
+
+    nbytes: int
+    busy_ms: float
+    waited_ms: float
+
+    @property
+    def hidden(self) -> float:
+        """Share of the time that lies behind the backward pass, 0 to 1."""
+        return max(0.0, 1.0 - self.waited_ms / self.busy_ms) if self.busy_ms else 0.0
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one step of a run did.
 
@@ -38,6 +58,7 @@ class StepReport:
         accumulated: steps waiting for the next update.
         compiles: compilations so far, where weights are baked into programs.
         held_out_loss: mean loss on held-out data after this step; None if not evaluated.
+        traffic: what several ranks communicated for the update; None if there was none.
     """
 
     step: int
@@ -52,6 +73,7 @@ class StepReport:
     accumulated: int
     compiles: int
     held_out_loss: float | None
+    traffic: Traffic | None = None
 
     @property
     def loss(self) -> float:
@@ -71,7 +93,7 @@ class StepReport:
             "stats": StepStats(**record["stats"]),
             "update": None if update is None else UpdateStats(**update),
         }
-        return cls(**{**record, **nested})
+        return cls(**{**record, **nested, "traffic": None})
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,9 @@ class Summary:
         held_out_after: held-out loss after the last evaluation.
         peak: what `utilization` is a share of: `gflops` and `name`; None before `with_peak`.
         utilization: share of the peak at the median step time, 0 to 1; None before `with_peak`.
+        ranks: of several processes: `tokens_per_s` of each, one after the other, in steps;
+            `nbytes` that rank 0 sent per update; `communicating`, the share of the wall time
+            that this took, and `hidden`, the share of that behind backward passes. None: one.
     """
 
     step: int
@@ -133,6 +158,7 @@ class Summary:
     held_out_after: float | None
     peak: Mapping[str, Any] | None = None
     utilization: float | None = None
+    ranks: Mapping[str, Any] | None = None
 
     def with_peak(self, peak: Mapping[str, Any] | None) -> Summary:
         """Return a summary with `peak`, of `bench.peaks.device_peak`, and `utilization`."""
@@ -164,6 +190,9 @@ class Sums:
         train_ms: sum of their times.
         updating_ms: sum of the times of updates.
         peak_memory: largest resident size of an earlier process, in bytes.
+        rank_tokens: targets counted by each of several ranks.
+        rank_ms: the time of its steps.
+        traffic: bytes, busy and waited milliseconds, and number of their reductions.
     """
 
     held_out_before: float | None = None
@@ -184,6 +213,9 @@ class Sums:
     train_ms: float = 0.0
     updating_ms: float = 0.0
     peak_memory: int = 0
+    rank_tokens: list[float] = field(default_factory=list)
+    rank_ms: list[float] = field(default_factory=list)
+    traffic: list[float] = field(default_factory=lambda: [0.0] * 4)
 
 
 class Measurements:
@@ -260,6 +292,31 @@ class Measurements:
         if len(sums.first_losses) < _LOSS_WINDOW:
             sums.first_losses.append(stats.loss)
 
+    def add_ranks(self, tokens: Sequence[float], ms: Sequence[float]) -> None:
+        """Add what each rank counted in a step, and the time it took."""
+        sums = self.sums
+        nothing = [0.0] * len(ms)
+        sums.rank_tokens = _added(sums.rank_tokens or nothing, tokens)
+        sums.rank_ms = _added(sums.rank_ms or nothing, ms)
+
+    def add_traffic(self, traffic: Traffic) -> None:
+        """Add a reduction."""
+        figures = (traffic.nbytes, traffic.busy_ms, traffic.waited_ms, 1)
+        self.sums.traffic = _added(self.sums.traffic, figures)
+
+    def _ranks(self) -> dict[str, Any] | None:
+        sums = self.sums
+        if not sums.rank_ms:
+            return None
+        nbytes, busy, waited, count = sums.traffic
+        speeds = zip(sums.rank_tokens, sums.rank_ms, strict=True)
+        return {
+            "tokens_per_s": [1e3 * n / ms if ms else 0.0 for n, ms in speeds],
+            "nbytes": nbytes / max(1, count),
+            "communicating": busy / 1e3 / sums.wall_s if sums.wall_s else 0.0,
+            "hidden": Traffic(0, busy, waited).hidden,
+        }
+
     def add_update(self, stats: UpdateStats) -> None:
         """Add an update."""
         self.sums.update_ms.append(stats.update_ms)
@@ -316,6 +373,7 @@ class Measurements:
             last_loss=_mean(last_losses),
             held_out_before=sums.held_out_before,
             held_out_after=sums.held_out_after,
+            ranks=self._ranks(),
         )
 
 
@@ -327,6 +385,10 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _added(sums: Sequence[float], values: Sequence[float]) -> list[float]:
+    return [a + b for a, b in zip(sums, values, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float | None:

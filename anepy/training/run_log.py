@@ -107,6 +107,11 @@ class RunLog:
                 "lr": report.lr,
             }
         )
+        if report.traffic is not None:
+            hidden = report.traffic.hidden
+            self._write(
+                {"type": "ranks", "step": report.step, **asdict(report.traffic), "hidden": hidden}
+            )
         tflops = report.gflops / 1e3
         ane_tflops = tflops if self._device == "ane" else 0.0
         self._write(

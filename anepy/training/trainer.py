@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ import numpy.typing as npt
 from ..engine.engine import Engine
 from ..engine.evaluation import mean_loss, sequence_losses
 from ..engine.flops import flops_per_step
+from ..engine.shared import SharedEngine
 from ..errors import CheckpointError, ClosedError, ConfigError
 from ..models.lora import Lora
 from ..models.model import Model, sequence_length
-from ..models.soundness import unsound
 from ..models.storage import StoredTensors
 from ..models.stored_tokenizer import from_json
+from ..models.views import Array
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
@@ -36,13 +38,10 @@ from . import checkpoint
 from .config import TrainConfig
 from .loop import Loop
 from .needs import check_batch, check_memory
+from .parallel import ParallelLoop, alike
+from .ranks import Ranks
 from .reports import Measurements, StepReport, Summary
-
-# Settings that change what is computed, so a resume that changes them is worth a note.
-_MATHEMATICAL = (
-    "batch", "accum", "seq", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule",
-    "warmup", "min_lr_ratio", "held_out", "momentum", "matrix_lr", "decay",
-)  # fmt: skip
+from .resuming import check_moments, differences
 
 
 class Trainer:
@@ -70,6 +69,8 @@ class Trainer:
             counts are added to those it carries.
         lora: an adapter to train on, instead of the new one that `config.lora` asks for.
         validation: tokens to evaluate on, or the path of a file, instead of a part of the data.
+        ranks: the processes of an MPI job, all of which make a trainer with the same arguments:
+            they train as one, with as many times the `batch`.
 
     Attributes:
         config: the settings.
@@ -83,6 +84,7 @@ class Trainer:
         ended: why the run ended before its last step, in words; "" if it did not.
         source: where model and data came from, for checkpoints.
         notes: what a resumed run does differently from the saved one, one line each.
+        asked: returns the number of a signal that asks to stop; 0, as it does at first: none.
         start_step: steps done by the run that is resumed, else 0.
 
     Raises:
@@ -109,6 +111,7 @@ class Trainer:
         restarted: bool = False,
         lora: Lora | None = None,
         validation: TokenData | str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config if config is not None else TrainConfig()
         self.config.validate()
@@ -122,7 +125,7 @@ class Trainer:
         with contextlib.ExitStack() as opened:
             if resume is not None and not isinstance(resume, checkpoint.Checkpoint):
                 resume = opened.enter_context(checkpoint.Checkpoint(resume))
-            self._prepare(model, data, resume, restarted, lora, validation)
+            self._prepare(model, data, resume, restarted, lora, validation, ranks)
 
     def _prepare(
         self,
@@ -132,6 +135,7 @@ class Trainer:
         restarted: bool,
         lora: Lora | None,
         validation: TokenData | str | Path | None,
+        ranks: Ranks | None,
     ) -> None:
         """Load everything, and go on where a checkpoint is."""
         self._counts = 0, 0  # updates and compilations when it was closed
@@ -162,6 +166,7 @@ class Trainer:
         self.data, self.held_out = data.split(self.config.held_out)
         if validation is not None:
             self.held_out = self._validation(validation)
+        self.ranks = ranks
         self._held_out_windows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
         if self.held_out is not None:
             self._held_out_windows = list(
@@ -174,20 +179,34 @@ class Trainer:
             sampler = DocumentSampler(self.data, self.seq, self.config.seed, self.config.pack)
         else:
             sampler = Sampler(self.data, self.seq, self.config.seed)
-        self._engine: Engine | None = Engine(
-            model,
-            variant=self.config.engine_variant,
-            device=self.config.device,
-            precision=self.config.precision,
-            seq_len=self.seq,
-            threads=self.config.threads,
-            freeze=self.config.freeze,
-            recompute=self.config.recompute,
-            lora=self.lora,
-            optimizer=self.config.optimizer,
-            moments=self.config.moments,
-            defer=resume is not None,  # the weights are not those to compile for yet
-        )
+        options: dict[str, Any] = {
+            "variant": self.config.engine_variant,
+            "device": self.config.device,
+            "precision": self.config.precision,
+            "seq_len": self.seq,
+            "threads": self.config.threads,
+            "freeze": self.config.freeze,
+            "recompute": self.config.recompute,
+            "lora": self.lora,
+            "optimizer": self.config.optimizer,
+            "moments": self.config.moments,
+            "defer": resume is not None,  # the weights are not those to compile for yet
+        }
+        self.ranks_note = ""
+        self.asked: Callable[[], int] = lambda: 0
+        self._engine: Engine | None
+        self._loop: Loop
+        self._parallel: ParallelLoop | None = None
+        if ranks is None:
+            self._engine = Engine(model, **options)
+            self._loop = Loop(self._engine, sampler, self.config)
+        else:
+            options["threads"], self.ranks_note = ranks.threads(self.config.threads)
+            shared = SharedEngine(model, **options, sparse=self.config.shard)
+            self._engine = shared
+            self._loop = self._parallel = ParallelLoop(shared, sampler, self.config, ranks)
+            self._parallel.asked = lambda: self.asked()
+            self._parallel.late = lambda: self._measured.minutes_over(self.config.minutes)
         self._base: int | None = None
         self.best: tuple[float, int] | None = None
         self.ended = ""
@@ -201,7 +220,6 @@ class Trainer:
                 f"{data.name} was prepared for a vocabulary of {data.vocab_size}, the model has "
                 f"{model.config.vocab_size}"
             )
-        self._loop = Loop(self._engine, sampler, self.config)
         self._unevaluated: StepReport | None = None
         self._flops = self.flops["total"]
         self._measured = Measurements(self._flops)
@@ -213,6 +231,14 @@ class Trainer:
             self.close()
             raise
         self.start_step = self._loop.steps
+        if ranks is not None:
+            try:
+                settings = asdict(self.config) | self.engine_settings() | {"seq": self.seq}
+                settings |= {"step": self.start_step, "data": self.source}
+                ranks.agree(alike(self._engine, self.held_out, settings))
+            except BaseException:
+                self.close()
+                raise
 
     # The engine and what is derived from it
 
@@ -251,6 +277,15 @@ class Trainer:
     @property
     def _total(self) -> int:
         return 0 if self.config.endless else self.config.steps
+
+    def clock(self) -> float:
+        """Return `time.monotonic`; of several ranks that of rank 0 after the last step."""
+        return time.monotonic() if self._parallel is None else self._parallel.clock
+
+    @property
+    def stopped(self) -> int:
+        """The signal that asked to stop, or any of several ranks in the last step; 0: none."""
+        return self.asked() if self._parallel is None else self._parallel.signal
 
     @property
     def losses(self) -> Sequence[float]:
@@ -331,12 +366,18 @@ class Trainer:
         engine, config, loop, measured = self.engine, self.config, self._loop, self._measured
         stats, step_ms = loop.step()
         lr = loop.learning_rate()
-        if measured.minutes_over(config.minutes):
+        parallel = self._parallel
+        if parallel.minutes_over if parallel else measured.minutes_over(config.minutes):
             self.ended = f"{config.minutes:g} minutes are over"
         last = self.finished
         updated = loop.update(last)
         update = updated[0] if updated is not None else None
         measured.add_step(step_ms, stats)
+        traffic = parallel.traffic if parallel and update is not None else None
+        if parallel is not None:
+            measured.add_ranks(*parallel.shares)
+        if traffic is not None:
+            measured.add_traffic(traffic)
         if update is not None:
             measured.add_update(update)
         report = StepReport(
@@ -349,9 +390,10 @@ class Trainer:
             gflops=self._flops / step_ms / 1e6,
             update=update,
             updates=engine.updates,
-            accumulated=engine.accumulated,
+            accumulated=loop.accumulated,
             compiles=measured.sums.compiles + engine.compiles,
             held_out_loss=None,
+            traffic=traffic,
         )
         due = last or (config.eval_every and loop.steps % config.eval_every == 0)
         if self.held_out is not None and due:
@@ -396,7 +438,14 @@ class Trainer:
         """
         if not self._held_out_windows:
             raise ConfigError("there is no held-out data: set held_out, for example to 0.05")
-        return mean_loss(sequence_losses(self.engine, self._held_out_windows))
+        if self.ranks is None:
+            return mean_loss(sequence_losses(self.engine, self._held_out_windows))
+        # Each rank takes every so many of them.
+        mine = self._held_out_windows[self.ranks.rank :: self.ranks.size]
+        losses = sequence_losses(self.engine, mine)
+        own = [math.fsum(n * loss for n, loss in losses), sum(n for n, _ in losses)]
+        loss, counted = self.ranks.gather("evaluate", own)[:, :2].T
+        return math.fsum(loss.tolist()) / float(counted.sum())
 
     def summary(self) -> Summary:
         """Return what this object has done and measured so far; also after it was closed."""
@@ -415,24 +464,7 @@ class Trainer:
         Raises:
             DivergedError: they are not; says what is not finite.
         """
-        engine, loop = self.engine, self._loop
-        if unsound(engine.trained):
-            raise loop.diverged("weights", self.steps_done)
-        if engine.stale:
-            return
-        loss = mean_loss(sequence_losses(engine, [self._first_window]))
-        if not math.isfinite(loss):
-            raise loop.diverged("loss", self.steps_done)
-        if engine.accumulated or engine.precision == "fp16" or self._first_window[1].max() < 0:
-            return
-        unit = engine.unit
-        try:
-            engine.step(*self._first_window)
-            if unsound(engine.gradients):
-                raise loop.diverged("gradient", self.steps_done)
-        finally:
-            engine.discard()
-            engine.restore(0, engine.updates, unit=unit)
+        self._loop.check(self._first_window)
 
     def roll_back(self, path: str | Path) -> None:
         """Go back to a checkpoint of this run, and on from it with data not drawn so far.
@@ -467,13 +499,21 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written; an older file is unchanged.
         """
-        engine = self.engine
-        arrays = dict(self.engine.trained)
-        arrays |= {f"m.{name}": value for name, value in engine.adam_m.items()}
-        arrays |= {f"v.{name}": value for name, value in engine.adam_v.items()}
-        accumulated = 0 if drop_gradients else engine.accumulated
-        if accumulated:
-            arrays |= {f"grad.{name}": value for name, value in engine.gradients.items()}
+        engine, parallel = self.engine, self._parallel
+        accumulated = 0 if drop_gradients else self._loop.accumulated
+        counted, unit = engine.counted, engine.unit
+        moments: tuple[Mapping[str, Array], Mapping[str, Array]] = engine.adam_m, engine.adam_v
+        gradients: Mapping[str, Array] = engine.gradients if accumulated and not parallel else {}
+        if parallel is not None:
+            moments = parallel.moments()
+            if accumulated:
+                counted, unit, gradients = parallel.gathered()
+            if not parallel.ranks.first:
+                return 0
+        arrays = dict(engine.trained)
+        arrays |= {f"m.{name}": value for name, value in moments[0].items()}
+        arrays |= {f"v.{name}": value for name, value in moments[1].items()}
+        arrays |= {f"grad.{name}": value for name, value in gradients.items()}
         run: dict[str, Any] = {}
         if self.best is not None:
             run |= {"best": list(self.best), "worse": self._worse}
@@ -493,11 +533,11 @@ class Trainer:
             source=self.source,
             engine=self.engine_settings(),
             losses=list(self.losses),
-            counted=engine.counted if accumulated else 0,
+            counted=counted if accumulated else 0,
             scaling={
                 "loss_scale": engine.loss_scale,
                 "clean_steps": engine.clean_steps,
-                "unit": engine.unit,
+                "unit": unit,
             },
             run=run,
             anepy=__version__,
@@ -531,18 +571,7 @@ class Trainer:
             raise ConfigError(
                 f"{path} is at step {meta.step} already, steps is {self.config.steps}: raise steps"
             )
-        optimizer = meta.settings.get("optimizer", "adamw")
-        if optimizer != self.config.optimizer:
-            raise CheckpointError(
-                f"{path} has the moments of optimizer {optimizer}, this run is to use "
-                f"{self.config.optimizer}: resume with the same one, or train its model anew"
-            )
-        moments = meta.settings.get("moments", "f32")
-        if moments != self.config.moments:
-            raise CheckpointError(
-                f"{path} has its moments in {moments}, this run is to have them in "
-                f"{self.config.moments}: resume with --moments {moments}"
-            )
+        check_moments(self.config, meta, path)
         self._load(file)
         self._measured = Measurements(self._flops, meta.losses)
         try:
@@ -555,45 +584,18 @@ class Trainer:
                 self._measured.restore(meta.run["measured"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its 'run' is damaged ({error})") from error
-        self.notes += self._differences(meta)
+        here = self.engine_settings()
+        self.notes += differences(self.config, self.seq, self.source, here, meta)
 
     def _load(self, file: checkpoint.Checkpoint) -> None:
         """Take weights, moments, gradients and the place in the data from a checkpoint."""
-        engine, meta = self.engine, file.meta
+        engine, parallel, meta = self.engine, self._parallel, file.meta
         # Before the arrays: a sampler state that does not fit must leave the weights alone.
         self._loop.sampler.restore(meta.sampler)
-        file.load(
-            asdict(self.model.config),
-            self._adapter_facts(),
-            engine.trained,
-            engine.adam_m,
-            engine.adam_v,
-            engine.gradients,
-        )
+        moments = (engine.adam_m, engine.adam_v) if parallel is None else parallel.all_moments()
+        adapter = self._adapter_facts()
+        file.load(asdict(self.model.config), adapter, engine.trained, *moments, engine.gradients)
         engine.restore(meta.accumulated, meta.updates, counted=meta.counted, **meta.scaling)
+        if parallel is not None:
+            parallel.restored(meta.accumulated, *moments)
         self._loop.steps = meta.step
-
-    def _differences(self, meta: checkpoint.Meta) -> list[str]:
-        """Tell in one line each what a resumed run does differently from the saved one."""
-        notes = []
-        now = asdict(self.config) | {"seq": self.seq}
-        for name in _MATHEMATICAL:
-            if name in meta.settings and meta.settings[name] != now[name]:
-                notes.append(f"{name} is {now[name]}, the checkpoint had {meta.settings[name]}")
-        seed = meta.sampler.get("seed")
-        if seed != self.config.seed:
-            notes.append(f"seed {self.config.seed} is ignored, the data order of {seed} continues")
-        steps = meta.settings.get("steps")
-        schedule = self.config.schedule
-        if schedule != "constant" and steps != self.config.steps:
-            notes.append(f"the {schedule} now ends at step {self.config.steps}, it was {steps}")
-        same = {name: self.source[name] for name in ("tokens", "crc32")}
-        if any(meta.source.get(name, value) != value for name, value in same.items()):
-            notes.append("the data is not the checkpoint's: other sequences will be drawn")
-        for name, value in self.engine_settings().items():
-            if name in meta.engine and meta.engine[name] != value and name != "switches":
-                notes.append(
-                    f"{name} is {value}, the checkpoint had {meta.engine[name]}: "
-                    "losses agree, but not bit for bit"
-                )
-        return notes

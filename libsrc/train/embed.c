@@ -92,13 +92,25 @@ static void clear_rows(void *context, int32_t index, int32_t worker) {
            (size_t)rows * (size_t)c->dim * sizeof(float));
 }
 
-void anepy_embed_backward(anepy_engine *e) {
+void anepy_embed_clear(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    if (gradient_of(e) == NULL) return;
-    anepy_touch(e, e->model->config.dim, 3);
-    /* The first step replaces what is there; a tied classifier has done so. */
-    if (!anepy_adds(e) && !c->tied)
+    if (gradient_of(e) != NULL && !anepy_adds(e) && !c->tied)
         anepy_engine_run(e, (c->vocab_size + COLS - 1) / COLS, clear_rows);
+}
+
+int anepy_embed_holds(const anepy_engine *e) { return e->hold_embedding && anepy_last_group(e); }
+
+void anepy_embed_held(anepy_engine *e, float *rows) {
+    const float *dx = e->room->dx.data;
+    int64_t dim = e->model->config.dim, width = e->room->width;
+    for (int32_t start = 0; start < e->run.columns; start += e->run.padded)
+        for (int32_t s = 0; s < e->run.tokens; s++, rows += dim)
+            for (int64_t d = 0; d < dim; d++) rows[d] = dx[d * width + start + s];
+}
+
+void anepy_embed_backward(anepy_engine *e) {
+    if (gradient_of(e) == NULL || anepy_embed_holds(e)) return;
+    anepy_touch(e, e->model->config.dim, 3);
     if (anepy_on(e, ANEPY_VECTOR_EMBED))
         anepy_engine_run(e, (e->model->config.dim + COLS - 1) / COLS, scatter_block);
     else scatter_scalar(e);

@@ -236,6 +236,7 @@ struct anepy_engine {
     anepy_dtype dtype;
     int32_t seq_len;   /* most tokens of a sequence */
     int32_t recompute; /* the layers share all memory but that of their inputs */
+    int32_t hold_embedding; /* the last sequences of a step leave its gradient alone */
     const anepy_kernels *kernels;
     const struct anepy_blas *blas; /* NULL: the own kernels */
     anepy_pool *pool;

@@ -205,6 +205,7 @@ static void add_last(anepy_engine *e, double *mark) {
     anepy_norm_accumulate(e, e->model->config.n_layers);
     anepy_count(mark, &e->run.stats.norm_ms);
     anepy_classifier_dw(e);
+    anepy_embed_clear(e);
     anepy_ready_last(e);
     anepy_count(mark, &e->run.stats.classifier_ms);
 }

@@ -106,17 +106,21 @@ void anepy_scale_step(anepy_engine *e, int skipped) {
     if (anepy_adds(e)) scale_gradients(e, 0.5);
 }
 
-void anepy_scale_join(anepy_engine *e, int64_t counted, double scale) {
+void anepy_scale_join(anepy_engine *e, int64_t counted, double scale, int reduced) {
     anepy_scaling *s = &e->scaling;
+    int none = e->counted == 0 && !s->skipped, lost = s->damaged || (e->counted == 0 && !none);
+    if (none && !reduced) memset(anepy_gradients(e), 0, (size_t)e->model->gradient_n * sizeof(float));
+    if (s->unit == 0.0) s->unit = 1.0;
     double own = anepy_target_scale(e);
-    int lost = s->damaged || e->counted == 0;
-    if (lost || scale != own) scale_gradients(e, lost ? /* mutate: join-lost */ NAN : scale / own);
+    if (!reduced && !none && (lost || scale != own))
+        scale_gradients(e, lost ? /* mutate: join-lost */ NAN : scale / own);
     /* All see one sequence of scales, so that they raise theirs after the same update. */
     if (scale < 0.75 * s->joint) s->clean_steps = 0;
     s->joint = scale;
     if (scale != own && anepy_scaled(e)) s->loss_scale = scale * s->unit;
     else if (scale != own) s->unit = 1.0 / scale;
-    e->counted = counted;
+    s->damaged |= counted == 0;
+    e->counted = counted > 0 ? counted : 1;
     e->squares.lent = 1;
 }
 

@@ -20,9 +20,9 @@ void anepy_scale_step(anepy_engine *e, int skipped); /* after a step */
 void anepy_scale_grow(anepy_engine *e); /* after an update, when nothing is accumulated */
 
 /* Several engines train as one: their gradients are about to be added. counted: targets of all;
- * scale: what the gradient of each carries. Gradients that must not reach an update become NaN, so
- * that no engine makes one. */
-void anepy_scale_join(anepy_engine *e, int64_t counted, double scale);
+ * scale: what the gradient of each is to carry; reduced: it does. Gradients that must not reach an
+ * update become NaN, so that no engine makes one. counted 0: none does. */
+void anepy_scale_join(anepy_engine *e, int64_t counted, double scale, int reduced);
 
 void anepy_scale_forget(anepy_engine *e);  /* there was no step since the last update */
 void anepy_scale_discard(anepy_engine *e); /* and gradients are zero */

@@ -124,6 +124,7 @@ static void step_f32(const anepy_engine *e, float *p, float *g, int64_t at, int6
 typedef struct {
     anepy_engine *e;
     rates decaying, others;
+    int64_t first, n, stride; /* of the gradients: n elements from first on, every stride */
 } update_task;
 
 /* A piece of the gradients may span several tensors; each run of elements has weights of its own
@@ -133,8 +134,11 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
     const update_task *t = context;
     const anepy_engine *e = t->e;
     const anepy_model *m = e->model;
-    int64_t at = (int64_t)index * ANEPY_PIECE_ELEMENTS,
-            end = anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, m->gradient_n);
+    int32_t pieces = anepy_pieces(t->n, ANEPY_PIECE_ELEMENTS);
+    int64_t part = t->first + index / pieces * t->stride,
+            at = part + (int64_t)(index % pieces) * ANEPY_PIECE_ELEMENTS,
+            end = anepy_min_i64(anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, part + t->n),
+                                m->gradient_n);
     for (int32_t i = 0; i < m->tensor_n && at < end; i++) {
         const anepy_tensor *tensor = &m->tensors[i];
         float *gradient = anepy_gradient(e, tensor);
@@ -158,11 +162,13 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
     if (baked) anepy_count(&start, &stats->compile_ms);
     double unit = e->scaling.unit > 0.0 ? e->scaling.unit : 1.0;
     double scale = 1.0 / ((double)e->counted / unit * e->scaling.loss_scale);
-    int wanted = o->grad_clip > 0.0 || anepy_scaled(e) || e->squares.lent;
+    int given = (o->flags & ANEPY_SQUARES_GIVEN) != 0;
+    int wanted = o->grad_clip > 0.0 || anepy_scaled(e) || e->squares.lent || given;
     int as_left = (o->flags & ANEPY_GRADIENTS_AS_LEFT) != 0 &&
                   /* mutate: update-lent */ !e->squares.lent;
-    stats->grad_norm = wanted ? sqrt(anepy_squares_sum(e, as_left)) * scale : NAN;
-    e->squares.step = wanted && as_left ? e->accumulated : 0;
+    stats->grad_norm =
+        wanted ? sqrt(given ? o->squares : anepy_squares_sum(e, as_left)) * scale : NAN;
+    e->squares.step = wanted && as_left && !given ? e->accumulated : 0;
     stats->skipped = e->scaling.damaged || (wanted && !isfinite(stats->grad_norm));
     if (stats->skipped) { /* infinities and NaN must not reach the weights */
         anepy_scale_discard(e);
@@ -187,11 +193,15 @@ int32_t anepy_update(anepy_engine *e, anepy_update_stats *stats, const anepy_upd
                     .lr = (float)o->lr,
                     .decay = 1.0f,
                     .momentum = (float)o->momentum};
-    update_task task = {e, others, others};
+    int64_t all = e->model->gradient_n;
+    update_task task = {e, others, others, 0, all, all};
+    if (o->part_n > 0) task.first = o->part_first, task.n = o->part_n, task.stride = o->part_stride;
     task.decaying.adam.decay = task.decaying.decay = (float)(1.0 - o->lr * o->weight_decay);
     task.decaying.l2 = (float)o->weight_decay;
-    anepy_pool_run(e->pool, anepy_pieces(e->model->gradient_n, ANEPY_PIECE_ELEMENTS), update_piece,
-                   &task);
+    int64_t parts = task.first < all ? (all - task.first - 1) / task.stride + 1 : 0;
+    anepy_pool_run(e->pool, (int32_t)parts * anepy_pieces(task.n, ANEPY_PIECE_ELEMENTS),
+                   update_piece, &task);
+    if (o->part_n > 0 && adam.clear) memset(anepy_gradients(e), 0, (size_t)all * sizeof(float));
     if (e->muon != NULL) {
         anepy_muon_rates muon = {.lr = (float)o->matrix_lr,
                                  .momentum = (float)o->momentum,

@@ -121,7 +121,7 @@ static void check_norm(int which, const char *precision) {
         if (round % 2 == 1) {
             int own = round == 1; /* else of two engines: 18 targets, and another scale */
             double scale = own ? 1.0 : 0.25;
-            CHECK(anepy_engine_reduce(engine, own ? -1 : 18, own ? 0.0 : scale / 9.0) == ANEPY_OK,
+            CHECK(anepy_engine_reduce(engine, own ? -1 : 18, own ? 0.0 : scale / 9.0, 0) == ANEPY_OK,
                   "reduce");
             double now = norm_of(&f);
             CHECK(fabs(now - scale * norm) <= 1e-6 * norm, "a norm of %g becomes %g", norm, now);
@@ -141,18 +141,22 @@ static void check_lost(void) {
     fixture f = fixture_make(2);
     anepy_engine *engine = fixture_engine_on(&f, "sim", "opt", 1);
     anepy_engine_info info = {.struct_size = sizeof info};
-    CHECK(anepy_engine_reduce(engine, -1, 0.0) == ANEPY_E_STATE, "reduce without a step");
+    CHECK(anepy_engine_reduce(engine, -1, 0.0, 0) == ANEPY_E_STATE, "reduce without a step");
     CHECK(anepy_engine_get_info(engine, &info) == ANEPY_OK, "info");
     info.loss_scale = 0x1p40;
     CHECK(anepy_engine_restore(engine, &info) == ANEPY_OK, "restore");
     CHECK(step(engine, &f).skipped == 1, "no overflow");
-    CHECK(anepy_engine_reduce(engine, -1, 0.0) == ANEPY_E_STATE, "reduce nothing");
-    CHECK(anepy_engine_reduce(engine, 9, 16.0) == ANEPY_OK, "reduce with others");
+    CHECK(anepy_engine_reduce(engine, 9, 16.0, 0) == ANEPY_OK, "reduce with others");
     int32_t all = 1;
     for (int64_t i = 0; i < f.n; i++) all &= isnan(f.grads[i]);
     CHECK(all, "a skipped step leaves gradients for others");
     CHECK(anepy_engine_discard(engine) == ANEPY_OK && norm_of(&f) == 0.0, "discard");
-    CHECK(anepy_engine_reduce(engine, 9, 16.0) == ANEPY_E_STATE, "reduce after discard");
+    f.grads[0] = 1.0f; /* of an engine without a step there are none */
+    CHECK(anepy_engine_reduce(engine, 9, 16.0, 0) == ANEPY_OK && norm_of(&f) == 0.0, "zeros");
+    CHECK(anepy_engine_reduce(engine, 0, 16.0, 0) == ANEPY_OK, "nobody may update");
+    anepy_update_stats stats = {.struct_size = sizeof stats};
+    anepy_update_options o = {.struct_size = sizeof o, .beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8};
+    CHECK(anepy_engine_update(engine, &stats, &o) == ANEPY_OK && stats.skipped, "nobody does");
     CHECK(step(engine, &f).loss_scale == 16.0 * 9, "the scale of all is kept");
     anepy_engine_free(engine);
     fixture_free(&f);

@@ -141,6 +141,22 @@ def peer(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def mpirun(ranks: int) -> list[str]:
+    """Return the words that start so many processes under MPI, as a user or root, on any cores.
+
+    ANEPY_TEST_MPIRUN names the launcher; else it is the one beside this Python, or on the path. It
+    has to be that of the library which mpi4py loads.
+    """
+    beside = Path(sys.executable).with_name("mpirun")
+    name = os.environ.get("ANEPY_TEST_MPIRUN") or str(beside if beside.exists() else "mpirun")
+    if importlib.util.find_spec("mpi4py") is None or shutil.which(name) is None:
+        _missing("mpi4py and the launcher of its MPI, mpirun (ANEPY_TEST_MPIRUN)")
+    told = subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout
+    if "Open MPI" not in told:
+        return [name, "-n", str(ranks)]
+    return [name, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+
+
 def peer_part(package: str, name: str) -> ModuleType:
     """Return a module of another software's package without importing the package."""
     found = importlib.util.find_spec(package)

@@ -145,6 +145,8 @@ def test_log(folder: Path) -> None:
     named["step"] |= {log for _, log in phases()}
     named["perf"] -= {"ane"}  # a device, no field
     assert named.pop("rollback") == {"step", "reason"}  # tests/cli/test_runs.py makes one
+    # Of several ranks, see tests/training/test_mpi.py.
+    assert named.pop("ranks") == {"step", "hidden", *(f.name for f in fields(anepy.Traffic))}
     assert set(named) == {"run", "step", "batch", "perf", "eval", "sample", "restart", "summary"}
     # With a budget of two programs the third step needs a new process.
     words = "train m.bin --data t.bin --steps 3 --accum 1 --seq 32 --device sim:m4,budget=2"

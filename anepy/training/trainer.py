@@ -227,18 +227,14 @@ class Trainer:
             check_memory(self._engine, self.config.batch)
             if resume is not None:
                 self._restore(resume, restarted)
-        except BaseException:
-            self.close()
-            raise
-        self.start_step = self._loop.steps
-        if ranks is not None:
-            try:
+            self.start_step = self._loop.steps
+            if ranks is not None:
                 settings = asdict(self.config) | self.engine_settings() | {"seq": self.seq}
                 settings |= {"step": self.start_step, "data": self.source}
                 ranks.agree(alike(self._engine, self.held_out, settings))
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     # The engine and what is derived from it
 

@@ -96,7 +96,9 @@ def test_only_rank_0_writes_and_shows(files: Path) -> None:
     assert len(ranks["tokens_per_s"]) == 2 and ranks["nbytes"] > 0 and 0 <= ranks["hidden"] <= 1
     assert told["notes"][0].startswith("2 ranks on 1 host")
     records = [json.loads(line) for line in (files / "l").read_text().splitlines()]
-    assert sum(record["type"] == "ranks" for record in records) == 2
+    sums = [record for record in records if record["type"] == "ranks"]
+    assert [record["step"] for record in sums] == [2, 4]
+    assert all(0 <= record["hidden"] <= 1 and record["nbytes"] > 0 for record in sums)
     assert sum(record["type"] == "step" for record in records) == 4
 
 

@@ -150,7 +150,7 @@ class Exchange:
     # What the thread of the ranks does
 
     def copies(self, counted: int, scale: float) -> Steps[tuple[int, float, Array]]:
-        """Add copies of the gradients of all ranks on rank 0: how many targets, their scale, sum."""
+        """Add copies of the gradients of all ranks on rank 0; targets, their scale, the sum."""
         told = yield from self.ranks.gathering("save", [counted, scale])
         joint = min((row[1] for row in told if row[1] > 0), default=1.0)
         arena = self.engine.arena

@@ -61,6 +61,8 @@ class Request:
     validation: Path | None = None
     sample_every: int = 0
     prompt: str = ""
+    tensorboard: Path | None = None
+    wandb: str | None = None
     on_diverge: str = STOP
 
 

@@ -19,7 +19,7 @@ from ..console.text import Header
 from ..console.train import Reporter
 from ..console.train import reporter as make_reporter
 from ..engine.variants import gradients_lag
-from ..errors import CheckpointError, ConfigError, DataError, DivergedError, NativeError
+from ..errors import AnepyError, CheckpointError, ConfigError, DataError, DivergedError, NativeError
 from ..models import formats
 from ..models.freezing import trained_text
 from ..models.lora import Lora
@@ -37,6 +37,7 @@ from ..training import demo, run_folder
 from ..training.keeping import Keeper
 from ..training.ranks import Ranks, started
 from ..training.run_log import RunLog, check_log
+from ..training.trackers import TensorBoard, Tracker, WandB
 from ..training.trainer import Trainer
 from .common import distinct, print_json
 from .missing import brought
@@ -97,6 +98,11 @@ def run(request: Request) -> None:
             sample = _sample(trainer.model, reporter)
         if log.failure is not None:
             reporter.note(f"the log {request.log} ends early: {log.failure.strerror}")
+        log.close()
+        for text in log.lost:
+            reporter.note(text)
+        if request.run is not None and os.path.isfile(request.log or ""):
+            _draw(request.run, request.log, reporter)
         if request.as_json:
             print_json(
                 {
@@ -232,11 +238,30 @@ def _check_outputs(request: Request, plan: Plan, trainer: Trainer) -> None:
 
 
 def _log(request: Request, plan: Plan) -> RunLog:
+    trackers: list[Tracker] = []
+    if request.tensorboard is not None:
+        trackers.append(TensorBoard(request.tensorboard))
+    if request.wandb is not None:
+        named = request.run.resolve().name if request.run is not None else None
+        trackers.append(WandB(request.wandb, named, request.run or Path()))
+    after = plan.saved.meta.step if plan.saved is not None else None
     try:
-        return RunLog(request.log, plan.saved.meta.step if plan.saved is not None else None)
+        return RunLog(request.log, after, trackers)
     except OSError as error:
         assert request.log is not None
         raise ConfigError(write_failure(request.log, "log", error)) from error
+
+
+def _draw(folder: Path, log: Path | None, reporter: Reporter) -> None:
+    """Leave a picture of the run in its folder."""
+    from ..comparing.run_page import write
+    from ..training.runs import read
+
+    assert log is not None
+    try:
+        write([replace(read(log), name=folder.resolve().name)], folder / run_folder.PLOT)
+    except AnepyError as error:
+        reporter.note(str(error))
 
 
 def _introduce(
@@ -261,7 +286,7 @@ def _introduce(
     if request.log is not None:
         outputs["log"] = str(request.log)
     if request.run is not None:
-        outputs = {"run": str(request.run)}
+        outputs = {"folder": str(request.run)}
     settings = asdict(trainer.config) | {"seq": trainer.seq}
     header = Header(
         model=plan.name,

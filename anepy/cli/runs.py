@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .common import JsonOption, distinct, guarded, path_argument, path_option, print_json
 
 if TYPE_CHECKING:
@@ -39,24 +39,20 @@ def plot(
     ],
     output: Annotated[
         Path,
-        path_option("--output", "-o", metavar="FILE", help="A page (.html) or a drawing (.svg)."),
+        path_option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="A page (.html), a drawing (.svg), or a picture (.png; extra plot).",
+        ),
     ] = Path("plot.html"),
 ) -> None:
     """Draw the losses of runs in one picture, with rates and speeds on a page."""
-    from ..comparing import run_page
-    from ..system.files import replacing, write_failure
+    from ..comparing.run_page import write
 
-    kind = output.suffix.lower()
-    if kind not in (".html", ".svg"):
-        raise ConfigError(f"cannot draw {output}: name a file that ends in .html or .svg")
     found = _read(folders)
     distinct({"the picture": output}, {f"the log of {run.name}": run.path for run in found})
-    text = run_page.page(found) if kind == ".html" else run_page.svg(found)
-    try:
-        with replacing(output) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise ConfigError(write_failure(output, "picture", error)) from error
+    write(found, output)
     print(f"{output}: {', '.join(run.name for run in found)}")
 
 

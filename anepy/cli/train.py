@@ -176,6 +176,18 @@ def train(
         Path | None,
         path_option(metavar="FILE.jsonl", help="Write one JSON record per event."),
     ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        path_option(metavar="FOLDER", help="Write what TensorBoard shows (extra tensorboard)."),
+    ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROJECT",
+            help="Send the run to Weights & Biases (extra wandb).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing else.")
     ] = False,
@@ -210,6 +222,8 @@ def train(
         validation=validation,
         sample_every=sample_every,
         prompt=prompt,
+        tensorboard=tensorboard,
+        wandb=wandb,
         on_diverge=on_diverge,
     )
     if resume is None and not lora and adapter is None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 
+from ..errors import ConfigError
+from ..system.files import replacing, write_failure
 from ..system.words import duration, perplexity
 from ..training.runs import Run
 from .drawing import (
@@ -24,10 +28,33 @@ from .drawing import (
 )
 
 _SMALL_HEIGHT = 110
+_PAPER = "#fcfcfb"
 # Of a drawing that stands alone, in pixels; colours as on the page.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP = 900, 480, 70, 20, 46
 _COLORS = ("#627ab0", "#b37f41", "#009caa", "#711e43", "#928707", "#474579", "#572715", "#85857f",
            "#006500")  # fmt: skip
+
+
+def write(runs: Sequence[Run], path: Path) -> None:
+    """Draw runs into a file, as its ending says.
+
+    Raises:
+        ConfigError: the ending is another one, the file cannot be written, or a package is missing.
+    """
+    kinds: Mapping[str, Callable[[Sequence[Run]], bytes]] = {
+        ".html": lambda found: page(found).encode(),
+        ".svg": lambda found: svg(found).encode(),
+        ".png": png,
+    }
+    draw = kinds.get(path.suffix.lower())
+    if draw is None:
+        raise ConfigError(f"cannot draw {path}: name a file that ends in {' or '.join(kinds)}")
+    content = draw(runs)
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise ConfigError(write_failure(path, "picture", error)) from error
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -186,6 +213,39 @@ def _series(runs: Sequence[Run], series: Sequence[Mapping[int, float]], label: s
     return plot("small", _SMALL_HEIGHT, label, "".join(lines), axes.levels(), axes.ticks())
 
 
+def png(runs: Sequence[Run]) -> bytes:
+    """Return the losses as a PNG of 1800 by 960 pixels, drawn by the package matplotlib.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "a .png needs the package matplotlib; pip install 'anepy[plot]', or write .svg"
+        ) from None
+    drawn = Figure(figsize=(9, 4.8), dpi=200, facecolor=_PAPER, layout="constrained")
+    axes = drawn.add_subplot(facecolor=_PAPER)
+    for index, run in enumerate(runs):
+        number, _ = LINES[index % len(LINES)]
+        style = ("-", "--", ":", "-.")[index % 4]
+        points = smoothed(run.losses)
+        label = run.name.lstrip("_") or "run"  # a leading _ would hide it
+        axes.plot(*zip(*points, strict=True), style, color=_COLORS[number], label=label)
+        if run.held_out:
+            dots = zip(*sorted(run.held_out.items()), strict=True)
+            axes.plot(*dots, "o", color=_COLORS[number], markersize=4)
+    axes.set_title("Loss by step; dots mark evaluations on held-out data", loc="left")
+    axes.grid(axis="y", color="#dcdcd6")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    if runs:
+        axes.legend(frameon=False)
+    file = io.BytesIO()
+    drawn.savefig(file, format="png")
+    return file.getvalue()
+
+
 def svg(runs: Sequence[Run]) -> str:
     """Return the losses as a drawing that stands alone."""
     axes = _loss_axes(runs)
@@ -194,7 +254,7 @@ def svg(runs: Sequence[Run]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" font-family="sans-serif" font-size="13">',
         f"<title>loss by step: {escape(', '.join(run.name for run in runs))}</title>",
-        f'<rect width="{_WIDTH}" height="{height}" fill="#fcfcfb"/>',
+        f'<rect width="{_WIDTH}" height="{height}" fill="{_PAPER}"/>',
         f'<text x="{_LEFT}" y="26" font-size="17" fill="#1b1b19">Loss by step</text>',
     ]
     if axes is None:

@@ -29,6 +29,7 @@ DESCRIPTION = "run.json"
 CHECKPOINT = "checkpoint.npz"
 BEST = "best.npz"
 LOG = "log.jsonl"
+PLOT = "plot.html"
 ADAPTER = "adapter"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..system.files import dumps
 from ..system.mac import ANE_PEAK_TFLOPS
 from .reports import StepReport, Summary
+from .trackers import Tracker
 
 _LONGEST_LINE = 1 << 16
 
@@ -32,13 +33,19 @@ class RunLog:
         path: the file; None writes nothing.
         after: go on with the file behind this step, dropping what a run that was killed had written
             beyond its checkpoint, a half line included; None replaces the file.
+        trackers: take every record too; one that fails is left out from then on, and `lost` says
+            why.
 
     Raises:
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: str | Path | None, after: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path | None, after: int | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.failure: OSError | None = None
+        self.lost: list[str] = []
+        self._trackers = list(trackers)
         self._file: TextIO | None = None
         self._batch_ms: list[float] = []
         self._device = ""
@@ -49,7 +56,9 @@ class RunLog:
                 os.truncate(path, _end_of(Path(path), after))
 
     def close(self) -> None:
-        """Close the file; may be called twice."""
+        """Close the file and the trackers; may be called twice."""
+        self._tell(lambda tracker: tracker.close())
+        self._trackers.clear()
         if self._file is not None:
             file, self._file = self._file, None
             try:
@@ -70,7 +79,7 @@ class RunLog:
 
     def step(self, report: StepReport) -> None:
         """Write a step, and its update and evaluation if it had them."""
-        if self._file is None:
+        if self._file is None and not self._trackers:
             return
         stats = report.stats.logged()
         stats["t_elem"] += stats["t_softmax"]
@@ -141,7 +150,17 @@ class RunLog:
         """Write how the run went."""
         self._write({"type": "summary", **asdict(summary)})
 
+    def _tell(self, do: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                do(tracker)
+            except Exception as error:  # of other programs; the run is worth more
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:200]
+                self.lost.append(f"{tracker.name} ends early: {reason or type(error).__name__}")
+
     def _write(self, record: Mapping[str, Any]) -> None:
+        self._tell(lambda tracker: tracker.write(record))
         if self._file is None:
             return
         try:

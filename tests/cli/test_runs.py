@@ -42,7 +42,7 @@ def test_run_folder_keeps_everything_and_goes_on(run: Run, files: dict[str, Path
     assert result.code == 0, result.err
     assert names("r") == {
         "run.json", "log.jsonl", "checkpoint.npz", "checkpoint-previous.npz",
-        "checkpoint-00000006.npz", "checkpoint-00000008.npz", "best.npz", "model.bin",
+        "checkpoint-00000006.npz", "checkpoint-00000008.npz", "best.npz", "model.bin", "plot.html",
     }  # fmt: skip
     assert read_meta("r/checkpoint-00000006.npz").step == 6
     assert read_meta("r/checkpoint.npz").step == 8

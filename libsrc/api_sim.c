@@ -43,6 +43,7 @@ static int32_t read_options(const anepy_sim_options *o, const anepy_traits *trai
                               anepy_mil_rule_name(i), o->actions[i]);
         out->action[i] = o->actions[i];
     }
+    out->numerics = traits->numerics;
     anepy_mil_options_limit(out, traits->fails);
     return ANEPY_OK;
 }

@@ -52,7 +52,7 @@ def mil(
         str, typer.Option(help="1.3 (ios18), or 1.0 (ios16) for old systems.")
     ] = "1.3",
     chip: Annotated[
-        str | None, typer.Option(help="Also check the text for m1, m2, m3, m4 or m5.")
+        str | None, typer.Option(help="Also check the text for m1, m2, m3, m4, m5 or m6.")
     ] = None,
     out: Annotated[
         Path | None,

@@ -18,7 +18,7 @@ def probe(
         typer.Argument(metavar="[PROBE...]", help="Only these; default all.", show_default=False),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Device: auto, ane, or sim, sim:m1 to sim:m5, the simulator.")
+        str, typer.Option(help="Device: auto, ane, or sim, sim:m1 to sim:m6, the simulator.")
     ] = "auto",
     output: Annotated[
         Path | None,

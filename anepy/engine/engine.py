@@ -59,7 +59,7 @@ class Engine(Owner):
     Args:
         model: the model to train.
         variant: a named set of switches, with any of +switch and -switch behind it.
-        device: "auto", "cpu", "ane", or "sim", the simulated Neural Engine; "sim:m1" to "sim:m5"
+        device: "auto", "cpu", "ane", or "sim", the simulated Neural Engine; "sim:m1" to "sim:m6"
             choose its chip, and "sim:m1,budget=20" lets a process compile 20 programs.
         precision: "auto", or what the device computes in: "fp32" or "bf16" on cpu, "fp16" on
             sim and ane.

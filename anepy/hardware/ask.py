@@ -188,7 +188,7 @@ def with_details(device: str, details: Sequence[str]) -> str:
 
 
 def chip_of(device: str) -> str | None:
-    """Return the chip a device has or plays, "m1" to "m5"; None if unknown."""
+    """Return the chip a device has or plays, "m1" to "m6"; None if unknown."""
     name, _, details = device.partition(":")
     if name == "sim":
         return next((word for word in details.split(",") if word in CHIPS), "m4")

@@ -36,7 +36,7 @@ from .probe_mil import (
 )
 
 Values = dict[str, Any]
-CHIPS = ("m1", "m2", "m3", "m4", "m5")
+CHIPS = ("m1", "m2", "m3", "m4", "m5", "m6")
 SHAPE = (1, 32, 1, COLUMNS)  # 4 KiB of fp16
 BUDGET_TRIED = 130
 RETRIES = 3
@@ -334,6 +334,42 @@ def _saturation(runner: Runner) -> Values:
     }
 
 
+def _numerics(runner: Runner) -> Values:
+    """Ask for each rule of docs/neural-engine.md#numerics by one small example."""
+    n, out = SHAPE[1], (1, 2, 1, COLUMNS)
+    weights = np.zeros((2, n))
+    weights[0, :], weights[1, 0] = 1.0, 0.234375
+    cases = (
+        ("fixed", 0, (2.0**-17,), 2.0**-16),
+        ("fixed", 0, (2.0**-18,), 0.0),
+        ("sticky", 0, (16384.0, 16384.0, -16384.0, -16384.0), np.inf),
+        ("dropped", 1, (1.875 * 2.0**-14,), 0.0),
+        ("away", 0, (2048.0, 1.0), 2050.0),
+        ("codes", 1, (float("nan"),), 23040.0),
+    )
+    x = np.zeros(SHAPE, np.float16)
+    for column, (_, _, values, _) in enumerate(cases):
+        x[0, : len(values), 0, column] = values
+    gate = np.full(SHAPE, 1.25, np.float16)
+    data, offsets = weight_file(weights)
+    body = "\n".join(
+        [
+            baked("w", (2, n, 1, 1), offsets[0]),
+            conv("c_out", out, "w", "a_in"),
+            op("d_out", SHAPE, "sigmoid(x = b_in)"),
+        ]
+    )
+    text = program(function({"a_in": SHAPE, "b_in": SHAPE}, body, ["c_out", "d_out"]))
+    compiled = runner.compile(text, {"weight.bin": data})
+    sums, gates = run(compiled, [x, gate], out, SHAPE, nbytes=2 * SURFACE)
+    found = dict.fromkeys(_MEASURED, True)
+    for column, (rule, channel, _, expected) in enumerate(cases):
+        found[rule] &= bool(sums[0, channel, 0, column] == np.float16(expected))
+    between = (1 / (1 + np.exp(-1.0)) + 1 / (1 + np.exp(-1.5))) / 2  # of two points of the table
+    found["tables"] = bool(abs(float(gates[0, 0, 0, 0]) - between) < 1e-3)
+    return found
+
+
 def _sums(runner: Runner) -> Values:
     """768 times 3, by reduce_sum and by a conv with ones; and 768 times 10^2."""
     shape, out = (1, 768, 1, COLUMNS), (1, 1, 1, COLUMNS)
@@ -500,9 +536,9 @@ def _layer(runner: Runner) -> Values:
     return {"loss_error": round(loss, 6), "worst_gradient": round(worst, 5), "of": name}
 
 
-_FLUSHES = {"inputs_flushed": True, "results_flushed": True, "sum_flushed": True}
-_UNLIMITED = {"sum": _LARGEST, "product": _LARGEST, "input": _LARGEST}
-_LIMITED = {"sum": 32752.0, "product": 32752.0}
+_KEPT = {"inputs_flushed": False, "results_flushed": False, "sum_flushed": False}
+_RANGE = {"sum": _LARGEST, "product": 32752.0, "input": _LARGEST}
+_MEASURED = dict.fromkeys(("fixed", "sticky", "dropped", "away", "codes", "tables"), True)
 
 PROBES = (
     Probe("dialect", "which dialects of MIL compile", _dialect, {"1.3": True, "1.0": True}),
@@ -524,14 +560,9 @@ PROBES = (
     Probe("reuse", "what was compiled before, loaded again", _reuse, {"right": True}),
     Probe("budget", "how many programs a process compiles", _budget),
     Probe("dynamic", "products of two inputs", _dynamic, {"k64": True}),
-    Probe("subnormal", "numbers below 6.1e-5", _subnormal, _FLUSHES),
-    Probe(
-        "saturation",
-        "numbers above 32752",
-        _saturation,
-        by_chip={"m1": _UNLIMITED, "m2": _LIMITED, "m3": _UNLIMITED, "m4": _UNLIMITED,
-                 "m5": _LIMITED},
-    ),
+    Probe("subnormal", "numbers below 6.1e-5", _subnormal, _KEPT),
+    Probe("saturation", "numbers above 32752", _saturation, _RANGE),
+    Probe("numerics", "how sums, roundings and activations are made", _numerics, _MEASURED),
     Probe("sums", "sums over 768 channels", _sums, {"overflows": True}),
     Probe(
         "slice",

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 Weights = Mapping[str, bytes | bytearray | memoryview | Array]
 Action = Literal["off", "report", "error"]
 
-CHIPS = ("m1", "m2", "m3", "m4", "m5")
+CHIPS = ("m1", "m2", "m3", "m4", "m5", "m6")
 FOLDER = "@model_path/weights/"
 _ACTIONS: tuple[Action, ...] = ("off", "report", "error")
 _DTYPES = {"fp16": "float16", "fp32": "float32"}
@@ -95,7 +95,7 @@ class Program(Owner):
             uint8) becomes a file with this one record, at offset 64.
         device: "sim", with details as "sim:m1,budget=20"; or "ane", which has the say then: rules
             are only reported.
-        chip: whose limits on the simulator: "m1" to "m5"; default m4.
+        chip: whose limits on the simulator: "m1" to "m6"; default m4.
         strict: True makes every broken rule an error, False only reports them; None does with each
             rule what is its default. `compile_budget`, which is about the process, is left out.
         rules: actions of single rules, which override `strict`: "off", "report" or "error".

@@ -23,9 +23,9 @@ from ..errors import NativeError
 from ..models.storages import STORAGES
 from ..models.views import Array, Tensors
 from ..native import find
-from .ranks import AT_ONCE, LATER, SOON, Job, Ranks, Steps, waiting
+from .ranks import Job, Ranks, Steps, waiting
 
-_CHUNK, _SLICE = 1 << 21, 1 << 18  # elements of both at most: 8 and 1 MiB
+_SLICE = 1 << 17  # elements of a slice at most: 512 KiB
 _PAGE = 1 << 12  # and a multiple of these: 16 KiB, the largest page in use
 _FLIGHT = 4  # chunks under way at a time
 _COLUMNS, _PANEL = 512, 64  # that run side by side at most; a sequence takes a multiple of
@@ -41,7 +41,6 @@ class Sum:
     squares: float = 0.0
     nbytes: int = 0
     busy: float = 0.0
-    back: int = 0  # chunks whose sums have started on their way back
 
 
 class Exchange:
@@ -62,8 +61,7 @@ class Exchange:
         self.ranks, self.engine, self.shard = ranks, engine, shard
         n = len(engine.arena)
         pages = -(-n // (ranks.size * _PAGE))
-        most = max(_PAGE, min(_SLICE, _CHUNK // ranks.size // _PAGE * _PAGE))
-        self.length = min(most, max(1, pages) * _PAGE)
+        self.length = min(_SLICE, max(1, pages) * _PAGE)
         self.stride = self.length * ranks.size
         self.part = Part(ranks.rank * self.length, self.length, self.stride)
         if shard:
@@ -173,22 +171,22 @@ class Exchange:
         live: list[tuple[int, Steps[None]]] = []
         at = 0
         while at < len(order) or live:
-            pause = SOON if live else LATER
+            moved = False
             while at < len(order) and len(live) < _FLIGHT and self._final(order[at][0], running):
                 slot = next(i for i in range(_FLIGHT) if all(i != used for used, _ in live))
                 began = time.perf_counter()
-                live.append((slot, self._chunk(at, slot, *order[at][1], factor, total)))
+                live.append((slot, self._chunk(slot, *order[at][1], factor, total)))
                 total.busy += time.perf_counter() - began
-                at, pause = at + 1, AT_ONCE
+                at, moved = at + 1, True
             for each in list(live):
                 began = time.perf_counter()
                 try:
-                    pause = min(pause, next(each[1]))
+                    moved |= next(each[1])
                 except StopIteration:
                     live.remove(each)
-                    pause = AT_ONCE
+                    moved = True
                 total.busy += time.perf_counter() - began
-            yield pause
+            yield moved
         return total
 
     def _order(self, held: bool) -> list[tuple[int, tuple[int, int]]]:
@@ -217,9 +215,7 @@ class Exchange:
         ends = [*places[1:], end - begin]
         return [stop - at for at, stop in zip(places, ends, strict=True)], places
 
-    def _chunk(
-        self, number: int, slot: int, begin: int, end: int, factor: float, total: Sum
-    ) -> Steps[None]:
+    def _chunk(self, slot: int, begin: int, end: int, factor: float, total: Sum) -> Steps[None]:
         ranks, comm = self.ranks, self.ranks.bulk
         chunk = self.engine.arena[begin:end]
         if factor == 0.0:
@@ -255,16 +251,11 @@ class Exchange:
             self._round(own_part, mine)
             mine[...] = _widened(own_part)
         total.squares += _squares(mine)
-        yield AT_ONCE
+        yield True
         if self.shard:
             return
         whole: npt.NDArray[Any] = sent if self._rounded else chunk
-        while total.back != number:
-            yield SOON  # all ranks start what a communicator does in one order
-        total.back += 1
-        yield from waiting(
-            ranks.back.Iallgatherv(ranks.mpi.IN_PLACE, [whole, counts, places, mpi_kind])
-        )
+        yield from waiting(comm.Iallgatherv(ranks.mpi.IN_PLACE, [whole, counts, places, mpi_kind]))
         total.nbytes += own * (ranks.size - 1) * whole.itemsize
         if self._rounded:
             chunk[...] = _widened(whole)
@@ -341,7 +332,7 @@ class Exchange:
             if not whole:
                 for at, values in parts:
                     values[...] = chunk[at : at + len(values)]
-            yield AT_ONCE
+            yield True
         return sent
 
 

@@ -32,17 +32,13 @@ from ..system import launcher
 from ..system.version import __version__
 
 T = TypeVar("T")
-# What communication yields: how long until it is worth to call again, in seconds at most.
-Steps = Generator[float, None, T]
-AT_ONCE, SOON, LATER = 0.0, 1e-4, 1e-3
+Steps = Generator[bool, None, T]  # what it yields: whether something was done
 Values = npt.NDArray[np.float64]
 
 STALL_S = 20.0  # without a sign of life a rank counts as lost
 _BEAT_S = 1.0
-_IDLE_S, _BURST = 1e-6, 64  # a call that moves nothing takes less; so many in a row at most
-_SPIN_S = 2e-3  # without a nap, while the main thread has nothing to do but wait
 _POLL_S = 0.05  # between looks at signs of life
-_NAP_S = 2e-5  # between calls while operations are under way, at first
+_NAP_S = 2e-5, 1e-3  # between calls while operations are under way: at first, at most
 _FIRST_S = 1.5  # rank 0 is the first to tell what went wrong on all of them
 _WIDTH = 16  # numbers of a `gather`, the first of which says what it is for
 _TEXT = 16384  # bytes of a `texts`
@@ -55,12 +51,11 @@ class Job(Generic[T]):
 
     def __init__(self, steps: Steps[T]) -> None:
         self.steps = steps
-        self.awaited = False
         self._done = threading.Event()
         self._result: T | None = None
 
-    def advance(self) -> float | None:
-        """Make the next calls; return what it yields, None at the end."""
+    def advance(self) -> bool | None:
+        """Make the next calls; return whether something was done, None at the end."""
         try:
             return next(self.steps)
         except StopIteration as end:
@@ -70,7 +65,6 @@ class Job(Generic[T]):
 
     def wait(self) -> T:
         """Return the result as soon as it is there."""
-        self.awaited = True
         self._done.wait()
         return self._result  # type: ignore[return-value]
 
@@ -87,9 +81,7 @@ class Ranks:
         host: name of the computer.
         library: name and version of the MPI library.
         mpi: the module `mpi4py.MPI`.
-        bulk: communicator for gradients and weights; only jobs may use it, and all ranks start
-            the same on it in one order.
-        back: another one, for sums of gradients on their way back.
+        bulk: communicator for gradients and weights; only jobs may use it.
 
     Raises:
         ConfigError: mpi4py is missing, or belongs to another MPI than the launcher.
@@ -107,7 +99,7 @@ class Ranks:
         self.size: int = world.Get_size()
         self.host: str = socket.gethostname()
         self.library = " ".join(self.mpi.Get_library_version().split()[:3]).strip(",")
-        self._world, self.bulk, self.back = world, world.Dup(), world.Dup()
+        self._world, self.bulk = world, world.Dup()
         self._control, self._beats = world.Dup(), world.Dup()
         self._posted: deque[Job[Any]] = deque()
         self._wake = threading.Event()
@@ -227,25 +219,22 @@ class Ranks:
     def _serve(self) -> None:
         try:
             jobs: list[Job[Any]] = [Job(self._watch())]
-            nap, moved = _NAP_S, time.perf_counter()
+            nap = _NAP_S[0]
             while jobs:
                 while self._posted:
                     jobs.append(self._posted.popleft())
-                most = _POLL_S
+                moved = False
                 for job in list(jobs):
-                    pause = job.advance()
-                    if pause is None:
+                    went = job.advance()
+                    if went is None:
                         jobs.remove(job)
-                    most = min(most, pause or AT_ONCE)
-                now = time.perf_counter()
-                if most == AT_ONCE or self._posted:
-                    nap, moved = _NAP_S, now
-                elif now - moved < _SPIN_S and any(job.awaited for job in jobs):
-                    time.sleep(0)  # lets others run
-                elif most < _POLL_S:
-                    time.sleep(min(nap, most))
-                    nap *= 1.2
-                else:
+                    moved |= went is not False
+                if moved:
+                    nap = _NAP_S[0]
+                elif len(jobs) > 1:
+                    time.sleep(nap)
+                    nap = min(1.2 * nap, _NAP_S[1])
+                elif not self._posted:
                     self._wake.wait(_POLL_S)
                     self._wake.clear()
         except BaseException as error:
@@ -257,7 +246,7 @@ class Ranks:
         """Tell the next rank that this one lives, and listen to the one before."""
         if self.size == 1:
             while not self._closing:
-                yield _POLL_S
+                yield False
             return
         before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
         beat, heard = np.ones(1), np.zeros(1)
@@ -269,7 +258,7 @@ class Ranks:
         while not (ended and bidding and sending.Test()):
             now = time.monotonic()
             if now - looked < _POLL_S and not self._closing:
-                yield _POLL_S
+                yield False
                 continue
             if now - looked > STALL_S / 4:
                 self._heard = now  # this process was stopped itself
@@ -288,7 +277,7 @@ class Ranks:
                 bidding = self._closing
                 beat[0] = _LAST_BEAT if bidding else 1.0
                 sending, sent = self._beats.Isend(beat, after), now
-            yield SOON if self._closing else _POLL_S
+            yield False
 
     def _same_place(self, kinds: Values) -> None:
         for rank, kind in enumerate(kinds):
@@ -353,18 +342,9 @@ class Ranks:
 
 
 def waiting(request: Any) -> Steps[None]:
-    """Yield until a request is complete; call again at once while calls move something.
-
-    Some libraries move a few kilobytes in a call, which then takes much longer than an idle one.
-    """
-    while True:
-        for _ in range(_BURST):
-            began = time.perf_counter()
-            if request.Test():
-                return
-            if time.perf_counter() - began < _IDLE_S:
-                break
-        yield SOON
+    """Yield until a request is complete."""
+    while not request.Test():
+        yield False
 
 
 def started() -> Ranks | None:

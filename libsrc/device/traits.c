@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device/numerics.h"
+
 static int is(const char *word, size_t n, const char *text) {
     return strlen(text) == n && memcmp(word, text, n) == 0;
 }
@@ -22,9 +24,11 @@ static int read_number(const char *word, size_t n, const char *name, int32_t low
 }
 
 static int read_word(anepy_traits *t, const char *word, size_t n) {
-    if (n == 2 && word[0] == 'm' && word[1] >= '1' && word[1] <= '5') t->chip = word[1] - '0';
+    if (n == 2 && word[0] == 'm' && word[1] >= '1' && word[1] <= '6') t->chip = word[1] - '0';
     else if (is(word, n, "dialect=1.3")) t->dialect = 13;
     else if (is(word, n, "dialect=1.0")) t->dialect = 10;
+    else if (n > 9 && memcmp(word, "numerics=", 9) == 0)
+        return (t->numerics = anepy_numerics_find(word + 9, n - 9)) >= 0;
     else if (is(word, n, "procedures=no")) t->single = 1;
     else if (is(word, n, "reuse=no")) t->fresh = 1;
     else if (is(word, n, "run=no")) t->dry = 1;
@@ -43,9 +47,9 @@ int32_t anepy_traits_parse(anepy_traits *out, const char *detail) {
         if (!read_word(out, detail, n))
             return anepy_fail(
                 ANEPY_E_NAME,
-                "unknown device detail '%.*s': use m1 to m5, dialect=1.3 or 1.0, "
+                "unknown device detail '%.*s': use m1 to m6, dialect=1.3 or 1.0, "
                 "budget=N, timeout=N (ms), surface=N (a multiple of 64), procedures=no, reuse=no, "
-                "run=no",
+                "run=no, numerics=fixed, flush, float or exact",
                 (int)(n < 40 ? n : 40), detail);
         detail = detail[n] == ',' ? detail + n + 1 : NULL;
     }

@@ -9,7 +9,8 @@
 
 /* Zero: not stated, the device decides. */
 typedef struct {
-    int32_t chip;           /* m1 to m5: 1 to 5; for the simulator */
+    int32_t chip;           /* m1 to m6: 1 to 6; for the simulator */
+    int32_t numerics;       /* numerics=NAME: the index of device/numerics.h; for the simulator */
     int32_t dialect;        /* dialect=1.3 or 1.0: 13 or 10 */
     int32_t budget;         /* budget=N: texts a process may compile, the one in work included */
     int32_t fails;          /* test-fails=N, for tests: the simulator compiles only N texts */

@@ -23,9 +23,12 @@
 #define ANEPY_COLUMNS 64    /* columns of a panel; activations are padded to multiples */
 #define ANEPY_PIECE_ROWS 64 /* rows in a piece of a loop over rows */
 #define ANEPY_PIECE_ELEMENTS                                                                       \
-    65536                   /* in a piece of a loop over long vectors: 1 MiB of an update          \
-                             */
-#define ANEPY_LOSS_ROWS 512 /* vocabulary rows in a piece of the loss; sums depend on it */
+    65536                      /* in a piece of a loop over long vectors: 1 MiB of an update       \
+                                */
+#define ANEPY_FIXED_ROWS 4     /* rows of C that fixed_tile computes at once */
+#define ANEPY_FIXED_STEPS 16   /* steps of the reduction that fixed_bounds takes together */
+#define ANEPY_FIXED_MOST 63.5f /* what sum |a b| + 2^-16 per step must stay below in fixed_tile */
+#define ANEPY_LOSS_ROWS 512    /* vocabulary rows in a piece of the loss; sums depend on it */
 
 typedef struct {
     float lr; /* already divided by 1 - beta1^t */
@@ -37,6 +40,39 @@ typedef struct {
     float grad_scale;  /* multiplies every gradient first */
     int32_t clear;     /* write zeros to g */
 } anepy_adam;
+
+/* Arithmetic of the Neural Engine (docs/neural-engine.md#numerics). Its numbers are the values that
+ * fp16 codes stand for, those of infinity and NaN read as 65536 to 131008; floats hold them
+ * exactly.
+ *
+ * A sum of products is an integer that counts 2^-16. A product is rounded to one, halves away from
+ * zero, or is left out if the exponents of its factors (at least -14) add up to -17 or less. The
+ * vector sets let one fused multiply-add round and add at once: the sum is kept near 192, where the
+ * last bit of a float is 2^-16, and factors are larger by their last bit, which settles halves. */
+typedef struct {
+    /* a[i] = x[i], larger by its last bit; least[i] is the smallest |b| whose product counts;
+     * largest[i] becomes at least |x[i]|. */
+    void (*prepare)(float *a, float *least, float *largest, const float *x, int64_t n);
+    /* bounds[i] = sum |a[p] b[p]| over 16 steps p from 16 i on, for n steps. */
+    void (*bounds)(float *bounds, const float *a, const float *b, int32_t n);
+    /* C[4][64] += A . B, with prepared A(i,p) = a[i*lda + p] and B [k][64]; smallest[p] is the
+     * smallest |B(p,j)| that is not 0, largest[p] the largest. No sum of |a b| may reach 64:
+     * ANEPY_FIXED_MOST. Up to 15 elements behind the k of a row, of smallest and of largest are
+     * read. */
+    void (*tile)(int32_t *c, const float *a, const float *least, int64_t lda, const float *b,
+                 const float *smallest, const float *largest, int32_t k);
+    /* The same for products of any size. With stuck [4][64], a sum that reaches 2^31 makes that 1
+     * or -1 and stays as it is; without, none may. */
+    void (*steps)(int32_t *c, int8_t *stuck, const float *a, const float *least, int64_t lda,
+                  const float *b, int32_t k);
+    /* y[i] = x[i] 2^-16, rounded as round does; never -0. */
+    void (*finish)(float *y, const int32_t *x, int32_t n);
+    /* Rounds to numbers of fp16, halves away from zero; beyond 65504 becomes 65536. Returns how
+     * many that were. Subnormal numbers are kept. */
+    int64_t (*round)(float *p, int64_t n);
+    void (*from_half)(float *dst, const uint16_t *src, int64_t n);
+    void (*to_half)(uint16_t *dst, const float *src, int64_t n); /* of such numbers */
+} anepy_fixed_kernels;
 
 /* Memory to prefetch: with every step of its reduction a matrix kernel fetches the cache line at
  * `at` and moves it by `step` bytes. With step 0 one readable line is fetched again and again,
@@ -167,6 +203,7 @@ typedef struct anepy_kernels {
     float (*fma_chains)(float factor, float term, int64_t rounds);
     int32_t chain_n;
 
+    const anepy_fixed_kernels *fixed;
     const anepy_bf16_kernels *bf16; /* NULL: the instruction set has no bf16 products */
 } anepy_kernels;
 

@@ -6,6 +6,7 @@
 #pragma GCC optimize("no-tree-vectorize") /* or gcc would use vectors */
 #endif
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels/kernels.h"
@@ -268,6 +269,108 @@ static float fma_chains__scalar(float factor, float term, int64_t rounds) {
     return sum / CHAINS;
 }
 
+/* ------------------------------------------------------------------------- the Neural Engine's */
+
+static int32_t exponent_of(float x) {
+    int exponent;
+    frexpf(x, &exponent);
+    return x == 0.0f || exponent - 1 < -14 ? -14 : exponent - 1;
+}
+
+static void fixed_prepare__scalar(float *a, float *least, float *largest, const float *x,
+                                  int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        largest[i] = fmaxf(largest[i], fabsf(x[i]));
+        int32_t exponent = -16 - exponent_of(x[i]);
+        least[i] = x[i] == 0.0f || exponent <= -14 ? 0.0f : ldexpf(1.0f, exponent);
+        a[i] = x[i] == 0.0f ? 0.0f : nextafterf(x[i], x[i] * 2.0f);
+    }
+}
+
+static void fixed_bounds__scalar(float *bounds, const float *a, const float *b, int32_t n) {
+    for (int32_t p = 0; p < n; p++) {
+        if (p % ANEPY_FIXED_STEPS == 0) bounds[p / ANEPY_FIXED_STEPS] = 0.0f;
+        bounds[p / ANEPY_FIXED_STEPS] += fabsf(a[p] * b[p]);
+    }
+}
+
+/* frexp and round instead of the tricks of the vector sets. */
+static int64_t fixed_product__scalar(float a, float least, float b) {
+    int exponent;
+    float fraction = frexpf(a, &exponent);
+    double exact = ldexp(trunc(ldexp((double)fraction, 11)), exponent - 11);
+    return fabsf(b) < least ? 0 : (int64_t)round(exact * (double)b * 65536.0);
+}
+
+static void fixed_steps__scalar(int32_t *c, int8_t *stuck, const float *a, const float *least,
+                                int64_t lda, const float *b, int32_t k) {
+    for (int32_t i = 0; i < ANEPY_FIXED_ROWS * COLS; i++) {
+        int32_t row = i / COLS, column = i % COLS;
+        for (int32_t p = 0; p < k && (stuck == NULL || stuck[i] == 0); p++) {
+            int64_t at = row * lda + p;
+            int64_t sum = c[i] + fixed_product__scalar(a[at], least[at], b[p * COLS + column]);
+            c[i] = llabs(sum) >= INT64_C(1) << 31 ? 0 : (int32_t)sum;
+            if (llabs(sum) >= INT64_C(1) << 31 && stuck != NULL) stuck[i] = sum > 0 ? 1 : -1;
+        }
+    }
+}
+
+static void fixed_tile__scalar(int32_t *c, const float *a, const float *least, int64_t lda,
+                               const float *b, const float *smallest, const float *largest,
+                               int32_t k) {
+    (void)smallest, (void)largest;
+    fixed_steps__scalar(c, NULL, a, least, lda, b, k);
+}
+
+/* The number of fp16 next to x, the larger of two that are as near. */
+static double fixed_nearest(double x) {
+    int exponent;
+    frexp(x, &exponent);
+    double step = ldexp(1.0, exponent - 11 < -24 ? -24 : exponent - 11);
+    double size = floor(fabs(x) / step + 0.5) * step;
+    return copysign(size <= 65504.0 ? size : 65536.0, x); /* so is NaN */
+}
+
+static int64_t fixed_round__scalar(float *p, int64_t n) {
+    int64_t beyond = 0;
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = (float)fixed_nearest((double)p[i]);
+        beyond += fabsf(p[i]) > 65504.0f;
+    }
+    return beyond;
+}
+
+static void fixed_finish__scalar(float *y, const int32_t *x, int32_t n) {
+    for (int32_t i = 0; i < n; i++) y[i] = (float)fixed_nearest((double)x[i] / 65536.0);
+}
+
+static void fixed_from_half__scalar(float *dst, const uint16_t *src, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        int32_t exponent = src[i] >> 10 & 31, fraction = src[i] & 1023;
+        float size = exponent == 0 ? ldexpf((float)fraction, -24)
+                                   : ldexpf((float)(fraction + 1024), exponent - 25);
+        dst[i] = src[i] & 0x8000 ? -size : size;
+    }
+}
+
+static void fixed_to_half__scalar(uint16_t *dst, const float *src, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        int beyond = fabsf(src[i]) >= 65536.0f; /* half the value has the same fraction */
+        dst[i] = (uint16_t)(anepy_to_half(beyond ? src[i] * 0.5f : src[i]) + (beyond ? 1024 : 0));
+    }
+}
+
+static const anepy_fixed_kernels FIXED = {
+    .prepare = fixed_prepare__scalar,
+    .bounds = fixed_bounds__scalar,
+    .tile = fixed_tile__scalar,
+    .steps = fixed_steps__scalar,
+    .finish = fixed_finish__scalar,
+    .round = fixed_round__scalar,
+    .from_half = fixed_from_half__scalar,
+    .to_half = fixed_to_half__scalar,
+};
+
 const anepy_kernels anepy_kernels_scalar_set = {
     .isa = "scalar",
     .gemm_name = "gemm_tile_6x16__scalar",
@@ -305,4 +408,5 @@ const anepy_kernels anepy_kernels_scalar_set = {
     .sum = sum__scalar,
     .fma_chains = fma_chains__scalar,
     .chain_n = CHAINS,
+    .fixed = &FIXED,
 };

@@ -47,6 +47,21 @@ V_INLINE vf v_exponent(vf t) {
 V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), v);
 }
+V_INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
+/* c + a b where size >= from, or below it; else c */
+V_INLINE vf v_fma_from(vf a, vf b, vf c, vf size, vf from) {
+    return _mm512_mask3_fmadd_ps(a, b, c, _mm512_cmp_ps_mask(size, from, _CMP_GE_OQ));
+}
+V_INLINE vf v_fma_below(vf a, vf b, vf c, vf size, vf from) {
+    return _mm512_mask3_fmadd_ps(a, b, c, _mm512_cmp_ps_mask(size, from, _CMP_LT_OQ));
+}
+V_INLINE uint32_t v_below_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+/* p[i] += the bits of v, less `less`; or -= */
+V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less, const int away) {
+    __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(less));
+    __m512i at = _mm512_loadu_si512(p);
+    _mm512_storeu_si512(p, away ? _mm512_sub_epi32(at, bits) : _mm512_add_epi32(at, bits));
+}
 V_INLINE float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
 V_INLINE float v_largest(vf v) { return _mm512_reduce_max_ps(v); }
 typedef struct {

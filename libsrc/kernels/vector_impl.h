@@ -499,6 +499,8 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
     return v_sum(sum) / (float)(CHAINS * VL);
 }
 
+#include "kernels/fixed_impl.h"
+
 #define VECTOR_KERNELS(name, pairs)                                                                \
     {                                                                                              \
         .isa = SIMD_NAME,                                                                          \
@@ -537,5 +539,6 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
         .sum = SIMD_FN(sum),                                                                       \
         .fma_chains = SIMD_FN(fma_chains),                                                         \
         .chain_n = CHAINS * VL,                                                                    \
+        .fixed = &SIMD_FN(fixed_set),                                                              \
         .bf16 = (pairs),                                                                           \
     }

@@ -286,9 +286,9 @@ mil_tensor anepy_emit_scalar_with(mil_writer *w, const char *op, double value, m
     return t;
 }
 
-mil_tensor anepy_emit_sigmoid(mil_writer *w, mil_tensor x, const char *hint) {
+mil_tensor anepy_emit_tanh(mil_writer *w, mil_tensor x, const char *hint) {
     mil_tensor t = result(w, x.dims, hint);
-    operation(w, &t, "sigmoid", "x = %s", x.name);
+    operation(w, &t, "tanh", "x = %s", x.name);
     return t;
 }
 

@@ -88,7 +88,7 @@ mil_tensor anepy_emit_with_scalar(mil_writer *w, const char *op, mil_tensor x, d
                                   const char *hint);
 mil_tensor anepy_emit_scalar_with(mil_writer *w, const char *op, double value, mil_tensor x,
                                   const char *hint);
-mil_tensor anepy_emit_sigmoid(mil_writer *w, mil_tensor x, const char *hint);
+mil_tensor anepy_emit_tanh(mil_writer *w, mil_tensor x, const char *hint);
 mil_tensor anepy_emit_softmax(mil_writer *w, mil_tensor x, int32_t axis, const char *hint);
 
 /* Declares a constant whose fp16 record is in the weight file at offset. */

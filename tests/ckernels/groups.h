@@ -24,6 +24,7 @@ void checks_columns(void);
 void checks_exp(void);
 void checks_adam(void);
 void checks_half(void);
+void checks_fixed(void);
 void checks_bf16(void);
 void checks_gemm(void);
 void checks_pool(void);

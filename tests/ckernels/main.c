@@ -107,6 +107,7 @@ static const struct {
     {"exp", checks_exp},
     {"adam", checks_adam},
     {"half", checks_half},
+    {"fixed", checks_fixed},
     {"bf16", checks_bf16},
     {"gemm", checks_gemm},
     {"pool", checks_pool},

@@ -51,13 +51,13 @@ def test_details_change_how_programs_are_compiled_and_no_number(
 @pytest.mark.parametrize(
     "details",
     [
-        "", "m0", "m6", "M4", "m4,", ",m4", "m4 ,budget=3", "budget=", "budget=0", "budget=-1",
+        "", "m0", "m7", "M4", "m4,", ",m4", "m4 ,budget=3", "budget=", "budget=0", "budget=-1",
         "budget=1e3", "budget=9999999999", "budget=3x", "surface=0", "surface=100", "dialect=1.2",
         "procedures=yes", "reuse", "speed=9", "x" * 300,
     ],
 )  # fmt: skip
 def test_unknown_details_are_refused_with_what_there_is(details: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown device detail '.*': use m1 to m5, dialect="):
+    with pytest.raises(ConfigError, match=r"unknown device detail '.*': use m1 to m6, dialect="):
         Engine(Model.init(SMALL), device=f"sim:{details}")
 
 

@@ -33,7 +33,7 @@ def close(got: Array, expected: Array, ulps: int) -> None:
 
 def run(sample: Sample, text: str) -> None:
     inputs = sample.make_inputs()
-    with Program(text, sample.weights, rules=sample.rules) as compiled:
+    with Program(text, sample.weights, "sim:numerics=exact", rules=sample.rules) as compiled:
         outputs = compiled.run(inputs)
     known = [value.astype(np.float32) for value in inputs.values()]
     known += [value.astype(np.float32) for value in sample.weights.values()]
@@ -452,8 +452,8 @@ def test_call_with_wrong_inputs_is_refused(inputs: dict[str, Array], sentence: s
     [
         ({"device": "cpu"}, "device cpu runs no MIL text; use sim"),
         ({"device": "tpu"}, "unknown device 'tpu': use one of auto, ane, cpu, sim"),
-        ({"device": "sim:m9"}, "unknown device detail 'm9': use m1 to m5, dialect=1.3 or 1.0"),
-        ({"chip": "m9"}, "unknown chip 'm9': use one of m1, m2, m3, m4, m5"),
+        ({"device": "sim:m9"}, "unknown device detail 'm9': use m1 to m6, dialect=1.3 or 1.0"),
+        ({"chip": "m9"}, "unknown chip 'm9': use one of m1, m2, m3, m4, m5, m6"),
         ({"threads": 0}, "threads is 0"),
         ({"rules": {"speed": "off"}}, "unknown rule 'speed'"),
         (

@@ -93,11 +93,12 @@ static int32_t store_float(mil_build *b, mil_span at, mil_value *v, int64_t inde
     uint16_t half = anepy_to_half(*out);
     if ((half & 0x7fff) == 0x7c00 && isfinite(value))
         return mil_error(b->mil, at, "this is beyond fp16, whose largest number is 65504");
-    if ((half & 0x7fff) < 0x0400 && value != 0.0 && mil_rule_on(b->mil, ANEPY_RULE_SUBNORMAL)) {
+    if ((half & 0x7fff) < 0x0400 && value != 0.0 && b->mil->numerics->flush &&
+        mil_rule_on(b->mil, ANEPY_RULE_SUBNORMAL)) {
         half &= 0x8000;
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_SUBNORMAL, at, 1, "the constant becomes zero"));
     }
-    *out = anepy_from_half(half);
+    mil_from_half(b->mil, out, &half, 1);
     return ANEPY_OK;
 }
 
@@ -349,16 +350,16 @@ double mil_float_at(const mil_value *v, int64_t index) {
     return (double)value;
 }
 
-/* fp16 in a file becomes fp32 with the same value, but subnormals become zero as on the ANE. */
+/* fp16 in a file becomes fp32 with the same value. */
 static void decode_half(const mil_build *b, const mil_value *v, float *data) {
-    int flush = mil_rule_on(b->mil, ANEPY_RULE_SUBNORMAL);
+    int flush = b->mil->numerics->flush && mil_rule_on(b->mil, ANEPY_RULE_SUBNORMAL);
     uint16_t half[256];
     for (int64_t i = 0; i < v->n; i += 256) {
         int64_t n = v->n - i < 256 ? v->n - i : 256;
         memcpy(half, (const uint8_t *)v->raw + i * 2, (size_t)n * 2);
         for (int64_t j = 0; flush && j < n; j++)
             half[j] = (half[j] & 0x7c00) == 0 ? half[j] & 0x8000 : half[j];
-        b->mil->kernels->from_half(data + i, half, n);
+        mil_from_half(b->mil, data + i, half, n);
     }
 }
 

@@ -57,7 +57,13 @@ static int32_t check_weights(mil_build *b) {
 static int32_t build(anepy_mil *mil, const char *text, uint64_t n, const anepy_mil_file *files,
                      int32_t file_n) {
     mil->kernels = anepy_kernels_get();
+    mil->numerics = anepy_numerics_at(mil->options.numerics);
     if (mil->kernels == NULL) return ANEPY_E_NAME;
+    if (mil->numerics->tables) {
+        mil->tables = mil_alloc(mil, MIL_TABLE_N * MIL_TABLE_POINTS * sizeof(float));
+        if (mil->tables == NULL) return mil_no_memory(mil, NOWHERE);
+        mil_tables_make(mil->tables);
+    }
     if (n > MOST_TEXT)
         return mil_error(mil, NOWHERE, "a MIL text of %llu bytes; %llu is the most",
                          (unsigned long long)n, (unsigned long long)MOST_TEXT);

@@ -1,10 +1,10 @@
 /* device/sim/interpreter.h - parses, checks and runs MIL text as the ANE would.
  *
  * The text may come from anywhere: every error names line, column and the offending words, and
- * memory and work are bounded before anything runs. Values are fp16 after every operation; conv and
- * matmul accumulate in fp32, elementwise operations and reduce_sum do not
- * (docs/neural-engine.md#numerics). What the hardware refuses or silently gets wrong is a named
- * rule that can be off, reported, or an error. */
+ * memory and work are bounded before anything runs. Values are fp16 after every operation; how
+ * results are summed and rounded is one of several named arithmetics (device/numerics.h). What the
+ * hardware refuses or silently gets wrong is a named rule that can be off, reported, or an error.
+ */
 #ifndef ANEPY_DEVICE_SIM_INTERPRETER_H
 #define ANEPY_DEVICE_SIM_INTERPRETER_H
 
@@ -34,6 +34,7 @@ typedef enum {
     ANEPY_CHIP_M3,
     ANEPY_CHIP_M4,
     ANEPY_CHIP_M5,
+    ANEPY_CHIP_M6,
     ANEPY_CHIP_N
 } anepy_chip;
 
@@ -82,6 +83,7 @@ typedef enum {
 
 typedef struct {
     anepy_chip chip;
+    int32_t numerics;             /* of device/numerics.h */
     uint8_t action[ANEPY_RULE_N]; /* anepy_rule_action */
     uint64_t memory_nbytes;       /* most the program may take, text to buffers; 0: 16 GiB */
     uint64_t work;                /* most multiply-adds or elements per run; 0: 2^50 */
@@ -91,7 +93,7 @@ typedef struct {
 void anepy_mil_options_default(anepy_mil_options *options, anepy_chip chip);
 /* Makes it an error to parse more than n texts in this process; n = 0 changes nothing. */
 void anepy_mil_options_limit(anepy_mil_options *options, int32_t n);
-anepy_chip anepy_mil_chip(int32_t number); /* 1 to 5 for M1 to M5; 0: M4 */
+anepy_chip anepy_mil_chip(int32_t number); /* 1 to 6 for M1 to M6; 0: M4 */
 
 const char *anepy_mil_rule_name(int32_t rule);    /* NULL beyond the last */
 const char *anepy_mil_rule_meaning(int32_t rule); /* NULL beyond the last */

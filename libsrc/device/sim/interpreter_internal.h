@@ -5,17 +5,20 @@
  * executes.
  *
  * At run time every tensor is a row-major float array whose elements are exact fp16 numbers: the
- * products want fp32 operands, and rounding after each operation is all that makes it fp16. */
+ * products want fp32 operands, and rounding after each operation is all that makes it fp16. Unless
+ * numerics are exact, codes of infinity and NaN are the numbers 65536 and up. */
 #ifndef ANEPY_DEVICE_SIM_INTERPRETER_INTERNAL_H
 #define ANEPY_DEVICE_SIM_INTERPRETER_INTERNAL_H
 
 #include <stdatomic.h>
 
+#include "device/numerics.h"
+#include "device/sim/activations.h"
 #include "device/sim/interpreter.h"
 
 #define MIL_RANK ANEPY_MIL_RANK
 #define MIL_PARAMS 10
-#define MIL_PIECE 4096 /* elements of a piece of an element-wise operation: they fit the cache */
+#define MIL_PIECE 4096  /* elements of a piece of an element-wise operation: they fit the cache */
 #define MIL_COLUMNS 512 /* columns per product: bounds the panels to 2 MiB */
 #define MIL_SLACK 64    /* floats after every buffer that products may read */
 #define MIL_MAX_EXTENT INT64_C(0x7fffffff)
@@ -150,6 +153,8 @@ struct anepy_mil {
     anepy_mil_options options;
     anepy_mil_position where;
     const anepy_kernels *kernels;
+    const anepy_numerics *numerics;
+    float *tables; /* of activations.h, if numerics have them */
     mil_block *blocks;
     uint64_t memory_nbytes;
     mil_function *functions;
@@ -315,16 +320,31 @@ void mil_each(mil_run *r, int64_t count, anepy_loop_fn fn, void *context);
 typedef void (*mil_span_fn)(void *context, int64_t first, int64_t n);
 void mil_each_piece(mil_run *r, int64_t n, mil_span_fn fn, void *context);
 void mil_round_all(mil_run *r, float *p, int64_t n);
-/* C[m, n] = A . B for any n, with fp32 sums that are not rounded. pad: scratch of
- * mil_multiply_scratch_n floats. */
+/* op_reduce.c: soft-max of a row, not yet rounded. */
+void mil_softmax_row(mil_run *r, float *row, int64_t n);
+/* What a float holds for an infinite number of fp16. */
+float mil_infinity(const anepy_mil *mil);
+/* Fp16 codes as numbers, and back. */
+void mil_from_half(const anepy_mil *mil, float *dst, const uint16_t *src, int64_t n);
+void mil_to_half(const anepy_mil *mil, uint16_t *dst, const float *src, int64_t n);
+/* C[m, n] = bias + A . B for any n, with sums as the numerics have them. Fixed sums are fp16
+ * numbers; others are fp32: mil_round_sums makes both fp16. pad: scratch of mil_multiply_scratch_n
+ * floats. */
 typedef struct {
     float *c;
     const float *a, *b;
+    const float *bias; /* what sums begin with, of each row or column; NULL: zero */
+    int32_t bias_by_column;
     int64_t m, n, k, ldc, a_row, a_step, ldb;
     int32_t b_transposed;
 } mil_matmul;
 void mil_multiply(mil_run *r, const mil_matmul *s, float *pad);
-int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed);
+int64_t mil_multiply_scratch_n(const anepy_mil *mil, int64_t m, int64_t n, int64_t k,
+                               int32_t b_transposed);
+void mil_round_sums(mil_run *r, float *p, int64_t n);
+/* fixed.c: the same for numerics with fixed sums. */
+void mil_fixed_multiply(mil_run *r, const mil_matmul *s, float *scratch);
+int64_t mil_fixed_scratch_n(int64_t n, int64_t k);
 
 /* `count` products of one size. Their C follow each other in memory. dims says which A and B each
  * uses: per batch dimension, innermost first, its extent and the steps of A and B in matrices. */
@@ -335,6 +355,6 @@ typedef struct {
     int64_t dim_n;
 } mil_batch;
 void mil_multiply_batch(mil_run *r, const mil_batch *s, float *scratch);
-int64_t mil_multiply_batch_scratch_n(const mil_batch *s);
+int64_t mil_multiply_batch_scratch_n(const anepy_mil *mil, const mil_batch *s);
 
 #endif

@@ -11,11 +11,24 @@
 /* --------------------------------------------------------------------------------- one product */
 
 /* B is padded where its rows are no multiple of the panel width. */
-int64_t mil_multiply_scratch_n(int64_t m, int64_t n, int64_t k, int32_t b_transposed) {
+int64_t mil_multiply_scratch_n(const anepy_mil *mil, int64_t m, int64_t n, int64_t k,
+                               int32_t b_transposed) {
+    if (mil->numerics->fixed) return mil_fixed_scratch_n(n, k);
     return b_transposed || n % ANEPY_COLUMNS == 0 ? 0 : (m + k) * anepy_round_up(n, ANEPY_COLUMNS);
 }
 
+/* C += bias */
+static void add_bias(const mil_matmul *s) {
+    for (int64_t i = 0; s->bias != NULL && i < s->m; i++)
+        for (int64_t j = 0; j < s->n; j++)
+            s->c[i * s->ldc + j] += s->bias[s->bias_by_column ? j : i];
+}
+
 void mil_multiply(mil_run *r, const mil_matmul *s, float *pad) {
+    if (r->mil->numerics->fixed) {
+        mil_fixed_multiply(r, s, pad);
+        return;
+    }
     anepy_product p = {.c = s->c,
                        .a = s->a,
                        .b = s->b,
@@ -27,7 +40,7 @@ void mil_multiply(mil_run *r, const mil_matmul *s, float *pad) {
                        .m = (int32_t)s->m,
                        .k = (int32_t)s->k};
     int64_t n = s->n;
-    int padded = mil_multiply_scratch_n(s->m, n, s->k, s->b_transposed) > 0;
+    int padded = mil_multiply_scratch_n(r->mil, s->m, n, s->k, s->b_transposed) > 0;
     if (padded) {
         n = anepy_round_up(n, ANEPY_COLUMNS);
         for (int64_t i = 0; i < s->k; i++) {
@@ -48,6 +61,11 @@ void mil_multiply(mil_run *r, const mil_matmul *s, float *pad) {
     }
     for (int64_t i = 0; padded && i < s->m; i++)
         memcpy(s->c + i * s->ldc, c + i * n, (size_t)s->n * sizeof *c);
+    add_bias(s);
+}
+
+void mil_round_sums(mil_run *r, float *p, int64_t n) {
+    if (!r->mil->numerics->fixed) mil_round_all(r, p, n);
 }
 
 /* ------------------------------------------------------------------------------ many of one size
@@ -68,10 +86,10 @@ static int is_vector(const mil_batch *s) {
     return s->one.n == 1 && s->one.a_step == 1 && s->one.ldc == 1;
 }
 
-int64_t mil_multiply_batch_scratch_n(const mil_batch *s) {
-    if (is_vector(s)) return 0;
-    if (is_packable(s)) return packed_n(s);
-    return mil_multiply_scratch_n(s->one.m, s->one.n, s->one.k, s->one.b_transposed);
+int64_t mil_multiply_batch_scratch_n(const anepy_mil *mil, const mil_batch *s) {
+    if (!mil->numerics->fixed && is_vector(s)) return 0;
+    if (!mil->numerics->fixed && is_packable(s)) return packed_n(s);
+    return mil_multiply_scratch_n(mil, s->one.m, s->one.n, s->one.k, s->one.b_transposed);
 }
 
 typedef struct {
@@ -128,8 +146,8 @@ static void multiply_rows(void *context, int32_t index, int32_t worker) {
     const float *panel = job->packed + batch * s.k * anepy_round_up(s.n, COLS);
     for (int64_t j = 0; j < s.n; j += COLS, panel += s.k * COLS) {
         int whole = s.n - j >= COLS;
-        anepy_gemm_small(job->run->mil->kernels, NULL, whole ? c + j : tile, whole ? s.ldc : COLS, a,
-                         s.a_row, s.a_step, panel, COLS, (int32_t)rows, COLS, (int32_t)s.k, 0);
+        anepy_gemm_small(job->run->mil->kernels, NULL, whole ? c + j : tile, whole ? s.ldc : COLS,
+                         a, s.a_row, s.a_step, panel, COLS, (int32_t)rows, COLS, (int32_t)s.k, 0);
         for (int64_t i = 0; !whole && i < rows; i++)
             memcpy(c + i * s.ldc + j, tile + i * COLS, (size_t)(s.n - j) * sizeof *c);
     }
@@ -151,9 +169,9 @@ void mil_multiply_batch(mil_run *r, const mil_batch *batch, float *scratch) {
     const mil_matmul *s = &batch->one;
     batch_job job = {r, batch, scratch};
     int64_t pieces = batch->count * ((s->m + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
-    if (is_vector(batch)) {
+    if (!r->mil->numerics->fixed && is_vector(batch)) {
         mil_each(r, pieces, multiply_vector, &job);
-    } else if (is_packable(batch)) {
+    } else if (!r->mil->numerics->fixed && is_packable(batch)) {
         mil_each(r, batch->count * ((s->n + COLS - 1) / COLS), pack_columns, &job);
         mil_each(r, pieces, multiply_rows, &job);
     } else {

@@ -105,18 +105,49 @@ static void unary(const anepy_kernels *kernels, int32_t code, float *restrict y,
     }
 }
 
+/* The table of an activation, or MIL_TABLE_N: the hardware's other functions are not published. */
+static mil_table table_of(int32_t code) {
+    switch (code) {
+    case SIGMOID: return MIL_TABLE_SIGMOID;
+    case TANH: return MIL_TABLE_TANH;
+    case ERF: return MIL_TABLE_ERF;
+    case SIN: return MIL_TABLE_SIN;
+    case EXP: return MIL_TABLE_EXP;
+    case EXP2: return MIL_TABLE_EXP2;
+    case LOG: return MIL_TABLE_LOG;
+    case SQRT: return MIL_TABLE_SQRT;
+    case RSQRT: return MIL_TABLE_RSQRT;
+    case INVERSE: return MIL_TABLE_INVERSE;
+    case SILU: return MIL_TABLE_SILU;
+    case GELU:
+    case GELU_TANH: return MIL_TABLE_GELU; /* one table for both modes */
+    default: return MIL_TABLE_N;
+    }
+}
+
 typedef struct {
     mil_run *run;
     const mil_op *op;
     int32_t code;
 } unary_job;
 
+/* The epsilon of log, rsqrt and inverse is added, and rounded, before the table. */
+static void run_table(mil_run *r, const mil_op *op, mil_table which, float *y, const float *x,
+                      int64_t n) {
+    int shifted = which == MIL_TABLE_LOG || which == MIL_TABLE_RSQRT || which == MIL_TABLE_INVERSE;
+    for (int64_t i = 0; shifted && i < n; i++) y[i] = x[i] + op->f[2];
+    if (shifted) mil_round(r, y, n);
+    mil_table_run(r->mil->tables, which, y, shifted ? y : x, n);
+}
+
 static void unary_piece(void *context, int64_t first, int64_t n) {
     const unary_job *job = context;
     float *y = mil_data(job->run, job->op->out[0]) + first;
-    unary(job->run->mil->kernels, job->code, y, mil_data(job->run, job->op->arg[0]) + first, n,
-          job->op->f[0], job->op->f[1]);
-    mil_round(job->run, y, n);
+    const float *x = mil_data(job->run, job->op->arg[0]) + first;
+    mil_table which = job->run->mil->tables != NULL ? table_of(job->code) : MIL_TABLE_N;
+    if (which < MIL_TABLE_N) run_table(job->run, job->op, which, y, x, n);
+    else unary(job->run->mil->kernels, job->code, y, x, n, job->op->f[0], job->op->f[1]);
+    if (job->code != IDENTITY) mil_round(job->run, y, n);
 }
 
 static void run_unary(mil_run *r, const mil_op *op) {
@@ -169,6 +200,9 @@ static int32_t check_unary(mil_build *b, mil_op *op) {
             ANEPY_TRY(mil_want_same_type(b, op, i, 0));
             op->f[i - 1] = (float)mil_float_at(op->arg[i], 0);
         }
+        op->f[2] = op->f[0];
+        mil_run constant = {.mil = b->mil}; /* an epsilon is a number of fp16 */
+        mil_round(&constant, op->f + 2, 1);
     }
     if ((code == SQRT || code == RSQRT) && from_reduction(op->arg[0]))
         ANEPY_TRY(mil_rule(b->mil, ANEPY_RULE_ROOT_AFTER_REDUCE, op->at, 1,
@@ -295,10 +329,18 @@ static int32_t broadcast(mil_build *b, mil_op *op, mil_value *const *operands, i
     }                                                                                              \
     break
 
-/* pow is slow, and programs use exponents that have a direct form. */
-static void power(float *restrict y, const float *restrict a, int64_t sa, const float *restrict b,
-                  int64_t sb, int64_t n) {
-    if (sb == 0 && *b == -0.5f) {
+/* pow is slow, and programs use exponents that have a direct form: roots by the same tables. */
+static void power(const float *tables, float *restrict y, const float *restrict a, int64_t sa,
+                  const float *restrict b, int64_t sb, int64_t n) {
+    int root = sb == 0 && (*b == -0.5f || *b == 0.5f || *b == -1.0f);
+    if (tables != NULL && root) {
+        for (int64_t i = 0; i < n; i++) y[i] = a[i * sa];
+        mil_table_run(tables,
+                      *b == 0.5f    ? MIL_TABLE_SQRT
+                      : *b == -0.5f ? MIL_TABLE_RSQRT
+                                    : MIL_TABLE_INVERSE,
+                      y, y, n);
+    } else if (sb == 0 && *b == -0.5f) {
         for (int64_t i = 0; i < n; i++) y[i] = 1.0f / sqrtf(a[i * sa]);
     } else if (sb == 0 && *b == 0.5f) {
         for (int64_t i = 0; i < n; i++) y[i] = sqrtf(a[i * sa]);
@@ -311,8 +353,8 @@ static void power(float *restrict y, const float *restrict a, int64_t sa, const 
     }
 }
 
-static void binary(int32_t code, float *restrict y, const float *restrict a, int64_t sa,
-                   const float *restrict b, int64_t sb, int64_t n) {
+static void binary(const float *tables, int32_t code, float *restrict y, const float *restrict a,
+                   int64_t sa, const float *restrict b, int64_t sb, int64_t n) {
     switch (code) {
     case ADD: PAIRS(u + v);
     case SUB: PAIRS(u - v);
@@ -320,7 +362,7 @@ static void binary(int32_t code, float *restrict y, const float *restrict a, int
     case DIV: PAIRS(u / v);
     case MAXIMUM: PAIRS(u > v ? u : v);
     case MINIMUM: PAIRS(u < v ? u : v);
-    case POW: power(y, a, sa, b, sb, n); break;
+    case POW: power(tables, y, a, sa, b, sb, n); break;
     case FLOOR_DIV: PAIRS(floorf(u / v));
     case EQUAL: PAIRS(u == v ? 1.0f : 0.0f);
     case NOT_EQUAL: PAIRS(u != v ? 1.0f : 0.0f);
@@ -360,7 +402,7 @@ static void pair_piece(void *context, int64_t first, int64_t n) {
             for (int32_t k = 0; k < count; k++) p[k] += index * strides[k * MIL_RANK + i];
         }
         if (count == 2) {
-            binary(op->type->code, y + at, p[0], s[0], p[1], s[1], m);
+            binary(job->run->mil->tables, op->type->code, y + at, p[0], s[0], p[1], s[1], m);
             continue;
         }
         for (int64_t i = 0; i < m; i++)
@@ -417,16 +459,13 @@ static int32_t check_select(mil_build *b, mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X                                                                                          \
-    { "x", MIL_TENSOR, 0 }
-#define UNARY(name, code)                                                                          \
-    { name, {X}, check_unary, run_unary, code }
+#define X {"x", MIL_TENSOR, 0}
+#define UNARY(name, code) {name, {X}, check_unary, run_unary, code}
 #define UNARY1(name, first, optional, code)                                                        \
-    { name, {X, {first, MIL_FLOAT, optional}}, check_unary, run_unary, code }
+    {name, {X, {first, MIL_FLOAT, optional}}, check_unary, run_unary, code}
 #define UNARY2(name, code)                                                                         \
-    { name, {X, {"alpha", MIL_FLOAT, 0}, {"beta", MIL_FLOAT, 0}}, check_unary, run_unary, code }
-#define BINARY(name, code)                                                                         \
-    { name, {X, {"y", MIL_TENSOR, 0}}, check_binary, run_pair, code }
+    {name, {X, {"alpha", MIL_FLOAT, 0}, {"beta", MIL_FLOAT, 0}}, check_unary, run_unary, code}
+#define BINARY(name, code) {name, {X, {"y", MIL_TENSOR, 0}}, check_binary, run_pair, code}
 
 const mil_op_type MIL_ELEMENTWISE[] = {
     BINARY("add", ADD),

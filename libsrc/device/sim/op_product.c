@@ -1,7 +1,4 @@
-/* device/sim/op_product.c - conv, linear, matmul and attention.
- *
- * Sums are fp32, by the GEMM kernels, and rounded to fp16 once at the end, as the ANE's wide
- * accumulators do. */
+/* device/sim/op_product.c - conv, linear, matmul and attention, over the products of multiply.c. */
 #include "device/sim/interpreter_internal.h"
 
 #include <math.h>
@@ -27,8 +24,9 @@ static int32_t want_contraction(mil_build *b, const mil_op *op, int64_t k) {
                     (int)b->mil->options.chip + 1, (long long)most);
 }
 
-static void note_product(mil_op *op, int64_t m, int64_t n, int64_t k, int32_t b_transposed) {
-    int64_t scratch = mil_multiply_scratch_n(m, n, k, b_transposed);
+static void note_product(const mil_build *b, mil_op *op, int64_t m, int64_t n, int64_t k,
+                         int32_t b_transposed) {
+    int64_t scratch = mil_multiply_scratch_n(b->mil, m, n, k, b_transposed);
     if (scratch > op->scratch_n) op->scratch_n = scratch;
     if (n > op->columns) op->columns = (int32_t)n;
 }
@@ -160,10 +158,10 @@ static int32_t check_conv(mil_build *b, mil_op *op) {
     ANEPY_TRY(mil_declare(b, op, 0, &out));
     int64_t k = a[IN] * mil_product(w->dims, 2, w->rank), n = mil_product(out.dims, 2, out.rank);
     if (conv_is_plain(op)) {
-        note_product(op, a[OUT], n, k, 0);
+        note_product(b, op, a[OUT], n, k, 0);
     } else {
         int64_t columns = conv_columns(k, n);
-        note_product(op, a[OUT], columns, k, 0);
+        note_product(b, op, a[OUT], columns, k, 0);
         op->scratch_n += k * columns;
     }
     return add_work(b, op, w->dims[0], n, k, a[BATCH]);
@@ -193,10 +191,12 @@ static void unfold_row(void *context, int32_t index, int32_t worker) {
     }
 }
 
-static void conv_group(mil_run *r, const mil_op *op, float *y, const float *x, const float *w) {
+static void conv_group(mil_run *r, const mil_op *op, float *y, const float *x, const float *w,
+                       const float *bias) {
     const int64_t *a = op->a, *h = a + SPACE, *v = h + SPACE_N;
     int64_t k = a[IN] * h[KERNEL] * v[KERNEL], n = h[OUT_X] * v[OUT_X];
     mil_matmul s = {.a = w, .m = a[OUT], .n = n, .k = k, .a_row = k, .a_step = 1, .ldc = n};
+    s.bias = bias;
     if (conv_is_plain(op)) {
         s.c = y;
         s.b = x;
@@ -218,18 +218,17 @@ static void conv_group(mil_run *r, const mil_op *op, float *y, const float *x, c
 
 static void run_conv(mil_run *r, const mil_op *op) {
     const int64_t *a = op->a, *h = a + SPACE, *v = h + SPACE_N;
-    int64_t in = h[IN_X] * v[IN_X], n = h[OUT_X] * v[OUT_X], channels = a[GROUPS] * a[OUT];
+    int64_t in = h[IN_X] * v[IN_X], n = h[OUT_X] * v[OUT_X];
     int64_t k = a[IN] * h[KERNEL] * v[KERNEL];
     const float *x = mil_data(r, op->arg[0]), *w = mil_data(r, op->arg[CONV_WEIGHT]);
+    const float *bias = op->arg[CONV_BIAS] != NULL ? mil_data(r, op->arg[CONV_BIAS]) : NULL;
     float *y = mil_data(r, op->out[0]);
-    for (int64_t i = 0; i < a[BATCH] * a[GROUPS]; i++)
-        conv_group(r, op, y + i * a[OUT] * n, x + i * a[IN] * in, w + i % a[GROUPS] * a[OUT] * k);
-    if (op->arg[CONV_BIAS] != NULL) {
-        const float *bias = mil_data(r, op->arg[CONV_BIAS]);
-        for (int64_t c = 0; c < a[BATCH] * channels; c++)
-            for (int64_t i = 0; i < n; i++) y[c * n + i] += bias[c % channels];
+    for (int64_t i = 0; i < a[BATCH] * a[GROUPS]; i++) {
+        int64_t first = i % a[GROUPS] * a[OUT];
+        conv_group(r, op, y + i * a[OUT] * n, x + i * a[IN] * in, w + first * k,
+                   bias != NULL ? bias + first : NULL);
     }
-    mil_round_all(r, y, op->out[0]->n);
+    mil_round_sums(r, y, op->out[0]->n);
 }
 
 /* -------------------------------------------------------------------------------------- matmul */
@@ -323,7 +322,7 @@ static int32_t check_matmul(mil_build *b, mil_op *op) {
                            (long long)k));
     ANEPY_TRY(mil_declare(b, op, 0, &out));
     mil_batch batch = matmul_batch_of(op);
-    op->scratch_n = mil_multiply_batch_scratch_n(&batch);
+    op->scratch_n = mil_multiply_batch_scratch_n(b->mil, &batch);
     op->columns = (int32_t)a[N];
     return add_work(b, op, a[M], a[N], k, a[BATCHES]);
 }
@@ -334,7 +333,7 @@ static void run_matmul(mil_run *r, const mil_op *op) {
     s.one.b = mil_data(r, op->arg[1]);
     s.one.c = mil_data(r, op->out[0]);
     mil_multiply_batch(r, &s, r->scratch);
-    mil_round_all(r, s.one.c, op->out[0]->n);
+    mil_round_sums(r, s.one.c, op->out[0]->n);
 }
 
 /* y = x W^T + bias, W [out, in]. */
@@ -359,7 +358,7 @@ static int32_t check_linear(mil_build *b, mil_op *op) {
     op->a[K] = w->dims[1];
     ANEPY_TRY(want_contraction(b, op, op->a[K]));
     ANEPY_TRY(mil_declare(b, op, 0, &out));
-    note_product(op, op->a[M], op->a[N], op->a[K], 1);
+    note_product(b, op, op->a[M], op->a[N], op->a[K], 1);
     return add_work(b, op, op->a[M], op->a[N], op->a[K], 1);
 }
 
@@ -376,14 +375,11 @@ static void run_linear(mil_run *r, const mil_op *op) {
                     .a_row = a[K],
                     .a_step = 1,
                     .ldb = a[K],
-                    .b_transposed = 1};
+                    .b_transposed = 1,
+                    .bias = op->arg[2] != NULL ? mil_data(r, op->arg[2]) : NULL,
+                    .bias_by_column = 1};
     mil_multiply(r, &s, r->scratch);
-    if (op->arg[2] != NULL) {
-        const float *bias = mil_data(r, op->arg[2]);
-        for (int64_t i = 0; i < a[M]; i++)
-            for (int64_t j = 0; j < a[N]; j++) y[i * a[N] + j] += bias[j];
-    }
-    mil_round_all(r, y, op->out[0]->n);
+    mil_round_sums(r, y, op->out[0]->n);
 }
 
 /* ----------------------------------------------------------------------------------- attention */
@@ -433,15 +429,15 @@ static int32_t check_sdpa(mil_build *b, mil_op *op) {
                            "wrong results at lengths %lld and %lld", (long long)a[QUERIES],
                            (long long)a[KEYS]));
     ANEPY_TRY(mil_declare(b, op, 0, &out));
-    note_product(op, a[QUERIES], a[KEYS], a[WIDTH], 1);
-    note_product(op, a[QUERIES], a[VALUES], a[KEYS], 0);
+    note_product(b, op, a[QUERIES], a[KEYS], a[WIDTH], 1);
+    note_product(b, op, a[QUERIES], a[VALUES], a[KEYS], 0);
     op->scratch_n += a[QUERIES] * a[KEYS];
     ANEPY_TRY(add_work(b, op, a[QUERIES], a[VALUES], a[KEYS], a[SDPA_BATCHES]));
     return add_work(b, op, a[QUERIES], a[KEYS], a[WIDTH], a[SDPA_BATCHES]);
 }
 
 typedef struct {
-    const mil_run *run;
+    mil_run *run;
     float *scores;
     const float *mask;
     int64_t keys;
@@ -455,7 +451,8 @@ static void attention_row(void *context, int32_t index, int32_t worker) {
     for (int64_t i = 0; i < job->keys; i++)
         row[i] =
             row[i] * job->scale + (job->mask != NULL ? job->mask[index * job->keys + i] : 0.0f);
-    job->run->mil->kernels->softmax_row(row, (int32_t)job->keys, (int32_t)job->keys, 1.0f);
+    mil_softmax_row(job->run, row, job->keys);
+    if (job->run->mil->numerics->fixed) mil_round(job->run, row, job->keys);
 }
 
 static void run_sdpa(mil_run *r, const mil_op *op) {
@@ -490,13 +487,12 @@ static void run_sdpa(mil_run *r, const mil_op *op) {
                          .ldb = a[VALUES]};
         mil_multiply(r, &s, pad);
     }
-    mil_round_all(r, out, op->out[0]->n);
+    mil_round_sums(r, out, op->out[0]->n);
 }
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X                                                                                          \
-    { "x", MIL_TENSOR, 0 }
+#define X {"x", MIL_TENSOR, 0}
 
 const mil_op_type MIL_PRODUCTS[] = {
     {"conv",

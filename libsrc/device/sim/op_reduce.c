@@ -190,13 +190,34 @@ static int32_t check_softmax(mil_build *b, mil_op *op) {
     return mil_declare(b, op, 0, x);
 }
 
+/* Exponentials in place; on the hardware a table. */
+static void exponentials(const mil_run *r, float *x, int64_t n) {
+    const anepy_mil *mil = r->mil;
+    if (mil->tables != NULL) mil_table_run(mil->tables, MIL_TABLE_EXP, x, x, n);
+    else mil->kernels->exp(x, x, n);
+}
+
+void mil_softmax_row(mil_run *r, float *row, int64_t n) {
+    if (r->mil->tables == NULL) {
+        r->mil->kernels->softmax_row(row, (int32_t)n, (int32_t)n, 1.0f);
+        return;
+    }
+    float largest = row[0];
+    double sum = 0.0;
+    for (int64_t i = 1; i < n; i++) largest = row[i] > largest ? row[i] : largest;
+    for (int64_t i = 0; i < n; i++) row[i] -= largest;
+    exponentials(r, row, n);
+    for (int64_t i = 0; i < n; i++) sum += (double)row[i];
+    for (int64_t i = 0; i < n; i++) row[i] = (float)((double)row[i] / sum);
+}
+
 static void softmax_row(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const reduce_job *job = context;
     int64_t n = job->op->a[REDUCED];
     float *y = job->y + index * n;
     memcpy(y, job->x + index * n, (size_t)n * sizeof *y);
-    job->run->mil->kernels->softmax_row(y, (int32_t)n, (int32_t)n, 1.0f);
+    mil_softmax_row(job->run, y, n);
     mil_round(job->run, y, n);
 }
 
@@ -204,7 +225,6 @@ static void softmax_row(void *context, int32_t index, int32_t worker) {
 static void softmax_columns(void *context, int32_t index, int32_t worker) {
     (void)worker;
     const reduce_job *job = context;
-    const anepy_kernels *kernels = job->run->mil->kernels;
     const int64_t *a = job->op->a;
     int64_t lane = index % job->inside * LANES;
     int64_t at = index / job->inside * a[REDUCED] * a[INNER] + lane;
@@ -220,7 +240,7 @@ static void softmax_columns(void *context, int32_t index, int32_t worker) {
     for (int64_t p = 0; p < a[REDUCED]; p++) {
         float *row = y + p * a[INNER];
         for (int64_t i = 0; i < n; i++) row[i] = x[p * a[INNER] + i] - largest[i];
-        kernels->exp(row, row, n);
+        exponentials(job->run, row, n);
         for (int64_t i = 0; i < n; i++) sum[i] += row[i];
     }
     for (int64_t i = 0; i < n; i++) sum[i] = 1.0f / sum[i];
@@ -318,13 +338,13 @@ static void run_layer_norm(mil_run *r, const mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X                                                                                          \
-    { "x", MIL_TENSOR, 0 }
+#define X {"x", MIL_TENSOR, 0}
 #define REDUCE(name, code)                                                                         \
-    {                                                                                              \
-        name, {X, {"axes", MIL_INT_LIST, 1}, {"keep_dims", MIL_BOOL, 1}}, check_reduce,            \
-            run_reduce, code                                                                       \
-    }
+    {name,                                                                                         \
+     {X, {"axes", MIL_INT_LIST, 1}, {"keep_dims", MIL_BOOL, 1}},                                   \
+     check_reduce,                                                                                 \
+     run_reduce,                                                                                   \
+     code}
 
 const mil_op_type MIL_REDUCTIONS[] = {
     REDUCE("reduce_sum", SUM),

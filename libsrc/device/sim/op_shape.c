@@ -244,7 +244,7 @@ static void crop_piece(void *context, int64_t first, int64_t n) {
     uint64_t wrong = 0;
     for (int64_t i = first; i < first + n; i++) {
         if (!(fabsf(job->p[i]) > 4094.0f)) continue;
-        job->p[i] = copysignf(INFINITY, job->p[i]);
+        job->p[i] = copysignf(mil_infinity(job->run->mil), job->p[i]);
         wrong++;
     }
     if (wrong > 0) atomic_fetch_add(&job->run->cropped, wrong);
@@ -460,8 +460,7 @@ static int32_t check_concat(mil_build *b, mil_op *op) {
 
 /* --------------------------------------------------------------------------------------- table */
 
-#define X                                                                                          \
-    { "x", MIL_TENSOR, 0 }
+#define X {"x", MIL_TENSOR, 0}
 
 const mil_op_type MIL_SHAPES[] = {
     {"reshape", {X, {"shape", MIL_INT_LIST, 0}}, check_reshape, NULL, 0},

@@ -211,4 +211,3 @@ uint64_t anepy_mil_report(const anepy_mil *mil, int32_t rule, const char **first
     if (first != NULL) *first = count > 0 ? mil->reports[rule].first : NULL;
     return count;
 }
-

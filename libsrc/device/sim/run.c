@@ -1,6 +1,7 @@
 /* device/sim/run.c - executes a planned function: surfaces in, operations, surfaces out. */
 #include "device/sim/interpreter_internal.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "runtime/fpmode.h"
@@ -39,6 +40,7 @@ void mil_each_piece(mil_run *r, int64_t n, mil_span_fn fn, void *context) {
 #define ROUND_N 512
 #define LARGEST_SAFE 0x77ff /* 32752 */
 #define INFINITE 0x7c00
+#define INFINITE_NUMBER 65536.0f
 #define SMALLEST_NORMAL 0x0400
 
 /* Written without branches, for the vectoriser. */
@@ -53,31 +55,42 @@ static uint64_t flush_subnormals(uint16_t *h, int64_t n) {
     return count;
 }
 
-static uint64_t count_saturated(uint16_t *h, int64_t n, int apply) {
+static uint64_t count_large(const uint16_t *h, int64_t n) {
     uint16_t count = 0;
     for (int64_t i = 0; i < n; i++) {
         uint16_t magnitude = h[i] & 0x7fff;
-        uint16_t beyond = (magnitude > LARGEST_SAFE) & (magnitude <= INFINITE);
-        count = (uint16_t)(count + beyond);
-        h[i] = (beyond & (apply != 0)) ? (h[i] & 0x8000) | INFINITE : h[i];
+        count = (uint16_t)(count + ((magnitude > LARGEST_SAFE) & (magnitude <= INFINITE)));
     }
     return count;
 }
 
+float mil_infinity(const anepy_mil *mil) {
+    return mil->numerics->away ? INFINITE_NUMBER : INFINITY;
+}
+
+void mil_from_half(const anepy_mil *mil, float *dst, const uint16_t *src, int64_t n) {
+    if (mil->numerics->away) mil->kernels->fixed->from_half(dst, src, n);
+    else mil->kernels->from_half(dst, src, n);
+}
+
+void mil_to_half(const anepy_mil *mil, uint16_t *dst, const float *src, int64_t n) {
+    if (mil->numerics->away) mil->kernels->fixed->to_half(dst, src, n);
+    else mil->kernels->to_half(dst, src, n);
+}
+
 void mil_round(mil_run *r, float *p, int64_t n) {
     const anepy_mil *mil = r->mil;
-    int flush = mil_rule_on(mil, ANEPY_RULE_SUBNORMAL);
-    int saturate = mil_rule_on(mil, ANEPY_RULE_SATURATION);
-    /* Saturation was seen on M2 Pro and M5. */
-    int apply = mil->options.chip == ANEPY_CHIP_M2 || mil->options.chip == ANEPY_CHIP_M5;
+    int flush = mil->numerics->flush && mil_rule_on(mil, ANEPY_RULE_SUBNORMAL);
+    int count = !mil->numerics->away && mil_rule_on(mil, ANEPY_RULE_SATURATION);
     uint64_t flushed = 0, saturated = 0;
     uint16_t h[ROUND_N];
-    for (int64_t i = 0; i < n; i += ROUND_N) {
+    if (mil->numerics->away) saturated = (uint64_t)mil->kernels->fixed->round(p, n);
+    for (int64_t i = 0; (flush || !mil->numerics->away) && i < n; i += ROUND_N) {
         int64_t m = n - i < ROUND_N ? n - i : ROUND_N;
-        mil->kernels->to_half(h, p + i, m);
+        mil_to_half(mil, h, p + i, m);
         if (flush) flushed += flush_subnormals(h, m);
-        if (saturate) saturated += count_saturated(h, m, apply);
-        mil->kernels->from_half(p + i, h, m);
+        if (count) saturated += count_large(h, m);
+        mil_from_half(mil, p + i, h, m);
     }
     if (flushed > 0) atomic_fetch_add_explicit(&r->flushed, flushed, memory_order_relaxed);
     if (saturated > 0) atomic_fetch_add_explicit(&r->saturated, saturated, memory_order_relaxed);
@@ -143,8 +156,9 @@ static void read_piece(void *context, int64_t first, int64_t n) {
     case ANEPY_MIL_F16: {
         const uint16_t *in = (const uint16_t *)job->in + first;
         uint64_t flushed = 0;
-        if (!mil_rule_on(job->run->mil, ANEPY_RULE_SUBNORMAL)) {
-            job->run->mil->kernels->from_half(p, in, m);
+        const anepy_mil *mil = job->run->mil;
+        if (!mil->numerics->flush || !mil_rule_on(mil, ANEPY_RULE_SUBNORMAL)) {
+            mil_from_half(mil, p, in, m);
             break;
         }
         for (int64_t i = 0; i < m; i += ROUND_N) {
@@ -152,7 +166,7 @@ static void read_piece(void *context, int64_t first, int64_t n) {
             int64_t some = m - i < ROUND_N ? m - i : ROUND_N;
             memcpy(h, in + i, (size_t)some * sizeof *h);
             flushed += flush_subnormals(h, some);
-            job->run->mil->kernels->from_half(p + i, h, some);
+            mil_from_half(mil, p + i, h, some);
         }
         if (flushed > 0) atomic_fetch_add(&job->run->flushed, flushed);
         break;
@@ -176,10 +190,12 @@ static void write_piece(void *context, int64_t first, int64_t n) {
     int64_t m = job->present - first < n ? job->present - first : n;
     switch (job->type) {
     case ANEPY_MIL_F16:
-        if (m > 0) job->run->mil->kernels->to_half((uint16_t *)job->out + first, p, m);
+        if (m > 0) mil_to_half(job->run->mil, (uint16_t *)job->out + first, p, m);
         break;
     case ANEPY_MIL_F32:
-        if (m > 0) memcpy((float *)job->out + first, p, (size_t)m * sizeof *p);
+        for (int64_t i = 0; i < m; i++)
+            ((float *)job->out)[first + i] =
+                fabsf(p[i]) >= INFINITE_NUMBER ? copysignf(INFINITY, p[i]) : p[i];
         break;
     case ANEPY_MIL_I8:
         for (int64_t i = 0; i < m; i++) ((int8_t *)job->out)[first + i] = (int8_t)p[i];
@@ -206,8 +222,8 @@ static int32_t report_numbers(mil_run *r, mil_span at, const char *name) {
     uint64_t flushed = atomic_exchange(&r->flushed, 0), cropped = atomic_exchange(&r->cropped, 0);
     if (saturated > 0)
         ANEPY_TRY(mil_rule(r->mil, ANEPY_RULE_SATURATION, at, saturated,
-                           "%llu elements of '%s' are beyond 32752", (unsigned long long)saturated,
-                           name));
+                           "%llu elements of '%s' are %s", (unsigned long long)saturated, name,
+                           r->mil->numerics->away ? "infinite" : "beyond 32752"));
     if (flushed > 0)
         ANEPY_TRY(mil_rule(r->mil, ANEPY_RULE_SUBNORMAL, at, flushed,
                            "%llu elements of '%s' below 2^-14 become zero",

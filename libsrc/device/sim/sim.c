@@ -1,7 +1,7 @@
 /* device/sim/sim.c - the simulator as a device.
  *
  * The MIL text and weight file that the ANE would get are generated, parsed and interpreted in
- * fp16. "sim:m1" to "sim:m5" choose the chip whose limits apply; "procedures=no" makes a text of
+ * fp16. "sim:m1" to "sim:m6" choose the chip whose limits apply; "procedures=no" makes a text of
  * each program, "budget=20" lets the process compile 20 texts. With "run=no" nothing is parsed or
  * computed, and all outputs are 1: a step does all that it does beside, and counts it. */
 #include <stdlib.h>
@@ -97,6 +97,7 @@ static int32_t sim_open(anepy_device **out, const anepy_device_options *options)
     sim->base.backend = &BACKEND;
     sim->base.traits = traits;
     anepy_mil_options_default(&sim->options, anepy_mil_chip(traits.chip));
+    sim->options.numerics = traits.numerics;
     anepy_mil_options_limit(&sim->options, traits.fails);
     *out = &sim->base.base;
     return ANEPY_OK;

@@ -185,6 +185,7 @@ def _sequences(
     import numpy as np
 
     from ..text.data import windows
+    from ..text.document_windows import document_windows
     from ..text.tokenizer_pieces import BOS_ID
 
     if not documents:
@@ -195,17 +196,9 @@ def _sequences(
     starts = data.starts
     if starts is None:
         starts = np.flatnonzero(data.tokens[:] == BOS_ID)
-    ends = np.append(starts[1:], len(data))
-    found = []
-    for start, end in zip(starts, ends, strict=True):
-        ids = data.read(start, min(end, start + length + 1)).astype(np.int32)
-        if len(ids) > 1:
-            found.append((ids[:-1].copy(), ids[1:].copy()))
-        if len(found) == count:
-            break
-    if not found:
+    if not len(starts):
         raise DataError(f"{data.name} has no documents, no token {BOS_ID} begins one; leave it out")
-    return found
+    return document_windows(data, starts, length, count)
 
 
 @guarded

@@ -86,8 +86,6 @@ def generate(
     began = time.perf_counter()
     loaded = adapted_model(path, adapter, weights)
     words = resolve_tokenizer(tokenizer, loaded)
-    if not as_json:
-        note(told)
     spent = Speed()
     texts: list[str] = []
     for begin in begins:
@@ -104,8 +102,8 @@ def generate(
             chat,
             speed=spent,
         )
-        if texts and not as_json:
-            print()
+        if not as_json:
+            print() if texts else note(told)
         pieces = []
         for piece in text:
             pieces.append(piece)

@@ -83,6 +83,7 @@ def run(request: Request) -> None:
             reporter = make_reporter(quiet=request.as_json)
         else:  # rank 0 writes and shows
             request = replace(request, log=None, run=None, save=None, as_json=False)
+            request = replace(request, tensorboard=None, wandb=None)
             sampler, reporter = None, Reporter()
         log = stack.enter_context(_log(request, plan))
         _introduce(request, plan, trainer, reporter, log)

@@ -326,7 +326,7 @@ class Sampler:
         """
         start = _draw(len(self.data) - self.seq_len, self._seed, self._index)
         self._index += 1
-        return _window(self.data, start, self.seq_len)
+        return window_at(self.data, start, self.seq_len)
 
     def skip(self, count: int) -> None:
         """Leave out the next windows."""
@@ -378,7 +378,7 @@ def windows(data: TokenData, seq_len: int, count: int) -> Iterator[Window]:
     last = len(data) - seq_len - 1
     count = min(count, (len(data) - 1) // seq_len)
     starts = [i * last // max(count - 1, 1) for i in range(count)]
-    return (_window(data, start, seq_len) for start in starts)
+    return (window_at(data, start, seq_len) for start in starts)
 
 
 def _draw(count: int, seed: int, index: int) -> int:
@@ -395,7 +395,7 @@ def _draw(count: int, seed: int, index: int) -> int:
             return value % count
 
 
-def _window(data: TokenData, start: int, seq_len: int) -> Window:
+def window_at(data: TokenData, start: int, seq_len: int) -> Window:
     """Return the int32 copies of one window and of the tokens that follow each of its own."""
     both = data.read(start, start + seq_len + 1).astype(np.int32)
     targets = both[1:].copy()

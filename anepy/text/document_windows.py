@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, DataError
-from .data import UNCOUNTED, Sampler, TokenData
+from .data import UNCOUNTED, Sampler, TokenData, Window, window_at, windows
 
 
 class DocumentSampler(Sampler):
@@ -51,17 +51,8 @@ class DocumentSampler(Sampler):
         super().__init__(data, min(seq_len, max(1, len(data) - 1)), seed)
         self.seq_len = seq_len
         self.pack = pack
-        lengths = np.append(data.starts[1:], len(data)) - data.starts - 1
-        self.cut = int((lengths > seq_len).sum())
-        lengths = np.minimum(lengths, seq_len)
-        useful = lengths > 0
-        if data.mask is not None:
-            # How many targets count before each token.
-            sums = np.concatenate([[0], np.cumsum(data.mask, dtype=np.int64)])
-            useful &= sums[data.starts + 1 + lengths] > sums[data.starts + 1]
-        self._begins, self._lengths = data.starts[useful], lengths[useful]
-        if not len(self._begins):
-            raise DataError(f"{data.name} has no document with a target that counts")
+        self.cut = int((np.append(data.starts[1:], len(data)) - data.starts - 1 > seq_len).sum())
+        self._begins, self._lengths = _places(data, data.starts, seq_len)
         self._arrange()
 
     def _arrange(self) -> None:
@@ -96,17 +87,55 @@ class DocumentSampler(Sampler):
         end = 0
         for document in self._rooms[self._order[at]]:
             begin, length = int(self._begins[document]), int(self._lengths[document])
-            both = self.data.read(begin, begin + length + 1).astype(np.int32)
-            following = both[1:]
-            counts = self.data.counts(begin + 1, begin + length + 1)
-            if counts is not None:
-                following = np.where(counts, following, np.int32(UNCOUNTED))
-            tokens[end : end + length], targets[end : end + length] = both[:-1], following
+            window = window_at(self.data, begin, length)
+            tokens[end : end + length], targets[end : end + length] = window
             starts[end] = True
             end += length
         if end < self.seq_len:
             starts[end] = True  # what fills the window attends to no document
         return (tokens, targets, starts) if self.pack else (tokens, targets)
+
+
+def evaluation_windows(data: TokenData, seq_len: int, count: int, pack: bool) -> list[Window]:
+    """Return what to evaluate a run on: whole documents where these are trained on."""
+    if (pack or data.mask is not None) and data.starts is not None:
+        return document_windows(data, data.starts, seq_len, count)
+    return list(windows(data, seq_len, count))
+
+
+def document_windows(
+    data: TokenData, starts: npt.NDArray[np.int64], longest: int, count: int | None
+) -> list[Window]:
+    """Return documents from their begin, evenly spaced, the same ones each time.
+
+    Args:
+        data: what to evaluate on.
+        starts: where its documents begin.
+        longest: tokens to which they are cut.
+        count: how many at most; None: all.
+
+    Raises:
+        DataError: none has a target that counts.
+    """
+    begins, lengths = _places(data, starts, longest)
+    n = len(begins) if count is None else min(count, len(begins))
+    chosen = [i * (len(begins) - 1) // max(n - 1, 1) for i in range(n)]
+    return [window_at(data, int(begins[i]), int(lengths[i])) for i in chosen]
+
+
+def _places(
+    data: TokenData, starts: npt.NDArray[np.int64], longest: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return begins and lengths of the documents that have a target that counts."""
+    lengths = np.minimum(np.append(starts[1:], len(data)) - starts - 1, longest)
+    useful = lengths > 0
+    if data.mask is not None:
+        # How many targets count before each token.
+        sums = np.concatenate([[0], np.cumsum(data.mask, dtype=np.int64)])
+        useful &= sums[np.minimum(starts + 1 + lengths, len(data))] > sums[starts + 1]
+    if not useful.any():
+        raise DataError(f"{data.name} has no document with a target that counts")
+    return starts[useful], lengths[useful]
 
 
 def _shuffled(count: int, seed: int, passed: int) -> npt.NDArray[np.int64]:

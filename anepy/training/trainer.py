@@ -33,7 +33,7 @@ from ..models.views import Array
 from ..system.interrupts import Uninterrupted
 from ..system.version import __version__
 from ..text.data import Sampler, TokenData, windows
-from ..text.document_windows import DocumentSampler
+from ..text.document_windows import DocumentSampler, evaluation_windows
 from . import checkpoint
 from .config import TrainConfig
 from .loop import Loop
@@ -169,8 +169,8 @@ class Trainer:
         self.ranks = ranks
         self._held_out_windows: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
         if self.held_out is not None:
-            self._held_out_windows = list(
-                windows(self.held_out, self.seq, self.config.eval_windows)
+            self._held_out_windows = evaluation_windows(
+                self.held_out, self.seq, self.config.eval_windows, self.config.pack
             )
         self._first_window = next(windows(self.data, min(self.seq, max(1, len(self.data) - 1)), 1))
         sampler: Sampler

@@ -119,3 +119,68 @@ def test_eval_documents_reproduce_pytorch(run: Run) -> None:
 def test_eval_needs_exactly_one_input(run: Run, files: dict[str, Path]) -> None:
     assert_one_line_error(run("eval", "m.bin"), "--data", "--text")
     assert_one_line_error(run("eval", "m.bin", "--data", "d.bin", "--text", "t.txt"), "either")
+
+
+# Conversations, and tokenizers in folders
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+@pytest.fixture
+def talker(files: dict[str, Path], run: Run) -> Path:
+    """Return a Hugging Face folder of a small model whose tokenizer was trained and may chat."""
+    for name in ("tokenizers", "safetensors", "jinja2"):
+        needs.module(name)
+    assert run("prepare", "t.txt", "-o", "p.bin", "--train-tokenizer", 280).code == 0
+    assert run("init", "--dim", 32, "--vocab", 280, "-o", "talker.bin").code == 0
+    assert run("convert", "talker.bin", "talker", "-z", "p.tokenizer.json").code == 0
+    settings = {"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
+    Path("talker/tokenizer_config.json").write_text(json.dumps(settings))
+    return Path("talker")
+
+
+def test_generate_chat_answers_alone_until_a_stop_string(run: Run, talker: Path) -> None:
+    words = ["generate", talker, "-n", 30, "-t", 0, "--json"]
+    asked = "[user] a cat [assistant] "
+    plain = json.loads(run(*words, "-p", asked).out)
+    chat = json.loads(run(*words, "--chat", "-p", "a cat").out)
+    answer = chat["text"]
+    assert plain["text"] == asked + answer and len(answer) > 4
+    end = answer[2:4]
+    stopped = json.loads(run(*words, "--chat", "--stop", end, "--stop", "\0", "-p", "a cat").out)
+    assert stopped["text"] == answer[: answer.index(end)]
+    Path("p.txt").write_text("a cat\na dog\n")
+    several = json.loads(run(*words, "--chat", "--stop", end, "--prompts", "p.txt").out)
+    assert several["texts"][0] == {"prompt": "a cat", "text": stopped["text"]}
+    assert_one_line_error(run("generate", "m.bin", "--chat", "-p", "a"), "has no chat template")
+
+
+def test_tokenizer_of_a_folder_is_taken_by_name(run: Run, talker: Path) -> None:
+    result = run("prepare", "t.txt", "-o", "q.bin", "--tokenizer", talker, "--json")
+    record = json.loads(result.out)
+    assert record["vocab_size"] <= 280 and record["documents"] == 2, result.err
+    assert Path("q.bin").read_bytes() == Path("p.bin").read_bytes()
+    same = [json.loads(run("eval", "talker.bin", "--data", "q.bin", "--json", *more).out)
+            for more in ([], ["-z", talker])]  # fmt: skip
+    assert same[0]["bits_per_byte"] is None  # nothing beside it has 280 tokens
+    assert same[1]["bits_per_byte"] > 0 and same[0]["loss"] == same[1]["loss"]
+
+
+def test_adapter_learns_packed_answers_in_a_run_folder(run: Run, talker: Path) -> None:
+    lines = [{"prompt": f"say {n} ", "completion": f"it is {n}"} for n in range(40)]
+    Path("qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = run("prepare", "qa.jsonl", "-o", "qa.bin", "-z", talker, "--mask-prompt", "--json")
+    assert json.loads(made.out)["masked"], made.err
+    words = ["train", talker, "--data", "qa.bin", "--lora", "--rank", 2, "--seq", 64, "--accum", 1]
+    words += ["--pack", "--held-out", 0.2, "--eval-every", 2, "--lr", 0.01, "--run", "r"]
+    result = run(*words, "--steps", 4)
+    assert result.code == 0, result.err
+    kept = {path.name for path in Path("r").iterdir()}
+    assert {"adapter", "best.npz", "checkpoint.npz", "log.jsonl", "plot.html"} <= kept
+    result = run("train", "--run", "r", "--resume", "--steps", 6, "--json")
+    record = json.loads(result.out)
+    assert record["summary"]["step"] == 6 and record["settings"]["pack"], result.err
+    assert record["summary"]["held_out_after"] < record["summary"]["held_out_before"]
+    text = run("generate", talker, "--adapter", "r/adapter", "-p", "say 3 ", "-n", 8)
+    assert text.code == 0 and text.out.startswith("say 3 "), text.err

@@ -15,6 +15,7 @@ import anepy.text.data
 import anepy.text.documents
 from anepy.errors import CheckpointError, ConfigError, DataError
 from anepy.text.data import Sampler, TokenData, windows
+from anepy.text.document_windows import document_windows
 
 # 99.9 % points of chi-squared, so that a fair draw with these fixed seeds passes.
 CHI2_9_DOF = 27.9
@@ -332,3 +333,23 @@ def test_token_data_wider_ids_without_sidecar_are_noticed(
 def test_docstring_examples_run() -> None:
     assert doctest.testmod(anepy.text.data).attempted > 0
     assert doctest.testmod(anepy.text.data).failed == 0
+
+
+def test_documents_to_evaluate_on_are_whole_and_have_targets_that_count() -> None:
+    data = TokenData.from_array(np.arange(20))
+    data.starts = np.array([0, 5, 6, 12, 15])
+    data.mask = np.ones(20, np.uint8)
+    data.mask[12:15] = 0  # nothing to learn of this one; of the second there is no target at all
+    data.mask[17] = 0
+    found = document_windows(data, data.starts, 4, None)
+    assert [tokens.tolist() for tokens, _ in found] == [
+        [0, 1, 2, 3], [6, 7, 8, 9], [15, 16, 17, 18]
+    ]  # fmt: skip
+    assert [targets.tolist() for _, targets in found] == [
+        [1, 2, 3, 4], [7, 8, 9, 10], [16, -100, 18, 19]
+    ]  # fmt: skip
+    few = document_windows(data, data.starts, 4, 2)
+    assert [int(tokens[0]) for tokens, _ in few] == [0, 15]
+    data.mask[:] = 0
+    with pytest.raises(DataError, match="no document with a target that counts"):
+        document_windows(data, data.starts, 4, None)

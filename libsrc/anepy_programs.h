@@ -138,6 +138,11 @@ ANEPY_API const char *anepy_sim_rule_name(int32_t index); /* NULL beyond the las
 ANEPY_API const char *anepy_sim_rule_meaning(int32_t index);
 ANEPY_API int32_t anepy_sim_rule_action(int32_t index); /* by default: 0, 1, 2; -1 beyond */
 ANEPY_API const char *anepy_sim_op_name(int32_t index);
+/* Products of all simulated programs of this process note their largest sum from watch(1) on, which
+ * forgets those before. "PROGRAM RESULT" by index, and the sum, 65536 if infinite; NULL beyond the
+ * last. */
+ANEPY_API void anepy_sim_watch(int32_t on);
+ANEPY_API const char *anepy_sim_headroom(int32_t index, double *largest);
 ANEPY_API const char *anepy_sim_type_name(int32_t index);
 
 #ifdef __cplusplus

@@ -206,6 +206,12 @@ int32_t anepy_sim_rule_action(int32_t index) {
     return anepy_mil_rule_name(index) != NULL ? options.action[index] : -1;
 }
 
+void anepy_sim_watch(int32_t on) { anepy_mil_watch(on); }
+
+const char *anepy_sim_headroom(int32_t index, double *largest) {
+    return anepy_mil_headroom(index, largest);
+}
+
 const char *anepy_sim_op_name(int32_t index) { return anepy_mil_op_name(index); }
 
 const char *anepy_sim_type_name(int32_t index) { return anepy_mil_type_name(index); }

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 @guarded
 def mil(
     programs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="PROGRAM...",
             help="sdpa_fwd, ffn_fwd, ...; several become the procedures of one text.",
             show_default=False,
         ),
-    ],
+    ] = None,
     model: Annotated[
         Path | None,
         path_option(
@@ -54,6 +54,13 @@ def mil(
     chip: Annotated[
         str | None, typer.Option(help="Also check the text for m1, m2, m3, m4, m5 or m6.")
     ] = None,
+    headroom: Annotated[
+        bool,
+        typer.Option(
+            "--headroom",
+            help="Run a step of --model on the simulator; list how far its sums are from infinite.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         path_option("--out", "-o", metavar="DIR", help="Write model.mil and weights/ there."),
@@ -65,6 +72,13 @@ def mil(
 
     if chip is not None and chip not in CHIPS:
         raise ConfigError(f"unknown chip {chip!r}: use one of {', '.join(CHIPS)}")
+    if headroom:
+        if model is None or programs:
+            raise ConfigError("--headroom takes --model and no programs: it runs all of a step")
+        print("\n".join(_headroom(model, seq, chip)))
+        return
+    if not programs:
+        raise ConfigError("name a program, like ffn_fwd, or give --headroom with --model")
     subject = _model(model, preset, weights=out is not None and not dynamic)
     length = subject.config.seq_len if seq is None else seq
     described = [
@@ -101,6 +115,26 @@ def _model(path: Path | None, preset: str | None, *, weights: bool) -> Model:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return Model.init(PRESETS[name]) if weights else Model(PRESETS[name])
+
+
+def _headroom(path: Path, seq: int | None, chip: str | None) -> list[str]:
+    """Format the largest sums of a step with ids drawn at random."""
+    import numpy as np
+
+    from ..hardware.headroom import LIMIT, headroom
+    from ..models.model import Model
+
+    model = Model.load(path)
+    length = min(model.config.seq_len, 256) if seq is None else seq
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, length + 1, dtype=np.int32)
+    found = headroom(model, ids[:-1], ids[1:], device=f"sim:{chip}" if chip else "sim")
+    rows = [
+        f"{item.program:18} {item.result:22} {item.largest:12.4g} {item.factor:10.4g}"
+        + ("  infinite" if item.factor < 1 else "")
+        for item in found
+    ]
+    title = f"{'program':18} {'product':22} {'largest sum':>12} {'headroom':>10}"
+    return [title, *rows, f"sums are infinite from {LIMIT:g} on; headroom is what they may grow by"]
 
 
 def _check(text: str, blob: bytes, chip: str) -> list[str]:

@@ -523,6 +523,8 @@ PLAIN: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "anepy_sim_rule_name": (c_char_p, (c_int32,)),
     "anepy_sim_rule_meaning": (c_char_p, (c_int32,)),
     "anepy_sim_rule_action": (c_int32, (c_int32,)),
+    "anepy_sim_watch": (None, (c_int32,)),
+    "anepy_sim_headroom": (c_char_p, (c_int32, POINTER(c_double))),
     "anepy_sim_op_name": (c_char_p, (c_int32,)),
     "anepy_sim_type_name": (c_char_p, (c_int32,)),
     "anepy_optimizer_name": (c_char_p, (c_int32,)),

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from mil_text import program
 
+from anepy.hardware.headroom import headroom
 from anepy.hardware.program import Program
+from anepy.models.model import Model, ModelConfig
 
 Array = np.ndarray[Any, np.dtype[Any]]
 UNIT = 2.0**-16
@@ -281,6 +283,25 @@ def test_names_choose_the_arithmetic() -> None:
         "float": (2050.0, 32800.0),
         "exact": (2048.0, 32768.0),
     }
+
+
+def test_headroom_tells_the_largest_sum_of_each_product_of_a_step() -> None:
+    """Sums of the backward pass grow with the loss scale, those of the forward pass do not."""
+    model = Model.init(ModelConfig(64, 96, 2, 4, 2, 160, 64), seed=1)
+    ids = np.random.default_rng(0).integers(0, 160, 65, dtype=np.int32)
+    low, high, beyond = (
+        {(h.program, h.result): h for h in headroom(model, ids[:-1], ids[1:], loss_scale=scale)}
+        for scale in (256.0, 4096.0, 2.0**26)
+    )
+    assert low.keys() == high.keys() == beyond.keys() and len(low) > 20
+    assert list(high.values()) == sorted(high.values(), key=lambda item: item.factor)
+    for (program_name, result), item in low.items():
+        assert 0 < item.largest < 32768 and item.factor == 32768 / item.largest
+        if program_name.endswith("_fwd"):
+            assert high[program_name, result].largest == item.largest
+    dx = ("qkv_bwd", next(result for name, result in low if name == "qkv_bwd"))
+    assert high[dx].largest == pytest.approx(16 * low[dx].largest, rel=0.05)
+    assert any(item.factor < 1 for item in beyond.values())
 
 
 def test_codes_that_only_move_stay_as_they_are() -> None:

@@ -183,6 +183,15 @@ static float bound_of(const mil_matmul *s, const sums *t, const float *bounds, i
     return bound + bias;
 }
 
+/* Notes the largest of n results; bits of positive floats are in their order. */
+static void note(mil_run *r, const float *c, int32_t n) {
+    float most = 0.0f;
+    for (int32_t j = 0; j < n; j++) most = larger(most, fabsf(c[j]));
+    uint32_t bits, before = atomic_load(&r->largest);
+    memcpy(&bits, &most, sizeof bits);
+    while (bits > before && !atomic_compare_exchange_weak(&r->largest, &before, bits)) continue;
+}
+
 static uint64_t finish_rows(const fixed_job *job, const sums *t, int64_t first, int64_t column) {
     const mil_matmul *s = job->s;
     int32_t columns = (int32_t)(s->n - column < COLS ? s->n - column : COLS);
@@ -195,6 +204,7 @@ static uint64_t finish_rows(const fixed_job *job, const sums *t, int64_t first, 
             if (stuck != 0) c[j] = stuck > 0 ? INFINITE : -INFINITE;
             infinite += stuck != 0;
         }
+        if (mil_watched()) note(job->run, c, columns);
     }
     return infinite;
 }

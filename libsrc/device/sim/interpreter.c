@@ -119,6 +119,10 @@ static const mil_function *function_at(const anepy_mil *mil, int32_t function) {
     return function >= 0 && function < mil->function_n ? &mil->functions[function] : NULL;
 }
 
+void anepy_mil_label(anepy_mil *mil, int32_t function, const char *label) {
+    if (function_at(mil, function) != NULL) mil->functions[function].label = label;
+}
+
 const char *anepy_mil_function_name(const anepy_mil *mil, int32_t function) {
     const mil_function *f = function_at(mil, function);
     return f != NULL ? f->name : NULL;

@@ -148,6 +148,13 @@ int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *input
                       const uint64_t *output_nbytes, const anepy_gemm *gemm,
                       anepy_mil_position *where);
 
+/* What reports of sums call a function; the text must stay. */
+void anepy_mil_label(anepy_mil *mil, int32_t function, const char *label);
+/* From now on every product of every program in this process notes its largest sum; 0: no more. */
+void anepy_mil_watch(int32_t on);
+/* "PROGRAM RESULT" of a product and its largest sum, 65536 if infinite; NULL beyond the last. */
+const char *anepy_mil_headroom(int32_t index, double *largest);
+
 int32_t anepy_mil_compiles(void); /* texts parsed by this process so far */
 
 /* How often a rule was broken in parsing and running so far; *first is the first sentence (NULL if

@@ -131,7 +131,7 @@ struct mil_op {
 };
 
 typedef struct {
-    const char *name;
+    const char *name, *label;
     mil_value **inputs, **outputs;               /* in declaration order */
     mil_value **sorted_inputs, **sorted_outputs; /* by name */
     anepy_mil_value_info *info; /* inputs, outputs, sorted inputs, sorted outputs */
@@ -308,6 +308,7 @@ struct mil_run {
     anepy_gemm gemm;
     float *scratch;
     _Atomic uint64_t saturated, flushed, cropped; /* of the current operation */
+    _Atomic uint32_t largest;                     /* of its sums, as the bits of a float */
 };
 
 float *mil_data(const mil_run *r, const mil_value *v);
@@ -342,6 +343,9 @@ void mil_multiply(mil_run *r, const mil_matmul *s, float *pad);
 int64_t mil_multiply_scratch_n(const anepy_mil *mil, int64_t m, int64_t n, int64_t k,
                                int32_t b_transposed);
 void mil_round_sums(mil_run *r, float *p, int64_t n);
+/* headroom.c */
+int mil_watched(void);
+void mil_note_sums(const char *program, const char *op, float largest);
 /* fixed.c: the same for numerics with fixed sums. */
 void mil_fixed_multiply(mil_run *r, const mil_matmul *s, float *scratch);
 int64_t mil_fixed_scratch_n(int64_t n, int64_t k);

@@ -235,6 +235,15 @@ static int32_t report_numbers(mil_run *r, mil_span at, const char *name) {
     return ANEPY_OK;
 }
 
+static void note_largest(mil_run *r, const char *name) {
+    uint32_t bits = atomic_exchange(&r->largest, 0);
+    float largest;
+    if (bits == 0) return;
+    memcpy(&largest, &bits, sizeof largest);
+    mil_note_sums(r->function->label != NULL ? r->function->label : r->function->name, name,
+                  largest);
+}
+
 /* Poisons a value again once no later operation reads it. */
 static void guard_ended(const mil_run *r, const mil_value *v, int32_t time) {
     const mil_value *base = v->base != NULL ? v->base : v;
@@ -274,6 +283,7 @@ static int32_t run_function(mil_run *r, const void *const *inputs, const uint64_
             op->type->run(r, op);
         }
         guard_after(r, op, t);
+        note_largest(r, op->out[0]->name);
         ANEPY_TRY(report_numbers(r, op->at, op->out[0]->name));
     }
     for (int32_t i = 0; i < f->output_n; i++) {
@@ -298,6 +308,7 @@ int32_t anepy_mil_run(anepy_mil *mil, int32_t function, const void *const *input
     atomic_init(&r.saturated, 0);
     atomic_init(&r.flushed, 0);
     atomic_init(&r.cropped, 0);
+    atomic_init(&r.largest, 0);
     mil->where = (anepy_mil_position){0, 0};
     uint64_t fpmode = anepy_fpmode_enter();
     MIL_GUARD(mil->buffers, (uint64_t)mil->buffer_n * sizeof(float));

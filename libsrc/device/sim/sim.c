@@ -37,11 +37,14 @@ static int32_t sim_lock(anepy_surface *surface, int32_t for_writing) {
 
 static int32_t sim_compile(anepy_bank_device *device, const anepy_mil_source *source,
                            const anepy_mil_item *items, int32_t n, void **out, int32_t *compiled) {
-    (void)items, (void)n, (void)compiled; /* the text has them in order */
+    (void)compiled;
     if (device->traits.dry) return ANEPY_OK;
     anepy_mil_file file = {ANEPY_MIL_WEIGHT_FILE, source->blob.data, source->blob.n};
-    return anepy_mil_parse((anepy_mil **)out, source->text, source->n, &file, source->blob.n > 0,
-                           &((simulator *)device)->options, NULL);
+    ANEPY_TRY(anepy_mil_parse((anepy_mil **)out, source->text, source->n, &file, source->blob.n > 0,
+                              &((simulator *)device)->options, NULL));
+    for (int32_t i = 0; i < n; i++) /* the text has them in order */
+        anepy_mil_label(*out, i, items[i].program->name);
+    return ANEPY_OK;
 }
 
 static void sim_release(anepy_bank_device *device, void *compiled) {

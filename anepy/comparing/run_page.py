@@ -237,6 +237,8 @@ def png(runs: Sequence[Run]) -> bytes:
             dots = zip(*sorted(run.held_out.items()), strict=True)
             axes.plot(*dots, "o", color=_COLORS[number], markersize=4)
     axes.set_title("Loss by step; dots mark evaluations on held-out data", loc="left")
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
     axes.grid(axis="y", color="#dcdcd6")
     axes.spines[["top", "right", "left"]].set_visible(False)
     if runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,6 +154,7 @@ def _tokens(
     data: Path | None, text: Path | None, tokenizer: Path | None, model: Model, dtype: str
 ) -> Iterator[tuple[TokenData, Tokenizer | None]]:
     """Yield the tokens to evaluate on, and what made them if that is known."""
+    from ..system.files import scratch
     from ..text.data import TokenData
     from ..text.prepare import prepare
     from ..text.tokenizer_stored import resolve_tokenizer
@@ -171,8 +171,8 @@ def _tokens(
         return
     assert text is not None
     words = resolve_tokenizer(tokenizer, model)
-    with tempfile.TemporaryDirectory(prefix="anepy-") as folder:
-        prepared = prepare(text, words, Path(folder) / "tokens.bin", eos=False)
+    with scratch() as folder:
+        prepared = prepare(text, words, folder / "tokens.bin", eos=False)
         tokens = TokenData(prepared.path)
         tokens.name = str(text)
         yield tokens, words

@@ -8,7 +8,6 @@ written as null and read as NaN.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..system import files
-from ..system.files import dumps
+from ..system.files import dumps, parsed
 from .config import CompareConfig
 from .estimates import LOSS_TOLERANCE
 from .result import Ablation, Comparison, Group, Run, columns
@@ -111,10 +110,10 @@ def load(path: str | os.PathLike[str]) -> Comparison:
         ConfigError: it cannot be read, is something else, or is of a newer version.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read results {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is no JSON ({reason}); write it with --json") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -126,7 +125,7 @@ def load(path: str | os.PathLike[str]) -> Comparison:
         )
     try:
         return _comparison(record)
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         reason = " ".join(reason.split())[:120]
         raise ConfigError(f"{path} is damaged ({reason}); write it again with --json") from None

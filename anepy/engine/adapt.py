@@ -23,7 +23,7 @@ from typing import Any
 
 from ..native import trust
 from ..system import download, machine
-from ..system.files import replacing
+from ..system.files import parsed, replacing
 
 DEVICE = "ane"
 SCHEMA = 2  # of the record; one of another schema is as good as none
@@ -112,7 +112,7 @@ def store(record: Mapping[str, Any]) -> Path:
 def stored(device: str) -> dict[str, Any] | None:
     """Return what was kept for a device on this machine and system, None if nothing readable is."""
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads(path(device).read_text("utf-8"))
+        record = parsed(path(device).read_text("utf-8"))
         if isinstance(record, dict) and record.get("schema") == SCHEMA:
             return record
     return None

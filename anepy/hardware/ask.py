@@ -22,6 +22,7 @@ from ..errors import AnepyError
 from ..native.find import loaded
 from ..native.info import provenance
 from ..system import machine
+from ..system.files import parsed
 from .probe_mil import DeviceRunner, Runner, WrongError
 from .probes import CHIPS, PROBES, Probe, find
 
@@ -114,7 +115,7 @@ def ask_apart(
         _end(process)
         raise
     with contextlib.suppress(ValueError, IndexError, TypeError, KeyError):
-        answer = json.loads(out.splitlines()[-1])
+        answer = parsed(out.splitlines()[-1])
         if process.returncode == 0 and answer["verdict"] in VERDICTS:
             return dict(answer)
     last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")

@@ -6,7 +6,6 @@ every later download of it must have the same.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -20,6 +19,7 @@ from typing import Any
 
 from ..errors import ChecksumError, ConfigError, DownloadError
 from ..system import arriving, download, files
+from ..system.files import parsed
 from ..system.owner import owned
 from .catalog import HUB, ITEMS, Item, Source, find, hub_path
 
@@ -163,7 +163,7 @@ def _records() -> dict[str, dict[str, Any]]:
     """Return what was recorded of addresses whose hash is not pinned."""
     path = _records_path()
     try:
-        records = json.loads(path.read_bytes())
+        records = parsed(path.read_bytes())
         if all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in records.values()):
             return dict(records)
     except FileNotFoundError:
@@ -247,7 +247,7 @@ def _repository(name: str) -> Item:
         )
     url = download.file_url(HUB, f"api/models/{repository}/revision/{revision}?blobs=true")
     try:
-        facts = json.loads(download.read(url, _MOST_LISTING))
+        facts = parsed(download.read(url, _MOST_LISTING))
         commit = facts["sha"]
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise ValueError(commit)

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelError
+from ..system.files import parsed
 from .model import ModelConfig
 
 
@@ -348,7 +349,7 @@ def _without_theta(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = parsed(path.read_bytes())
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

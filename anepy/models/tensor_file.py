@@ -6,7 +6,6 @@ written; tensors are mapped, so that none is copied before it is converted.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
+from ..system.files import parsed
 from . import tensors
 from .identify import known_as
 
@@ -56,7 +56,7 @@ def places(path: Path) -> dict[str, Place]:
     try:
         with safetensors.safe_open(path, "numpy"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(size))
+            table = parsed(file.read(size))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         what = known_as(path)
         reason = f"is {what}" if what else f"is no whole safetensors file: {error}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ModelError, TokenizerError
+from ..system.files import parsed
 from .stored_tokenizer import (
     BYTE,
     CONTROL,
@@ -562,7 +563,7 @@ def _template(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> str | 
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = parsed(content)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -6,12 +6,12 @@ nothing is downloaded there.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TypedDict, cast
 
 from ..errors import LibraryNotFoundError
+from ..system.files import parsed
 from ..system.version import __version__
 
 FILE_NAME = "release.json"
@@ -42,7 +42,7 @@ def read(folder: Path) -> Release:
     """
     path = folder / FILE_NAME
     try:
-        record = json.loads(path.read_bytes())
+        record = parsed(path.read_bytes())
     except FileNotFoundError:
         return {"version": __version__, "sources": "", "base_url": "", "files": {}}
     except (OSError, ValueError) as error:

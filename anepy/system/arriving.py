@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 from ..errors import ChecksumError, DownloadError
 from . import files
+from .files import parsed
 from .owner import owned
 
 _CHUNK_NBYTES = 1 << 20
@@ -70,7 +70,7 @@ class Arriving:
     def _take_up(self) -> None:
         """Read what an earlier attempt kept."""
         try:
-            facts = json.loads(self._facts.read_bytes())
+            facts = parsed(self._facts.read_bytes())
             if facts["url"] != self._url:
                 return
             with open(self.part, "rb") as file:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import glob
 import json
 import math
 import os
 import secrets
 import shutil
+import socket
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +22,7 @@ from ..errors import ConfigError
 
 # Temporary files that are open now; an abrupt end of the process (a second Ctrl-C) removes them.
 _temporaries: set[str] = set()
+_cleared: set[str] = set()  # folders in which this process has looked for what others left
 
 
 @contextlib.contextmanager
@@ -64,6 +70,54 @@ def discard_temporaries() -> None:
             shutil.rmtree(name, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.unlink(name)
+
+
+def new_name(folder: str) -> str:
+    """Return a name for something temporary; what killed processes left in the folder goes first.
+
+    The name says whose it is, so that nothing of a running process is touched, nor anything of
+    another computer or container that shares the folder.
+    """
+    if folder not in _cleared:
+        _cleared.add(folder)
+        for left in glob.glob(f"{glob.escape(folder)}/.anepy-{_place()}-*.tmp"):
+            with contextlib.suppress(OSError, ValueError):
+                if not running(int(left.split("-")[-2])):
+                    shutil.rmtree(left) if os.path.isdir(left) else os.unlink(left)
+    return f"{folder}/.anepy-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+@functools.cache
+def _place() -> str:
+    """Return what process numbers mean something in: this computer, or a container on it."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    return f"{zlib.crc32(' '.join(parts).encode()):08x}"
+
+
+def running(pid: int) -> bool:
+    """Return whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Make a folder for temporary files of this process; it is gone at the end."""
+    name = new_name(tempfile.gettempdir())
+    os.mkdir(name, 0o700)
+    try:
+        with temporary(name):
+            yield Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -129,6 +183,18 @@ def dumps(record: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(record), indent=indent, ensure_ascii=False)
 
 
+def parsed(text: str | bytes) -> Any:
+    """Return what JSON says; files are not trusted to be shallow.
+
+    Raises:
+        ValueError: it is no JSON, or is nested deeper than Python follows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -148,7 +214,7 @@ def _temporary(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str, st
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if os.path.exists(target) and not os.path.isfile(target):
         raise OSError(errno.EINVAL, "it is not a regular file")
-    name = f"{os.path.dirname(target)}/.anepy-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    name = new_name(os.path.dirname(target))
     _temporaries.add(name)
     try:
         with open(name, "x+b") as file:
@@ -167,7 +233,7 @@ def _temporary(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str, st
 
 def _keep(target: str, previous: str) -> None:
     """Give a file another name too, in place of an older file; where links exist it keeps both."""
-    aside = f"{previous}.{secrets.token_hex(4)}.tmp"
+    aside = new_name(os.path.dirname(target))
     try:
         os.link(target, aside)
     except FileNotFoundError:
@@ -208,7 +274,7 @@ def replacing_in(folder: str | os.PathLike[str], stale: Iterable[str] = ()) -> I
         raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
     there = os.path.isdir(target)
     parent = target if there else os.path.dirname(target)
-    name = f"{parent}/.anepy-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    name = new_name(parent)
     _temporaries.add(name)
     try:
         os.mkdir(name)

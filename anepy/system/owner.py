@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import BusyError
 from . import files
+from .files import parsed
 
 _MOST_TRIES = 50
 _PAUSE = 0.02  # s between two tries
@@ -73,7 +74,7 @@ def _refuse_or_clear(path: Path, what: str) -> None:
     except FileNotFoundError:
         return
     try:
-        owner = json.loads(found)
+        owner = parsed(found)
         pid, host = int(owner["pid"]), str(owner["host"])
     except (ValueError, TypeError, KeyError):
         # Between creating and writing it is empty; nobody can be asked.
@@ -85,7 +86,7 @@ def _refuse_or_clear(path: Path, what: str) -> None:
             f"{what} is in use by process {pid} on {host}; wait for it, or remove {path} if that "
             "process is gone"
         )
-    if _facts(pid) == {key: owner.get(key) for key in ("boot", "started")} and _alive(pid):
+    if _facts(pid) == {key: owner.get(key) for key in ("boot", "started")} and files.running(pid):
         raise BusyError(f"{what} is in use by process {pid}; wait for it, or name another")
     _clear(path, found)
 
@@ -118,16 +119,6 @@ def _mine() -> bytes:
 def _read(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(_LONGEST)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _facts(pid: int) -> dict[str, Any]:

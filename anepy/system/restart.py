@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import files
+from .files import parsed
 from .interrupts import STOPPING
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def pending() -> Restart | None:
     """Return what an earlier process of this run left, once; None for a run that begins."""
     text = os.environ.pop(VARIABLE, None)
     with contextlib.suppress(ValueError, TypeError):
-        found = Restart(**json.loads(text or ""))
+        found = Restart(**parsed(text or ""))
         if found.pid == os.getpid():
             return found
     return None
@@ -75,7 +77,9 @@ def following(previous: Restart | None, step: int, checkpoint: Path | None) -> R
     futile = previous.futile + 1 if previous is not None and previous.step == step else 0
     temporary = checkpoint is None
     if checkpoint is None:
-        checkpoint = Path(tempfile.mkdtemp(prefix="anepy-restart-")) / "run.npz"
+        folder = files.new_name(tempfile.gettempdir())
+        os.mkdir(folder, 0o700)
+        checkpoint = Path(folder) / "run.npz"
     return Restart(os.getpid(), os.path.abspath(checkpoint), temporary, step, futile)
 
 

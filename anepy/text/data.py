@@ -8,7 +8,6 @@ begin, and which tokens count as targets. Files of other programs (llama2.c, nan
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 import stat
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError, ConfigError, DataError
+from ..system.files import parsed
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
@@ -469,7 +469,7 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
     """Return the checked facts beside a token file, None if there are none."""
     sidecar = sidecar_path(path)
     try:
-        facts = json.loads(sidecar.read_bytes())
+        facts = parsed(sidecar.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -480,13 +480,28 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
         isinstance(facts, dict)
         and facts.get("format") == SIDECAR_FORMAT
         and facts.get("dtype") in tuple(DTYPES)
-        and all(type(facts.get(key)) is int and facts[key] > 0 for key in ("tokens", "vocab_size"))
+        and all(_is_count(facts.get(key)) and facts[key] for key in ("tokens", "vocab_size"))
+        and _is_count(facts.get("documents") or 0)
+        and all(
+            facts.get(key) is None or _is_name(facts[key])
+            for key in ("document_starts", "mask", "tokenizer_file")
+        )
     ):
         return facts
     raise DataError(
         f"{sidecar} does not describe token data; run anepy prepare again, or remove it if"
         f" {path.name} holds uint16 tokens"
     )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_name(value: Any) -> bool:
+    """Say whether a value names a file beside another, and none anywhere else."""
+    plain = isinstance(value, str) and value not in ("", "..") and "\0" not in value
+    return plain and value == Path(value).name
 
 
 def reason_of(error: OSError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
-import json
 import os
 import stat
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError
+from ..system.files import parsed
 from .data import reason_of
 from .tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ class Source:
         if not first.startswith(b"{") and not named:
             return None
         try:
-            found = json.loads(first)
+            found = parsed(first)
         except ValueError:
             return "text" if named else None
         shape = shape_of(found)
@@ -194,7 +194,7 @@ class Source:
                 return
             where = f"{self.name}, line {number}"
             try:
-                line = json.loads(text)
+                line = parsed(text)
             except ValueError as error:
                 reason = getattr(error, "msg", str(error))
                 raise DataError(f"{where}: it is no JSON ({reason}); repair or remove it") from None

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import TokenizerError
 from ..models.stored_tokenizer import StoredTokenizer
 from ..models.tokenizer_formats import ENDS
+from ..system.files import parsed
 from .tokenizer import Ids, Raw, Text, Tokenizer, outside, unicode
 
 # What ends a turn in the models there are, where no file of theirs says it.
@@ -74,7 +75,7 @@ class JsonTokenizer(Tokenizer):
         library = package("tokenizers", "a tokenizer.json")
         self.name = name
         try:
-            described = json.loads(content)
+            described = parsed(content)
             # Two objects, for whether names of special tokens count is a state of them.
             self._aware = library.Tokenizer.from_buffer(content)
             self._plain = library.Tokenizer.from_buffer(content)

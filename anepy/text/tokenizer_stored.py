@@ -21,7 +21,7 @@ from ..models.tokenizer_formats import (
     gguf_fields,
     json_of_merges,
 )
-from ..system.files import replacing, write_failure
+from ..system.files import parsed, replacing, write_failure
 from .tokenizer import PathLike, Tokenizer
 from .tokenizer_packages import JsonTokenizer, SentencePieceTokenizer
 from .tokenizer_pieces import MIN_VOCAB, PieceTokenizer, byte_tokenizer
@@ -224,7 +224,7 @@ def _of_files(
 
 def _object(content: bytes, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = parsed(content)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ..errors import CheckpointError
 from ..models.model import ModelConfig
-from ..system.files import replacing, write_failure
+from ..system.files import parsed, replacing, write_failure
 from .run_folder import previous_path
 
 FORMAT = 2
@@ -293,7 +293,7 @@ def _read_meta(path: str | Path, archive: zipfile.ZipFile) -> Meta:
     if text.shape != () or text.dtype.kind != "U":
         raise CheckpointError(f"{path}: its 'meta' is not a text; not a checkpoint of anepy")
     try:
-        values = json.loads(str(text))
+        values = parsed(str(text))
     except ValueError as error:
         raise CheckpointError(f"{path}: its 'meta' is not JSON ({error})") from error
     return _meta_from(path, values)

@@ -65,12 +65,16 @@ class Keeper:
         Raises:
             DivergedError: the weights are not worth keeping as they are.
         """
-        if self.path is None or self.good is not None:
+        if self.path is None:
+            return []
+        start = start_path(self.path)
+        if self.good != start:
+            self._forget(start)  # of a run that was killed
+        if self.good is not None:
             return []
         if not wanted and trainer.checkpoint_nbytes() > _SMALL:
             return []
         trainer.check()
-        start = start_path(self.path)
         try:
             trainer.save_checkpoint(start)
         except CheckpointError as error:

@@ -6,7 +6,6 @@ it does there; `t_softmax` is that part alone.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 from ..engine.stats import UpdateStats
 from ..errors import ConfigError
-from ..system.files import dumps
+from ..system.files import dumps, parsed
 from ..system.mac import ANE_PEAK_TFLOPS
 from .reports import StepReport, Summary
 from .trackers import Tracker
@@ -182,7 +181,7 @@ def check_log(path: str | Path) -> None:
     except OSError:
         return  # not there, or a device; opening it will tell
     try:
-        is_log = isinstance(json.loads(first)["type"], str)
+        is_log = isinstance(parsed(first)["type"], str)
     except (ValueError, TypeError, KeyError):
         is_log = False
     if first and not is_log:
@@ -195,7 +194,7 @@ def _end_of(path: Path, step: int) -> int:
     with path.open("rb") as file:
         for line in file:
             try:
-                record = json.loads(line)
+                record = parsed(line)
                 if not line.endswith(b"\n") or int(record.get("step", 0)) > step:
                     break
             except (ValueError, TypeError, AttributeError):

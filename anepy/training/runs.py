@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..system.files import parsed
 from .config import ENDLESS
 from .run_folder import LOG
 
@@ -99,7 +99,7 @@ def _records(file: Any) -> Iterator[dict[str, Any]]:
     """Yield the records of a log; a line that a killed process left half is passed over."""
     while line := file.readline(_LONGEST_LINE):
         try:
-            record = json.loads(line)
+            record = parsed(line)
         except ValueError:
             continue
         if isinstance(record, dict):

@@ -1,0 +1,1 @@
+"""What must go wrong without harm: attacks kept as programs, run short by the tests beside."""

@@ -289,6 +289,7 @@ typedef struct anepy_step_stats {
     double device_flops;   /* of the products in those programs */
     double host_flops;     /* of the classifier's products on the host */
     double dw_flops;       /* of weight gradients on the host, but the classifier's */
+    int64_t dw_nbytes;     /* read and written to add those that the device has computed */
 } anepy_step_stats;
 
 #define ANEPY_LEAVE_GRADIENTS 1u   /* nobody reads them before the next step, which replaces them */

@@ -24,7 +24,7 @@
 _Static_assert(sizeof(anepy_config) == 104, "config");
 _Static_assert(sizeof(anepy_tensor) == 128, "tensor");
 _Static_assert(sizeof(anepy_engine_info) == 160, "engine info");
-_Static_assert(sizeof(anepy_step_stats) == 200, "step stats");
+_Static_assert(sizeof(anepy_step_stats) == 208, "step stats");
 _Static_assert(sizeof(anepy_update_options) == 104, "update options");
 _Static_assert(sizeof(anepy_update_stats) == 32, "update stats");
 _Static_assert(sizeof(anepy_flops) == 56, "flops");

@@ -75,7 +75,7 @@ int32_t anepy_program_get_port(const anepy_model *model, anepy_program_port *out
         out->kind = index < p.input_n ? ANEPY_PROGRAM_INPUT : ANEPY_PROGRAM_OUTPUT;
         out->channel = t->channel;
         out->channels = t->channels;
-        out->columns = p.width;
+        out->columns = index < p.input_n ? p.width : p.output_width;
         snprintf(out->name, sizeof out->name, "%s", t->name);
         snprintf(out->surface, sizeof out->surface, index < p.input_n ? "a_in" : "z_out");
         return ANEPY_OK;
@@ -154,8 +154,8 @@ static int32_t run(anepy_device *device, const anepy_program *p, const void *par
     anepy_surface *input, *output;
     anepy_executable *executable;
     anepy_instance instance = {p, layer};
-    ANEPY_TRY(device->ops->surface_create(device, p->input_channels, 0, &input));
-    ANEPY_TRY(device->ops->surface_create(device, p->output_channels, 0, &output));
+    ANEPY_TRY(device->ops->surface_create(device, p->input_channels, 0, 0, &input));
+    ANEPY_TRY(device->ops->surface_create(device, p->output_channels, 0, 0, &output));
     ANEPY_TRY(device->ops->compile(device, &instance, 1, params, &executable));
     for (int32_t t = 0; t < p->input_n + p->output_n; t++)
         ANEPY_TRY(device->ops->bind(executable, t, t < p->input_n ? input : output,

@@ -113,8 +113,8 @@ def compare(
 ) -> None:
     """Measure what variants are worth, in turns, with intervals.
 
-    A variant is baseline, opt, ane, dynamic, double-buffer or max, and any of +switch and -switch
-    behind it. Ctrl-C ends with what has been measured so far.
+    A variant is baseline, opt, ane, dynamic, double-buffer, resident or max, and any of +switch and
+    -switch behind it. Ctrl-C ends with what has been measured so far.
     """
     words = list(variants or ())
     settings = {

@@ -84,6 +84,7 @@ class StepStats:
         device_flops: floating-point operations of the products in the programs.
         host_flops: of the classifier's products on the host.
         dw_flops: of the weight gradients on the host, but the classifier's.
+        dw_nbytes: bytes read and written to add weight gradients that the device has computed.
     """
 
     loss: float
@@ -112,6 +113,7 @@ class StepStats:
     device_flops: float = 0.0
     host_flops: float = 0.0
     dw_flops: float = 0.0
+    dw_nbytes: int = 0
 
     @classmethod
     def read(cls, native: abi.StepStats) -> StepStats:

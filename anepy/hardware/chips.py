@@ -62,6 +62,7 @@ class Published:
         vocab_size: rows of its classifier; the research programs' dynamic one has only those tokens
             that occur.
         dispatches: its evaluations, where it has another number than ours.
+        keeps_dw: its weight gradients stay on the device until the update.
     """
 
     chip: str
@@ -71,6 +72,7 @@ class Published:
     fitted: bool = False
     vocab_size: int = 32000
     dispatches: int | None = None
+    keeps_dw: bool = False
 
 
 PUBLISHED = (
@@ -91,6 +93,14 @@ PUBLISHED = (
     Published("m3pro", "dynamic", 93.0, "slavko", False, 9205, 120),
     Published("m3pro", "ane", 79.0, "slavko: 77 to 81", False, 32000, 86),
     Published("m4", "dynamic+offload_classifier", 96.0, "fspecii, stage M7"),
+    Published(
+        "m4",
+        "dynamic+offload_classifier+offload_softmax+offload_dw",
+        52.0,
+        "fspecii",
+        dispatches=87,
+        keeps_dw=True,
+    ),
     Published("m4pro", "baseline", 71.0, "maderix #3: 69 to 73"),
     Published("m5", "baseline", 114.5, "maderix #3, PR 48: 101 to 128"),
 )

@@ -38,6 +38,7 @@ class Counts:
     device_flops: float
     host_flops: float
     dw_flops: float
+    dw_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Check:
 
 
 def count(config: ModelConfig, variant: str, seq: int) -> Counts:
-    """Count what a step of one sequence has to do on the Neural Engine and beside it.
+    """Count what a step of one sequence, not the first, has to do on the engine and beside it.
 
     Args:
         config: dimensions of the model; its weights do not matter.
@@ -79,7 +80,8 @@ def count(config: ModelConfig, variant: str, seq: int) -> Counts:
     """
     tokens = np.zeros(seq, np.int32)
     with Engine(Model(config), variant, "sim:m4,run=no", seq_len=seq) as engine:
-        stats = asdict(engine.step(tokens, tokens))
+        engine.step(tokens, tokens)
+        stats = asdict(engine.step(tokens, tokens))  # adds to gradients that there are
     return Counts(**{name: stats[name] for name in Counts.__dataclass_fields__})
 
 
@@ -113,6 +115,8 @@ def _to_fit(chip: Chip, counts: Counts) -> list[float]:
 
 def _counted(step: Published) -> Counts:
     counts = _reference(step.variant, step.vocab_size)
+    if step.keeps_dw:
+        counts = replace(counts, dw_nbytes=0)
     return replace(counts, dispatches=step.dispatches or counts.dispatches)
 
 
@@ -147,6 +151,7 @@ def predict(counts: Counts, chip: str) -> Prediction:
     rates, of = fitted(), CHIPS[chip]
     parts = _known(of, counts)
     quantities = dict(zip(_UNKNOWN, _to_fit(of, counts), strict=True))
+    quantities["dw"] += rates["elements"] * counts.dw_nbytes / 1e6  # as much of it is waited for
     parts |= {name: rates[name] * quantities[name] for name in _UNKNOWN}
     return Prediction(chip, sum(parts.values()), parts)
 

@@ -277,7 +277,7 @@ def write_layer(model: Model, seq: int, folder: Path) -> list[str]:
     Programs of the classifier, whose weights are the largest, are left out.
     """
     width = -(-seq // 64) * 64
-    programs = [name for name in names() if not name.startswith("classifier")]
+    programs = [name for name in names() if not name.startswith(("classifier", "head"))]
     return write(
         folder, *generate(model, [describe(model.table, name, width=width) for name in programs])
     )

@@ -158,6 +158,7 @@ class StepStats(_Sized):
         ("device_flops", c_double),
         ("host_flops", c_double),
         ("dw_flops", c_double),
+        ("dw_nbytes", c_int64),
     )
 
 

@@ -91,12 +91,12 @@ static int32_t open_one(anepy_bench *b, int32_t id) {
     const anepy_device_ops *ops = b->device->ops;
     anepy_program p;
     ANEPY_TRY(compile(b, &p, id, &b->programs[0]));
-    ANEPY_TRY(ops->surface_create(b->device, p.input_channels, 0, &b->surfaces[0]));
-    ANEPY_TRY(ops->surface_create(b->device, p.output_channels, 0, &b->surfaces[1]));
+    ANEPY_TRY(ops->surface_create(b->device, p.input_channels, 0, 0, &b->surfaces[0]));
+    ANEPY_TRY(ops->surface_create(b->device, p.output_channels, 0, 0, &b->surfaces[1]));
     for (int32_t t = 0; t < p.input_n + p.output_n; t++)
         ANEPY_TRY(ops->bind(b->programs[0], t, b->surfaces[t >= p.input_n], p.tensors[t].channel));
     if (id == ANEPY_SDPA_FWD) {
-        ANEPY_TRY(ops->surface_create(b->device, p.host_channels, 0, &b->surfaces[4]));
+        ANEPY_TRY(ops->surface_create(b->device, p.host_channels, 0, 0, &b->surfaces[4]));
         ANEPY_TRY(ops->bind(b->programs[0], SDPA_FWD_LSE, b->surfaces[4], 0));
     }
     ANEPY_TRY(anepy_surface_write(b->surfaces[0], 0, p.input_channels, b->buffers[INPUT].data));
@@ -125,8 +125,8 @@ static int32_t open_backward(anepy_bench *b) {
     ANEPY_TRY(open_one(b, ANEPY_SDPA_FWD));
     ANEPY_TRY(compile(b, &p, ANEPY_SDPA_BWD1, &b->programs[1]));
     ANEPY_TRY(compile(b, &p, ANEPY_SDPA_BWD2, &b->programs[2]));
-    ANEPY_TRY(ops->surface_create(b->device, q_dim + 2 * kv, 0, &b->surfaces[2]));
-    ANEPY_TRY(ops->surface_create(b->device, dim, 0, &b->surfaces[3]));
+    ANEPY_TRY(ops->surface_create(b->device, q_dim + 2 * kv, 0, 0, &b->surfaces[2]));
+    ANEPY_TRY(ops->surface_create(b->device, dim, 0, 0, &b->surfaces[3]));
     ANEPY_TRY(anepy_surface_write(b->surfaces[3], 0, dim, b->buffers[DY].data));
     for (size_t i = 0; i < sizeof bound / sizeof bound[0]; i++)
         ANEPY_TRY(ops->bind(b->programs[1 + bound[i].program], bound[i].tensor,

@@ -40,11 +40,12 @@ static int32_t create(anepy_bank_device *d, int32_t channels, int32_t width,
     return ANEPY_OK;
 }
 
-static int32_t bank_surface_create(anepy_device *device, int32_t channels, int32_t factors,
-                                   anepy_surface **out) {
+static int32_t bank_surface_create(anepy_device *device, int32_t channels, int32_t width,
+                                   int32_t factors, anepy_surface **out) {
     (void)factors; /* factors or not, all are fp16 */
     anepy_bank_surface *surface = NULL;
-    ANEPY_TRY(create((anepy_bank_device *)device, channels, device->options.width, &surface));
+    if (width == 0) width = device->options.width;
+    ANEPY_TRY(create((anepy_bank_device *)device, channels, width, &surface));
     *out = &surface->base;
     return ANEPY_OK;
 }
@@ -138,7 +139,7 @@ static int32_t add_executable(anepy_bank_device *d, anepy_bank *bank,
     executable->device = d;
     executable->program = program;
     executable->function = function;
-    executable->input_n = 1;
+    executable->input_n = program->surface_n;
     int32_t status = ANEPY_OK;
     for (int32_t i = 0; i < program->weight_n && status == ANEPY_OK; i++) {
         anepy_program_matrix matrix;
@@ -295,13 +296,13 @@ static int32_t bank_compile(anepy_device *device, const anepy_instance *instance
 static int32_t bank_bind(anepy_executable *executable, int32_t index, anepy_surface *surface,
                          int32_t channel) {
     const anepy_program *program = executable->program;
-    int32_t is_input = index < program->input_n;
-    int32_t channels = is_input ? program->input_channels : program->output_channels;
-    anepy_bank_surface **slot = is_input ? &executable->inputs[0] : &executable->output;
+    int32_t is_input = index < program->input_n, at = program->tensors[index].surface;
+    int32_t channels = is_input ? program->surface_channels[at] : program->output_channels;
+    anepy_bank_surface **slot = is_input ? &executable->inputs[at] : &executable->output;
     anepy_bank_surface *packed = (anepy_bank_surface *)surface;
     if (surface->device != &executable->device->base || surface->channels != channels ||
         channel != program->tensors[index].channel || (*slot != NULL && *slot != packed))
-        return anepy_fail(ANEPY_E_UNSUPPORTED, "%s.%s is not at its place in the packed surface",
+        return anepy_fail(ANEPY_E_UNSUPPORTED, "%s.%s is not at its place in its surface",
                           program->name, program->tensors[index].name);
     *slot = packed;
     return ANEPY_OK;

@@ -3,8 +3,8 @@
  * All programs of one compilation are functions of one text with one weight file, a bank, so that a
  * weight update costs one compilation (docs/neural-engine.md#procedures). Hardware that refuses the
  * bank gets the older dialect, then a text per program; the traits can ask for the latter at once.
- * Programs with equal text share a function. A program has one packed input and one packed output
- * surface; a live weight has a surface that all programs which read it share. A backend provides
+ * Programs with equal text share a function. A program has one packed output surface and one packed
+ * input, or those of other programs as inputs; a live weight has a surface that all programs which read it share. A backend provides
  * memory and executes. */
 #ifndef ANEPY_DEVICE_BANK_H
 #define ANEPY_DEVICE_BANK_H
@@ -13,7 +13,7 @@
 #include "device/traits.h"
 #include "programs/mil_generate.h"
 
-#define ANEPY_BANK_INPUTS (1 + ANEPY_PROGRAM_WEIGHTS)
+#define ANEPY_BANK_INPUTS (ANEPY_PROGRAM_SURFACES + ANEPY_PROGRAM_WEIGHTS)
 
 typedef struct anepy_bank anepy_bank;
 typedef struct anepy_bank_device anepy_bank_device;
@@ -32,8 +32,8 @@ struct anepy_executable {
     const anepy_program *program;
     anepy_bank *bank;
     int32_t function;
-    int32_t input_n; /* 1 + the number of live weights */
-    /* [0] is the packed input; in the order of names in MIL. */
+    int32_t input_n; /* those of tensors, and the live weights */
+    /* In the order of names in MIL. */
     anepy_bank_surface *inputs[ANEPY_BANK_INPUTS];
     anepy_bank_surface *output;
     void *request;                     /* owned by the backend, made when all surfaces are bound */

@@ -21,6 +21,7 @@
 #define ANEPY_COMPILES_BESIDE 16u /* can compile while evaluating */
 #define ANEPY_BATCHES 32u         /* surfaces may hold several sequences beside each other */
 #define ANEPY_PACKS 64u           /* keeps documents within a sequence apart */
+#define ANEPY_FUSES 128u          /* has the programs of whole layers and of weight gradients */
 
 typedef struct anepy_device anepy_device;
 typedef struct anepy_surface anepy_surface;
@@ -102,9 +103,9 @@ typedef struct {
 
 typedef struct {
     void (*close)(anepy_device *device); /* also frees its surfaces and executables */
-    /* factors != 0: for tensors that are only factors of products. */
-    int32_t (*surface_create)(anepy_device *device, int32_t channels, int32_t factors,
-                              anepy_surface **out);
+    /* factors != 0: for tensors that are only factors of products. width 0: the device's. */
+    int32_t (*surface_create)(anepy_device *device, int32_t channels, int32_t width,
+                              int32_t factors, anepy_surface **out);
     /* Called before and after the host uses surface->data. */
     int32_t (*lock)(anepy_surface *surface, int32_t for_writing);
     int32_t (*unlock)(anepy_surface *surface, int32_t for_writing);

@@ -136,6 +136,25 @@ mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const c
     return anepy_emit_binary(w, "mul", unit, anepy_emit_norm_weight(w, role), hint);
 }
 
+/* With n = x / rms: dx = (w dy - n mean(w dy n)) / rms. The constant 16 / sqrt(dim) of normalize
+ * turns the mean into a sum / 256, and cancels elsewhere. */
+static mil_tensor through_norm(mil_writer *w, mil_normalized n, mil_tensor ones, mil_tensor dn,
+                               const char *hint) {
+    mil_tensor t = anepy_emit_binary(w, "mul", dn, n.unit, "along");
+    t = sum(w, ones, t, "along");
+    t = anepy_emit_binary(w, "mul", n.unit, t, "along");
+    t = anepy_emit_binary(w, "sub", dn, t, "across");
+    return anepy_emit_binary(w, "mul", t, n.inverse, hint);
+}
+
+mil_tensor anepy_emit_rmsnorm_back(mil_writer *w, int32_t role, mil_tensor dy, mil_tensor x,
+                                   const char *hint) {
+    mil_normalized n = anepy_emit_normalize(w, x, 1);
+    mil_tensor weight = anepy_emit_norm_weight(w, role);
+    mil_tensor dn = anepy_emit_binary(w, "mul", dy, weight, "dnorm");
+    return through_norm(w, n, anepy_emit_ones_column(w, 1.0 / 256), dn, hint);
+}
+
 /* --------------------------------------------------------------------------------------- heads */
 
 static mil_tensor split_heads(mil_writer *w, mil_tensor x, int32_t heads, const char *hint) {
@@ -155,6 +174,20 @@ mil_tensor anepy_emit_head_norm(mil_writer *w, int32_t role, mil_tensor x, int32
     if (as_conv) x = split_heads(w, x, heads, "heads");
     x = anepy_emit_binary(w, "mul", x, vector(w, tensor, sqrt(head) / 16, 1), "normed");
     return anepy_emit_reshape(w, x, channels, 1, w->width, hint);
+}
+
+mil_tensor anepy_emit_head_norm_back(mil_writer *w, int32_t role, mil_tensor dy, mil_tensor x,
+                                     int32_t heads, const char *hint) {
+    const anepy_tensor *tensor = anepy_model_find(w->model, w->layer, role);
+    int32_t channels = x.dims[1], head = w->model->head_dim, as_conv = head % CONTRACTION != 0;
+    mil_tensor ones = anepy_emit_head_sum(w, heads, 1.0 / 256, as_conv);
+    if (!as_conv) x = split_heads(w, x, heads, "heads");
+    mil_normalized n = normalize(w, x, head, ones, 1);
+    mil_tensor dn = split_heads(w, dy, heads, "heads");
+    dn = anepy_emit_binary(w, "mul", dn, vector(w, tensor, sqrt(head) / 16, 1), "dnorm");
+    if (as_conv) dn = anepy_emit_reshape(w, dn, channels, 1, w->width, "dnorm");
+    dn = through_norm(w, n, ones, dn, as_conv ? hint : "through");
+    return anepy_emit_reshape(w, dn, channels, 1, w->width, hint);
 }
 
 /* x cos + (x turned by 90 degrees) sin: no pair of channels is taken apart, which would need slices

@@ -78,8 +78,11 @@ static void put_type(mil_writer *w, const int32_t d[4]) {
 
 void anepy_emit_begin_function(mil_writer *w, const char *name) {
     put(w, "    func %s<%s>(", name, w->dialect == ANEPY_DIALECT_10 ? "ios16" : "ios18");
-    put_type(w, w->input.dims);
-    put(w, " %s", w->input.name);
+    for (int32_t i = 0; i < w->program->surface_n; i++) {
+        if (i > 0) put(w, ", ");
+        put_type(w, w->surfaces[i].dims);
+        put(w, " %s", w->surfaces[i].name);
+    }
     for (int32_t i = 0; i < w->program->weight_n; i++) {
         if (!anepy_program_passes(w->program, i)) continue;
         put(w, ", ");
@@ -195,7 +198,7 @@ mil_tensor anepy_emit_slice(mil_writer *w, mil_tensor x, int32_t channel, int32_
 }
 
 mil_tensor anepy_emit_concat(mil_writer *w, const mil_tensor *x, int32_t n, const char *hint) {
-    char values[384] = "";
+    char values[512] = "";
     int32_t dims[4] = {1, 0, x[0].dims[2], x[0].dims[3]};
     for (int32_t i = 0; i < n; i++) {
         size_t used = strlen(values);

@@ -52,11 +52,11 @@ typedef struct {
     int32_t constant_n;
     mil_record *records;
     int32_t record_n, record_cap;
-    mil_tensor input;                             /* a_in */
+    mil_tensor surfaces[ANEPY_PROGRAM_SURFACES];  /* a_in, b_in... */
     mil_tensor parameters[ANEPY_PROGRAM_WEIGHTS]; /* live weights */
     mil_tensor matrices[ANEPY_PROGRAM_WEIGHTS]; /* live weights reshaped to [1, 1, rows, cols], when
                                                    first used */
-    mil_tensor low[4];                          /* of adapters: the thin outputs so far */
+    mil_tensor low[7];                          /* of adapters: the thin outputs so far */
     int32_t low_n;
 } mil_writer;
 
@@ -141,9 +141,15 @@ typedef struct {
 mil_normalized anepy_emit_normalize(mil_writer *w, mil_tensor x, int want_inverse);
 mil_tensor anepy_emit_norm_weight(mil_writer *w, int32_t role); /* times sqrt(dim) / 16 */
 mil_tensor anepy_emit_rmsnorm(mil_writer *w, int32_t role, mil_tensor x, const char *hint);
+/* The gradient of x from that of its norm. */
+mil_tensor anepy_emit_rmsnorm_back(mil_writer *w, int32_t role, mil_tensor dy, mil_tensor x,
+                                   const char *hint);
 /* Of the channels of each head, in [1, heads * head_dim, 1, width]; x if the model has none. */
 mil_tensor anepy_emit_head_norm(mil_writer *w, int32_t role, mil_tensor x, int32_t heads,
                                 const char *hint);
+/* The gradient of x from that of its norm, for a model that has these. */
+mil_tensor anepy_emit_head_norm_back(mil_writer *w, int32_t role, mil_tensor dy, mil_tensor x,
+                                     int32_t heads, const char *hint);
 
 /* RoPE of [1, heads * head_dim, 1, width]; with inverse != 0 rotates back. */
 mil_tensor anepy_emit_rope(mil_writer *w, mil_tensor x, int32_t heads, int inverse,

@@ -54,10 +54,18 @@ typedef struct {
  *   final_rmsnorm   norm * x / rms(x)
  *   classifier_fwd  logits of the tokens [first_row, first_row + rows) = output x
  *   classifier_bwd  gradient of x from that of those logits
- *   softmax         over groups of tokens: see anepy_softmax_groups */
+ *   softmax         over groups of tokens: see anepy_softmax_groups
+ * Of a whole layer, where x and dy are its input and the gradient of its output:
+ *   layer_fwd   sdpa_fwd of x; x2 = x + out; ffn_fwd of x2
+ *   layer_bwd   ffn_bwd of dy, through = rmsnorm_bwd of its dx, dx2 = dy + through; sdpa_bwd1,
+ *               sdpa_bwd2 and qkv_bwd of dx2, and rmsnorm_bwd of its dx; what goes through the
+ *               norms is an output by itself, as the host adds it in float32
+ *   layer_dw    gradients of the weights, [rows, dim], from those of what they multiply
+ *   head_*      final_rmsnorm and classifier_fwd; classifier_bwd and rmsnorm_bwd_final
+ *   classifier_dw   gradient of the output's rows */
 static const struct {
     const char *name;
-    range inputs[5], outputs[11];
+    range inputs[12], outputs[19];
     int32_t weight_n;
     int32_t weights[ANEPY_PROGRAM_WEIGHTS]; /* those that the model has not are left out */
 } TABLE[ANEPY_PROGRAM_N] = {
@@ -118,6 +126,81 @@ static const struct {
         {"rmsnorm_bwd", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_ATTENTION_NORM}},
     [ANEPY_RMSNORM_BWD_FFN] =
         {"rmsnorm_bwd_ffn", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_FFN_NORM}},
+    [ANEPY_LAYER_FWD] = {"layer_fwd",
+                         {{"x", DIM}},
+                         {{"out", DIM},
+                          {"q", Q},
+                          {"k", KV},
+                          {"v", KV},
+                          {"attn", Q},
+                          {"xnorm", DIM},
+                          {"x2", DIM},
+                          {"ffn_out", DIM},
+                          {"h1", HIDDEN},
+                          {"h3", HIDDEN},
+                          {"gate", HIDDEN},
+                          {"xnorm2", DIM},
+                          {"q_raw", Q | QK_NORM},
+                          {"k_raw", KV | QK_NORM},
+                          {"qkv_a", LOW_QKV},
+                          {"wo_a", LOW_WO},
+                          {"w13_a", LOW_W13},
+                          {"w2_a", LOW_W2}},
+                         14,
+                         {ANEPY_ATTENTION_NORM, ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO, ANEPY_BQ,
+                          ANEPY_BK, ANEPY_BV, ANEPY_Q_NORM, ANEPY_K_NORM, ANEPY_FFN_NORM, ANEPY_W1,
+                          ANEPY_W3, ANEPY_W2}},
+    [ANEPY_LAYER_BWD] = {"layer_bwd",
+                         {{"dy", DIM},
+                          {"x", DIM},
+                          {"x2", DIM},
+                          {"h1", HIDDEN},
+                          {"h3", HIDDEN},
+                          {"q", Q},
+                          {"k", KV},
+                          {"v", KV},
+                          {"q_raw", Q | QK_NORM},
+                          {"k_raw", KV | QK_NORM}},
+                         {{"dxnorm2", DIM},
+                          {"through2", DIM},
+                          {"dx2", DIM},
+                          {"dh1", HIDDEN},
+                          {"dh3", HIDDEN},
+                          {"dq", Q},
+                          {"dk", KV},
+                          {"dv", KV},
+                          {"dxnorm", DIM},
+                          {"through", DIM},
+                          {"dq_normed", Q | QK_NORM},
+                          {"dk_normed", KV | QK_NORM},
+                          {"w2_b", LOW_W2},
+                          {"w13_b", LOW_W13},
+                          {"wo_b", LOW_WO},
+                          {"qkv_b", LOW_QKV}},
+                         11,
+                         {ANEPY_W2, ANEPY_W1, ANEPY_W3, ANEPY_FFN_NORM, ANEPY_WO, ANEPY_WQ, ANEPY_WK,
+                          ANEPY_WV, ANEPY_ATTENTION_NORM, ANEPY_Q_NORM, ANEPY_K_NORM}},
+    [ANEPY_LAYER_DW] = {"layer_dw",
+                        {{"dq", Q},
+                         {"dk", KV},
+                         {"dv", KV},
+                         {"xnorm", DIM},
+                         {"dx2", DIM},
+                         {"attn", Q},
+                         {"dh1", HIDDEN},
+                         {"dh3", HIDDEN},
+                         {"xnorm2", DIM},
+                         {"dy", DIM},
+                         {"gate", HIDDEN}},
+                        {{"wq", Q},
+                         {"wk", KV},
+                         {"wv", KV},
+                         {"wo", Q},
+                         {"w1", HIDDEN},
+                         {"w3", HIDDEN},
+                         {"w2", HIDDEN}},
+                        0,
+                        {0}},
     [ANEPY_RMSNORM_BWD_FINAL] =
         {"rmsnorm_bwd_final", {{"dy", DIM}, {"x", DIM}}, {{"dx", DIM}}, 1, {ANEPY_FINAL_NORM}},
     [ANEPY_FINAL_RMSNORM] =
@@ -127,7 +210,23 @@ static const struct {
     [ANEPY_CLASSIFIER_BWD] =
         {"classifier_bwd", {{"dlogits", VOCAB}}, {{"dx", DIM}}, 1, {ANEPY_CLASSIFIER}},
     [ANEPY_SOFTMAX] = {"softmax", {{"logits", VOCAB}}, {{"probs", VOCAB}}, 0, {0}},
+    [ANEPY_HEAD_FWD] = {"head_fwd",
+                        {{"x", DIM}},
+                        {{"xnorm", DIM}, {"logits", VOCAB}},
+                        2,
+                        {ANEPY_FINAL_NORM, ANEPY_CLASSIFIER}},
+    [ANEPY_HEAD_BWD] = {"head_bwd",
+                        {{"dlogits", VOCAB}, {"x", DIM}},
+                        {{"dxnorm", DIM}, {"through", DIM}},
+                        2,
+                        {ANEPY_CLASSIFIER, ANEPY_FINAL_NORM}},
+    [ANEPY_CLASSIFIER_DW] =
+        {"classifier_dw", {{"dlogits", VOCAB}, {"xnorm", DIM}}, {{"output", VOCAB}}, 0, {0}},
 };
+
+static int writes_dw(anepy_program_id id) {
+    return id == ANEPY_LAYER_DW || id == ANEPY_CLASSIFIER_DW;
+}
 
 /* Tensors in memory of the host. */
 static const range HOST[ANEPY_PROGRAM_N][ANEPY_PROGRAM_TENSORS - ANEPY_HOST_TENSOR + 1] = {
@@ -173,8 +272,8 @@ static void number(anepy_program_matrix *m, const anepy_program *program, int32_
     int32_t first = 0;
     int adapter = (program->weights[index] & ANEPY_LORA) != 0;
     while (adapter && (program->weights[first] & ANEPY_LORA) == 0) first++;
-    snprintf(m->parameter, sizeof m->parameter, "%c%d_%s", adapter ? 'x' : 'w',
-             (index - first) % 10, m->name);
+    snprintf(m->parameter, sizeof m->parameter, "%c%c_%s", adapter ? 'x' : 'w',
+             "0123456789abcdef"[index - first], m->name);
 }
 
 static int32_t rows_of(const anepy_program *program, const anepy_model *model) {
@@ -209,8 +308,11 @@ static int32_t fill(anepy_program *out, int32_t first, const range *list, const 
         if (channels == 0) continue; /* no adapter */
         if (e >= LOW) out->low[e - LOW] = n;
         out->tensors[n++] =
-            (anepy_program_tensor){list->name, channels, *total, (list->channels & FACTOR) != 0,
-                                   (anepy_place)(list->channels / PLACED)};
+            (anepy_program_tensor){.name = list->name,
+                                   .channels = channels,
+                                   .channel = *total,
+                                   .factor = (list->channels & FACTOR) != 0,
+                                   .place = (anepy_place)(list->channels / PLACED)};
         *total += channels;
     }
     return n - first;
@@ -227,7 +329,8 @@ static void add_weights(anepy_program *out, anepy_program_id id, const anepy_mod
 void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const anepy_model *model,
                                  int32_t width, int32_t part) {
     int32_t vocab = model->config.vocab_size;
-    int sliced = id == ANEPY_CLASSIFIER_FWD || id == ANEPY_CLASSIFIER_BWD;
+    int sliced = id == ANEPY_CLASSIFIER_FWD || id == ANEPY_CLASSIFIER_BWD ||
+                 id == ANEPY_CLASSIFIER_DW || id == ANEPY_HEAD_FWD || id == ANEPY_HEAD_BWD;
     memset(out, 0, sizeof *out);
     out->id = id;
     out->name = TABLE[id].name;
@@ -237,6 +340,9 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
     out->first_row = part * ((vocab + out->parts - 1) / out->parts);
     out->input_n = fill(out, 0, TABLE[id].inputs, model, &out->input_channels);
     out->output_n = fill(out, out->input_n, TABLE[id].outputs, model, &out->output_channels);
+    out->surface_n = 1;
+    out->surface_channels[0] = out->input_channels;
+    out->output_width = writes_dw(id) ? (int32_t)anepy_round_up(model->config.dim, 32) : width;
     out->host_n = fill(out, ANEPY_HOST_TENSOR, HOST[id], model, &out->host_channels);
     add_weights(out, id, model, 0);
     add_weights(out, id, model, ANEPY_LORA_A);
@@ -246,6 +352,18 @@ void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const 
 void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,
                             int32_t width) {
     anepy_program_describe_part(out, id, model, width, 0);
+}
+
+void anepy_program_place(anepy_program *p, int32_t tensor, int32_t surface, int32_t channels,
+                         int32_t channel) {
+    if (tensor < 0) {
+        p->surface_n = 0;
+        return;
+    }
+    p->tensors[tensor].surface = surface;
+    p->tensors[tensor].channel = channel;
+    p->surface_channels[surface] = channels;
+    p->surface_n = anepy_max_i32(p->surface_n, surface + 1);
 }
 
 void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,
@@ -270,9 +388,12 @@ void anepy_program_weight(anepy_program_matrix *out, const anepy_program *progra
  * the latter by a product with ones. */
 static double attention_flops(const anepy_program *p, const anepy_model *model) {
     static const int32_t PRODUCTS[ANEPY_PROGRAM_N] = {
-        [ANEPY_SDPA_FWD] = 2, [ANEPY_SDPA_BWD1] = 3, [ANEPY_SDPA_BWD2] = 2};
-    double square = 2.0 * p->width * p->width, sums = p->id == ANEPY_SDPA_BWD2 ? p->width : 0;
-    return square * (PRODUCTS[p->id] * (double)model->q_dim + model->config.n_heads * sums);
+        [ANEPY_SDPA_FWD] = 2,  [ANEPY_SDPA_BWD1] = 3, [ANEPY_SDPA_BWD2] = 2,
+        [ANEPY_LAYER_FWD] = 2, [ANEPY_LAYER_BWD] = 5};
+    int sums = p->id == ANEPY_SDPA_BWD2 || p->id == ANEPY_LAYER_BWD;
+    double rows = PRODUCTS[p->id] * (double)model->q_dim;
+    if (sums) rows += (double)model->config.n_heads * p->width;
+    return 2.0 * p->width * p->width * rows;
 }
 
 double anepy_program_flops(const anepy_program *p, const anepy_model *model) {
@@ -283,11 +404,13 @@ double anepy_program_flops(const anepy_program *p, const anepy_model *model) {
         if (anepy_tensor_has(m.tensor, ANEPY_TENSOR_MATRIX))
             flops += 2.0 * m.rows * m.cols * p->width;
     }
+    if (writes_dw(p->id)) flops += 2.0 * p->output_channels * model->config.dim * p->width;
     return flops;
 }
 
 int64_t anepy_program_elements(const anepy_program *p, const anepy_model *model, int32_t count) {
-    int64_t n = ((int64_t)p->input_channels + p->output_channels) * p->width * count;
+    int64_t n = (int64_t)p->input_channels * p->width * count;
+    n += (int64_t)p->output_channels * p->output_width * (writes_dw(p->id) ? 1 : count);
     for (int32_t i = 0; i < p->weight_n; i++) {
         anepy_program_matrix m;
         anepy_program_weight(&m, p, model, 0, i);

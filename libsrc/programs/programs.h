@@ -5,7 +5,8 @@
  * surface and weights from here and nowhere else (docs/neural-engine.md#research-programs; RoPE and
  * grouped-query attention, which the research programs lack, included).
  *
- * Programs from ANEPY_RMSNORM_BWD on are offloads: the step may do their work on the host instead.
+ * Programs from ANEPY_RMSNORM_BWD on are offloads: the step may do their work on the host instead,
+ * or, of whole layers, in several programs. Device cpu has no need of those and of weight gradients.
  * Set `live` of a described program to have its weights passed as inputs. */
 #ifndef ANEPY_PROGRAMS_H
 #define ANEPY_PROGRAMS_H
@@ -21,17 +22,24 @@ typedef enum {
     ANEPY_QKV_BWD,
     ANEPY_RMSNORM_BWD, /* from here on: offloads */
     ANEPY_RMSNORM_BWD_FFN,
+    ANEPY_LAYER_FWD, /* fused_layer: sdpa_fwd and ffn_fwd */
+    ANEPY_LAYER_BWD, /* all of the backward pass of a layer, norms included */
+    ANEPY_LAYER_DW,  /* offload_dw: the weight gradients of a layer */
     ANEPY_RMSNORM_BWD_FINAL,
     ANEPY_FINAL_RMSNORM,
     ANEPY_CLASSIFIER_FWD,
     ANEPY_CLASSIFIER_BWD,
     ANEPY_SOFTMAX,
+    ANEPY_HEAD_FWD, /* fused_layer: final_rmsnorm and classifier_fwd */
+    ANEPY_HEAD_BWD,
+    ANEPY_CLASSIFIER_DW,
     ANEPY_PROGRAM_N
 } anepy_program_id;
 
-#define ANEPY_HOST_TENSOR 11 /* the first that is in memory of the host only */
-#define ANEPY_PROGRAM_TENSORS 15
-#define ANEPY_PROGRAM_WEIGHTS 18
+#define ANEPY_HOST_TENSOR 27 /* the first that is in memory of the host only */
+#define ANEPY_PROGRAM_TENSORS 31
+#define ANEPY_PROGRAM_WEIGHTS 28
+#define ANEPY_PROGRAM_SURFACES 6
 
 /* Where an output lives where tensors can be bound to any memory. */
 typedef enum {
@@ -48,6 +56,7 @@ typedef struct {
     const char *name;
     int32_t channels;
     int32_t channel; /* first channel when all inputs (or all outputs) share one packed surface */
+    int32_t surface; /* of an input: in which surface that channel is, see anepy_program_place */
     int32_t factor;  /* an output that nothing but products reads, inside and outside */
     anepy_place place;
 } anepy_program_tensor;
@@ -60,6 +69,8 @@ typedef struct {
     const char *name;
     int32_t input_n, output_n, host_n;
     int32_t input_channels, output_channels; /* of the packed surfaces */
+    int32_t surface_n, surface_channels[ANEPY_PROGRAM_SURFACES]; /* of inputs: the packed one */
+    int32_t output_width; /* columns of the packed output: width, but of weight gradients */
     int32_t host_channels;
     anepy_program_tensor tensors[ANEPY_PROGRAM_TENSORS];
     /* Of projections with adapters, ANEPY_INTO_W2...: the position of scale A x in tensors[], in
@@ -129,6 +140,72 @@ enum { CLASSIFIER_FWD_X, CLASSIFIER_FWD_LOGITS };
 enum { CLASSIFIER_BWD_DLOGITS, CLASSIFIER_BWD_DX };
 enum { SOFTMAX_LOGITS, SOFTMAX_PROBS };
 
+enum {
+    LAYER_FWD_X,
+    LAYER_FWD_OUT, /* of the attention half */
+    LAYER_FWD_Q,
+    LAYER_FWD_K,
+    LAYER_FWD_V,
+    LAYER_FWD_ATTN,
+    LAYER_FWD_XNORM,
+    LAYER_FWD_X2,
+    LAYER_FWD_FFN_OUT,
+    LAYER_FWD_H1,
+    LAYER_FWD_H3,
+    LAYER_FWD_GATE,
+    LAYER_FWD_XNORM2,
+    LAYER_FWD_Q_RAW,
+    LAYER_FWD_K_RAW
+};
+enum {
+    LAYER_BWD_DY,
+    LAYER_BWD_X,
+    LAYER_BWD_X2,
+    LAYER_BWD_H1,
+    LAYER_BWD_H3,
+    LAYER_BWD_Q,
+    LAYER_BWD_K,
+    LAYER_BWD_V,
+    LAYER_BWD_INPUT_N
+};
+enum { /* of the outputs, from input_n on: q_raw and k_raw may be inputs as well */
+    LAYER_BWD_DXNORM2,
+    LAYER_BWD_THROUGH2, /* dxnorm2 through the norm */
+    LAYER_BWD_DX2,
+    LAYER_BWD_DH1,
+    LAYER_BWD_DH3,
+    LAYER_BWD_DQ, /* of q_raw with qk_norm, as LAYER_BWD_DK */
+    LAYER_BWD_DK,
+    LAYER_BWD_DV,
+    LAYER_BWD_DXNORM,
+    LAYER_BWD_THROUGH,
+    LAYER_BWD_DQ_NORMED, /* with qk_norm */
+    LAYER_BWD_DK_NORMED
+};
+enum {
+    LAYER_DW_DQ,
+    LAYER_DW_DK,
+    LAYER_DW_DV,
+    LAYER_DW_XNORM,
+    LAYER_DW_DX2,
+    LAYER_DW_ATTN,
+    LAYER_DW_DH1,
+    LAYER_DW_DH3,
+    LAYER_DW_XNORM2,
+    LAYER_DW_DY,
+    LAYER_DW_GATE,
+    LAYER_DW_WQ,
+    LAYER_DW_WK,
+    LAYER_DW_WV,
+    LAYER_DW_WO, /* transposed, as w2: [q_dim, dim] */
+    LAYER_DW_W1,
+    LAYER_DW_W3,
+    LAYER_DW_W2
+};
+enum { HEAD_FWD_X, HEAD_FWD_XNORM, HEAD_FWD_LOGITS };
+enum { HEAD_BWD_DLOGITS, HEAD_BWD_X, HEAD_BWD_DXNORM, HEAD_BWD_THROUGH };
+enum { CLASSIFIER_DW_DLOGITS, CLASSIFIER_DW_XNORM, CLASSIFIER_DW_OUTPUT };
+
 /* Fills out for a model and a surface width (columns of every tensor, >= the sequence length). */
 void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy_model *model,
                             int32_t width);
@@ -137,6 +214,11 @@ void anepy_program_describe(anepy_program *out, anepy_program_id id, const anepy
  * tokens; partial sums of classifier_bwd add up. All others have one. 0 <= part < out->parts. */
 void anepy_program_describe_part(anepy_program *out, anepy_program_id id, const anepy_model *model,
                                  int32_t width, int32_t part);
+
+/* Takes inputs from other surfaces than the packed one: first with tensor -1, then for each input,
+ * in any order, from a channel of surface `surface`, which has `channels`. */
+void anepy_program_place(anepy_program *program, int32_t tensor, int32_t surface, int32_t channels,
+                         int32_t channel);
 
 /* Weight `index` of a described program in a layer (ignored for those that belong to none). */
 void anepy_program_weight(anepy_program_matrix *out, const anepy_program *program,

@@ -7,6 +7,7 @@
 
 #include "runtime/memory.h"
 #include "train/adapter.h"
+#include "train/given.h"
 
 static int caches_raw(const anepy_engine *e) {
     return anepy_on(e, ANEPY_FP16_CACHE) && e->dtype == ANEPY_F16 && !anepy_on(e, ANEPY_METAL_DW);
@@ -174,6 +175,7 @@ static int32_t start_on_gpu(anepy_engine *e, int32_t layer, int32_t which) {
     const anepy_layer *l = &e->room->layers[layer];
     int32_t later = 0, first = (layer * DW_N + which) * ANEPY_DW_RUNS;
     for (int32_t w = which + 1; w < DW_N; w++) later += l->dw[w].product_n;
+    if (l->dw[which].on_device) return ANEPY_OK;
     for (int32_t i = 0; i < l->dw[which].product_n; i++) {
         int last = later == 0 && i == l->dw[which].product_n - 1;
         ANEPY_TRY(anepy_gpu.multiply(e->room->metal, first + i,
@@ -190,7 +192,8 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     e->run.dw_started++;
     dw->engine = e;
     dw->sums = 0;
-    for (int32_t i = 0; i < dw->product_n; i++)
+    int32_t products = dw->on_device ? 0 : dw->product_n;
+    for (int32_t i = 0; i < products; i++)
         e->run.stats.dw_flops += anepy_product_flops(&dw->products[i].job.product);
     for (int32_t i = 0; i < dw->bias_n; i++)
         dw->sums += anepy_pieces(dw->biases[i].rows, ANEPY_PIECE_ROWS);
@@ -200,7 +203,7 @@ static int32_t start(anepy_engine *e, int32_t layer, int32_t which) {
     }
     dw->conversions = all_conversions(dw);
     atomic_store(&dw->converted, 0);
-    for (int32_t i = 0; i < dw->product_n; i++) pieces += dw->products[i].pieces;
+    for (int32_t i = 0; i < products; i++) pieces += dw->products[i].pieces;
     anepy_pool_submit(e->pool, &dw->loop, dw->conversions + dw->sums + pieces, dw_piece, dw,
                       !anepy_on(e, ANEPY_CONCURRENT_DW));
     return ANEPY_OK;
@@ -221,7 +224,7 @@ int32_t anepy_dw_ready(anepy_engine *e, int32_t layer, int32_t which) {
         ANEPY_TRY(fetch(e, &adapter->forward, &adapter->forward_rows, &none));
         ANEPY_TRY(fetch(e, &adapter->backward, &adapter->backward_rows, &none));
     }
-    for (int32_t i = 0; i < dw->product_n; i++) {
+    for (int32_t i = 0; i < (dw->on_device ? 0 : dw->product_n); i++) {
         anepy_dw_product *p = &dw->products[i];
         int64_t first = (int64_t)p->of.row * e->room->width;
         p->job = (anepy_gemm_job){&e->room->gemm,
@@ -285,7 +288,7 @@ int32_t anepy_dw_release(anepy_engine *e, int32_t layer) {
 }
 
 int32_t anepy_dw_wait(anepy_engine *e) {
-    int32_t status = ANEPY_OK;
+    int32_t status = anepy_given_end(e, 0);
     anepy_pool_wait(e->pool);
     if (/* mutate: dw-wait-for-gpu */ e->room->metal != NULL)
         status = anepy_gpu.wait(e->room->metal, &e->run.stats.dw_ms);

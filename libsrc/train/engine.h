@@ -18,7 +18,7 @@
 #include "train/switches.h"
 
 /* Programs that belong to a layer: the first in the table. */
-#define ANEPY_LAYER_PROGRAM_N (ANEPY_RMSNORM_BWD_FFN + 1)
+#define ANEPY_LAYER_PROGRAM_N (ANEPY_LAYER_DW + 1)
 
 /* How a program's input gets there. */
 typedef enum {
@@ -92,6 +92,7 @@ typedef struct {
  * of dy. Factors that nothing trainable needs have no channels. */
 typedef struct {
     anepy_operand dy, x;
+    int32_t on_device; /* a program has the products; only the rest is for the host */
     anepy_dw_product products[ANEPY_DW_RUNS];
     anepy_dw_rows biases[ANEPY_DW_RUNS];
     int32_t product_n, bias_n;
@@ -104,6 +105,28 @@ typedef struct {
     anepy_loop loop;
 } anepy_dw;
 
+#define ANEPY_GIVEN_ROWS 64    /* of a surface in a piece */
+#define ANEPY_GIVEN_PARTS 7    /* weights of a layer */
+#define ANEPY_GIVEN_PIECES 1040 /* of as many channels as a surface may have */
+
+/* Weight gradients that a program has left in its output, on their way to the others. */
+typedef struct {
+    anepy_engine *engine;
+    anepy_surface *surface;
+    struct {
+        const anepy_tensor *tensor;
+        int32_t channel, rows; /* in the surface */
+        int32_t first_row;     /* of the tensor; or the first column, if they are transposed */
+        int32_t transposed;
+    } parts[ANEPY_GIVEN_PARTS];
+    int32_t part_n, pieces;
+    int32_t started; /* the surface is locked, the loop was submitted */
+    int32_t adds;    /* to what is there; else they replace it */
+    float sign;
+    uint8_t taken[ANEPY_GIVEN_PIECES]; /* pieces that went there: those that are finite */
+    anepy_loop loop;
+} anepy_given;
+
 typedef struct anepy_compiler anepy_compiler;
 
 /* One program of the step: what it computes, for which weights, and where its tensors live. */
@@ -115,6 +138,7 @@ typedef struct {
     anepy_surface *output;  /* packed */
     anepy_surface *factors; /* outputs that only products read, rounded; NULL: in output */
     anepy_link links[ANEPY_PROGRAM_TENSORS];
+    anepy_given given; /* of programs that compute weight gradients */
 } anepy_node;
 
 typedef struct {
@@ -138,6 +162,8 @@ typedef struct {
     anepy_compiler *compiler; /* background_compile */
     const void *effective;    /* the weights that steps compute with: params, or a copy of them */
     int32_t stale;            /* the programs are not those of params */
+
+    _Atomic int32_t overflow; /* a gradient that a program read or wrote is not finite */
 
     int32_t held;          /* the layer whose activations are there, with recompute */
     anepy_surface x_final; /* host: residual stream after the last layer */

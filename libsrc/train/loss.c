@@ -278,6 +278,7 @@ void anepy_classifier_backward(anepy_engine *e) {
 
 void anepy_classifier_dw(anepy_engine *e) {
     int32_t dim = e->model->config.dim;
+    if (e->room->tail[ANEPY_CLASSIFIER_DW] != NULL) return;
     if (gradient_of(e) == NULL || in_chunks(e)) return; /* in chunks: computed together with dX */
     e->run.dw_started++;
     anepy_product product = {.c = gradient_of(e),

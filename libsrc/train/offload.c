@@ -12,7 +12,21 @@
 
 #define COLS ANEPY_COLUMNS
 
+/* The final norm and the classifier in one: xnorm only where the host goes on with it. */
+static int32_t head_forward(anepy_engine *e, anepy_node *node, double *mark) {
+    const anepy_program_tensor *logits = &node->program.tensors[HEAD_FWD_LOGITS];
+    ANEPY_TRY(anepy_evaluate(e, node, mark));
+    if (e->room->tail[ANEPY_CLASSIFIER_DW] == NULL)
+        ANEPY_TRY(anepy_surface_read(node->output, 0, e->model->config.dim, e->room->xnorm));
+    ANEPY_TRY(
+        anepy_surface_read(node->output, logits->channel, logits->channels, e->room->logits));
+    anepy_count(mark, &e->run.stats.io_ms);
+    return ANEPY_OK;
+}
+
 int32_t anepy_offload_logits(anepy_engine *e, double *mark) {
+    if (e->room->tail[ANEPY_HEAD_FWD] != NULL)
+        return head_forward(e, e->room->tail[ANEPY_HEAD_FWD], mark);
     anepy_node *part = e->room->tail[ANEPY_CLASSIFIER_FWD];
     const anepy_node *end = part + part->program.parts;
     for (; part < end; part++) {

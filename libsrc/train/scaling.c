@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "train/dw.h"
+#include "train/given.h"
 
 #define GROWTH_STEPS 2000
 #define LARGEST_SCALE 0x1p24
@@ -48,7 +49,7 @@ int anepy_input_gradient_finite(anepy_engine *e) {
  * into a program may come out as a number (docs/neural-engine.md#wrong-results). */
 int anepy_gradients_finite(anepy_engine *e) {
     const anepy_config *c = &e->model->config;
-    if (!anepy_input_gradient_finite(e)) return 0;
+    if (!anepy_input_gradient_finite(e) || !anepy_given_finite(e)) return 0;
     for (int32_t l = 0; l < c->n_layers; l++) {
         for (int32_t i = 0; i < DW_N; i++) {
             const anepy_dw *dw = &e->room->layers[l].dw[i];

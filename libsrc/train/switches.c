@@ -25,6 +25,8 @@ static const struct {
     [ANEPY_OFFLOAD_SOFTMAX] = {"offload_softmax", ANEPY_OFFLOADS},
     [ANEPY_DYNAMIC_WEIGHTS] = {"dynamic_weights", ANEPY_DYNAMIC},
     [ANEPY_BACKGROUND_COMPILE] = {"background_compile", ANEPY_COMPILES_BESIDE},
+    [ANEPY_OFFLOAD_DW] = {"offload_dw", ANEPY_FUSES},
+    [ANEPY_FUSED_LAYER] = {"fused_layer", ANEPY_FUSES},
 };
 
 #define OPT                                                                                        \
@@ -44,6 +46,8 @@ static const struct {
     {"ane", OFFLOADS, 0},
     {"dynamic", BIT(ANEPY_DYNAMIC_WEIGHTS), 0},
     {"double-buffer", BIT(ANEPY_BACKGROUND_COMPILE), 0},
+    {"resident",
+     OFFLOADS | BIT(ANEPY_DYNAMIC_WEIGHTS) | BIT(ANEPY_OFFLOAD_DW) | BIT(ANEPY_FUSED_LAYER), 0},
     {"max", OPT | OFFLOADS, 1},
 };
 #define VARIANT_N ((int32_t)(sizeof VARIANTS / sizeof VARIANTS[0]))

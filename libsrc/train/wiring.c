@@ -12,24 +12,38 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The switch that puts a program on the device; the others always run there. */
-static const struct {
-    anepy_program_id id;
-    anepy_switch needs;
-} OFFLOADS[] = {
-    {ANEPY_RMSNORM_BWD, ANEPY_OFFLOAD_RMSNORM},
-    {ANEPY_RMSNORM_BWD_FFN, ANEPY_OFFLOAD_RMSNORM},
-    {ANEPY_RMSNORM_BWD_FINAL, ANEPY_OFFLOAD_RMSNORM},
-    {ANEPY_FINAL_RMSNORM, ANEPY_OFFLOAD_RMSNORM},
-    {ANEPY_CLASSIFIER_FWD, ANEPY_OFFLOAD_CLASSIFIER},
-    {ANEPY_CLASSIFIER_BWD, ANEPY_OFFLOAD_CLASSIFIER},
-    {ANEPY_SOFTMAX, ANEPY_OFFLOAD_SOFTMAX},
-};
+#include "train/given.h"
+
+/* Whether the final norm and the classifier are one program, with the vocabulary in one part. */
+static int fuses_head(const anepy_engine *e) {
+    anepy_program p;
+    anepy_program_describe(&p, ANEPY_CLASSIFIER_FWD, e->model, ANEPY_COLUMNS);
+    return anepy_on(e, ANEPY_FUSED_LAYER) && anepy_on(e, ANEPY_OFFLOAD_RMSNORM) &&
+           anepy_on(e, ANEPY_OFFLOAD_CLASSIFIER) && p.parts == 1;
+}
 
 static int runs(const anepy_engine *e, anepy_program_id id) {
-    for (size_t i = 0; i < sizeof OFFLOADS / sizeof OFFLOADS[0]; i++)
-        if (OFFLOADS[i].id == id) return anepy_on(e, OFFLOADS[i].needs);
-    return 1;
+    const anepy_tensor *classifier = anepy_model_find(e->model, 0, ANEPY_CLASSIFIER);
+    int fused = anepy_on(e, ANEPY_FUSED_LAYER), norms = anepy_on(e, ANEPY_OFFLOAD_RMSNORM);
+    int dw = anepy_on(e, ANEPY_OFFLOAD_DW) && e->adapter == NULL; /* whose products are thin */
+    switch (id) {
+    case ANEPY_RMSNORM_BWD:
+    case ANEPY_RMSNORM_BWD_FFN: return norms && !fused;
+    case ANEPY_LAYER_FWD:
+    case ANEPY_LAYER_BWD: return fused;
+    case ANEPY_LAYER_DW: return dw;
+    case ANEPY_RMSNORM_BWD_FINAL:
+    case ANEPY_FINAL_RMSNORM: return norms && !fuses_head(e);
+    case ANEPY_CLASSIFIER_FWD:
+    case ANEPY_CLASSIFIER_BWD: return anepy_on(e, ANEPY_OFFLOAD_CLASSIFIER) && !fuses_head(e);
+    case ANEPY_SOFTMAX: return anepy_on(e, ANEPY_OFFLOAD_SOFTMAX);
+    case ANEPY_HEAD_FWD:
+    case ANEPY_HEAD_BWD: return fuses_head(e);
+    case ANEPY_CLASSIFIER_DW:
+        return dw && anepy_on(e, ANEPY_OFFLOAD_CLASSIFIER) &&
+               anepy_gradient(e, classifier) != NULL;
+    default: return !fused;
+    }
 }
 
 typedef enum {
@@ -44,12 +58,15 @@ typedef enum {
     FROM_LOGITS, /* of the tokens of the program's part; after the loss: their gradients */
 } origin;
 
+#define OUT(index) (ANEPY_PROGRAM_TENSORS + (index)) /* counted from the first output on */
+
+/* Where an input may come from several programs, from the one that runs. */
 static const struct {
     anepy_program_id reader;
     int32_t input;
     origin from;
     anepy_program_id writer; /* FROM_PROGRAM */
-    int32_t output;
+    int32_t output;          /* or an input, whose surface then has it */
     int32_t saved; /* from the forward pass: without skip_dead_reads, read back on the way */
 } FLOW[] = {
     {ANEPY_SDPA_FWD, SDPA_FWD_X, FROM_X, 0, 0, 0},
@@ -81,6 +98,47 @@ static const struct {
     {ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_X, FROM_XNORM, 0, 0, 0},
     {ANEPY_CLASSIFIER_BWD, CLASSIFIER_BWD_DLOGITS, FROM_LOGITS, 0, 0, 0},
     {ANEPY_SOFTMAX, SOFTMAX_LOGITS, FROM_LOGITS, 0, 0, 0},
+    {ANEPY_LAYER_FWD, LAYER_FWD_X, FROM_X, 0, 0, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_DY, FROM_DY, 0, 0, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_X, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_X, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_X2, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_X2, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_H1, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_H1, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_H3, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_H3, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_Q, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_Q, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_K, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_K, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_V, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_V, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_INPUT_N, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_Q_RAW, 0},
+    {ANEPY_LAYER_BWD, LAYER_BWD_INPUT_N + 1, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_K_RAW, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DQ, FROM_PROGRAM, ANEPY_QKV_BWD, QKV_BWD_DQ, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DQ, FROM_PROGRAM, ANEPY_LAYER_BWD, OUT(LAYER_BWD_DQ), 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DK, FROM_PROGRAM, ANEPY_QKV_BWD, QKV_BWD_DK, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DK, FROM_PROGRAM, ANEPY_LAYER_BWD, OUT(LAYER_BWD_DK), 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DV, FROM_PROGRAM, ANEPY_QKV_BWD, QKV_BWD_DV, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DV, FROM_PROGRAM, ANEPY_LAYER_BWD, OUT(LAYER_BWD_DV), 0},
+    {ANEPY_LAYER_DW, LAYER_DW_XNORM, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_XNORM, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_XNORM, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_XNORM, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DX2, FROM_PROGRAM, ANEPY_SDPA_BWD1, SDPA_BWD1_DY, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DX2, FROM_PROGRAM, ANEPY_LAYER_BWD, OUT(LAYER_BWD_DX2), 0},
+    {ANEPY_LAYER_DW, LAYER_DW_ATTN, FROM_PROGRAM, ANEPY_SDPA_FWD, SDPA_FWD_ATTN, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_ATTN, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_ATTN, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DH1, FROM_PROGRAM, ANEPY_FFN_BWD, FFN_BWD_DH1, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DH1, FROM_PROGRAM, ANEPY_LAYER_BWD, OUT(LAYER_BWD_DH1), 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DH3, FROM_PROGRAM, ANEPY_FFN_BWD, FFN_BWD_DH3, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DH3, FROM_PROGRAM, ANEPY_LAYER_BWD, OUT(LAYER_BWD_DH3), 0},
+    {ANEPY_LAYER_DW, LAYER_DW_XNORM2, FROM_PROGRAM, ANEPY_FFN_FWD, FFN_FWD_XNORM, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_XNORM2, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_XNORM2, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DY, FROM_PROGRAM, ANEPY_FFN_BWD, FFN_BWD_DY, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_DY, FROM_PROGRAM, ANEPY_LAYER_BWD, LAYER_BWD_DY, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_GATE, FROM_PROGRAM, ANEPY_FFN_FWD, FFN_FWD_GATE, 0},
+    {ANEPY_LAYER_DW, LAYER_DW_GATE, FROM_PROGRAM, ANEPY_LAYER_FWD, LAYER_FWD_GATE, 0},
+    {ANEPY_HEAD_FWD, HEAD_FWD_X, FROM_X_FINAL, 0, 0, 0},
+    {ANEPY_HEAD_BWD, HEAD_BWD_DLOGITS, FROM_LOGITS, 0, 0, 0},
+    {ANEPY_HEAD_BWD, HEAD_BWD_X, FROM_PROGRAM, ANEPY_HEAD_FWD, HEAD_FWD_X, 0},
+    {ANEPY_SOFTMAX, SOFTMAX_LOGITS, FROM_PROGRAM, ANEPY_HEAD_FWD, HEAD_FWD_LOGITS, 0},
+    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_DLOGITS, FROM_PROGRAM, ANEPY_CLASSIFIER_BWD, CLASSIFIER_BWD_DLOGITS, 0},
+    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_DLOGITS, FROM_PROGRAM, ANEPY_HEAD_BWD, HEAD_BWD_DLOGITS, 0},
+    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_XNORM, FROM_PROGRAM, ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_X, 0},
+    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_XNORM, FROM_PROGRAM, ANEPY_HEAD_FWD, HEAD_FWD_XNORM, 0},
 };
 #define FLOW_N (sizeof FLOW / sizeof FLOW[0])
 
@@ -106,11 +164,18 @@ static int32_t input_named(const anepy_program *p, const char *name) {
     return t;
 }
 
+/* Where an output lies, or an input in the surface that the program reads it from. */
 static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor,
                          anepy_surface **surface, int32_t *channel) {
     const anepy_program *p = &node->program;
     const anepy_node *reader = e->room->layers[node->layer].nodes[ANEPY_QKV_BWD];
     int rounded = lies_apart(e, &p->tensors[tensor]);
+    if (tensor < p->input_n) {
+        int elsewhere = node->links[tensor].how == BOUND;
+        *surface = elsewhere ? node->links[tensor].source : node->input;
+        *channel = elsewhere ? node->links[tensor].channel : p->tensors[tensor].channel;
+        return;
+    }
     *channel = 0;
     switch (place_of(e, p, tensor)) {
     case ANEPY_PLACE_NONE: *surface = NULL; return;
@@ -137,15 +202,17 @@ static void place_output(anepy_engine *e, const anepy_node *node, int32_t tensor
 /* Whose surfaces the node has. */
 static anepy_node *owner_of(anepy_engine *e, anepy_node *node) {
     anepy_program_id id = node->program.id;
-    int shares = e->recompute || (anepy_shares_backward(e) && id >= ANEPY_FFN_BWD);
-    return shares && id < ANEPY_LAYER_PROGRAM_N ? e->room->layers[0].nodes[id] : node;
+    int backward = id >= ANEPY_FFN_BWD && id != ANEPY_LAYER_FWD;
+    int shares = e->recompute || (anepy_shares_backward(e) && backward);
+    /* Weight gradients are read while the layer below is computed. */
+    return shares && id < ANEPY_LAYER_DW ? e->room->layers[0].nodes[id] : node;
 }
 
-static int32_t packed_input(anepy_engine *e, anepy_node *node) {
+static int32_t packed_input(anepy_engine *e, anepy_node *node, int32_t channels) {
     anepy_node *owner = owner_of(e, node);
     if (owner->input == NULL)
-        ANEPY_TRY(e->room->device->ops->surface_create(
-            e->room->device, node->program.input_channels, 0, &owner->input));
+        ANEPY_TRY(e->room->device->ops->surface_create(e->room->device, channels, 0, 0,
+                                                       &owner->input));
     node->input = owner->input;
     return ANEPY_OK;
 }
@@ -167,16 +234,18 @@ static int32_t packed_outputs(anepy_engine *e, anepy_node *node) {
         else others += p->tensors[t].channels;
     }
     if (others + rounded == host) return ANEPY_OK; /* host tensors alone are inputs, or apart */
-    if (others > 0) ANEPY_TRY(ops->surface_create(e->room->device, others, 0, &node->output));
+    int32_t width = p->output_width != p->width ? p->output_width : 0;
+    if (others > 0)
+        ANEPY_TRY(ops->surface_create(e->room->device, others, width, 0, &node->output));
     if (rounded == 0) return ANEPY_OK;
-    return ops->surface_create(e->room->device, rounded, 1, &node->factors);
+    return ops->surface_create(e->room->device, rounded, 0, 1, &node->factors);
 }
 
 static int32_t create_surfaces(anepy_engine *e) {
     for (int32_t i = 0; i < e->room->node_n; i++) {
         anepy_node *node = &e->room->nodes[i];
         const anepy_program *p = &node->program;
-        if (p->id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node));
+        if (p->id == ANEPY_QKV_BWD) ANEPY_TRY(packed_input(e, node, p->input_channels));
         ANEPY_TRY(packed_outputs(e, node));
     }
     return ANEPY_OK;
@@ -202,11 +271,72 @@ static int through_norm(const anepy_engine *e, size_t row) {
            FLOW[row].writer == ANEPY_SDPA_BWD2;
 }
 
+/* The node that writes an input; NULL: it does not run, another one does. */
+static const anepy_node *writer_of(const anepy_engine *e, const anepy_node *node, size_t row) {
+    anepy_program_id id = FLOW[row].writer;
+    const anepy_node *first = e->room->tail[id];
+    if (id < ANEPY_LAYER_PROGRAM_N) return e->room->layers[node->layer].nodes[id];
+    return first != NULL ? first + node->program.part : NULL;
+}
+
+/* Whether a row of FLOW says where an input of this node comes from. */
+static int applies(const anepy_engine *e, const anepy_node *node, size_t row) {
+    int32_t end = FLOW[row].input < ANEPY_HOST_TENSOR ? node->program.input_n
+                  : binds(e)                          ? ANEPY_PROGRAM_TENSORS
+                                                      : 0;
+    if (FLOW[row].reader != node->program.id || FLOW[row].input >= end) return 0;
+    if (FLOW[row].from == FROM_PROGRAM) return writer_of(e, node, row) != NULL;
+    return node->program.id != ANEPY_SOFTMAX || e->room->tail[ANEPY_HEAD_FWD] == NULL;
+}
+
+/* Whether a program reads the surfaces of others as they are: none of the first programs does, so
+ * that each of them has one input. */
+static int reads_others(const anepy_engine *e, anepy_program_id id) {
+    return id == ANEPY_LAYER_BWD || id == ANEPY_LAYER_DW || id == ANEPY_HEAD_BWD ||
+           id == ANEPY_CLASSIFIER_DW ||
+           (id == ANEPY_SOFTMAX && e->room->tail[ANEPY_HEAD_FWD] != NULL);
+}
+
+/* What comes from the host is packed, all else stays where it is. */
+static int32_t link_in_place(anepy_engine *e, anepy_node *node) {
+    anepy_program *p = &node->program;
+    const anepy_surface *surfaces[ANEPY_PROGRAM_SURFACES];
+    int32_t own = 0, at = 0, n = 0;
+    for (size_t i = 0; i < FLOW_N; i++)
+        if (applies(e, node, i) && FLOW[i].from != FROM_PROGRAM)
+            own += p->tensors[FLOW[i].input].channels;
+    if (own > 0) ANEPY_TRY(packed_input(e, node, own));
+    anepy_program_place(p, -1, 0, 0, 0);
+    for (size_t i = 0; i < FLOW_N; i++) {
+        if (!applies(e, node, i)) continue;
+        int32_t tensor = FLOW[i].input, channel = at, s = 0;
+        anepy_link *link = &node->links[tensor];
+        const anepy_surface *surface = node->input;
+        if (FLOW[i].from == FROM_PROGRAM) {
+            const anepy_node *writer = writer_of(e, node, i);
+            int32_t output = FLOW[i].output;
+            if (output >= OUT(0)) output += writer->program.input_n - OUT(0);
+            place_output(e, writer, output, &link->source, &link->channel);
+            link->how = BOUND;
+            surface = link->source;
+            channel = link->channel;
+        } else {
+            *link = (anepy_link){WRITE, host_source(e, &e->room->layers[node->layer], FLOW[i].from),
+                                 FLOW[i].from == FROM_LOGITS ? p->first_row : 0};
+            at += p->tensors[tensor].channels;
+        }
+        while (s < n && surfaces[s] != surface) s++;
+        if (s == n) surfaces[n++] = surface;
+        anepy_program_place(p, tensor, s, surface->channels, channel);
+    }
+    return ANEPY_OK;
+}
+
 static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
     anepy_layer *layer = &e->room->layers[node->layer];
+    if (reads_others(e, node->program.id)) return link_in_place(e, node);
     for (size_t i = 0; i < FLOW_N; i++) {
-        if (FLOW[i].reader != node->program.id) continue;
-        if (FLOW[i].input >= ANEPY_HOST_TENSOR && !binds(e)) continue;
+        if (!applies(e, node, i)) continue;
         anepy_link *link = &node->links[FLOW[i].input];
         if (through_norm(e, i)) {
             int32_t channel = node->program.tensors[FLOW[i].input].channel;
@@ -221,7 +351,7 @@ static int32_t link_inputs(anepy_engine *e, anepy_node *node) {
             link->channel = FLOW[i].from == FROM_LOGITS ? node->program.first_row : 0;
             link->how = binds(e) ? BOUND : WRITE;
         }
-        if (link->how != BOUND) ANEPY_TRY(packed_input(e, node));
+        if (link->how != BOUND) ANEPY_TRY(packed_input(e, node, node->program.input_channels));
     }
     return ANEPY_OK;
 }
@@ -296,22 +426,42 @@ static void wire_adapter(anepy_engine *e, anepy_layer *layer, int32_t which,
     }
 }
 
+/* Products that a program computes are not the host's, and neither are their factors. */
+static void leave_to_device(anepy_layer *layer) {
+    if (layer->nodes[ANEPY_LAYER_DW] == NULL) return;
+    for (int32_t i = 0; i < DW_N; i++) {
+        anepy_dw *dw = &layer->dw[i];
+        dw->on_device = dw->product_n > 0;
+        dw->x.channels = 0;
+        if (dw->bias_n == 0) dw->dy.channels = 0;
+    }
+}
+
 static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
-    const anepy_node *sdpa_fwd = layer->nodes[ANEPY_SDPA_FWD];
-    const anepy_node *ffn_fwd = layer->nodes[ANEPY_FFN_FWD], *ffn_bwd = layer->nodes[ANEPY_FFN_BWD];
+    int fused = layer->nodes[ANEPY_LAYER_FWD] != NULL;
+    anepy_program_id attention = fused ? ANEPY_LAYER_FWD : ANEPY_SDPA_FWD;
+    anepy_program_id feed = fused ? ANEPY_LAYER_FWD : ANEPY_FFN_FWD;
+    anepy_program_id back = ANEPY_LAYER_BWD;
+    const anepy_node *sdpa_fwd = layer->nodes[attention], *ffn_fwd = layer->nodes[feed];
+    const anepy_node *ffn_bwd = layer->nodes[fused ? back : ANEPY_FFN_BWD];
+    const anepy_node *qkv_bwd = layer->nodes[fused ? back : ANEPY_QKV_BWD];
+    int32_t first = ffn_bwd->program.input_n; /* of the outputs */
+    anepy_operand dqkv = {.source = qkv_bwd->input};
+    if (fused) dqkv = output_of(e, qkv_bwd, first + LAYER_BWD_DQ);
     layer->dw[DW_W2] = dw_of(e, l, DW_W2, (anepy_operand){.source = &layer->dy},
-                             output_of(e, ffn_fwd, FFN_FWD_GATE));
-    layer->dw[DW_W13] = dw_of(e, l, DW_W13, output_of(e, ffn_bwd, FFN_BWD_DH1),
-                              output_of(e, ffn_fwd, FFN_FWD_XNORM));
+                             output_of(e, ffn_fwd, fused ? LAYER_FWD_GATE : FFN_FWD_GATE));
+    layer->dw[DW_W13] =
+        dw_of(e, l, DW_W13, output_of(e, ffn_bwd, fused ? first + LAYER_BWD_DH1 : FFN_BWD_DH1),
+              output_of(e, ffn_fwd, fused ? LAYER_FWD_XNORM2 : FFN_FWD_XNORM));
     layer->dw[DW_WO] = dw_of(e, l, DW_WO, (anepy_operand){.source = &layer->dx2},
-                             output_of(e, sdpa_fwd, SDPA_FWD_ATTN));
-    layer->dw[DW_QKV] =
-        dw_of(e, l, DW_QKV, (anepy_operand){.source = layer->nodes[ANEPY_QKV_BWD]->input},
-              output_of(e, sdpa_fwd, SDPA_FWD_XNORM));
-    wire_adapter(e, layer, DW_W2, ANEPY_FFN_FWD, ANEPY_FFN_BWD);
-    wire_adapter(e, layer, DW_W13, ANEPY_FFN_FWD, ANEPY_FFN_BWD);
-    wire_adapter(e, layer, DW_WO, ANEPY_SDPA_FWD, ANEPY_SDPA_BWD1);
-    wire_adapter(e, layer, DW_QKV, ANEPY_SDPA_FWD, ANEPY_QKV_BWD);
+                             output_of(e, sdpa_fwd, fused ? LAYER_FWD_ATTN : SDPA_FWD_ATTN));
+    layer->dw[DW_QKV] = dw_of(e, l, DW_QKV, dqkv,
+                              output_of(e, sdpa_fwd, fused ? LAYER_FWD_XNORM : SDPA_FWD_XNORM));
+    wire_adapter(e, layer, DW_W2, feed, fused ? back : ANEPY_FFN_BWD);
+    wire_adapter(e, layer, DW_W13, feed, fused ? back : ANEPY_FFN_BWD);
+    wire_adapter(e, layer, DW_WO, attention, fused ? back : ANEPY_SDPA_BWD1);
+    wire_adapter(e, layer, DW_QKV, attention, fused ? back : ANEPY_QKV_BWD);
+    leave_to_device(layer);
 }
 
 /* Programs are described for one sequence. */
@@ -352,6 +502,7 @@ int32_t anepy_wire(anepy_engine *e) {
     ANEPY_TRY(create_surfaces(e));
     for (int32_t i = 0; i < e->room->node_n; i++) ANEPY_TRY(link_inputs(e, &e->room->nodes[i]));
     for (int32_t l = 0; l < e->model->config.n_layers; l++) wire_dw(e, &e->room->layers[l], l);
+    for (int32_t i = 0; i < e->room->node_n; i++) anepy_given_wire(e, &e->room->nodes[i]);
     return ANEPY_OK;
 }
 

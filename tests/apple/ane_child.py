@@ -307,11 +307,11 @@ def trial(settings: dict[str, int] | None = None, device: str = "ane") -> dict[s
     fault("compileWithQoS:options:error:", 1, "refuse")
     seen["refused"] = caught(lambda: Program(CONV, {"w.bin": new}, device=device))
     wide = "tensor<fp16, [1, 32]> i%02d"
-    many = SUB.replace("tensor<fp16, [1, 32]> b", ", ".join(wide % i for i in range(20))).replace(
+    many = SUB.replace("tensor<fp16, [1, 32]> b", ", ".join(wide % i for i in range(36))).replace(
         "x=b", "x=i00"
     )
     with Program(many, device=device) as program:
-        seen["many"] = caught(program.run_slots, [one] * 21, [out])
+        seen["many"] = caught(program.run_slots, [one] * 37, [out])
     return {**seen, **state()}
 
 

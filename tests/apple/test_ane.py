@@ -159,17 +159,17 @@ def test_tiny_model_trains_like_on_the_simulator(child: Runner) -> None:
     assert seen["compiles"] == 4  # one text for all programs, at the start and after each update
 
 
-@pytest.mark.parametrize("variant", ["opt", "dynamic", "opt+metal_dw"])
+@pytest.mark.parametrize("variant", ["opt", "dynamic", "opt+metal_dw", "resident"])
 def test_biases_train_like_on_the_simulator(child: Runner, variant: str) -> None:
     check_same(child, model=BIASES, variant=variant)
 
 
-@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "opt+metal_dw"])
+@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "opt+metal_dw", "resident"])
 def test_norms_of_heads_train_like_on_the_simulator(child: Runner, variant: str) -> None:
     check_same(child, model=NORMS, variant=variant)
 
 
-@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "opt+metal_dw"])
+@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "opt+metal_dw", "resident"])
 def test_frozen_tensors_train_like_on_the_simulator(child: Runner, variant: str) -> None:
     freeze = ["layers.0.*", "*.wk.weight", "*.w1.weight", "tok_embeddings*"]
     seen = check_same(child, model=BIASES, variant=variant, freeze=freeze)
@@ -177,7 +177,7 @@ def test_frozen_tensors_train_like_on_the_simulator(child: Runner, variant: str)
 
 
 @pytest.mark.parametrize("targets", ["wq,wk,wv,wo,w1,w2,w3", "wv,wo"])
-@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "double-buffer"])
+@pytest.mark.parametrize("variant", ["baseline", "max", "dynamic", "double-buffer", "resident"])
 def test_adapters_train_like_on_the_simulator(child: Runner, variant: str, targets: str) -> None:
     lora = {"rank": 5, "targets": targets}
     seen = check_same(child, model=NORMS, variant=variant, lora=lora, updates=3)
@@ -215,6 +215,11 @@ def test_stories_model_trains_like_on_the_simulator(child: Runner) -> None:
         "opt+metal_dw",
         "baseline+metal_dw",
         "dynamic+metal_dw",
+        "resident",
+        "resident-fused_layer",
+        "baseline+offload_dw",
+        "max+fused_layer",
+        "baseline+offload_dw+metal_dw",
     ],
 )
 def test_variants_train_like_on_the_simulator(child: Runner, variant: str) -> None:
@@ -252,7 +257,8 @@ def test_engines_that_differ_give_the_same_results(
 )
 def test_live_weights_are_bound_by_name(child: Runner, settings: dict[str, int]) -> None:
     """Programs with several inputs: the order they are declared in is not the engine's."""
-    check_same(child, model=TINY, settings=settings, variant="dynamic")
+    for variant in ("dynamic", "resident"):
+        check_same(child, model=TINY, settings=settings, variant=variant)
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED, ids=str)
@@ -315,7 +321,7 @@ def test_text_on_its_own_meets_the_engine_as_it_is(
     assert "loading again" in seen["reload"] and "as told" in seen["reload"]
     assert "the program is refused" in seen["refused"]
     assert "is not @model_path/weights/NAME" in seen["name"]
-    assert "22 surfaces, 20 are the most" in seen["many"]
+    assert "38 surfaces, 36 are the most" in seen["many"]
     assert {key: seen[key] for key in CLEAN} == CLEAN
 
 
@@ -447,7 +453,7 @@ def test_every_fault_of_every_call_is_an_error_that_leaves_nothing(
     assert list(check_records(records)) == []
 
 
-@pytest.mark.parametrize("variant", ["max+dynamic_weights", "max+background_compile"])
+@pytest.mark.parametrize("variant", ["max+dynamic_weights", "max+background_compile", "resident"])
 def test_faults_of_other_variants_are_errors_as_well(
     ane_library: Path, tmp_path: Path, variant: str
 ) -> None:

@@ -213,6 +213,7 @@ static void check_refused(void) {
 void checks_frozen(void) {
     check_choices(0, "cpu", "opt-prealloc");
     check_choices(0, "sim", "max");
+    check_choices(0, "sim", "resident");
     for (int which = 0; which < (brief ? 1 : FIXTURE_N); which++)
         check_choices(which, "cpu", "baseline");
     if (!brief) {

@@ -452,6 +452,7 @@ void checks_model(void) {
         check_positions(model);
         check_parts(ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_LOGITS, model);
         check_parts(ANEPY_CLASSIFIER_BWD, CLASSIFIER_BWD_DLOGITS, model);
+        check_parts(ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_OUTPUT, model);
         anepy_model_free(model);
     }
     check_bad_dimensions();

@@ -89,5 +89,6 @@ void checks_recompute(void) {
         check_bits(0, "cpu", "max", p > 0 ? "bf16" : "fp32", 15); /* into the second layer */
     }
     check_bits(0, "sim", "max", NULL, 0);
+    check_bits(0, "sim", "resident", NULL, 0);
     if (!brief) check_bits(0, "sim", "baseline", NULL, 3);
 }

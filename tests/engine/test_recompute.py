@@ -80,7 +80,9 @@ def test_recompute_has_the_same_bits_with_an_adapter(
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("variant", ["baseline", "opt", "ane", "dynamic", "double-buffer", "max"])
+@pytest.mark.parametrize(
+    "variant", ["baseline", "opt", "ane", "dynamic", "double-buffer", "resident", "max"]
+)
 def test_recompute_on_the_simulator_has_the_same_bits_and_compiles_no_more(variant: str) -> None:
     config = replace(SEPARATE, n_layers=3)
     options = {"variant": variant, "device": "sim", "threads": 2}

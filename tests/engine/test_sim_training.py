@@ -96,15 +96,18 @@ OFFLOADS = ("offload_rmsnorm", "offload_classifier", "offload_softmax")
     "variant",
     ["baseline", "opt", "ane", "dynamic", "double-buffer", "max+dynamic_weights"]
     + [f"opt+{switch}" for switch in OFFLOADS]
-    + [f"dynamic+{switch}" for switch in OFFLOADS],
+    + [f"dynamic+{switch}" for switch in OFFLOADS]
+    + ["resident", "resident-offload_rmsnorm", "max+fused_layer", "baseline+offload_dw"],
 )
 def test_step_gradients_of_every_variant_match_float64(variant: str) -> None:
-    for config in (GQA, ODD_HEADS, WIDE_HEADS, NARROW_HEADS, NORMS, ODD_NORMS):
+    for config in (GQA, ODD_HEADS, WIDE_HEADS, NARROW_HEADS, BIASES, NORMS, ODD_NORMS):
         model, weights = make(config)
         check_gradients(model, weights, *sequence(config, 50), variant)
 
 
-@pytest.mark.parametrize("variant", ["ane", "dynamic+offload_classifier", "opt+offload_softmax"])
+@pytest.mark.parametrize(
+    "variant", ["ane", "dynamic+offload_classifier", "opt+offload_softmax", "resident"]
+)
 def test_vocabulary_in_two_parts_matches_float64(variant: str) -> None:
     """Classifier programs take 32768 tokens at most."""
     config = ModelConfig(32, 32, 1, 2, 2, 40007, 64, tied=False)

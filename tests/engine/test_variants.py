@@ -58,7 +58,7 @@ def test_variant_stands_for_its_switches(variant: str, switches: tuple[str, ...]
 @pytest.mark.parametrize("text", ["", "Opt", " opt", "opt ", "optimal", "opt,ane", "x" * 5000])
 def test_variant_unknown_name_lists_the_known(text: str) -> None:
     said = message(lambda: make_engine(GQA, text))
-    assert "unknown variant" in said and "baseline, opt, ane, dynamic, double-buffer, max" in said
+    assert "unknown variant" in said and "double-buffer, resident, max" in said
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,9 @@ def test_variant_unknown_switch_lists_the_known(text: str) -> None:
         ("dynamic", "dynamic_weights"),
         ("double-buffer", "background_compile"),
         ("ane+background_compile", "background_compile"),
+        ("resident", "dynamic_weights"),
+        ("opt+offload_dw", "offload_dw"),
+        ("opt+fused_layer", "fused_layer"),
     ],
 )
 def test_variant_without_meaning_on_the_cpu_is_refused(text: str, switch: str) -> None:
@@ -223,7 +226,8 @@ def test_fifty_steps_of_every_variant_agree_with_the_baseline(device: str, preci
     baseline = curve("baseline")
     assert np.mean(baseline[-10:]) < 0.9 * np.mean(baseline[:10])
     alike = {"dynamic", *(f"baseline+{switch}" for switch in MEMORY_SWITCHES)}
-    switches = ("simd_adam", *OFFLOADS)
+    on_device = ("offload_dw", "fused_layer") if device == "sim" else ()
+    switches = ("simd_adam", *OFFLOADS, *on_device)
     for variant in {*variants(device), *alike, *(f"baseline+{switch}" for switch in switches)}:
         if variant == "dynamic" and device == "cpu":
             continue

@@ -19,7 +19,7 @@ from program_cases import Array, Case, f64, join_groups, make_case, random_model
 from reference import llama64 as ref
 from tolerances import relative_error
 
-from anepy.errors import AnepyError, ConfigError
+from anepy.errors import AnepyError, ConfigError, UnsupportedError
 from anepy.hardware import programs as mil
 from anepy.hardware.program import CHIPS, Program
 from anepy.models.model import Model, ModelConfig
@@ -35,6 +35,8 @@ OFFLOADS = (
     *("classifier_fwd", "classifier_bwd", "softmax"),
 )
 NAMES = (*STATIC, *OFFLOADS)
+# Of whole layers and of weight gradients: held against float64 as parts of a step, in tests/engine.
+WHOLE = ("layer_fwd", "layer_bwd", "layer_dw", "head_fwd", "head_bwd", "classifier_dw")
 
 # name -> (dimensions, tokens, width). Between them: head sizes that are and are not multiples of
 # 32, groups of 1 to 4 query heads, one head, one KV head, sizes no chip's alignment divides,
@@ -400,7 +402,12 @@ def test_live_text_does_not_depend_on_the_weights() -> None:
 
 
 def test_names_are_those_of_the_design() -> None:
-    assert mil.names() == NAMES
+    assert sorted(mil.names()) == sorted((*NAMES, *WHOLE))
+    model = model_of("stories260K")
+    for name in WHOLE:
+        program = mil.describe(model.table, name, width=64)
+        with pytest.raises(UnsupportedError, match=f"device cpu has no program {name}"):
+            mil.run_native(model, program, np.zeros((program.input_channels, 64)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

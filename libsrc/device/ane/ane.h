@@ -18,7 +18,7 @@ typedef struct anepy_ane anepy_ane;
 typedef struct anepy_ane_surface anepy_ane_surface;
 typedef struct anepy_ane_program anepy_ane_program; /* a loaded text: one function or several */
 
-#define ANEPY_ANE_PORTS 20 /* most inputs plus outputs of one function */
+#define ANEPY_ANE_PORTS 36 /* most inputs plus outputs of one function */
 
 typedef struct {
     double evaluate_seconds; /* an evaluation that takes longer counts as never returning */

@@ -59,7 +59,10 @@ static void describe(anepy_ane_function *f, const anepy_mil_item *item, const an
                      int32_t i, int32_t n) {
     const anepy_program *p = item->program;
     snprintf(f->name, sizeof f->name, n > 1 ? "procedure%03d" : "main", i);
-    add_port(f, f->input_n++, "a_in", p->input_channels, p->width);
+    for (int32_t s = 0; s < p->surface_n; s++) {
+        const char name[] = {(char)('a' + s), '_', 'i', 'n', '\0'};
+        add_port(f, f->input_n++, name, p->surface_channels[s], p->width);
+    }
     for (int32_t w = 0; w < p->weight_n; w++) {
         anepy_program_matrix m;
         if (!anepy_program_passes(p, w)) continue;
@@ -67,7 +70,7 @@ static void describe(anepy_ane_function *f, const anepy_mil_item *item, const an
         add_port(f, f->input_n++, m.parameter, m.channels, m.columns);
     }
     f->output_n = 1;
-    add_port(f, f->input_n, "z_out", p->output_channels, p->width);
+    add_port(f, f->input_n, "z_out", p->output_channels, p->output_width);
 }
 
 /* Keeps the first text that is refused, with the reason. */
@@ -172,7 +175,7 @@ const anepy_device_type anepy_device_ane = {
     .name = "ane",
     .about = "Apple Neural Engine",
     .precisions = 1u << ANEPY_F16,
-    .capabilities = ANEPY_OFFLOADS | ANEPY_DYNAMIC | ANEPY_COMPILES_BESIDE,
+    .capabilities = ANEPY_OFFLOADS | ANEPY_DYNAMIC | ANEPY_COMPILES_BESIDE | ANEPY_FUSES,
     .channels = ANEPY_MIL_LARGEST_CHANNELS,
     .probe = ane_probe,
     .open = ane_open,

@@ -47,10 +47,10 @@ static void cpu_close(anepy_device *device) {
     free(cpu);
 }
 
-static int32_t cpu_surface_create(anepy_device *device, int32_t channels, int32_t factors,
-                                  anepy_surface **out) {
+static int32_t cpu_surface_create(anepy_device *device, int32_t channels, int32_t width,
+                                  int32_t factors, anepy_surface **out) {
     anepy_cpu *cpu = (anepy_cpu *)device;
-    int32_t width = device->options.width;
+    if (width == 0) width = device->options.width;
     anepy_dtype dtype = factors ? device->options.dtype : ANEPY_F32;
     int64_t n = (int64_t)channels * width / (dtype == ANEPY_F32 ? 1 : 2);
     float *data = own_floats(cpu, n);
@@ -72,6 +72,8 @@ static int32_t cpu_compile(anepy_device *device, const anepy_instance *instances
     anepy_cpu *cpu = (anepy_cpu *)device;
     for (int32_t i = 0; i < n; i++) {
         const anepy_program *program = instances[i].program;
+        if (!anepy_cpu_has(program->id))
+            return anepy_fail(ANEPY_E_UNSUPPORTED, "device cpu has no program %s", program->name);
         anepy_executable *executable = own(cpu, sizeof *executable, NULL, 0);
         if (executable == NULL)
             return anepy_fail(ANEPY_E_MEMORY, "no memory for program %s", program->name);

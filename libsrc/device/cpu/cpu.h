@@ -41,6 +41,7 @@ static inline float *anepy_cpu_scratch(const anepy_cpu *cpu, int32_t worker) {
 }
 
 /* programs.c: runs any program of the table. columns: of all sequences of n tokens together. */
+int anepy_cpu_has(anepy_program_id id);
 void anepy_cpu_run(anepy_executable *executable, int32_t n, int32_t columns);
 
 /* Floats of low_panels for one projection. */

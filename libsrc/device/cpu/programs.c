@@ -482,6 +482,8 @@ static void (*const PROGRAMS[ANEPY_PROGRAM_N])(anepy_executable *, int32_t n, in
     [ANEPY_SOFTMAX] = anepy_cpu_softmax,
 };
 
+int anepy_cpu_has(anepy_program_id id) { return PROGRAMS[id] != NULL; }
+
 void anepy_cpu_run(anepy_executable *executable, int32_t n, int32_t columns) {
     PROGRAMS[executable->program.id](executable, n, columns);
 }

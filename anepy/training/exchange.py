@@ -302,15 +302,12 @@ class Exchange:
         first, count, columns = place
         gradient = engine.arena[first : first + count * columns].reshape(count, columns)
         old = gradient[distinct]
-        new = old + added
-        gradient[distinct] = new
-        change = new.astype(np.float64) ** 2 - old.astype(np.float64) ** 2
+        gradient[distinct] = old + added
         if self.shard:
             at = first + distinct[:, None].astype(np.int64) * columns + np.arange(columns)
-            change *= at // self.length % ranks.size == ranks.rank
-        elif not ranks.first:
-            change *= 0.0
-        total.squares += float(change.sum())
+            added *= at // self.length % ranks.size == ranks.rank
+        if self.shard or ranks.first:  # (old + added)^2 - old^2
+            total.squares += float(np.sum(added * (added + 2 * old), dtype=np.float64))
         total.busy += time.perf_counter() - began
 
     def _gather(self, spans: list[tuple[int, Array]]) -> Steps[int]:

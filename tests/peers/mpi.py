@@ -1,0 +1,196 @@
+"""What ranks cost: time per update of 2 ranks with a thread each against a process with 2.
+
+    python tests/peers/mpi.py                      # the stories110M shape, in turns
+    python tests/peers/mpi.py --shard --wire bf16
+    python tests/peers/mpi.py --kills 50           # jobs whose ranks are killed at random moments
+
+Both train on the same windows. The reduction alone, with nothing to hide behind, is timed as well.
+ANEPY_TEST_MPIRUN names the launcher; needs the extra `mpi`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import TESTS, summary
+
+sys.path.insert(0, str(TESTS / "helpers"))
+
+
+def work(options: argparse.Namespace) -> None:
+    """Be a rank, or the one process: print seconds and traffic of each update as JSON."""
+    from anepy.models.model import PRESETS, Model
+    from anepy.text.data import TokenData
+    from anepy.training.config import TrainConfig
+    from anepy.training.ranks import started
+    from anepy.training.trainer import Trainer
+
+    ranks = started()
+    model = Model.init(PRESETS[options.preset], seed=0)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 200_000)
+    size = 1 if ranks is None else ranks.size
+    config = TrainConfig(
+        steps=10**6, accum=options.accum * 2 // size, device="cpu", precision=options.precision,
+        threads=2 // size, shard=options.shard and size > 1, wire=options.wire,
+        lora=options.lora,
+    )  # fmt: skip
+    with Trainer(model, TokenData.from_array(tokens), config, ranks=ranks) as trainer:
+        began, found, steps = time.perf_counter(), [], []
+        for report in trainer:
+            steps.append(report.ms_per_step)
+            if report.update is None:
+                continue
+            now = time.perf_counter()
+            traffic = report.traffic
+            found.append(
+                {
+                    "s": now - began,
+                    "step_ms": sorted(steps)[len(steps) // 2],
+                    "last_ms": steps[-1],
+                    "update_ms": report.update.update_ms,
+                    "busy_ms": traffic.busy_ms if traffic else 0.0,
+                    "waited_ms": traffic.waited_ms if traffic else 0.0,
+                    "nbytes": traffic.nbytes if traffic else 0,
+                }
+            )
+            began, steps = now, []
+            if len(found) > options.updates:
+                break
+        blocking = []
+        parallel = trainer._parallel
+        for _ in range(4 if parallel is not None else 0):
+            assert ranks is not None and parallel is not None
+            ranks.gather("settled")
+            start = time.perf_counter()
+            parallel.exchange.begin(1, 1.0).wait()
+            blocking.append((time.perf_counter() - start) * 1e3)
+        if ranks is None or ranks.first:
+            print(json.dumps({"updates": found[1:], "blocking_ms": blocking[1:]}))
+    if ranks is not None:
+        ranks.close()
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run both in turns and print what they took."""
+    import needs
+
+    words = [sys.executable, str(Path(__file__).resolve()), "--work", "--preset", options.preset]
+    words += ["--accum", str(options.accum), "--updates", str(options.updates)]
+    words += ["--precision", options.precision, "--wire", options.wire]
+    words += ["--shard"] * options.shard + ["--lora"] * options.lora
+    results: dict[str, list[dict[str, float]]] = {"2 ranks": [], "1 process": []}
+    blocking: list[float] = []
+    for _ in range(options.rounds):
+        for name, before in (("2 ranks", needs.mpirun(2)), ("1 process", [])):
+            out = subprocess.run([*before, *words], capture_output=True, text=True, check=True)
+            told = json.loads(out.stdout.splitlines()[-1])
+            results[name] += told["updates"]
+            blocking += told["blocking_ms"]
+    for name, updates in results.items():
+        for key in ("s", "step_ms", "last_ms", "update_ms", "busy_ms", "waited_ms", "nbytes"):
+            values = summary([each[key] for each in updates])
+            print(f"{name:10} {key:10} " + " ".join(f"{k} {v:.5g}" for k, v in values.items()))
+    ranks, alone = (summary([e["s"] for e in results[n]])["median"] for n in results)
+    alone_ms = summary(blocking)["median"]
+    waited = summary([e["waited_ms"] for e in results["2 ranks"]])["median"]
+    print(f"2 ranks / 1 process: {ranks / alone:.3f}")
+    hidden = 1 - waited / alone_ms
+    print(f"reduction alone {alone_ms:.0f} ms, waited {waited:.0f} ms: {hidden:.1%} hidden")
+
+
+def started_all(job: Any, ranks: int) -> bool:
+    """Return whether all ranks of a job are there."""
+    return len(job.ranks()) == ranks
+
+
+def kill(options: argparse.Namespace) -> None:
+    """Kill a rank of many jobs at random moments; each ends, and its checkpoint goes on."""
+    import mpi
+    from commands import SMALL
+
+    from anepy.models.model import Model
+    from anepy.training.checkpoint import read_meta
+
+    rng = random.Random(options.seed)
+    slowest = 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Model.init(SMALL, seed=1).save(folder / "m.bin")
+        np.random.default_rng(0).integers(0, 259, 5000).astype("<u2").tofile(folder / "d.bin")
+        words = ["-m", "anepy", "train", "m.bin", "--data", "d.bin", "--device", "cpu",
+                 "--precision", "fp32", "--seq", "16", "--accum", "3"]  # fmt: skip
+        for number in range(options.kills):
+            ranks = rng.choice([2, 3, 4])
+            saved = folder / "k.npz"
+            saved.unlink(missing_ok=True)
+            more = ["--shard"] * rng.randrange(2) + ["--wire", rng.choice(["fp32", "bf16"])]
+            job = mpi.Running(
+                ranks, *words, *more, "--steps", 10**6, "--checkpoint-every", 1, "--ckpt", saved,
+                cwd=folder,
+            )  # fmt: skip
+            job.until(partial(started_all, job, ranks), "ranks")
+            if rng.random() < 0.8:
+                job.until(saved.exists, "a checkpoint")
+            time.sleep(rng.random() * 0.5)
+            victim = rng.randrange(ranks)
+            mpi.kill(job.ranks()[victim])
+            ended = job.end(60)
+            assert ended.code != 0, ended
+            slowest = max(slowest, ended.seconds)
+            step = -1
+            if saved.exists():
+                step = read_meta(saved).step
+                results = []
+                for turn in ("a", "b"):  # the same checkpoint, twice
+                    copy, out = folder / f"{turn}.npz", folder / f"{turn}.bin"
+                    copy.write_bytes(saved.read_bytes())
+                    done = mpi.run(
+                        ranks, *words, *more, "--steps", step + 4, "--resume", copy,
+                        "--save", out, cwd=folder,
+                    )  # fmt: skip
+                    assert done.code == 0, done
+                    results.append(out.read_bytes())
+                assert results[0] == results[1], "other bits"
+            print(f"{number + 1}: {ranks} ranks, rank {victim} killed at step {step}, ended after "
+                  f"{ended.seconds:.1f} s {' '.join(more)}", flush=True)  # fmt: skip
+    print(f"{options.kills} jobs ended, the slowest after {slowest:.1f} s; nothing is left of them")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--preset", default="stories110M", help="model shape (%(default)s)")
+    parser.add_argument("--accum", type=int, default=10, help="steps of a rank (%(default)s)")
+    parser.add_argument("--updates", type=int, default=2, help="timed ones a turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns (%(default)s)")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (%(default)s)")
+    parser.add_argument("--wire", default="fp32", help="fp32 or bf16 (%(default)s)")
+    parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill ranks of N jobs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options)
+    elif options.kills:
+        kill(options)
+    else:
+        measure(options)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+    main()

@@ -43,7 +43,7 @@ def work(options: argparse.Namespace) -> None:
     config = TrainConfig(
         steps=10**6, accum=options.accum * 2 // size, device="cpu", precision=options.precision,
         threads=2 // size, shard=options.shard and size > 1, wire=options.wire,
-        lora=options.lora,
+        lora=options.lora, seq=options.seq,
     )  # fmt: skip
     with Trainer(model, TokenData.from_array(tokens), config, ranks=ranks) as trainer:
         began, found, steps = time.perf_counter(), [], []
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> None:
 
     words = [sys.executable, str(Path(__file__).resolve()), "--work", "--preset", options.preset]
     words += ["--accum", str(options.accum), "--updates", str(options.updates)]
-    words += ["--precision", options.precision, "--wire", options.wire]
+    words += ["--precision", options.precision, "--wire", options.wire, "--seq", str(options.seq)]
     words += ["--shard"] * options.shard + ["--lora"] * options.lora
     results: dict[str, list[dict[str, float]]] = {"2 ranks": [], "1 process": []}
     blocking: list[float] = []
@@ -145,12 +145,13 @@ def kill(options: argparse.Namespace) -> None:
             time.sleep(rng.random() * 0.5)
             victim = rng.randrange(ranks)
             mpi.kill(job.ranks()[victim])
-            ended = job.end(60)
+            ended = job.end()
             assert ended.code != 0, ended
             slowest = max(slowest, ended.seconds)
             step = -1
             if saved.exists():
                 step = read_meta(saved).step
+            if step >= 0 and number % options.resume_every == 0:
                 results = []
                 for turn in ("a", "b"):  # the same checkpoint, twice
                     copy, out = folder / f"{turn}.npz", folder / f"{turn}.bin"
@@ -173,6 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="stories110M", help="model shape (%(default)s)")
     parser.add_argument("--accum", type=int, default=10, help="steps of a rank (%(default)s)")
+    parser.add_argument("--seq", type=int, default=256, help="tokens of a window (%(default)s)")
     parser.add_argument("--updates", type=int, default=2, help="timed ones a turn (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="turns (%(default)s)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (%(default)s)")
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--shard", action="store_true")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill ranks of N jobs")
+    parser.add_argument("--resume-every", type=int, default=1, help="of these jobs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -250,14 +250,19 @@ printf '#include <math.h>\n#include <pthread.h>\nint anepy_probe(void) { return 
     cat "$work/probe.log" >&2
     die 1 "the C compiler $CC cannot compile an empty program for $target; $remedy"
 }
-# Compilers and assemblers from before 2020 do not know the bf16 instructions: that set is left out.
+# Compilers and assemblers from before 2020 do not know the bf16 instructions, those from before 2021
+# not the matrix unit's: these sets are left out.
 printf '%s\n' '#if defined(__x86_64__)' '#include <immintrin.h>' \
     '__attribute__((target("avx512f,avx512bf16"))) __m512 probe(__m512 c, __m512bh a) {' \
     '    return _mm512_dpbf16_ps(c, a, a);' '}' '#elif defined(__aarch64__)' '#include <arm_neon.h>' \
     '__attribute__((target("arch=armv8.2-a+bf16")))' \
     'float32x4_t probe(float32x4_t c, bfloat16x8_t a) { return vbfdotq_f32(c, a, a); }' '#endif' \
     >"$work/probe.c"
-"${cc[@]}" -O2 -c "$work/probe.c" -o "$work/probe.o" 2>/dev/null || flags+=(-DANEPY_NO_BF16)
+"${cc[@]}" -O2 -c "$work/probe.c" -o "$work/probe.o" 2>/dev/null || flags+=(-DANEPY_NO_BF16 -DANEPY_NO_AMX)
+printf '%s\n' '#if defined(__x86_64__)' '#include <immintrin.h>' \
+    '__attribute__((target("amx-tile,amx-bf16"))) void probe(void) { _tile_dpbf16ps(0, 1, 2); }' \
+    '#endif' >"$work/probe.c"
+"${cc[@]}" -O2 -c "$work/probe.c" -o "$work/probe.o" 2>/dev/null || flags+=(-DANEPY_NO_AMX)
 rm "$work"/probe.*
 
 # Largest first, so that no long one is left for the end.

@@ -69,11 +69,11 @@ static double loop_ms(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *c
     return shortest_ms(run_loop, &(loop_trial){pool, count, fn, context});
 }
 
-/* operations: per chain and round. Fails if a chain does not end at the expected number. */
+/* operations: of a round of all chains. Fails if a chain does not end at the expected number. */
 static int32_t measure_chains(double *gflops, const chains *c, anepy_pool *pool, anepy_loop_fn fn,
                               double operations, float expected) {
     int32_t count = CHAIN_PIECES * anepy_pool_threads(pool);
-    operations *= (double)c->kernels->chain_n * CHAIN_ROUNDS * count;
+    operations *= (double)CHAIN_ROUNDS * count;
     *gflops = operations / loop_ms(pool, count, fn, (void *)(uintptr_t)c) * 1e-6;
     for (int32_t i = 0; i < count; i++)
         if (c->mean[i] != expected)
@@ -88,10 +88,12 @@ static int32_t measure_arithmetic(anepy_peaks *out, const anepy_kernels *kernels
     chains c = {kernels, anepy_heap_alloc((uint64_t)count * sizeof(float))};
     if (c.mean == NULL) return anepy_fail(ANEPY_E_MEMORY, "no memory for %d results", count);
     /* 2 is the fixed point of x / 2 + 1. */
-    int32_t status = measure_chains(&out->fp32_gflops, &c, pool, fma_piece, 2.0, 2.0f);
+    int32_t status =
+        measure_chains(&out->fp32_gflops, &c, pool, fma_piece, 2.0 * kernels->chain_n, 2.0f);
     if (status == ANEPY_OK && kernels->bf16 != NULL) {
         float start = kernels->bf16->dot_chains(ONE, TINY, 0);
-        status = measure_chains(&out->bf16_gflops, &c, pool, dot_piece, 4.0, start + SUM_OF_TINY);
+        status = measure_chains(&out->bf16_gflops, &c, pool, dot_piece,
+                                kernels->bf16->dot_operations, start + SUM_OF_TINY);
     }
     anepy_heap_free(c.mean);
     return status;

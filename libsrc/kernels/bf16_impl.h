@@ -78,11 +78,7 @@ SIMD_TARGET static float SIMD_FN(dot_chains)(uint32_t a, uint32_t b, int64_t rou
     return v_sum(sum) / (float)(CHAINS * VL);
 }
 
-#define BF16_KERNELS                                                                               \
-    {                                                                                              \
-        .dot_tile = SIMD_FN(dot_tile),                                                             \
-        .to_bf16 = SIMD_FN(to_bf16),                                                               \
-        .pack_pairs = SIMD_FN(pack_pairs),                                                         \
-        .zip_pairs = SIMD_FN(zip_pairs),                                                           \
-        .dot_chains = SIMD_FN(dot_chains),                                                         \
-    }
+#define PACK_KERNELS                                                                               \
+    .dot_tile = SIMD_FN(dot_tile), .to_bf16 = SIMD_FN(to_bf16), .pack_pairs = SIMD_FN(pack_pairs), \
+    .zip_pairs = SIMD_FN(zip_pairs)
+#define DOT_KERNELS .dot_chains = SIMD_FN(dot_chains), .dot_operations = 4 * CHAINS * VL

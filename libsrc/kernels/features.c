@@ -27,12 +27,16 @@ uint32_t anepy_cpu_features(void) {
     if ((state & 0x6) != 0x6) return 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     if (b & 1u << 5) found |= ANEPY_CPU_AVX2;
+    const uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    int tiles = all(d, amx_bf16 | amx_tile) && (state & 0x60000) == 0x60000;
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
     /* macOS on Intel enables zmm state lazily, so XCR0 hides AVX-512 there; AVX2 is used instead.
      */
     if (found != 0 && all(b, f | dq | bw | vl) && (state & 0xe6) == 0xe6) found |= ANEPY_CPU_AVX512;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return found;
     if (found & ANEPY_CPU_AVX512 && a & 1u << 5) found |= ANEPY_CPU_AVX512_BF16;
+    if (found & ANEPY_CPU_AVX512_BF16 && tiles && anepy_machine_grants_tiles())
+        found |= ANEPY_CPU_AMX_BF16;
     return found;
 }
 #elif defined(__aarch64__)

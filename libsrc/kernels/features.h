@@ -9,6 +9,7 @@
 #define ANEPY_CPU_NEON 4u
 #define ANEPY_CPU_AVX512_BF16 8u
 #define ANEPY_CPU_NEON_BF16 16u
+#define ANEPY_CPU_AMX_BF16 32u /* tiles and their bf16 products, and the OS lets us use them */
 
 uint32_t anepy_cpu_features(void);
 

@@ -5,18 +5,23 @@
 
 #include "kernels/blas.h"
 #include "kernels/weights.h"
+#include "runtime/machine.h"
 
 #define COLS ANEPY_COLUMNS
-#define PANEL_DEPTH 2048    /* units of the reduction that panels of B have room for */
-#define MULTIPLY_DEPTH 1024 /* units of the reduction that are multiplied at once */
-#define BLOCK_ROWS 48       /* rows of a block: 8 tiles; the smallest product has 16 blocks */
-#define BACKGROUND_ROWS 384 /* rows of a background piece: its rows of A stay in L2 */
+#define PANEL_DEPTH 2048      /* units of the reduction that panels of B have room for */
+#define MULTIPLY_DEPTH 1024   /* units of the reduction that are multiplied at once */
+#define LARGE_CACHE (3 << 19) /* bytes of a second cache that keeps panels and a block of A: */
+#define PANELS_N (192 << 10)  /* of all panels so many units at once, */
+#define LEAST_DEPTH 256       /* but so many of each, or reading C again would cost more */
+#define BLOCK_ROWS 48         /* rows of a block: 8 tiles; the smallest product has 16 blocks */
+#define BACKGROUND_ROWS 384   /* rows of a background piece: its rows of A stay in L2 */
 #define BLAS_ROWS 192 /* rows per call of the system's library: 4 to 170 calls in stories110M */
 #define BLAS_ROUND 16 /* rows of its background pieces: multiples of the side of a matrix unit */
 #define FEW_BLOCKS 4  /* below, columns are cut as well */
 #define THIN_PIECES 8 /* into so many pieces */
+#define TURN_UNITS 64 /* units that are packed before a matrix unit has them turned into rows */
 #define LINE 64       /* bytes of a cache line */
-#define TILE_N (ANEPY_TILE_ROWS * COLS)
+#define TILE_N (BLOCK_ROWS * COLS)
 
 int64_t anepy_gemm_panels_n(int32_t columns) {
     return (int64_t)PANEL_DEPTH * anepy_round_up(columns, COLS);
@@ -70,6 +75,11 @@ static anepy_lines take_lines(upcoming *u, const void *elsewhere) {
     return taken;
 }
 
+/* Whether a matrix unit multiplies, which reads A by rows only. */
+static int by_panels(const anepy_bf16_kernels *bf16) {
+    return bf16 != NULL && bf16->dot_panel != NULL;
+}
+
 /* Computes rows [0, m) of up to 64 columns of C from one panel of B with n units. If C has fewer
  * than 64 columns, whole tiles are computed in `tile` and its columns copied. bf16 == NULL:
  * float32. */
@@ -77,17 +87,22 @@ static void multiply_panel(const anepy_kernels *kernels, const anepy_bf16_kernel
                            int64_t ldc, units a, const float *panel, int64_t ldb, int32_t n,
                            int32_t m, int32_t columns, int32_t accumulate, upcoming *next,
                            float *tile) {
-    int whole = columns == COLS;
-    for (int32_t i = 0; i < m; i += ANEPY_TILE_ROWS, c += ANEPY_TILE_ROWS * ldc) {
-        int32_t rows = anepy_min_i32(ANEPY_TILE_ROWS, m - i);
+    int whole = columns == COLS, unit = by_panels(bf16);
+    int32_t most = !unit ? ANEPY_TILE_ROWS : whole ? m : BLOCK_ROWS;
+    for (int32_t i = 0; i < m; i += most, c += most * ldc) {
+        int32_t rows = anepy_min_i32(most, m - i);
         const float *block = a.data + i * a.row;
         float *out = whole ? c : tile;
         int64_t ld = whole ? ldc : COLS;
         anepy_lines lines = take_lines(next, block);
-        if (accumulate && m - i > ANEPY_TILE_ROWS)
+        if (unit)
+            bf16->dot_panel(out, ld, (const uint32_t *)(const void *)block, a.row,
+                            (const uint32_t *)(const void *)panel, ldb, n, rows,
+                            whole && accumulate);
+        else if (accumulate && m - i > ANEPY_TILE_ROWS)
             prefetch_tile(c + ANEPY_TILE_ROWS * ldc, ldc, m - i - ANEPY_TILE_ROWS);
         else if (next != NULL && next->right != NULL) prefetch_tile(next->right, ldc, m);
-        for (int32_t j = 0; j < COLS; j += kernels->gemm_cols) {
+        for (int32_t j = 0; j < COLS && !unit; j += kernels->gemm_cols) {
             if (bf16 != NULL)
                 bf16->dot_tile(out + j, ld, (const uint32_t *)(const void *)block, a.row, a.step,
                                (const uint32_t *)(const void *)(panel + j), ldb, n, rows,
@@ -144,66 +159,87 @@ static void pack_columns(const anepy_gemm *gemm, const anepy_product *s, float *
     }
 }
 
+/* Steps [p, p + k) of A for `rows` rows as [units][BLOCK_ROWS], where A is stored by columns; p is
+ * even. */
+static void pack_steps(const anepy_gemm *gemm, const anepy_product *s, float *block, int32_t first,
+                       int32_t rows, int32_t p, int32_t k) {
+    const anepy_bf16_kernels *bf16 = gemm->bf16;
+    int64_t start = first * s->a_row + p * s->a_step;
+    uint32_t *pairs = (uint32_t *)(void *)block;
+    float wide[2 * BLOCK_ROWS];
+    if (s->stored.data != NULL) {
+        for (int32_t i = 0; i < k; i++) {
+            float *step = bf16 != NULL ? wide + i % 2 * BLOCK_ROWS : block + i * BLOCK_ROWS;
+            anepy_weights_read(gemm->kernels, step, s->stored, s->from + p + i, first, rows);
+            if (bf16 != NULL && (i % 2 != 0 || i == k - 1))
+                bf16->pack_pairs(pairs + i / 2 * BLOCK_ROWS, BLOCK_ROWS, wide, BLOCK_ROWS,
+                                 i % 2 + 1, rows);
+        }
+    } else if (bf16 == NULL) {
+        for (int32_t i = 0; i < k; i++)
+            memcpy(block + (int64_t)i * BLOCK_ROWS, s->a + start + i * s->a_step,
+                   (size_t)rows * sizeof(float));
+    } else if (s->a16 != NULL) {
+        bf16->zip_pairs(pairs, BLOCK_ROWS, s->a16 + start, s->a_step, k, rows);
+    } else {
+        bf16->pack_pairs(pairs, BLOCK_ROWS, s->a + start, s->a_step, k, rows);
+    }
+}
+
+static units pack_by_columns(const anepy_gemm *gemm, const anepy_product *s, float *block,
+                             int32_t first, int32_t rows) {
+    int32_t n = units_of(gemm, s->k);
+    float part[TURN_UNITS * BLOCK_ROWS];
+    if (!by_panels(gemm->bf16)) {
+        pack_steps(gemm, s, block, first, rows, 0, s->k);
+        return (units){block, 1, BLOCK_ROWS};
+    }
+    for (int32_t u = 0; u < n; u += TURN_UNITS) {
+        int32_t k = anepy_min_i32(2 * TURN_UNITS, s->k - 2 * u);
+        pack_steps(gemm, s, part, first, rows, 2 * u, k);
+        gemm->bf16->turn((uint32_t *)(void *)(block + u), n, (const uint32_t *)(const void *)part,
+                         BLOCK_ROWS, rows, units_of(gemm, k));
+    }
+    return (units){block, n, 1};
+}
+
 /* bf16 in pairs that a kernel reads where they lie. */
 static int pairs_in_place(const anepy_gemm *gemm, const anepy_product *s) {
     return gemm->bf16 != NULL && s->stored.dtype == ANEPY_BF16 && s->stored.cols % 2 == 0;
 }
 
-/* pack_rows of weights that are stored smaller: a row, or a pair of steps, at a time. */
+/* Rows of weights that are stored smaller. */
 static units pack_stored(const anepy_gemm *gemm, const anepy_product *s, float *block,
                          int32_t first, int32_t rows) {
-    const anepy_bf16_kernels *bf16 = gemm->bf16;
     const uint16_t *halves = s->stored.data;
-    int32_t n = units_of(gemm, s->k), by_rows = s->a_step == 1;
+    int32_t n = units_of(gemm, s->k);
     float *wide = block + BLOCK_ROWS * MULTIPLY_DEPTH;
-    if (by_rows && pairs_in_place(gemm, s)) {
+    if (pairs_in_place(gemm, s)) {
         const void *at = halves + (int64_t)first * s->stored.cols + s->from;
         return (units){at, s->stored.cols / 2, 1};
     }
-    for (int32_t i = 0; i < rows && by_rows; i++) {
+    for (int32_t i = 0; i < rows; i++) {
         float *row = block + (int64_t)i * n;
-        anepy_weights_read(gemm->kernels, bf16 != NULL ? wide : row, s->stored, first + i, s->from,
-                           s->k);
-        if (bf16 != NULL) round_rows(bf16, row, wide, s->k, 1, s->k, n);
+        anepy_weights_read(gemm->kernels, gemm->bf16 != NULL ? wide : row, s->stored, first + i,
+                           s->from, s->k);
+        if (gemm->bf16 != NULL) round_rows(gemm->bf16, row, wide, s->k, 1, s->k, n);
     }
-    if (by_rows) return (units){block, n, 1};
-    for (int32_t p = 0; p < s->k; p++) {
-        float *step = bf16 != NULL ? wide + p % 2 * BLOCK_ROWS : block + (int64_t)p * BLOCK_ROWS;
-        anepy_weights_read(gemm->kernels, step, s->stored, s->from + p, first, rows);
-        if (bf16 != NULL && (p % 2 == 1 || p + 1 == s->k))
-            bf16->pack_pairs((uint32_t *)(void *)block + (int64_t)(p / 2) * BLOCK_ROWS, BLOCK_ROWS,
-                             wide, BLOCK_ROWS, p % 2 + 1, rows);
-    }
-    return (units){block, 1, BLOCK_ROWS};
+    return (units){block, n, 1};
 }
 
 /* Rows [first, first + rows) of A with the whole reduction: in place if the kernel reads them in
  * order there, else packed into block. */
 static units pack_rows(const anepy_gemm *gemm, const anepy_product *s, float *block, int32_t first,
                        int32_t rows) {
-    const anepy_bf16_kernels *bf16 = gemm->bf16;
-    int32_t n = units_of(gemm, s->k), by_rows = s->a_step == 1;
+    int32_t n = units_of(gemm, s->k);
     int64_t start = first * s->a_row;
+    if (s->a_step != 1) return pack_by_columns(gemm, s, block, first, rows);
     if (s->stored.data != NULL) return pack_stored(gemm, s, block, first, rows);
-    if (by_rows && bf16 == NULL) return (units){s->a + start, s->a_row, 1};
-    if (by_rows && s->a16 != NULL)
+    if (gemm->bf16 == NULL) return (units){s->a + start, s->a_row, 1};
+    if (s->a16 != NULL)
         return (units){(const float *)(const void *)(s->a16 + start), s->a_row / 2, 1};
-    if (by_rows) {
-        round_rows(bf16, block, s->a + start, s->a_row, rows, s->k, n);
-        return (units){block, n, 1};
-    }
-    if (bf16 != NULL && s->a16 != NULL) {
-        bf16->zip_pairs((uint32_t *)(void *)block, BLOCK_ROWS, s->a16 + start, s->a_step, s->k,
-                        rows);
-    } else if (bf16 != NULL) {
-        bf16->pack_pairs((uint32_t *)(void *)block, BLOCK_ROWS, s->a + start, s->a_step, s->k,
-                         rows);
-    } else {
-        for (int32_t p = 0; p < s->k; p++)
-            memcpy(block + (int64_t)p * BLOCK_ROWS, s->a + start + p * s->a_step,
-                   (size_t)rows * sizeof(float));
-    }
-    return (units){block, 1, BLOCK_ROWS};
+    round_rows(gemm->bf16, block, s->a + start, s->a_row, rows, s->k, n);
+    return (units){block, n, 1};
 }
 
 void anepy_gemm_row_squares(const anepy_gemm *gemm, const anepy_product *s, int32_t first,
@@ -383,10 +419,22 @@ void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, i
     }
 }
 
+/* A large second cache keeps the panels of a part of the reduction, so all rows are multiplied by
+ * one part after the other; else each piece goes through all parts, and its C stays in the cache.
+ */
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
-    anepy_gemm_job job = {gemm, *product};
-    anepy_pool_run(gemm->pool, anepy_pieces(product->m, BLOCK_ROWS) * column_pieces(product),
-                   multiply_rows, &job);
+    int32_t fits = PANELS_N / (int32_t)anepy_round_up(product->n, COLS), k = product->k;
+    if (anepy_machine_second_cache() >= LARGE_CACHE) {
+        int32_t most = anepy_max_i32(LEAST_DEPTH, fits) * steps_per_unit(gemm);
+        k = (int32_t)anepy_round_up(anepy_pieces(k, anepy_pieces(k, most)), 16);
+    }
+    for (int32_t p = 0; p < product->k; p += k) {
+        anepy_gemm_job job = {gemm, anepy_gemm_part(product, p, k)};
+        job.product.b_row += p;
+        job.product.packed_k = product->packed_k > 0 ? product->packed_k : product->k;
+        int32_t blocks = anepy_pieces(product->m, BLOCK_ROWS);
+        anepy_pool_run(gemm->pool, blocks * column_pieces(&job.product), multiply_rows, &job);
+    }
 }
 
 void anepy_gemm_run(const anepy_gemm *gemm, const anepy_product *product) {
@@ -483,6 +531,19 @@ void anepy_gemm_piece(void *context, int32_t index, int32_t worker) {
 void anepy_gemm_small(const anepy_kernels *kernels, const anepy_bf16_kernels *bf16, float *c,
                       int64_t ldc, const float *a, int64_t a_row, int64_t a_step, const float *b,
                       int64_t ldb, int32_t m, int32_t n, int32_t k, int32_t accumulate) {
+    uint32_t turned[COLS * COLS];
+    if (by_panels(bf16) && a_step != 1) {
+        for (int32_t p = 0; p < k; p += COLS) {
+            int32_t part = anepy_min_i32(COLS, k - p);
+            bf16->turn(turned, COLS, (const uint32_t *)(const void *)(a + p * a_step), a_step, m,
+                       part);
+            for (int32_t j = 0; j < n; j += COLS)
+                bf16->dot_panel(c + j, ldc, turned, COLS,
+                                (const uint32_t *)(const void *)(b + p * ldb + j), ldb, part, m,
+                                accumulate || p > 0);
+        }
+        return;
+    }
     for (int32_t j = 0; j < n; j += COLS)
         multiply_panel(kernels, bf16, c + j, ldc, (units){a, a_row, a_step}, b + j, ldb, k, m, COLS,
                        accumulate, NULL, NULL);

@@ -14,7 +14,10 @@ static const struct {
     uint32_t needs;
 } SETS[] = {
 #if defined(__x86_64__)
-#if !defined(ANEPY_NO_BF16) /* set by build_lib.sh for compilers without these instructions */
+#if !defined(ANEPY_NO_AMX) /* both set by build_lib.sh for compilers without these instructions */
+    {&anepy_kernels_amx_set, ANEPY_CPU_AVX512 | ANEPY_CPU_AVX512_BF16 | ANEPY_CPU_AMX_BF16},
+#endif
+#if !defined(ANEPY_NO_BF16)
     {&anepy_kernels_avx512bf16_set, ANEPY_CPU_AVX512 | ANEPY_CPU_AVX512_BF16},
 #endif
     {&anepy_kernels_avx512_set, ANEPY_CPU_AVX512},

@@ -99,8 +99,18 @@ typedef struct {
                        int32_t n);
     void (*zip_pairs)(uint32_t *dst, int64_t dst_ld, const uint16_t *src, int64_t ld, int32_t k,
                       int32_t n);
-    /* fma_chains with x = x + a . b, the dot product of the pairs a and b, in every chain. */
+    /* fma_chains with x = x + a . b, the dot product of the pairs a and b, in every chain; and the
+     * floating-point operations of one round. */
     float (*dot_chains)(uint32_t a, uint32_t b, int64_t rounds);
+    int32_t dot_operations;
+
+    /* NULL, or for a matrix unit: C[rows][64] = or += A . B like dot_tile, for any number of rows,
+     * of A by rows (a_step 1). */
+    void (*dot_panel)(float *c, int64_t ldc, const uint32_t *a, int64_t a_row, const uint32_t *b,
+                      int64_t ldb, int32_t units, int32_t rows, int32_t accumulate);
+    /* NULL exactly where dot_panel is: dst[i*dst_ld + p] = src[p*ld + i], i < rows, p < units. */
+    void (*turn)(uint32_t *dst, int64_t dst_ld, const uint32_t *src, int64_t ld, int32_t rows,
+                 int32_t units);
 } anepy_bf16_kernels;
 
 typedef struct anepy_kernels {
@@ -225,6 +235,7 @@ extern const anepy_kernels anepy_kernels_scalar_set;
 extern const anepy_kernels anepy_kernels_avx2_set;
 extern const anepy_kernels anepy_kernels_avx512_set;
 extern const anepy_kernels anepy_kernels_avx512bf16_set;
+extern const anepy_kernels anepy_kernels_amx_set;
 extern const anepy_kernels anepy_kernels_neon_set;
 extern const anepy_kernels anepy_kernels_neonbf16_set;
 

@@ -3,7 +3,8 @@
 #include "kernels/simd_neon.h"
 #include "kernels/vector_impl.h"
 
-const anepy_kernels anepy_kernels_neon_set = VECTOR_KERNELS("gemm_tile_6x16__neon", NULL);
+const anepy_kernels anepy_kernels_neon_set =
+    VECTOR_KERNELS(SIMD_NAME, "gemm_tile_6x16__neon", NULL);
 #else
 typedef int anepy_no_neon; /* ISO C forbids an empty file */
 #endif

@@ -4,8 +4,9 @@
 #include "kernels/vector_impl.h"
 #include "kernels/bf16_impl.h"
 
-static const anepy_bf16_kernels BF16 = BF16_KERNELS;
-const anepy_kernels anepy_kernels_neonbf16_set = VECTOR_KERNELS("dot_tile_6x16__neonbf16", &BF16);
+static const anepy_bf16_kernels BF16 = {PACK_KERNELS, DOT_KERNELS};
+const anepy_kernels anepy_kernels_neonbf16_set =
+    VECTOR_KERNELS(SIMD_NAME, "dot_tile_6x16__neonbf16", &BF16);
 #else
 typedef int anepy_no_neonbf16; /* ISO C forbids an empty file */
 #endif

@@ -501,9 +501,9 @@ SIMD_TARGET static float SIMD_FN(fma_chains)(float factor, float term, int64_t r
 
 #include "kernels/fixed_impl.h"
 
-#define VECTOR_KERNELS(name, pairs)                                                                \
+#define VECTOR_KERNELS(set, name, pairs)                                                           \
     {                                                                                              \
-        .isa = SIMD_NAME,                                                                          \
+        .isa = (set),                                                                              \
         .gemm_name = (name),                                                                       \
         .gemm_cols = TILE_VECTORS * VL,                                                            \
         .gemm_tile = SIMD_FN(gemm_tile),                                                           \

@@ -1,9 +1,11 @@
-/* runtime/machine.c - cores, affinity and cgroup quota.
+/* runtime/machine.c - cores, affinity, cgroup quota, a cache, AMX.
  *
  * os.cpu_count() is the wrong default in containers: eight threads on a quota of four CPUs are many
  * times slower than four. */
 #define _GNU_SOURCE
 #include "runtime/machine.h"
+
+#include "runtime/common.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -16,6 +18,7 @@
 #else
 #include <sched.h>
 #include <sys/auxv.h>
+#include <sys/syscall.h>
 #endif
 
 #define MAX_THREADS 256
@@ -23,6 +26,7 @@
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int32_t cores_found = 1;
 static int32_t threads_found = 1;
+static int64_t cache_found;
 
 #ifdef __APPLE__
 static int32_t count_cores(void) {
@@ -36,6 +40,10 @@ static int32_t count_cores(void) {
 
 static double cpu_quota(void) { return 0.0; }
 
+static int64_t second_cache(void) { return 0; } /* shared by a cluster of cores there */
+
+int anepy_machine_grants_tiles(void) { return 0; }
+
 int anepy_machine_has_bf16(void) {
     int32_t value = 0;
     size_t size = sizeof value;
@@ -45,6 +53,15 @@ int anepy_machine_has_bf16(void) {
 int anepy_machine_has_bf16(void) {
 #if defined(__aarch64__)
     return (getauxval(AT_HWCAP2) & 1u << 14) != 0; /* HWCAP2_BF16, which old headers lack */
+#else
+    return 0;
+#endif
+}
+
+int anepy_machine_grants_tiles(void) {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+    const int request_permission = 0x1023, tile_data = 18; /* asm/prctl.h, since Linux 5.16 */
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return 0;
 #endif
@@ -133,9 +150,18 @@ static double cpu_quota(void) {
     fclose(file);
     return best;
 }
+
+static int64_t second_cache(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    return anepy_max_i64(0, sysconf(_SC_LEVEL2_CACHE_SIZE));
+#else
+    return 0; /* musl does not know */
+#endif
+}
 #endif
 
 static void find(void) {
+    cache_found = second_cache();
     cores_found = count_cores();
     threads_found = cores_found;
     double quota = cpu_quota();
@@ -154,4 +180,9 @@ int32_t anepy_machine_cores(void) {
 int32_t anepy_machine_threads(void) {
     pthread_once(&once, find);
     return threads_found;
+}
+
+int64_t anepy_machine_second_cache(void) {
+    pthread_once(&once, find);
+    return cache_found;
 }

@@ -139,9 +139,10 @@ static double half_of(float unit, int high) {
     return value_of(high ? to_bits(unit) >> 16 : to_bits(unit) & 0xffff);
 }
 
-/* By the tile kernel; with form & 8 by anepy_gemm_small over tiles, on any number of rows. */
+/* By the tile kernel; with form & 8 by anepy_gemm_small, and with form & 16 by the kernel of a
+ * matrix unit, on any number of rows. */
 static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, int form, int place) {
-    int32_t cols = form & 8 ? COLS : set->gemm_cols, accumulate = form & 1,
+    int32_t cols = form >= 8 ? COLS : set->gemm_cols, accumulate = form & 1,
             by_columns = form >> 1 & 1;
     int64_t ldc = form & 4 ? COLS + 3 : cols, lda = (by_columns ? rows : pairs) + (form & 4);
     float *a = by_columns ? guard_matrix(pairs, rows, lda, place, random_unit)
@@ -160,7 +161,11 @@ static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, in
                         half_of(a[i * a_row + q * a_step], high) * half_of(b[q * COLS + j], high);
         }
     }
-    if (form & 8)
+    if (form & 16)
+        KERNEL(set->bf16, dot_panel)(c, ldc, (const uint32_t *)(const void *)a, a_row,
+                                     (const uint32_t *)(const void *)b, COLS, pairs, rows,
+                                     accumulate);
+    else if (form & 8)
         anepy_gemm_small(set, set->bf16, c, ldc, a, a_row, a_step, b, COLS, rows, COLS, pairs,
                          accumulate);
     else
@@ -176,11 +181,44 @@ static void check_tile(const anepy_kernels *set, int32_t rows, int32_t pairs, in
     guard_reset();
 }
 
+/* Columns become rows, and nothing else is written. */
+static void check_turn(const anepy_kernels *set, int32_t rows, int32_t pairs, int place) {
+    int64_t ld = rows + 3, dst_ld = pairs + 2;
+    float *src = guard_matrix(pairs, rows, ld, place, random_unit);
+    float *dst = guard_take(span(rows, pairs, dst_ld), place);
+    KERNEL(set->bf16, turn)((uint32_t *)(void *)dst, dst_ld, (const uint32_t *)(const void *)src,
+                            ld, rows, pairs);
+    int right = 1;
+    for (int32_t i = 0; i < rows; i++)
+        for (int32_t q = 0; q < pairs; q++)
+            right &= to_bits(dst[i * dst_ld + q]) == to_bits(src[q * ld + i]);
+    CHECK(right && guard_intact() && gaps_intact(dst, rows, pairs, dst_ld),
+          "turn %s is wrong for %d rows of %d", set->isa, rows, pairs);
+    guard_reset();
+}
+
+static void check_matrix_unit(const anepy_kernels *set) {
+    static const int32_t sizes[] = {1, 2, 15, 16, 17, 31, 32, 33, 48, 64};
+    const int32_t n = sizeof sizes / sizeof sizes[0];
+    CHECK((set->bf16->dot_panel == NULL) == (set->bf16->turn == NULL), "%s: half a matrix unit",
+          set->isa);
+    for (int32_t i = 0; i < n * n && set->bf16->dot_panel != NULL; i++) {
+        int32_t rows = sizes[i % n], pairs = sizes[i / n] + i % 3 * 64;
+        for (int form = 16; form < 24; form++)
+            if (!(form & 2)) check_tile(set, rows, pairs, form, (rows + form) % GUARD_PLACES);
+        check_turn(set, rows, pairs, i % GUARD_PLACES);
+    }
+}
+
 /* One unit of A times one of B. */
 static float dot(const anepy_kernels *set, uint32_t a, uint32_t b, float start) {
     uint32_t panel[COLS] = {0};
     float c[COLS] = {start};
     panel[0] = b;
+    if (set->bf16->dot_panel != NULL) {
+        KERNEL(set->bf16, dot_panel)(c, COLS, &a, 1, panel, COLS, 1, 1, 1);
+        return c[0];
+    }
     KERNEL(set->bf16, dot_tile)(c, COLS, &a, 1, 1, panel, COLS, 1, 1, 1, (anepy_lines){panel, 0});
     return c[0];
 }
@@ -218,9 +256,10 @@ static void check_set(const anepy_kernels *set) {
             for (int form = 0; form < 8; form++)
                 check_tile(set, rows, depths[d], form, (rows + (int)d + form) % GUARD_PLACES);
     for (int32_t rows = 1; rows <= COLS; rows += 9)
-        for (int32_t pairs = 1; pairs <= 33; pairs += 16)
+        for (int32_t pairs = 1; pairs <= 65; pairs += 16)
             for (int form = 8; form < 16; form++)
                 check_tile(set, rows, pairs, form, (rows + form) % GUARD_PLACES);
+    check_matrix_unit(set);
     check_special(set);
 }
 

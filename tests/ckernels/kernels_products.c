@@ -33,11 +33,17 @@ static int complete(const anepy_kernels *k) {
                          k->bf16->pack_pairs && k->bf16->zip_pairs && k->bf16->dot_chains));
 }
 
+/* Whether the sets differ in what multiplies alone: in their matrix units. */
+static int units_differ(const anepy_kernels *a, const anepy_kernels *b) {
+    return a->bf16 != NULL && b->bf16 != NULL && a->bf16->dot_panel != b->bf16->dot_panel;
+}
+
 /* Two sets that share a function are one set under two names. */
 static void check_different(const anepy_kernels *a, const anepy_kernels *b) {
     CHECK(strcmp(a->isa, b->isa) != 0, "two sets are named %s", a->isa);
     CHECK(strcmp(a->gemm_name, b->gemm_name) != 0, "%s and %s name the same gemm", a->isa, b->isa);
-    CHECK(a->gemm_tile != b->gemm_tile && a->exp != b->exp && a->adam != b->adam,
+    CHECK((a->gemm_tile != b->gemm_tile && a->exp != b->exp && a->adam != b->adam) ||
+              units_differ(a, b),
           "%s and %s share kernels", a->isa, b->isa);
 }
 

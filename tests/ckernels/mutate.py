@@ -32,7 +32,7 @@ class Mutation:
         build: the checks that must notice it: "native" (test_kernels), "blas", "metal" or "bench".
         groups: their groups, or the case of the benchmark.
         new: what replaces the marked text; `{}` stands for that text.
-        needs: a kernel set without which the code never runs: "bf16", "vectors" or "x86".
+        needs: a kernel set without which the code never runs: "amx", "bf16", "vectors" or "x86".
     """
 
     name: str
@@ -43,7 +43,9 @@ class Mutation:
 
     def ask(self) -> None:
         """Skip the test where the code with the mistake cannot run."""
-        if self.needs == "bf16":
+        if self.needs == "amx":
+            needs.kernel_set("amxbf16")
+        elif self.needs == "bf16":
             needs.precision("bf16")
         elif self.needs == "vectors":
             needs.vector_sets()
@@ -83,6 +85,7 @@ MUTATIONS = [
     native("gemm-odd-row", "gemm", "0", "bf16"),
     native("gemm-odd-column", "gemm", "0", "bf16"),
     native("zip-odd-row", "bf16", "1", "bf16"),
+    native("amx-last-units", "bf16", "0", "amx"),
     native("pack-odd-row", "bf16", "src", "bf16"),
     native("arena-size", "model", "{} + 1"),
     native("loss-padding", "batch", "s"),

@@ -195,14 +195,16 @@ class Library:
             f"{name}: {code.text}"
             for name, body in self.functions.items()
             for code in body
-            if (code.opcode == 0x62 and "__avx512" not in name)
-            or (code.opcode in (0xC4, 0xC5) and not re.search("__avx(512|2)", name))
-            or ("bf16" in code.text.split()[0] and not name.endswith("__avx512bf16"))
+            if (code.opcode == 0x62 and not re.search("__(avx512|amxbf16)", name))
+            or (code.opcode in (0xC4, 0xC5) and not re.search("__(avx512|avx2|amxbf16)", name))
+            or ("bf16" in code.text.split()[0] and not re.search("__(avx512|amx)bf16$", name))
         ]
 
     def missing_sets(self) -> list[str]:
         """Return the kernel sets of its processor family that were left out."""
-        sets = {"x86_64": ("avx2", "avx512", "avx512bf16"), "aarch64": ("neonbf16",)}[self.machine]
+        sets = {"x86_64": ("avx2", "avx512", "avx512bf16", "amxbf16"), "aarch64": ("neonbf16",)}[
+            self.machine
+        ]
         return [
             f"has no kernels for {name}"
             for name in sets

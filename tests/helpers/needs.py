@@ -30,7 +30,7 @@ X86_64 = platform.machine() in ("x86_64", "AMD64")
 
 # All kernel sets of this kind of processor, best first: those it lacks are never chosen.
 KERNEL_SETS = {
-    "x86_64": ("avx512bf16", "avx512", "avx2", "scalar"),
+    "x86_64": ("amxbf16", "avx512bf16", "avx512", "avx2", "scalar"),
     "aarch64": ("neonbf16", "neon", "scalar"),
 }.get("x86_64" if X86_64 else platform.machine().replace("arm64", "aarch64"), ("scalar",))
 

@@ -88,6 +88,7 @@ def test_wide_instructions_stand_in_functions_of_their_set_only(library: Library
             for instruction in library.functions[f"gemm_tile__{isa}"]
         )
     assert any("vdpbf16ps" in i.text for i in library.functions["dot_tile__avx512bf16"])
+    assert any("tdpbf16ps" in i.text for i in library.functions["dot_panel__amxbf16"])
     assert len([name for name in library.functions if "__avx2" in name]) > 15
 
 
@@ -139,11 +140,17 @@ def test_loops_and_stores_are_recognized() -> None:
 
 
 @needs.X86
-def test_compiler_without_bf16_instructions_leaves_their_set_out(tmp_path: Path) -> None:
-    """As gcc before 10 and assemblers before 2.34: told apart by a file the script tries."""
+@pytest.mark.parametrize(
+    ("asked", "left_out"), [("*", ("avx512bf16", "amxbf16")), ("*amx*", ("amxbf16",))]
+)
+def test_compiler_without_instructions_leaves_their_sets_out(
+    tmp_path: Path, asked: str, left_out: tuple[str, ...]
+) -> None:
+    """As gcc before 10, and before 11, and their assemblers: told by files the script tries."""
     old = tmp_path / "old-cc"
     old.write_text(
-        '#!/bin/sh\ncase "$*" in *-O2*/probe.c*) exit 1 ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *-O2*/probe.c*)\n'
+        f'case "$(cat "$(dirname "$0")"/.build*/probe.c)" in {asked}) exit 1 ;; esac ;; esac\n'
         f'exec {needs.program("gcc", "clang")} "$@"\n'
     )
     old.chmod(0o755)
@@ -151,7 +158,9 @@ def test_compiler_without_bf16_instructions_leaves_their_set_out(tmp_path: Path)
         [toolchain.SCRIPT, "--quiet", "--werror", "--out", tmp_path], env={"CC": str(old)}
     )
     library = Library(tmp_path / "libanepy.so")
-    assert [name for name in library.functions if name.endswith("__avx512bf16")] == []
+    for suffix in ("avx512bf16", "amxbf16"):
+        functions = [name for name in library.functions if name.endswith(f"__{suffix}")]
+        assert (functions == []) == (suffix in left_out)
     assert "gemm_tile__avx512" in library.functions
 
 

@@ -283,7 +283,7 @@ static void fixed_prepare__scalar(float *a, float *least, float *largest, const 
         largest[i] = fmaxf(largest[i], fabsf(x[i]));
         int32_t exponent = -16 - exponent_of(x[i]);
         least[i] = x[i] == 0.0f || exponent <= -14 ? 0.0f : ldexpf(1.0f, exponent);
-        a[i] = x[i] == 0.0f ? 0.0f : nextafterf(x[i], x[i] * 2.0f);
+        a[i] = x[i] == 0.0f ? x[i] : nextafterf(x[i], x[i] * 2.0f);
     }
 }
 

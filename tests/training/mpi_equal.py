@@ -88,8 +88,8 @@ def compare(ranks: Ranks, name: str) -> str:
     group = n if settings.batch == 1 else 1
     means = np.mean(np.reshape(all_losses, (-1, group)), axis=1)
     if data is PLAIN:  # else they are weighted
-        np.testing.assert_allclose(losses, means, rtol=max(1e-5, bar / 100))
-        np.testing.assert_allclose(held, all_held, rtol=max(1e-5, bar / 100))
+        np.testing.assert_allclose(losses, means, rtol=max(1e-5, bar / 10))
+        np.testing.assert_allclose(held, all_held, rtol=max(1e-5, bar / 10))
     np.testing.assert_allclose(norm, all_norm, rtol=max(1e-4, bar / 2))
     crc = zlib.crc32(b"".join(bits(found)))
     told = ranks.texts({"crc": crc, "losses": losses})

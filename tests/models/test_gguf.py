@@ -309,7 +309,7 @@ def write(
         kind = package.GGUFValueType.UINT32 if isinstance(first, int) else kind
         kinds = (package.GGUFValueType.ARRAY, kind) if isinstance(value, list) else (kind,)
         writer.add_key_value(f"{arch}.{key}", value, *kinds)
-    gguf._write_pieces(writer, path, config, words())
+    gguf._write_tokenizer(writer, package, path, config, words())
     tensors: dict[str, Any] = {}
     for name, values in ref.random_weights(config, 1, 0.2).items():
         stored = name.replace("layers.", "blk.").replace("tok_embeddings", "token_embd")

@@ -116,10 +116,13 @@ def test_signal_that_ended_the_process_saves_the_run(
     tmp_path: Path, files: dict[str, Path], number: signal.Signals
 ) -> None:
     process = start(tmp_path, *TRAIN, "--steps", 10**6)
-    assert process.stdout is not None
-    while "step 1 " not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        while "step 1 " not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number, errors
     assert read_meta(tmp_path / "c.npz").step > 0

@@ -24,15 +24,16 @@ UNINTERRUPTED = ("sh", "-c", 'trap "" INT PIPE; exec "$@"', "sh")
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let children take a Ctrl-C as in a terminal, even if these tests were told to ignore it."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let children take Ctrl-C and Ctrl-\\ as in a terminal, even if tests ignore them."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+    ignored = [n for n in usual if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, usual[number])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def start(

@@ -373,7 +373,7 @@ def test_what_is_no_run_is_one_line(run: Run, files: dict[str, Path]) -> None:
     assert_one_line_error(run("runs", "none"), "none")
     assert_one_line_error(run("plot", "m.bin"), "is no log of a run")
     assert run(*KEPT, "--steps", 2).code == 0
-    assert_one_line_error(run("plot", "r", "-o", "x.png"), ".html or .svg")
+    assert_one_line_error(run("plot", "r", "-o", "x.gif"), ".html or .svg or .png")
     os.link("r/log.jsonl", "x.svg")
     assert_one_line_error(run("plot", "r", "-o", "x.svg"), "same file")
     Path("f").write_text("")

@@ -352,8 +352,8 @@ def test_loss_that_is_not_finite_ends_a_variant() -> None:
     model.weights["norm.weight"][0] = np.inf
     result = compare(["baseline", "opt"], model, DATA, SMALL)
     assert [run.error for run in result.failures()] == [
-        "step 1: the loss is not finite; the weights are as after update 0: lower the learning "
-        "rate or set grad_clip"
+        "step 1: the loss is not finite (first in the weight norm.weight); the weights are as "
+        "after update 0: lower the learning rate or set grad_clip"
     ] * 2
 
 
@@ -448,7 +448,7 @@ def test_ablation_has_a_row_for_every_switch() -> None:
     result = ablate(["baseline", "opt"])
     rows = {(row.switch, row.form): row for row in result.ablation}
     names = anepy.engine.variants.switch_names()
-    assert {switch for switch, _ in rows} == set(names) and len(names) == 12
+    assert {switch for switch, _ in rows} == set(names) and len(names) == 14
     assert [form for switch, form in rows if switch == "prealloc"] == ["add", "leave out"]
     row = rows["prealloc", "add"]
     assert (row.reference, row.label, row.reason) == ("baseline", "baseline+prealloc", "")

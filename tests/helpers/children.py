@@ -24,8 +24,9 @@ UNINTERRUPTED = ("sh", "-c", 'trap "" INT PIPE; exec "$@"', "sh")
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let children take Ctrl-C and Ctrl-\\ as in a terminal, even if tests ignore them."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+    """Let children take signals of a terminal as usual, even if these tests ignore them."""
+    usual = dict.fromkeys((signal.SIGQUIT, signal.SIGHUP), signal.SIG_DFL)
+    usual[signal.SIGINT] = signal.default_int_handler
     ignored = [n for n in usual if signal.getsignal(n) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, usual[number])

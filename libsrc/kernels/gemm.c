@@ -10,9 +10,8 @@
 #define COLS ANEPY_COLUMNS
 #define PANEL_DEPTH 2048      /* units of the reduction that panels of B have room for */
 #define MULTIPLY_DEPTH 1024   /* units of the reduction that are multiplied at once */
-#define LARGE_CACHE (3 << 19) /* bytes of a second cache that keeps panels and a block of A: */
-#define PANELS_N (192 << 10)  /* of all panels so many units at once, */
-#define LEAST_DEPTH 256       /* but so many of each, or reading C again would cost more */
+#define LARGE_CACHE (3 << 19) /* bytes of a second cache that keeps the panels of */
+#define CACHED_DEPTH 768      /* so many units: 768 KiB for 256 columns */
 #define BLOCK_ROWS 48         /* rows of a block: 8 tiles; the smallest product has 16 blocks */
 #define BACKGROUND_ROWS 384   /* rows of a background piece: its rows of A stay in L2 */
 #define BLAS_ROWS 192 /* rows per call of the system's library: 4 to 170 calls in stories110M */
@@ -423,11 +422,9 @@ void anepy_gemm_pack_rows(const anepy_gemm *gemm, int32_t k, const float *src, i
  * one part after the other; else each piece goes through all parts, and its C stays in the cache.
  */
 void anepy_gemm_multiply(const anepy_gemm *gemm, const anepy_product *product) {
-    int32_t fits = PANELS_N / (int32_t)anepy_round_up(product->n, COLS), k = product->k;
-    if (anepy_machine_second_cache() >= LARGE_CACHE) {
-        int32_t most = anepy_max_i32(LEAST_DEPTH, fits) * steps_per_unit(gemm);
+    int32_t k = product->k, most = CACHED_DEPTH * steps_per_unit(gemm);
+    if (anepy_machine_second_cache() >= LARGE_CACHE)
         k = (int32_t)anepy_round_up(anepy_pieces(k, anepy_pieces(k, most)), 16);
-    }
     for (int32_t p = 0; p < product->k; p += k) {
         anepy_gemm_job job = {gemm, anepy_gemm_part(product, p, k)};
         job.product.b_row += p;

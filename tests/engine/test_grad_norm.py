@@ -25,7 +25,8 @@ NAME = "layers.0.feed_forward.w2.weight"
 
 def make(config: ModelConfig, precision: str, variant: str = "max", threads: int = 2) -> Engine:
     needs.precision(precision)
-    device = "sim" if precision == "fp16" else "cpu"
+    # In IEEE arithmetic an overflow is always seen: these tests are about what follows.
+    device = "sim:numerics=exact" if precision == "fp16" else "cpu"
     return Engine(make_model(config), variant, device, precision, threads=threads)
 
 

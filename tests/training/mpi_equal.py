@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from cases import GQA, NORMS, SEPARATE, make_model
 
+from anepy.engine.stats import StepStats
 from anepy.models.lora import Lora
 from anepy.models.model import ModelConfig
 from anepy.text.data import TokenData
@@ -22,6 +23,9 @@ PLAIN = TokenData.from_array(TOKENS)
 MASKED = TokenData.from_array(TOKENS)
 MASKED.starts = np.arange(0, 4000, 23)
 MASKED.mask = (np.random.default_rng(6).random(4000) < 0.1).astype(np.uint8)
+# The first norm multiplies the gradient of a row of zeros: a window that holds it overflows.
+OVERFLOW, RARE, LARGE_SCALE = "overflow", 599, 2.0**20
+OVERFLOWING = TokenData.from_array(np.where(np.arange(4000) % 300 == 50, RARE, TOKENS))
 
 BASE: dict[str, Any] = {
     "lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.05, "seq": 40, "precision": "fp32",
@@ -97,9 +101,52 @@ def compare(ranks: Ranks, name: str) -> str:
     return f"{name}: {worst:.1e}"
 
 
+def overflow(ranks: Ranks) -> str:
+    """Overflow on some ranks only: all skip the update, and go on as one process without it."""
+    settings = TrainConfig(**BASE | {"device": "sim", "precision": "auto", "accum": 1, "seq": 30,
+                                     "steps": 8, "held_out": 0.0, "eval_every": 0})  # fmt: skip
+    model, other = make_model(SEPARATE), make_model(SEPARATE)
+    for each in (model, other):
+        each.weights["tok_embeddings.weight"][RARE] = 0.0
+    own: list[bool] = []
+    with Trainer(model, OVERFLOWING, settings, ranks=ranks) as trainer:
+        engine = trainer.engine
+        engine.restore(0, 0, LARGE_SCALE, 0)
+        step = engine.step
+
+        def watched(*arguments: Any) -> StepStats:
+            stats = step(*arguments)
+            own.append(stats.skipped)
+            return stats
+
+        engine.step = watched  # type: ignore[method-assign]
+        losses = [report.loss for report in trainer]
+        crc = zlib.crc32(b"".join(bits(engine.trained)))
+        told = ranks.texts({"crc": crc, "scale": engine.loss_scale, "losses": losses})
+        updates = engine.updates
+    assert all(each == told[0] for each in told), "overflow: ranks differ"
+    steps = list(zip(*(each["own"] for each in ranks.texts({"own": own})), strict=True))
+    skipped = [any(each) for each in steps]
+    assert any(any(each) and not all(each) for each in steps) and not all(skipped), steps
+    assert updates == skipped.count(False), steps
+    alone = replace(settings, batch=ranks.size)
+    with Trainer(other, OVERFLOWING, alone) as trainer:
+        for loss, left_out in zip(losses, skipped, strict=True):
+            if left_out:
+                trainer._loop.sampler.skip(ranks.size)
+            else:
+                np.testing.assert_allclose(loss, trainer.run_step().loss, rtol=1e-4)
+    begin, worst = make_model(SEPARATE).weights, 0.0
+    for key, values in other.weights.items():
+        moved = np.abs(values - begin[key]).mean() + 1e-9
+        worst = max(worst, float(np.abs(values - model.weights[key]).mean() / moved))
+    assert worst < 0.01, f"overflow: {worst:.2g} of the way"
+    return f"overflow: {worst:.1e}, {sum(skipped)} of {len(steps)} skipped"
+
+
 if __name__ == "__main__":
     with Ranks() as job:
-        for case in sys.argv[1:] or CASES:
-            text = compare(job, case)
+        for case in sys.argv[1:] or (*CASES, OVERFLOW):
+            text = overflow(job) if case == OVERFLOW else compare(job, case)
             if job.first:
                 print(text, flush=True)

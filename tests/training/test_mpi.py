@@ -62,10 +62,10 @@ def near(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_one_process(ranks: int, tmp_path: Path) -> None:
-    """Every case of mpi_equal.py: weights, losses, norms, twice, and with shards."""
+    """Every case of mpi_equal.py: weights, losses, norms, twice, with shards; fp16 overflows."""
     ended = mpi.run(ranks, HERE / "mpi_equal.py", cwd=tmp_path)
     assert ended.code == 0, ended.err
-    assert ended.out.count("\n") == 13, ended.out
+    assert ended.out.count("\n") == 14, ended.out
 
 
 def test_run_goes_on_with_another_number_of_ranks(files: Path) -> None:

@@ -51,7 +51,9 @@ class Uninterrupted:
     ) -> None:
         self._restore()
         for number in dict.fromkeys(self._came):
-            signal.raise_signal(number)
+            handler = signal.getsignal(number)
+            if callable(handler):  # raised again, it would count as a second one
+                handler(number, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._came.append(number)

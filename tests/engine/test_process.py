@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -574,6 +575,9 @@ def test_a_handler_that_raises_does_so_after_a_complete_step() -> None:
 def test_signals_wait_for_the_end_of_the_outermost_block() -> None:
     seen: list[str] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("handled"))
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    wakeup = signal.set_wakeup_fd(writer.fileno())
     try:
         with Uninterrupted():
             with Uninterrupted():
@@ -583,5 +587,9 @@ def test_signals_wait_for_the_end_of_the_outermost_block() -> None:
         assert seen == ["end", "handled"]
         signal.raise_signal(signal.SIGUSR1)
         assert seen == ["end", "handled", "handled"]
+        assert len(reader.recv(9)) == 3  # a signal that was held back is not a second one
     finally:
+        signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGUSR1, before)
+        reader.close()
+        writer.close()

@@ -294,7 +294,7 @@ HEADERS = {
 }
 # What both dialects have and every generation compiles (docs/neural-engine.md#operations).
 OPERATIONS = {
-    *("const", "conv", "matmul", "softmax", "pow", "sigmoid", "mul", "add", "sub"),
+    *("const", "conv", "matmul", "softmax", "pow", "tanh", "mul", "add", "sub"),
     *("slice_by_size", "concat", "reshape", "transpose"),
 }
 LINE = re.compile(

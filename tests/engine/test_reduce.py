@@ -81,7 +81,7 @@ def test_engines_with_a_part_each_are_one_engine_with_all(
 ) -> None:
     needs.precision(precision)
     # In bf16 the gradients of the logits are rounded when they have their factor.
-    bar = 2e-6 if precision == "fp32" else 0.02
+    bar = 2e-6 if precision == "fp32" else 0.03
     rows = [(0, 1), (1, 3), (3, 8)]  # of the sequences; the first rank counts two targets
     with (
         Engine(make_model(config), "max", "cpu", precision, threads=1) as one,

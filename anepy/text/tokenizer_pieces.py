@@ -41,7 +41,6 @@ from .tokenizer import PathLike, Raw, Text, Tokenizer, outside, utf8
 
 # The layout of the byte-level tokenizer, and of llama2.c's own files.
 BOS_ID = 1
-EOS_ID = 2
 FIRST_BYTE_ID = 3
 MIN_VOCAB = FIRST_BYTE_ID + 256
 

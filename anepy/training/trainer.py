@@ -84,6 +84,8 @@ class Trainer:
         ended: why the run ended before its last step, in words; "" if it did not.
         source: where model and data came from, for checkpoints.
         notes: what a resumed run does differently from the saved one, one line each.
+        ranks: the processes that train as one; None if there is this one only.
+        ranks_note: threads of each of them, and why, in words; "" without others.
         asked: returns the number of a signal that asks to stop; 0, as it does at first: none.
         start_step: steps done by the run that is resumed, else 0.
 

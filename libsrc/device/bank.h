@@ -4,8 +4,8 @@
  * weight update costs one compilation (docs/neural-engine.md#procedures). Hardware that refuses the
  * bank gets the older dialect, then a text per program; the traits can ask for the latter at once.
  * Programs with equal text share a function. A program has one packed output surface and one packed
- * input, or those of other programs as inputs; a live weight has a surface that all programs which read it share. A backend provides
- * memory and executes. */
+ * input, or those of other programs as inputs; a live weight has a surface that all programs which
+ * read it share. A backend provides memory and executes. */
 #ifndef ANEPY_DEVICE_BANK_H
 #define ANEPY_DEVICE_BANK_H
 

@@ -31,8 +31,7 @@ AMX_INLINE void shape_tiles(int32_t upper, int32_t lower, int32_t units) {
     _tile_loadconfig(&s);
 }
 
-/* What one call multiplies: `steps` tiles of the reduction, each of `units` units. With each of
- * them it prefetches some lines of two places: what is read next, and C of the next rows. */
+/* What one call multiplies: `steps` tiles of the reduction. */
 typedef struct {
     float *c;
     int64_t ldc;
@@ -43,22 +42,35 @@ typedef struct {
     int32_t steps, accumulate;
 } tile_product;
 
-/* 17 to 32 rows by 32 columns. */
-AMX_INLINE void multiply_two(const tile_product *p, int32_t j) {
-    const int64_t c_bytes = p->ldc * 4, a_bytes = p->a_row * 4, b_bytes = p->ldb * 4;
-    const uint32_t *a = p->a, *b = p->b + j;
-    float *c = p->c + j, *below = c + SIDE * p->ldc;
-    if (p->accumulate) {
-        _tile_loadd(0, c, c_bytes);
-        _tile_loadd(1, c + SIDE, c_bytes);
-        _tile_loadd(2, below, c_bytes);
-        _tile_loadd(3, below + SIDE, c_bytes);
+/* The four sums begin as what lies at these places, or as zero. */
+AMX_INLINE void begin_sums(float *const at[4], int64_t bytes, int32_t accumulate) {
+    if (accumulate) {
+        _tile_loadd(0, at[0], bytes);
+        _tile_loadd(1, at[1], bytes);
+        _tile_loadd(2, at[2], bytes);
+        _tile_loadd(3, at[3], bytes);
     } else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     }
+}
+
+AMX_INLINE void store_sums(float *const at[4], int64_t bytes) {
+    _tile_stored(0, at[0], bytes);
+    _tile_stored(1, at[1], bytes);
+    _tile_stored(2, at[2], bytes);
+    _tile_stored(3, at[3], bytes);
+}
+
+/* 17 to 32 rows by 32 columns from column j on. */
+AMX_INLINE void multiply_two(const tile_product *p, int32_t j) {
+    const int64_t a_bytes = p->a_row * 4, b_bytes = p->ldb * 4;
+    const uint32_t *a = p->a, *b = p->b + j;
+    float *c = p->c + j, *below = c + SIDE * p->ldc;
+    float *const at[4] = {c, c + SIDE, below, below + SIDE};
+    begin_sums(at, p->ldc * 4, p->accumulate);
     for (int32_t n = p->steps; n > 0; n--, a += SIDE, b += SIDE * p->ldb) {
         _tile_loadd(6, b, b_bytes);
         _tile_loadd(4, a, a_bytes);
@@ -69,27 +81,15 @@ AMX_INLINE void multiply_two(const tile_product *p, int32_t j) {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + SIDE, c_bytes);
-    _tile_stored(2, below, c_bytes);
-    _tile_stored(3, below + SIDE, c_bytes);
+    store_sums(at, p->ldc * 4);
 }
 
 /* Up to 16 rows by 64 columns. */
 AMX_INLINE void multiply_one(const tile_product *p) {
-    const int64_t c_bytes = p->ldc * 4, a_bytes = p->a_row * 4, b_bytes = p->ldb * 4;
+    const int64_t a_bytes = p->a_row * 4, b_bytes = p->ldb * 4;
     const uint32_t *a = p->a, *b = p->b;
-    if (p->accumulate) {
-        _tile_loadd(0, p->c, c_bytes);
-        _tile_loadd(1, p->c + SIDE, c_bytes);
-        _tile_loadd(2, p->c + 2 * SIDE, c_bytes);
-        _tile_loadd(3, p->c + 3 * SIDE, c_bytes);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    float *const at[4] = {p->c, p->c + SIDE, p->c + 2 * SIDE, p->c + 3 * SIDE};
+    begin_sums(at, p->ldc * 4, p->accumulate);
     for (int32_t n = p->steps; n > 0; n--, a += SIDE, b += SIDE * p->ldb) {
         _tile_loadd(4, a, a_bytes);
         _tile_loadd(6, b, b_bytes);
@@ -101,10 +101,7 @@ AMX_INLINE void multiply_one(const tile_product *p) {
         _tile_loadd(7, b + 3 * SIDE, b_bytes);
         _tile_dpbf16ps(3, 4, 7);
     }
-    _tile_stored(0, p->c, c_bytes);
-    _tile_stored(1, p->c + SIDE, c_bytes);
-    _tile_stored(2, p->c + 2 * SIDE, c_bytes);
-    _tile_stored(3, p->c + 3 * SIDE, c_bytes);
+    store_sums(at, p->ldc * 4);
 }
 
 /* All rows with tiles of one number of units; shapes change with the last rows only. */
@@ -142,17 +139,15 @@ AMX_TARGET static void dot_panel__amxbf16(float *c, int64_t ldc, const uint32_t 
 
 /* Only the first unit of each row of A is not zero, so that every sum gets one a . b a round. */
 AMX_TARGET static float dot_chains__amxbf16(uint32_t a, uint32_t b, int64_t rounds) {
-    uint32_t left[SIDE * SIDE] = {0}, right[SIDE * SIDE];
-    float sums[4][SIDE * SIDE], mean = 0.0f;
+    enum { TILE = SIDE * SIDE };
+    uint32_t left[TILE] = {0}, right[TILE];
+    float sums[4 * TILE], mean = 0.0f;
+    float *const at[4] = {sums, sums + TILE, sums + 2 * TILE, sums + 3 * TILE};
     for (int i = 0; i < SIDE; i++) left[i * SIDE] = a;
-    for (int i = 0; i < SIDE * SIDE; i++) right[i] = b;
-    for (int i = 0; i < 4 * SIDE * SIDE; i++)
-        sums[i / (SIDE * SIDE)][i % (SIDE * SIDE)] = (float)(i / (SIDE * SIDE));
+    for (int i = 0; i < TILE; i++) right[i] = b;
+    for (int i = 0; i < 4 * TILE; i++) sums[i] = (float)(i / TILE);
     shape_tiles(SIDE, SIDE, SIDE);
-    _tile_loadd(0, sums[0], SIDE * 4);
-    _tile_loadd(1, sums[1], SIDE * 4);
-    _tile_loadd(2, sums[2], SIDE * 4);
-    _tile_loadd(3, sums[3], SIDE * 4);
+    begin_sums(at, SIDE * 4, 1);
     _tile_loadd(4, left, SIDE * 4);
     _tile_loadd(6, right, SIDE * 4);
     for (int64_t r = 0; r < rounds; r++) {
@@ -161,13 +156,10 @@ AMX_TARGET static float dot_chains__amxbf16(uint32_t a, uint32_t b, int64_t roun
         _tile_dpbf16ps(2, 4, 6);
         _tile_dpbf16ps(3, 4, 6);
     }
-    _tile_stored(0, sums[0], SIDE * 4);
-    _tile_stored(1, sums[1], SIDE * 4);
-    _tile_stored(2, sums[2], SIDE * 4);
-    _tile_stored(3, sums[3], SIDE * 4);
+    store_sums(at, SIDE * 4);
     _tile_release();
-    for (int i = 0; i < 4 * SIDE * SIDE; i++) mean += sums[i / (SIDE * SIDE)][i % (SIDE * SIDE)];
-    return mean / (4 * SIDE * SIDE);
+    for (int i = 0; i < 4 * TILE; i++) mean += sums[i];
+    return mean / (4 * TILE);
 }
 
 /* Squares of 16 by 16 units in registers, what is left one by one. */

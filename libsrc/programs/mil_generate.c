@@ -310,8 +310,7 @@ static mil_tensor classify(mil_writer *w, mil_tensor x, const char *hint) {
         /* The last rows of the surface may be padding. */
         int32_t rows = anepy_min_i32(PRODUCT_ROWS, matrix.dims[1] - first);
         int32_t used = anepy_min_i32(PRODUCT_ROWS, m.rows - first);
-        mil_tensor y =
-            anepy_emit_matmul(w, live_rows(w, matrix, first, rows), 0, x, 0, "product");
+        mil_tensor y = anepy_emit_matmul(w, live_rows(w, matrix, first, rows), 0, x, 0, "product");
         y = anepy_emit_reshape(w, y, rows, 1, w->width, "logits");
         out[n++] = anepy_emit_slice(w, y, 0, used, "logits");
     }
@@ -352,8 +351,8 @@ static mil_tensor classify_back(mil_writer *w, mil_tensor dlogits, const char *h
     }
     for (; n > 1; n = (n + 1) / 2) {
         for (int32_t i = 0; i < n / 2; i++)
-            parts[i] = anepy_emit_binary(w, "add", parts[2 * i], parts[2 * i + 1],
-                                         n == 2 ? hint : "dx");
+            parts[i] =
+                anepy_emit_binary(w, "add", parts[2 * i], parts[2 * i + 1], n == 2 ? hint : "dx");
         if (n % 2 != 0) parts[n / 2] = parts[n - 1];
     }
     return parts[0];

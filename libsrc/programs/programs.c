@@ -178,8 +178,8 @@ static const struct {
                           {"wo_b", LOW_WO},
                           {"qkv_b", LOW_QKV}},
                          11,
-                         {ANEPY_W2, ANEPY_W1, ANEPY_W3, ANEPY_FFN_NORM, ANEPY_WO, ANEPY_WQ, ANEPY_WK,
-                          ANEPY_WV, ANEPY_ATTENTION_NORM, ANEPY_Q_NORM, ANEPY_K_NORM}},
+                         {ANEPY_W2, ANEPY_W1, ANEPY_W3, ANEPY_FFN_NORM, ANEPY_WO, ANEPY_WQ,
+                          ANEPY_WK, ANEPY_WV, ANEPY_ATTENTION_NORM, ANEPY_Q_NORM, ANEPY_K_NORM}},
     [ANEPY_LAYER_DW] = {"layer_dw",
                         {{"dq", Q},
                          {"dk", KV},
@@ -307,12 +307,11 @@ static int32_t fill(anepy_program *out, int32_t first, const range *list, const 
         int32_t e = list->channels & (FACTOR - 1), channels = channels_of(e, out, model);
         if (channels == 0) continue; /* no adapter */
         if (e >= LOW) out->low[e - LOW] = n;
-        out->tensors[n++] =
-            (anepy_program_tensor){.name = list->name,
-                                   .channels = channels,
-                                   .channel = *total,
-                                   .factor = (list->channels & FACTOR) != 0,
-                                   .place = (anepy_place)(list->channels / PLACED)};
+        out->tensors[n++] = (anepy_program_tensor){.name = list->name,
+                                                   .channels = channels,
+                                                   .channel = *total,
+                                                   .factor = (list->channels & FACTOR) != 0,
+                                                   .place = (anepy_place)(list->channels / PLACED)};
         *total += channels;
     }
     return n - first;
@@ -387,9 +386,11 @@ void anepy_program_weight(anepy_program_matrix *out, const anepy_program *progra
 /* Products of attention, [head_dim, width] by [width, width] for each head, and sums of the rows of
  * the latter by a product with ones. */
 static double attention_flops(const anepy_program *p, const anepy_model *model) {
-    static const int32_t PRODUCTS[ANEPY_PROGRAM_N] = {
-        [ANEPY_SDPA_FWD] = 2,  [ANEPY_SDPA_BWD1] = 3, [ANEPY_SDPA_BWD2] = 2,
-        [ANEPY_LAYER_FWD] = 2, [ANEPY_LAYER_BWD] = 5};
+    static const int32_t PRODUCTS[ANEPY_PROGRAM_N] = {[ANEPY_SDPA_FWD] = 2,
+                                                      [ANEPY_SDPA_BWD1] = 3,
+                                                      [ANEPY_SDPA_BWD2] = 2,
+                                                      [ANEPY_LAYER_FWD] = 2,
+                                                      [ANEPY_LAYER_BWD] = 5};
     int sums = p->id == ANEPY_SDPA_BWD2 || p->id == ANEPY_LAYER_BWD;
     double rows = PRODUCTS[p->id] * (double)model->q_dim;
     if (sums) rows += (double)model->config.n_heads * p->width;

@@ -6,8 +6,8 @@
  * grouped-query attention, which the research programs lack, included).
  *
  * Programs from ANEPY_RMSNORM_BWD on are offloads: the step may do their work on the host instead,
- * or, of whole layers, in several programs. Device cpu has no need of those and of weight gradients.
- * Set `live` of a described program to have its weights passed as inputs. */
+ * or, of whole layers, in several programs. Device cpu has no need of those and of weight
+ * gradients. Set `live` of a described program to have its weights passed as inputs. */
 #ifndef ANEPY_PROGRAMS_H
 #define ANEPY_PROGRAMS_H
 

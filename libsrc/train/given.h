@@ -1,8 +1,9 @@
-/* train/given.h - offload_dw: weight gradients that programs compute, and how they reach the others.
+/* train/given.h - offload_dw: weight gradients that programs compute, and how they reach the
+ * others.
  *
- * They are half precision in a surface. Pieces of it are added to the gradients in the background as
- * soon as they are there, if they are finite; if the step is skipped after all they are taken back,
- * which leaves a rounding. */
+ * They are half precision in a surface. Pieces of it are added to the gradients in the background
+ * as soon as they are there, if they are finite; if the step is skipped after all they are taken
+ * back, which leaves a rounding. */
 #ifndef ANEPY_TRAIN_GIVEN_H
 #define ANEPY_TRAIN_GIVEN_H
 

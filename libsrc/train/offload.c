@@ -18,8 +18,7 @@ static int32_t head_forward(anepy_engine *e, anepy_node *node, double *mark) {
     ANEPY_TRY(anepy_evaluate(e, node, mark));
     if (e->room->tail[ANEPY_CLASSIFIER_DW] == NULL)
         ANEPY_TRY(anepy_surface_read(node->output, 0, e->model->config.dim, e->room->xnorm));
-    ANEPY_TRY(
-        anepy_surface_read(node->output, logits->channel, logits->channels, e->room->logits));
+    ANEPY_TRY(anepy_surface_read(node->output, logits->channel, logits->channels, e->room->logits));
     anepy_count(mark, &e->run.stats.io_ms);
     return ANEPY_OK;
 }

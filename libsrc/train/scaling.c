@@ -110,7 +110,8 @@ void anepy_scale_step(anepy_engine *e, int skipped) {
 void anepy_scale_join(anepy_engine *e, int64_t counted, double scale, int reduced) {
     anepy_scaling *s = &e->scaling;
     int none = e->counted == 0 && !s->skipped, lost = s->damaged || (e->counted == 0 && !none);
-    if (none && !reduced) memset(anepy_gradients(e), 0, (size_t)e->model->gradient_n * sizeof(float));
+    if (none && !reduced)
+        memset(anepy_gradients(e), 0, (size_t)e->model->gradient_n * sizeof(float));
     if (s->unit == 0.0) s->unit = 1.0;
     double own = anepy_target_scale(e);
     if (!reduced && !none && (lost || scale != own))

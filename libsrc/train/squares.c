@@ -9,9 +9,8 @@
 
 void anepy_squares_begin(anepy_engine *e) {
     e->squares.known = 0;
-    e->squares.taking =
-        e->accumulated + 1 == e->squares.step && e->room->metal == NULL && anepy_last_group(e) &&
-        !anepy_on(e, ANEPY_OFFLOAD_DW);
+    e->squares.taking = e->accumulated + 1 == e->squares.step && e->room->metal == NULL &&
+                        anepy_last_group(e) && !anepy_on(e, ANEPY_OFFLOAD_DW);
 }
 
 static const anepy_tensor *classifier(const anepy_engine *e) {

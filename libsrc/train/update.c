@@ -137,8 +137,8 @@ static void update_piece(void *context, int32_t index, int32_t worker) {
     int32_t pieces = anepy_pieces(t->n, ANEPY_PIECE_ELEMENTS);
     int64_t part = t->first + index / pieces * t->stride,
             at = part + (int64_t)(index % pieces) * ANEPY_PIECE_ELEMENTS,
-            end = anepy_min_i64(anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, part + t->n),
-                                m->gradient_n);
+            end =
+                anepy_min_i64(anepy_min_i64(at + ANEPY_PIECE_ELEMENTS, part + t->n), m->gradient_n);
     for (int32_t i = 0; i < m->tensor_n && at < end; i++) {
         const anepy_tensor *tensor = &m->tensors[i];
         float *gradient = anepy_gradient(e, tensor);

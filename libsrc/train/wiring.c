@@ -40,8 +40,7 @@ static int runs(const anepy_engine *e, anepy_program_id id) {
     case ANEPY_HEAD_FWD:
     case ANEPY_HEAD_BWD: return fuses_head(e);
     case ANEPY_CLASSIFIER_DW:
-        return dw && anepy_on(e, ANEPY_OFFLOAD_CLASSIFIER) &&
-               anepy_gradient(e, classifier) != NULL;
+        return dw && anepy_on(e, ANEPY_OFFLOAD_CLASSIFIER) && anepy_gradient(e, classifier) != NULL;
     default: return !fused;
     }
 }
@@ -135,9 +134,11 @@ static const struct {
     {ANEPY_HEAD_BWD, HEAD_BWD_DLOGITS, FROM_LOGITS, 0, 0, 0},
     {ANEPY_HEAD_BWD, HEAD_BWD_X, FROM_PROGRAM, ANEPY_HEAD_FWD, HEAD_FWD_X, 0},
     {ANEPY_SOFTMAX, SOFTMAX_LOGITS, FROM_PROGRAM, ANEPY_HEAD_FWD, HEAD_FWD_LOGITS, 0},
-    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_DLOGITS, FROM_PROGRAM, ANEPY_CLASSIFIER_BWD, CLASSIFIER_BWD_DLOGITS, 0},
+    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_DLOGITS, FROM_PROGRAM, ANEPY_CLASSIFIER_BWD,
+     CLASSIFIER_BWD_DLOGITS, 0},
     {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_DLOGITS, FROM_PROGRAM, ANEPY_HEAD_BWD, HEAD_BWD_DLOGITS, 0},
-    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_XNORM, FROM_PROGRAM, ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_X, 0},
+    {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_XNORM, FROM_PROGRAM, ANEPY_CLASSIFIER_FWD, CLASSIFIER_FWD_X,
+     0},
     {ANEPY_CLASSIFIER_DW, CLASSIFIER_DW_XNORM, FROM_PROGRAM, ANEPY_HEAD_FWD, HEAD_FWD_XNORM, 0},
 };
 #define FLOW_N (sizeof FLOW / sizeof FLOW[0])
@@ -211,8 +212,8 @@ static anepy_node *owner_of(anepy_engine *e, anepy_node *node) {
 static int32_t packed_input(anepy_engine *e, anepy_node *node, int32_t channels) {
     anepy_node *owner = owner_of(e, node);
     if (owner->input == NULL)
-        ANEPY_TRY(e->room->device->ops->surface_create(e->room->device, channels, 0, 0,
-                                                       &owner->input));
+        ANEPY_TRY(
+            e->room->device->ops->surface_create(e->room->device, channels, 0, 0, &owner->input));
     node->input = owner->input;
     return ANEPY_OK;
 }
@@ -455,8 +456,8 @@ static void wire_dw(anepy_engine *e, anepy_layer *layer, int32_t l) {
               output_of(e, ffn_fwd, fused ? LAYER_FWD_XNORM2 : FFN_FWD_XNORM));
     layer->dw[DW_WO] = dw_of(e, l, DW_WO, (anepy_operand){.source = &layer->dx2},
                              output_of(e, sdpa_fwd, fused ? LAYER_FWD_ATTN : SDPA_FWD_ATTN));
-    layer->dw[DW_QKV] = dw_of(e, l, DW_QKV, dqkv,
-                              output_of(e, sdpa_fwd, fused ? LAYER_FWD_XNORM : SDPA_FWD_XNORM));
+    layer->dw[DW_QKV] =
+        dw_of(e, l, DW_QKV, dqkv, output_of(e, sdpa_fwd, fused ? LAYER_FWD_XNORM : SDPA_FWD_XNORM));
     wire_adapter(e, layer, DW_W2, feed, fused ? back : ANEPY_FFN_BWD);
     wire_adapter(e, layer, DW_W13, feed, fused ? back : ANEPY_FFN_BWD);
     wire_adapter(e, layer, DW_WO, attention, fused ? back : ANEPY_SDPA_BWD1);

@@ -335,10 +335,10 @@ static void check_peaks(void) {
     refuses(anepy_peaks_measure(&peaks, "avx1024", 1, 1), ANEPY_E_NAME, "avx1024");
     refuses(anepy_peaks_measure(&peaks, NULL, -1, 1), ANEPY_E_ARGUMENT, "threads");
     const char *best = anepy_kernels_at(0)->isa;
-    CHECK(anepy_peaks_measure(&peaks, best, 2, 1) == ANEPY_OK && peaks.struct_size == sizeof peaks &&
-              peaks.threads == 2 && strcmp(peaks.isa, best) == 0 && peaks.fp32_gflops > 0.0 &&
-              peaks.bf16_gflops >= 0.0 && peaks.read_gbs > 0.0 && peaks.copy_gbs > 0.0 &&
-              peaks.triad_gbs > 0.0,
+    CHECK(anepy_peaks_measure(&peaks, best, 2, 1) == ANEPY_OK &&
+              peaks.struct_size == sizeof peaks && peaks.threads == 2 &&
+              strcmp(peaks.isa, best) == 0 && peaks.fp32_gflops > 0.0 && peaks.bf16_gflops >= 0.0 &&
+              peaks.read_gbs > 0.0 && peaks.copy_gbs > 0.0 && peaks.triad_gbs > 0.0,
           "peaks of %s: %g GFLOP/s, %g GB/s", peaks.isa, peaks.fp32_gflops, peaks.triad_gbs);
 }
 

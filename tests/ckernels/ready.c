@@ -121,7 +121,8 @@ static void check_norm(int which, const char *precision) {
         if (round % 2 == 1) {
             int own = round == 1; /* else of two engines: 18 targets, and another scale */
             double scale = own ? 1.0 : 0.25;
-            CHECK(anepy_engine_reduce(engine, own ? -1 : 18, own ? 0.0 : scale / 9.0, 0) == ANEPY_OK,
+            CHECK(anepy_engine_reduce(engine, own ? -1 : 18, own ? 0.0 : scale / 9.0, 0) ==
+                      ANEPY_OK,
                   "reduce");
             double now = norm_of(&f);
             CHECK(fabs(now - scale * norm) <= 1e-6 * norm, "a norm of %g becomes %g", norm, now);

@@ -121,15 +121,18 @@ static void add_steps(const anepy_fixed_kernels *kernels, sums *t, const factor 
                       smallest + from, largest + from, to - from);
 }
 
-/* Adds a part of the reduction, in stretches whose sums the fast kernel has room for. */
+/* Adds a part of the reduction, in stretches whose sums the fast kernel has room for. They grow by
+ * a block of steps, or step by step where a whole block may be too much. */
 static void add_part(const anepy_fixed_kernels *kernels, sums *t, const factor *f,
                      const float *panel, const float *largest, const float *smallest,
                      const float *bounds) {
     int32_t from = 0;
     float bound = 0.0f;
-    for (int32_t p = 0; p < f->k; p += ANEPY_FIXED_STEPS) {
-        int32_t end = anepy_min_i32(p + ANEPY_FIXED_STEPS, f->k);
-        float more = bounds[p / ANEPY_FIXED_STEPS] + STEP * ANEPY_FIXED_STEPS;
+    for (int32_t p = 0, next; p < f->k; p = next) {
+        float block = bounds[p / ANEPY_FIXED_STEPS] + STEP * ANEPY_FIXED_STEPS;
+        int whole = p % ANEPY_FIXED_STEPS == 0 && block < ANEPY_FIXED_MOST;
+        float more = whole ? block : f->largest[p] * largest[p] + STEP;
+        next = whole ? anepy_min_i32(p + ANEPY_FIXED_STEPS, f->k) : p + 1;
         if (bound + more < ANEPY_FIXED_MOST) {
             bound += more;
             continue;
@@ -138,22 +141,9 @@ static void add_part(const anepy_fixed_kernels *kernels, sums *t, const factor *
         from = p;
         bound = more;
         if (more < ANEPY_FIXED_MOST) continue;
+        kernels->steps(t->sum, NULL, f->a + p, f->least + p, f->k, panel + (int64_t)p * COLS, 1);
+        from = next;
         bound = 0.0f;
-        for (int32_t q = p; q < end; q++) {
-            more = f->largest[q] * largest[q] + STEP;
-            if (bound + more < ANEPY_FIXED_MOST) {
-                bound += more;
-                continue;
-            }
-            add_steps(kernels, t, f, panel, smallest, largest, from, q);
-            from = q;
-            bound = more;
-            if (more < ANEPY_FIXED_MOST) continue;
-            kernels->steps(t->sum, NULL, f->a + q, f->least + q, f->k, panel + (int64_t)q * COLS,
-                           1);
-            from = q + 1;
-            bound = 0.0f;
-        }
     }
     add_steps(kernels, t, f, panel, smallest, largest, from, f->k);
 }

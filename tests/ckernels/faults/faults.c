@@ -4,8 +4,8 @@
  *
  * Linked with the objects of the library and with --wrap for what gives memory and threads, so that
  * the calls of the library are counted and fail here. A scenario is run whole once, then with each
- * of its allocations failing: the call that needed it must say so in a sentence, the next call of an
- * engine that lives must give the loss of the undisturbed run, and in the end nothing is left.
+ * of its allocations failing: the call that needed it must say so in a sentence, the next call of
+ * an engine that lives must give the loss of the undisturbed run, and in the end nothing is left.
  * Prints one line of figures as JSON. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,9 +29,7 @@ int __real_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *)
 
 static _Atomic int64_t seen, fails_at, blocks, mapped;
 
-static int fails(void) {
-    return atomic_fetch_add(&seen, 1) + 1 == atomic_load(&fails_at);
-}
+static int fails(void) { return atomic_fetch_add(&seen, 1) + 1 == atomic_load(&fails_at); }
 static void *counted(void *memory) {
     if (memory != NULL) atomic_fetch_add(&blocks, 1);
     return memory;
@@ -123,8 +121,8 @@ static int use_engine(fixture *f, const kind *k, double *loss) {
     for (int32_t i = 0; i < k->sequences * n; i++)
         tokens[i] = f->tokens[i % n], targets[i] = f->targets[i % n];
     anepy_step_stats stats = {.struct_size = sizeof stats};
-    int met = anepy_engine_step_batch(engine, &stats, tokens, targets, NULL, k->sequences, n) !=
-              ANEPY_OK;
+    int met =
+        anepy_engine_step_batch(engine, &stats, tokens, targets, NULL, k->sequences, n) != ANEPY_OK;
     if (met) {
         check_sentence();
         atomic_store(&fails_at, 0);

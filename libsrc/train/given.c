@@ -26,7 +26,7 @@ static void add_part(anepy_engine *e, anepy_node *node, int32_t tensor, int32_t 
     g->pieces += anepy_pieces(t->channels, ROWS);
 }
 
-void anepy_given_wire(anepy_engine *e, anepy_node *node) {
+static void find_parts(anepy_engine *e, anepy_node *node) {
     static const int32_t ROLES[] = {ANEPY_WQ, ANEPY_WK, ANEPY_WV, ANEPY_WO,
                                     ANEPY_W1, ANEPY_W3, ANEPY_W2};
     node->given.engine = e;
@@ -37,6 +37,10 @@ void anepy_given_wire(anepy_engine *e, anepy_node *node) {
     for (int32_t i = 0; i < ANEPY_GIVEN_PARTS; i++)
         add_part(e, node, LAYER_DW_WQ + i, ROLES[i], 0,
                  ROLES[i] == ANEPY_WO || ROLES[i] == ANEPY_W2);
+}
+
+void anepy_given_wire(anepy_engine *e) {
+    for (int32_t i = 0; i < e->room->node_n; i++) find_parts(e, &e->room->nodes[i]);
 }
 
 /* ---------------------------------------------------------------------------------- are finite */

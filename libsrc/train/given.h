@@ -9,8 +9,8 @@
 
 #include "train/engine.h"
 
-/* Finds which gradients a program of this kind computes. */
-void anepy_given_wire(anepy_engine *e, anepy_node *node);
+/* Finds which gradients each program computes. */
+void anepy_given_wire(anepy_engine *e);
 /* Forgets overflows; before a backward pass. */
 void anepy_given_begin(anepy_engine *e);
 /* Computes a program of this kind whose inputs are in place, and sends what it gives on its way.

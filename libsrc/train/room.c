@@ -6,6 +6,7 @@
 #include "runtime/memory.h"
 #include "train/compile.h"
 #include "train/dw.h"
+#include "train/given.h"
 #include "train/loss.h"
 #include "train/wiring.h"
 
@@ -136,6 +137,7 @@ static int32_t build(anepy_engine *e, int compile) {
                                     .detail = e->detail};
     ANEPY_TRY(e->type->open(&room->device, &options));
     ANEPY_TRY(anepy_wire(e));
+    anepy_given_wire(e);
     ANEPY_TRY(anepy_compile_open(e));
     if (compile) ANEPY_TRY(anepy_compile(e));
     ANEPY_TRY(allocate_captures(e, room));

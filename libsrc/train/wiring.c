@@ -12,8 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "train/given.h"
-
 /* Whether the final norm and the classifier are one program, with the vocabulary in one part. */
 static int fuses_head(const anepy_engine *e) {
     anepy_program p;
@@ -503,7 +501,6 @@ int32_t anepy_wire(anepy_engine *e) {
     ANEPY_TRY(create_surfaces(e));
     for (int32_t i = 0; i < e->room->node_n; i++) ANEPY_TRY(link_inputs(e, &e->room->nodes[i]));
     for (int32_t l = 0; l < e->model->config.n_layers; l++) wire_dw(e, &e->room->layers[l], l);
-    for (int32_t i = 0; i < e->room->node_n; i++) anepy_given_wire(e, &e->room->nodes[i]);
     return ANEPY_OK;
 }
 

@@ -24,7 +24,7 @@ from ..system.files import replacing, write_failure
 from .data import DTYPES, SIDECAR_FORMAT, PathLike, beside, sidecar_path
 from .documents import STDIN, Part, opened, stored_size
 from .instructions import Mask, encode_line
-from .tokenizer import Ids, Tokenizer
+from .tokenizer import Ids, Tokenizer, packed
 from .tokenizer_training import train_tokenizer
 
 SEPARATOR = "<|endoftext|>"
@@ -303,7 +303,7 @@ def _encode(batch: list[Part], tokenizer: Tokenizer, mask_prompt: bool) -> Encod
             found.append((part, next(texts), None))
         else:
             ids, mask = encode_line(tokenizer, part.line, part.where, mask_prompt)
-            found.append((part, np.array(ids, np.uint32), mask))
+            found.append((part, packed(ids), mask))
     return found
 
 

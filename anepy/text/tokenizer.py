@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -211,7 +212,12 @@ class Tokenizer(ABC):
         """
         for text, whole in texts:
             ids = self.encode(text, bos=False) if whole else self.encode_rest(text)
-            yield np.array(ids, np.uint32)
+            yield packed(ids)
+
+
+def packed(ids: list[int]) -> Ids:
+    """Return ids as an array; NumPy takes five times as long to read a list."""
+    return np.frombuffer(array("I", ids), np.uint32)
 
 
 def utf8(text: Text) -> bytes:

@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..errors import TokenizerError
 from ..models.stored_tokenizer import StoredTokenizer
 from ..models.tokenizer_formats import ENDS
 from ..system.files import parsed
-from .tokenizer import Ids, Raw, Text, Tokenizer, outside, unicode
+from .tokenizer import Ids, Raw, Text, Tokenizer, outside, packed, unicode
 
 # What ends a turn in the models there are, where no file of theirs says it.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
@@ -162,7 +160,7 @@ class JsonTokenizer(Tokenizer):
         """Yield the ids of several texts; the package encodes them on all cores."""
         found = self._plain.encode_batch_fast([t for t, _ in texts], add_special_tokens=False)
         for (text, whole), each in zip(texts, found, strict=True):
-            yield np.array(each.ids if whole else self._without_lead(text, each.ids), np.uint32)
+            yield packed(each.ids if whole else self._without_lead(text, each.ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that the package makes of the ids, without special tokens."""
@@ -262,7 +260,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Yield the ids of several texts; the package encodes them on all cores."""
         found = self._model.encode([text for text, _ in texts], num_threads=-1)
         for (text, whole), ids in zip(texts, found, strict=True):
-            yield np.array(ids if whole else self._without_lead(text, ids), np.uint32)
+            yield packed(ids if whole else self._without_lead(text, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that the package makes of the ids."""

@@ -388,9 +388,11 @@ ANEPY_API int32_t anepy_engine_reduce(anepy_engine *engine, int64_t counted, dou
                                       uint32_t flags);
 
 /* With on, steps leave out what their last sequences, those that run side by side at the end, add
- * to the gradient of the embedding. All else of it is final with the first bucket then. The second
- * call copies what the last step left out, for the caller to add: float32 [tokens, dim], a row for
- * each token of those sequences. It returns how many rows that is; rows NULL: nothing is copied. */
+ * to the gradient of the embedding. All else of it is final with the first bucket then. `holds`
+ * returns how many tokens those sequences have in a step of `count` sequences of n. The last call
+ * copies what the step before it left out, for the caller to add: float32 [tokens, dim], a row for
+ * each of them. It returns how many rows that is; rows NULL: nothing is copied. */
+ANEPY_API int32_t anepy_engine_holds(anepy_engine *engine, int32_t count, int32_t n);
 ANEPY_API int32_t anepy_engine_hold_embedding(anepy_engine *engine, int32_t on);
 ANEPY_API int32_t anepy_engine_held_embedding(anepy_engine *engine, float *rows);
 

@@ -265,6 +265,12 @@ int32_t anepy_engine_hold_embedding(anepy_engine *e, int32_t on) {
     return leave(e, ANEPY_OK);
 }
 
+int32_t anepy_engine_holds(anepy_engine *e, int32_t count, int32_t n) {
+    ANEPY_TRY(enter(e));
+    int32_t status = check_shape(e, count, n);
+    return leave(e, status == ANEPY_OK ? anepy_step_holds(e, count, n) : status);
+}
+
 int32_t anepy_engine_held_embedding(anepy_engine *e, float *rows) {
     ANEPY_TRY(enter(e));
     if (rows != NULL) anepy_embed_held(e, rows);

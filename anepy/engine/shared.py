@@ -15,7 +15,7 @@ from ..models.views import Array, Tensors
 from ..native import abi
 from .engine import Engine
 from .handle import float_pointer
-from .stats import StepStats, UpdateStats
+from .stats import UpdateStats
 
 
 class Part(NamedTuple):
@@ -110,6 +110,11 @@ class SharedEngine(Engine):
         with self._call() as handle:
             self._lib.anepy_engine_hold_embedding(handle, on)
 
+    def last_tokens(self, sequences: int, tokens: int) -> int:
+        """Return how many tokens those sequences of a step have that run last, side by side."""
+        with self._call() as handle:
+            return int(self._lib.anepy_engine_holds(handle, sequences, tokens))
+
     def held_embedding(self) -> Array:
         """Return the rows that the last step left out, float32 (tokens, dim): its last tokens'."""
         with self._call() as handle:
@@ -143,13 +148,6 @@ class SharedEngine(Engine):
         """Have programs made for weights that others have changed."""
         if self.device != "cpu":
             self.restore(0, self.updates, self.loss_scale, self.clean_steps, unit=self.unit)
-
-
-def idle_step() -> StepStats:
-    """Return the figures of a step of which this process had no share."""
-    values = dict.fromkeys(StepStats.__dataclass_fields__, 0.0)
-    whole: dict[str, Any] = {"tokens": 0, "allocations": 0, "skipped": False, "loss_scale": 1.0}
-    return StepStats(**{**values, **whole})
 
 
 def spans_of(spans: Sequence[tuple[int, Array]], begin: int, end: int) -> list[tuple[int, Array]]:

@@ -451,6 +451,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "anepy_engine_logits_batch": (handle, _floats, _ids, _starts, c_int32, c_int32),
     "anepy_engine_reduce": (handle, c_int64, c_double, c_uint32),
     "anepy_engine_hold_embedding": (handle, c_int32),
+    "anepy_engine_holds": (handle, c_int32, c_int32),
     "anepy_engine_held_embedding": (handle, POINTER(c_float)),
     "anepy_engine_discard": (handle,),
     "anepy_engine_restore": (handle, POINTER(EngineInfo)),

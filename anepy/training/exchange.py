@@ -28,7 +28,6 @@ from .ranks import Job, Ranks, Steps, waiting
 _SLICE = 1 << 17  # elements of a slice at most: 512 KiB
 _PAGE = 1 << 12  # and a multiple of these: 16 KiB, the largest page in use
 _FLIGHT = 4  # chunks under way at a time
-_COLUMNS, _PANEL = 512, 64  # that run side by side at most; a sequence takes a multiple of
 _NAN = 0x7FC0  # of bfloat16
 
 
@@ -97,21 +96,12 @@ class Exchange:
         place, places = self.engine.embedding(), self.engine.places()
         if place is None or len(places) < 2 or places[0][0] == place[0]:
             return 0
-        most = max(1, _COLUMNS // (-(-tokens // _PANEL) * _PANEL))
-        beside = 1
-        while sequences:  # as libsrc/train/step.c groups them
-            groups = (sequences - 1) // most + 1
-            beside = (sequences - 1) // groups + 1
-            sequences -= beside
-        rows = beside * tokens
+        rows = self.engine.last_tokens(sequences, tokens)
         return rows if 2 * self.ranks.size * rows <= place[1] else 0
 
-    def add_held(self, total: Sum, ids: npt.NDArray[np.int32], scale: float, idle: bool) -> None:
+    def add_held(self, total: Sum, ids: npt.NDArray[np.int32], scale: float) -> None:
         """Add what the last step of every rank left out of the embedding's gradient."""
-        if idle:
-            rows = np.zeros((len(ids), self.engine.model.config.dim), np.float32)
-        else:
-            rows = self.engine.held_embedding()
+        rows = self.engine.held_embedding()
         self.engine.hold_embedding(False)
         self.ranks.post(self._add_held(total, ids, rows, scale)).wait()
 
@@ -287,7 +277,7 @@ class Exchange:
         began = time.perf_counter()
         place = engine.embedding()
         assert place is not None
-        if scale > 0 and scale != total.scale:
+        if scale != total.scale:
             rows *= np.float32(total.scale / scale)
         tokens = len(rows)
         all_ids = np.empty(ranks.size * tokens, np.int32)

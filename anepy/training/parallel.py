@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.engine import Engine
-from ..engine.shared import SharedEngine, idle_step
+from ..engine.shared import SharedEngine
 from ..engine.stats import StepStats, UpdateStats
-from ..errors import ConfigError
 from ..models.views import Array, Tensors
 from ..text.data import Sampler, TokenData
 from .config import TrainConfig
@@ -32,7 +31,6 @@ class _Early:
     job: Job[Sum]
     scale: float
     ids: npt.NDArray[np.int32] | None
-    idle: bool
 
 
 class ParallelLoop(Loop):
@@ -86,10 +84,10 @@ class ParallelLoop(Loop):
         last = self.accumulated + 1 >= config.accum or self.steps + 1 >= self._total
         self._early = self._begin(counted, tokens) if last else None
         began = time.perf_counter()
-        stats = engine.step(tokens, targets, *starts) if counted else idle_step()
+        stats = engine.step(tokens, targets, *starts)
         wall_ms = (time.perf_counter() - began) * 1e3
         bad = 0.0
-        if counted and not math.isfinite(stats.loss):
+        if not math.isfinite(stats.loss):
             bad = 1.0
         elif stats.skipped and stats.loss_scale <= 1:
             bad = 2.0
@@ -108,8 +106,6 @@ class ParallelLoop(Loop):
             raise self.diverged(
                 f"{'loss' if worst[at] == 1 else 'gradient'} of {ranks.name(at)}", self.steps + 1
             )
-        if not total.sum():
-            raise ConfigError(f"step {self.steps + 1}: no target of any rank is counted")
         self.steps += 1
         mean = math.fsum(loss.tolist()) / float(total.sum())
         return replace(
@@ -121,12 +117,10 @@ class ParallelLoop(Loop):
         engine = self.shared
         if engine.precision == "fp16" or (engine.accumulated and not engine.counted):
             return None  # whether a step is skipped is known at its end only
-        unit = engine.unit if engine.counted else float(counted)
-        scale = engine.loss_scale / unit if unit else 0.0
-        running = engine.ready.steps if counted else None
+        scale = engine.loss_scale / (engine.unit if engine.counted else counted)
         held = self.exchange.holds(*tokens.shape)
-        job = self.exchange.begin(engine.counted + counted, scale, running, held)
-        return _Early(job, scale, tokens.reshape(-1)[-held:] if held else None, not counted)
+        job = self.exchange.begin(engine.counted + counted, scale, engine.ready.steps, held)
+        return _Early(job, scale, tokens.reshape(-1)[-held:] if held else None)
 
     def update(self, last: bool) -> tuple[UpdateStats, float] | None:
         """Sum the gradients of all ranks and update the weights, as `Loop.update` says.
@@ -145,7 +139,7 @@ class ParallelLoop(Loop):
             early, self._early = self._early, None
             total = early.job.wait()
             if early.ids is not None:
-                exchange.add_held(total, early.ids, early.scale, early.idle)
+                exchange.add_held(total, early.ids, early.scale)
         else:
             scale = engine.gradient_scale if engine.counted or engine.precision == "fp16" else 0.0
             lost = engine.precision == "fp16" and not engine.counted

@@ -71,6 +71,13 @@ int32_t anepy_step_reserve(anepy_engine *e, int32_t sequences, int32_t tokens) {
     return anepy_room_widen(e);
 }
 
+int32_t anepy_step_holds(anepy_engine *e, int32_t sequences, int32_t tokens) {
+    set_run(e, sequences, tokens, GROUP_COLUMNS);
+    for (; !anepy_last_group(e); set_group(e))
+        e->run.added += e->run.beside;
+    return anepy_running_tokens(e);
+}
+
 /* After a failure nothing may still write, and what was accumulated before may be incomplete. The
  * error that the caller sees is the one that led here. */
 static int32_t abandon(anepy_engine *e, int32_t status) {

@@ -16,6 +16,8 @@ typedef struct {
 
 /* Makes the room that such a step needs. */
 int32_t anepy_step_reserve(anepy_engine *e, int32_t sequences, int32_t tokens);
+/* How many tokens the sequences have that run last in it. */
+int32_t anepy_step_holds(anepy_engine *e, int32_t sequences, int32_t tokens);
 /* Forward and backward, all sequences or none; e->run.stats tells about it. */
 int32_t anepy_step(anepy_engine *e, const anepy_batch *batch);
 /* Mean loss of the counted targets; losses: double [sequences, tokens], that of each target and 0

@@ -1,4 +1,7 @@
-"""Run by test_mpi.py on every rank: `anepy train`, with a fault on rank 1 if one is asked for."""
+"""Run by test_mpi.py on every rank: `anepy train`, several times with the word `then` between.
+
+Rank 1 has a fault if one is asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from anepy.training import ranks
 from anepy.training.loop import Loop
 from anepy.training.parallel import ParallelLoop
 
-ranks.STALL_S = 3.0
+ranks.STALL_S = float(os.environ.get("STALL_S", ranks.STALL_S))
 found = launcher.launch()
 LAST = found is not None and found.rank == 1
 
@@ -35,5 +38,16 @@ if LAST and os.environ.get("FAILS"):
     ParallelLoop.step = fail  # type: ignore[assignment, method-assign]
 
 if __name__ == "__main__":
-    sys.argv[0] = "anepy"
-    main()
+    commands: list[list[str]] = [[]]
+    for word in sys.argv[1:]:
+        if word == "then":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    for words in commands:
+        sys.argv = ["anepy", *words]
+        try:
+            main()
+        except SystemExit as end:
+            if end.code or words is commands[-1]:
+                raise

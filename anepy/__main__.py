@@ -1,6 +1,10 @@
-"""Run the command line with `python -m anepy`."""
+"""Run the command line: `anepy`, and `python -m anepy`."""
 
-from .cli.main import main
+from .system import beginning
+
+beginning.hold()
+
+from .cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ..errors import AnepyError, LibraryBuildError
+from ..system import beginning
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -77,6 +78,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            beginning.release()
             result = function(*args, **kwargs)
             # At interpreter exit a failure could no longer be told in one line.
             sys.stdout.flush()

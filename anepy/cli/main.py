@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ..system.terminal import guard
 from .bench import bench
 from .common import examples
 from .compare import compare
@@ -48,6 +49,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    guard()
     app()
 
 

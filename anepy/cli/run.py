@@ -26,7 +26,7 @@ from ..models.lora import Lora
 from ..models.model import Model, ModelConfig
 from ..system import restart
 from ..system.files import check_writable, discard_temporaries, write_failure
-from ..system.interrupts import StopRequest
+from ..system.interrupts import StopRequest, Uninterrupted
 from ..system.owner import owned
 from ..system.words import quantity
 from ..text.data import TokenData, sidecar_path
@@ -88,11 +88,12 @@ def run(request: Request) -> None:
         log = stack.enter_context(_log(request, plan))
         _introduce(request, plan, trainer, reporter, log)
         signal, saved = _loop(request, plan, trainer, reporter, log, sampler)
-        engine = trainer.engine
-        peak = device_peak(engine.device, engine.precision, engine.threads)
-        summary = trainer.summary().with_peak(peak)
-        log.summary(summary)
-        reporter.summary(summary, saved)
+        with Uninterrupted():  # a second Ctrl-C must not hide where the run was saved
+            engine = trainer.engine
+            peak = device_peak(engine.device, engine.precision, engine.threads)
+            summary = trainer.summary().with_peak(peak)
+            log.summary(summary)
+            reporter.summary(summary, saved)
         interrupted = not trainer.finished
         sample = None
         if plan.demo and not signal and first:
@@ -363,7 +364,7 @@ def _loop(
 
     def abort() -> None:
         discard_temporaries()
-        reporter.abort()
+        reporter.abort(keeper.told)
 
     saved: list[str] = []
     failure: NativeError | None = None

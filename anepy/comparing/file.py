@@ -98,7 +98,7 @@ def write(path: str | os.PathLike[str], what: str, text: str) -> None:
     """
     try:
         with files.replacing(path) as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="replace"))
     except OSError as error:
         raise ConfigError(files.write_failure(path, what, error)) from None
 

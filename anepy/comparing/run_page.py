@@ -42,8 +42,8 @@ def write(runs: Sequence[Run], path: Path) -> None:
         ConfigError: the ending is another one, the file cannot be written, or a package is missing.
     """
     kinds: Mapping[str, Callable[[Sequence[Run]], bytes]] = {
-        ".html": lambda found: page(found).encode(),
-        ".svg": lambda found: svg(found).encode(),
+        ".html": lambda found: page(found).encode(errors="replace"),
+        ".svg": lambda found: svg(found).encode(errors="replace"),
         ".png": png,
     }
     draw = kinds.get(path.suffix.lower())

@@ -12,7 +12,8 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from ..comparing.words import Table, render
-from .train import is_live, make_console, warn
+from ..system.screen import make_console
+from .train import is_live, warn
 
 if TYPE_CHECKING:
     from ..comparing.session import Progress
@@ -32,7 +33,7 @@ class Turns:
         self._bar: RichProgress | None = None
         if is_live(sys.stderr):
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("turns"),

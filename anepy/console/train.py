@@ -25,6 +25,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..system.screen import make_console
 from ..system.words import duration, engine_text, milliseconds
 from ..training.reports import StepReport, Summary
 from .text import (
@@ -75,8 +76,9 @@ class Reporter:
             erase: the next process shows them again.
         """
 
-    def abort(self) -> None:
-        """Leave the terminal usable, a moment before the process ends."""
+    def abort(self, text: str) -> None:
+        """Leave the terminal usable, a moment before the process ends, and say what is saved."""
+        warn(f"anepy: stopped at once; {text}")
 
     def note(self, text: str) -> None:
         """Say something worth knowing."""
@@ -97,11 +99,6 @@ def reporter(quiet: bool) -> Reporter:
     if quiet:
         return Live(make_console(sys.stderr)) if is_live(sys.stderr) else Reporter()
     return Live(make_console(sys.stdout)) if is_live(sys.stdout) else Plain(sys.stdout)
-
-
-def make_console(file: TextIO) -> Console:
-    """Return a console that guesses nothing about numbers and markup."""
-    return Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def is_live(file: TextIO) -> bool:
@@ -338,9 +335,10 @@ class Live(Reporter):
             self._live.stop()
             self._live = None
 
-    def abort(self) -> None:
+    def abort(self, text: str) -> None:
         """Give the cursor back."""
         self._console.show_cursor(True)
+        super().abort(text)
 
     def note(self, text: str) -> None:
         """Print a line above the display."""

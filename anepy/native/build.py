@@ -211,7 +211,8 @@ def compile_library(
 def _run(command: list[str], verbose: bool) -> tuple[int, str]:
     """Run a command and return its exit code and what it printed, empty if `verbose` showed it.
 
-    It gets its own process group, so that Ctrl-C ends the compilers it started as well.
+    It gets its own process group, so that Ctrl-C ends the compilers it started as well. If this
+    process is killed, a shell that waits for its word ends them.
     """
     process = subprocess.Popen(
         command,
@@ -221,14 +222,17 @@ def _run(command: list[str], verbose: bool) -> tuple[int, str]:
         stderr=None if verbose else subprocess.STDOUT,
         start_new_session=True,
     )
-    try:
-        output, _ = process.communicate()
-    except BaseException:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+    words = ["sh", "-c", 'read -r word || kill -s TERM -- "-$0"', str(process.pid)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as watch:
+        try:
+            output, _ = process.communicate()
+            watch.communicate(b"done\n")
+        except BaseException:
+            watch.communicate()
+            try:
                 process.communicate(timeout=5)
-                break
-        raise
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+            raise
     return process.returncode, (output or b"").decode("utf-8", "replace")

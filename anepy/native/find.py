@@ -414,8 +414,8 @@ def _download(layout: Layout) -> Candidate:
         return Candidate(place, None, "impossible", reason)
     if layout.offline:
         return Candidate(place, path, "impossible", "ANEPY_OFFLINE forbids it")
-    if exposure := layout.exposure(path):
-        return Candidate(place, path, "impossible", exposure)
+    if obstacle := layout.exposure(path) or trust.forbidden(path):
+        return Candidate(place, path, "impossible", obstacle)
     url = download.file_url(layout.release["base_url"], pinned["name"])
     return Candidate(place, path, "possible", f"from {url}")
 
@@ -430,8 +430,8 @@ def _compiling(layout: Layout) -> Candidate:
         reason = f"CC={chosen} was not found" if chosen else tried
     elif shutil.which("bash") is None:
         reason = "bash is missing"
-    elif exposure := layout.exposure(layout.build_target):
-        reason = f"{layout.build_target} {exposure}"
+    elif obstacle := layout.exposure(layout.build_target) or trust.forbidden(layout.build_target):
+        reason = f"{layout.build_target} {obstacle}"
     if reason is not None:
         return Candidate("compile", None, "impossible", reason)
     how = f"with {'CC=' if os.environ.get('CC') else ''}{layout.compiler}"
@@ -476,8 +476,8 @@ def load(layout: Layout) -> tuple[ctypes.CDLL, Candidate]:
             tried.append(replace(candidate, status="failed", reason=str(error)))
         except OSError as error:
             reason = f"cannot be opened: {error}"
-            if "failed to map segment" in str(error):
-                reason += " (is its folder mounted noexec? then set ANEPY_CACHE to another one)"
+            if forbidden := trust.forbidden(candidate.path):
+                reason += f"; it {forbidden}"
             tried.append(replace(candidate, status="failed", reason=reason))
     raise _not_found(layout, tried)
 

@@ -61,6 +61,14 @@ def exposure(path: Path, root: Path) -> str | None:
     return None
 
 
+def forbidden(path: Path) -> str | None:
+    """Say in one sentence why no library that lies there can be loaded; None if it can."""
+    place = next((each for each in path.parents if each.is_dir()), Path("/"))
+    if os.statvfs(place).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return f"is not used: {place} is mounted noexec (set ANEPY_CACHE to another folder)"
+    return None
+
+
 def make_private(folder: Path) -> None:
     """Make a folder and those above it that are missing, for this user alone.
 

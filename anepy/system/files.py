@@ -176,11 +176,14 @@ def check_writable(path: str | os.PathLike[str], what: str, nbytes: int = 0) -> 
 def dumps(record: Any, indent: int | None = None) -> str:
     """Return JSON that every reader accepts: numbers that are not finite become null.
 
+    Names of files that are no UTF-8 come back as they were, by `json.loads`.
+
     Args:
         record: nested mappings, sequences and plain values.
         indent: spaces per level; None for one line.
     """
-    return json.dumps(_finite(record), indent=indent, ensure_ascii=False)
+    text = json.dumps(_finite(record), indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def parsed(text: str | bytes) -> Any:

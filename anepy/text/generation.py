@@ -27,12 +27,12 @@ from ..errors import ConfigError, ModelError
 from ..models.model import Model
 from ..models.soundness import overflow
 from ..models.storages import check_storage
+from ..system.terminal import without_control
 from .chat import encode_chat
 from .tokenizer import Tokenizer
 from .tokenizer_stored import resolve_tokenizer
 
 P = ParamSpec("P")
-_CONTROL = frozenset(range(0x20)) - frozenset(b"\t\n\v\f\r") | {0x7F}
 
 
 @dataclass
@@ -178,7 +178,8 @@ def _stream(
     stops = tokenizer.stop_ids
 
     def text(before: int, token: int) -> str:
-        return decoder.decode(_printable(tokenizer.piece(before, token)))
+        # Control characters can garble a terminal; a single one run.c leaves out, too.
+        return without_control(decoder.decode(tokenizer.piece(before, token)))
 
     def written(network: Decoder) -> Iterator[str]:
         token, read = prompt[-1], len(prompt)
@@ -291,11 +292,6 @@ class Sampling:
         bounds = np.cumsum(weights[ids])
         draw = self._random.random() * bounds[-1]
         return int(ids[min(int(np.searchsorted(bounds, draw, side="right")), len(ids) - 1)])
-
-
-def _printable(piece: bytes) -> bytes:
-    # Control characters can garble a terminal; run.c leaves them out, too.
-    return b"" if len(piece) == 1 and piece[0] in _CONTROL else piece
 
 
 def _check_settings(temperature: float, top_p: float, max_tokens: int, seed: int) -> None:

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..models.freezing import patterns
 from ..models.storages import MOMENTS, STORAGES
 from ..models.targets import TARGETS, chosen_targets
-from .settings import LoopConfig, described, require, setting
+from .settings import MOST_RATE, LoopConfig, described, require, setting
 
 ENDLESS = 1 << 53  # steps of a run that something else ends; JSON can hold it
 WIRES = ("fp32", "bf16")
@@ -96,8 +96,7 @@ class TrainConfig(LoopConfig):
         require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
         require(self.moments in MOMENTS, "moments", self.moments, " or ".join(MOMENTS))
         require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
-        rate_ok = math.isfinite(self.matrix_lr) and self.matrix_lr >= 0
-        require(rate_ok, "matrix_lr", self.matrix_lr, "finite and not negative")
+        require(0 <= self.matrix_lr <= MOST_RATE, "matrix_lr", self.matrix_lr, "from 0 to 1e30")
         require(0 < self.decay <= 1, "decay", self.decay, "above 0 and at most 1")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "at least 0 and below 1")
         if self.base is not None:

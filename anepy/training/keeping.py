@@ -33,6 +33,7 @@ class Keeper:
 
     Attributes:
         written: whether the checkpoint has been written.
+        told: where the run can be resumed from, in words.
         good: the newest checkpoint that the run can go back to; None if there is none.
     """
 
@@ -41,6 +42,7 @@ class Keeper:
     ) -> None:
         self.path = path
         self.written = False
+        self.told = "nothing of this run was saved" if good is None else f"the run is in {good}"
         self.good = good
         self._every = every
         self._keep = keep
@@ -128,6 +130,7 @@ class Keeper:
         self._last = trainer.clock()
         nbytes = trainer.save_checkpoint(self.path, keep=True)
         self.written, self.good = True, self.path
+        self.told = f"the run is in {self.path}, as it was after step {trainer.steps_done}"
         if self._keep and (trainer.ranks is None or trainer.ranks.first):
             number(self.path, trainer.steps_done, self._keep)
         return nbytes

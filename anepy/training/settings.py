@@ -55,6 +55,9 @@ def described(config: C) -> C:
     return config
 
 
+MOST_RATE = 1e30  # the library's, which divides it in float32
+
+
 def require(ok: bool, name: str, value: object, expected: str) -> None:
     """Raise ConfigError with what a setting is and must be, unless it is fine."""
     if not ok:
@@ -112,9 +115,9 @@ class LoopConfig(ABC):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "not negative and below 2**63")
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, name, value, "finite and not negative")
+        require(0 <= self.lr <= MOST_RATE, "lr", self.lr, "from 0 to 1e30")
+        decay_ok = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        require(decay_ok, "weight_decay", self.weight_decay, "finite and not negative")
         require(math.isfinite(self.eps) and self.eps > 0, "eps", self.eps, "finite and above 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)

@@ -97,7 +97,7 @@ class TensorBoard:
         value = self._summary.Value(tag=tag)
         value.metadata.plugin_data.plugin_name = "text"
         value.tensor.dtype = 7  # DT_STRING
-        value.tensor.string_val.append(text.encode())
+        value.tensor.string_val.append(text.encode(errors="replace"))
         value.tensor.tensor_shape.dim.add(size=1)
         return value
 

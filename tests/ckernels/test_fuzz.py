@@ -1,7 +1,8 @@
 """The simulator against broken programs, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 Here a short run; the recorded long one is in RECORDED. To repeat or extend it:
-`python tests/ckernels/test_fuzz.py FOLDER COUNT [FIRST]` (builds everything in FOLDER).
+`python tests/ckernels/test_fuzz.py FOLDER COUNT [FIRST]` (builds everything in FOLDER). With
+`guided` for FIRST, clang's libFuzzer looks for inputs that reach new code; FOLDER keeps them.
 """
 
 from __future__ import annotations
@@ -92,13 +93,31 @@ def find_compiler(folder: Path) -> str:
     return needs.compiler_with(FLAGS, (*needs.CLANGS, "gcc", "cc"), folder)
 
 
-def build(folder: Path, compiler: str) -> Path:
-    """Compile library and harness with both sanitizers."""
+def build(folder: Path, compiler: str, guided: bool = False) -> Path:
+    """Compile library and harness with both sanitizers, and for libFuzzer if it is guided."""
     flags = toolchain.script_flags(folder, "--werror", "--asan", "--ubsan")
+    flags += ["-fsanitize=fuzzer-no-link"] if guided else []
     objects = toolchain.compile_files(compiler, flags, toolchain.library_sources(), folder)
     harness = CHECKOUT / "tests" / "ckernels" / "fuzz" / "fuzz_mil.c"
-    objects += toolchain.compile_files(compiler, [*flags, "-std=gnu11"], [harness], folder)
-    return toolchain.link(compiler, FLAGS, objects, folder / "fuzz_mil")
+    own = [*flags, "-std=gnu11", *(["-DANEPY_LIBFUZZER"] if guided else [])]
+    objects += toolchain.compile_files(compiler, own, [harness], folder)
+    linked = [*FLAGS, *(["-fsanitize=fuzzer"] if guided else [])]
+    return toolchain.link(compiler, linked, objects, folder / "fuzz_mil")
+
+
+def run_guided(harness: Path, texts: list[str], count: int) -> None:
+    """Let libFuzzer try so many inputs, from the samples and what it found before."""
+    found, samples = harness.parent / "found", harness.parent / "samples"
+    for folder in (found, samples):
+        folder.mkdir(exist_ok=True)
+    for text in map(Path, texts):
+        content = text.read_bytes() + b"\0" + text.with_suffix(".bin").read_bytes()
+        (samples / text.stem).write_bytes(content)
+    # Its limit is of the clock on the wall; that of the harness is of processor time.
+    limits = (f"-runs={count}", "-max_len=300000", "-timeout=600", "-rss_limit_mb=1500")
+    command = [harness, *texts, *limits, "-print_final_stats=1", found, samples]
+    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1"}
+    subprocess.run(list(map(str, command)), cwd=harness.parent, env=environment, check=True)
 
 
 def run(harness: Path, seeds: list[str], seed: int, first: int, count: int) -> dict[str, float]:
@@ -130,8 +149,12 @@ def test_broken_programs_give_errors_and_nothing_worse(tmp_path: Path) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     (target / "corpus").mkdir(parents=True, exist_ok=True)
-    made = build(target, os.environ.get("CC") or find_compiler(target) or "cc")
+    guided = sys.argv[3:] == ["guided"]
+    made = build(target, os.environ.get("CC") or find_compiler(target) or "cc", guided)
     texts = write_corpus(target / "corpus")
+    if guided:
+        run_guided(made, texts, int(sys.argv[2]))
+        sys.exit()
     first = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     for start in range(first, first + int(sys.argv[2]), 50_000):
         print(json.dumps(run(made, texts, 1, start, 50_000)), flush=True)

@@ -396,7 +396,7 @@ def test_train_second_interrupt_ends_at_once(files: dict[str, Path], tmp_path: P
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.bin", "m.bin", "t.txt"]
-    process.communicate()
+    assert "stopped at once; nothing of this run was saved" in process.communicate()[1]
 
 
 # The other commands

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import needs
@@ -126,3 +127,80 @@ def test_signal_that_ended_the_process_saves_the_run(
         process.kill()
     assert process.returncode == 128 + number, errors
     assert read_meta(tmp_path / "c.npz").step > 0
+
+
+def test_second_interrupt_says_where_the_run_is(tmp_path: Path, files: dict[str, Path]) -> None:
+    """While a step that never ends is waited for, and while the summary is made."""
+    from children import start as start_python
+
+    stuck = (
+        "import sys, time\n"
+        "from anepy.cli import main, run\n"
+        "from anepy.training.loop import Loop\n"
+        "def wait(*_):\n"
+        "    print('stuck', flush=True)\n"
+        "    time.sleep(60)\n"
+        "step = Loop.step\n"
+        "if sys.argv[-1] == '7':\n"
+        "    Loop.step = lambda self: step(self) if self.steps < 4 else wait()\n"
+        "else:\n"
+        "    run.device_peak = lambda *_: print('stuck', flush=True) or time.sleep(2)\n"
+        "main.main()"
+    )
+    for seed, told in ((7, "in c.npz, as it was after step 4"), (8, "checkpoint saved: c.npz")):
+        words = [*TRAIN, "--steps", 6, "--checkpoint-every", 4, "--seed", seed]
+        process = start_python("-c", stuck, *words, cwd=tmp_path)
+        try:
+            assert process.stdout is not None
+            before = ""
+            while "stuck" not in (line := process.stdout.readline()):
+                assert process.poll() is None
+                before += line
+            process.send_signal(signal.SIGINT)
+            if seed == 7:
+                time.sleep(0.6)  # sooner it could be an echo of the first
+                process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert process.returncode == 130 and told in out + errors, (out, errors)
+        assert "Traceback" not in errors
+
+
+def test_interrupt_during_the_first_imports_is_quiet(tmp_path: Path) -> None:
+    from children import start as start_python
+
+    code = (
+        "import os, signal, sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'anepy.cli.main':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            time.sleep(30)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "import anepy.__main__"
+    )
+    process = start_python("-c", code, cwd=tmp_path)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == -signal.SIGINT
+
+
+def test_names_that_are_no_utf8(run: Run, files: dict[str, Path]) -> None:
+    os.rename(b"m.bin", b"m\xff.bin")
+    model, folder = os.fsdecode(b"m\xff.bin"), os.fsdecode(b"r\xff")
+    words = ["train", model, *TRAIN[2:6], "--steps", 2]
+    assert run(*words, "--run", folder).code == 0
+    first = json.loads((Path(folder) / "log.jsonl").read_bytes().splitlines()[0])
+    assert first["model"] == model
+    assert run("train", "--run", folder, "--resume", "--steps", 4).code == 0
+    assert run("runs", folder).code == 0
+    assert run("plot", folder, "-o", os.fsdecode(b"p\xff.html")).code == 0
+    assert run("plot", folder, "-o", "p.svg").code == 0
+
+
+@pytest.mark.parametrize("rate", [1e31, 1e39])
+def test_rate_that_no_update_takes_is_refused_before_the_first_step(
+    run: Run, files: dict[str, Path], rate: float
+) -> None:
+    result = run(*TRAIN, "--steps", 4, "--lr", rate)
+    assert_one_line_error(result, f"lr is {rate}", "from 0 to 1e30")
+    assert result.out == "" and not Path("c.npz").exists()

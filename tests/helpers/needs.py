@@ -235,9 +235,10 @@ def proc() -> None:
 
 
 @contextmanager
-def small_disk(folder: Path, kbytes: int) -> Iterator[None]:
-    """Make a folder a disk of this size; takes a user who may mount one."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kbytes}k", "tmpfs", str(folder)]
+def small_disk(folder: Path, kbytes: int, *options: str) -> Iterator[None]:
+    """Make a folder a disk of this size, mounted so; takes a user who may mount one."""
+    listed = ",".join([f"size={kbytes}k", *options])
+    command = ["mount", "-t", "tmpfs", "-o", listed, "tmpfs", str(folder)]
     try:
         subprocess.run(command, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

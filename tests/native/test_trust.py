@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import pytest
 from installations import TAG, by_place, installed, layout_of, release_of
 
@@ -239,3 +240,18 @@ def test_record_is_what_sha256sum_writes(tmp_path: Path) -> None:
     assert trust.recorded(path) == "0" * 64
     trust.forget(path)
     assert trust.recorded(path) is None and list(tmp_path.iterdir()) == []
+
+
+def test_folder_without_execution_is_named_before_anything_is_compiled(
+    root: Path, tmp_path: Path, lines: list[str]
+) -> None:
+    """Compiling took its seconds each time, and what came of it could never be loaded."""
+    layout = layout_of(root, wheel=True)
+    folder = tmp_path / "noexec"
+    folder.mkdir()
+    with needs.small_disk(folder, 4096, "noexec", "mode=700"):
+        layout = dataclasses.replace(layout, cache=folder)
+        with pytest.raises(LibraryNotFoundError, match=f"{folder} is mounted noexec"):
+            find.load(layout)
+        assert lines == [] and list(folder.iterdir()) == []
+    assert trust.forbidden(folder / "libanepy.so") is None

@@ -6,7 +6,9 @@
  * i alone, so a failure is repeated by its number, which is printed when a sanitizer stops the
  * program. An input is a valid program with one to six mutations of text or weight file, or noise;
  * what is accepted is run. Fails if an error has no sentence or a position outside the text, or if
- * one input takes longer than SLOW_MS. Prints one line of figures as JSON. */
+ * one input takes longer than SLOW_MS. Prints one line of figures as JSON.
+ *
+ * With -DANEPY_LIBFUZZER and clang's -fsanitize=fuzzer: fuzz_mil TEXT.mil... OPTIONS FOLDER... */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -353,6 +355,18 @@ static void mutate_file(void) {
     }
 }
 
+/* Mostly one: further ones hide what the first would have reached. */
+static void mutate(void) {
+    for (size_t i = next() % 3 ? 1 : 1 + below(6); i > 0; i--) {
+        uint64_t kind = next() % 16;
+        if (kind < 2) mutate_file();
+        else if (kind < 6) tweak_number();
+        else if (kind < 8) change_number_everywhere();
+        else if (kind < 11) tweak_entry();
+        else mutate_text();
+    }
+}
+
 static void make_input(void) {
     const sample *seed = &seeds[below((size_t)seed_n)];
     text_n = seed->text_n;
@@ -366,15 +380,7 @@ static void make_input(void) {
             text[i] = printable ? "()[]{}<>,=;:\"program1.3 func\n"[below(29)] : (char)next();
         return;
     }
-    /* Mostly one: further ones hide what the first would have reached. */
-    for (size_t i = next() % 3 ? 1 : 1 + below(6); i > 0; i--) {
-        uint64_t kind = next() % 16;
-        if (kind < 2) mutate_file();
-        else if (kind < 6) tweak_number();
-        else if (kind < 8) change_number_everywhere();
-        else if (kind < 11) tweak_entry();
-        else mutate_text();
-    }
+    mutate();
 }
 
 /* ------------------------------------------------------------------------------------------- run
@@ -508,6 +514,59 @@ static void read_seed(const char *path) {
     s->file = read_all(beside, MOST_FILE, &s->file_n);
 }
 
+#ifdef ANEPY_LIBFUZZER
+/* The same for libFuzzer (clang -fsanitize=fuzzer), which looks for inputs that reach new code: a
+ * text, a zero, a weight file. Half of the mutations are its own, half those that know programs. */
+size_t LLVMFuzzerMutate(uint8_t *data, size_t n, size_t most);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned seed);
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    int kept = 0;
+    for (int i = 0; i < *argc; i++) {
+        size_t n = strlen((*argv)[i]);
+        if (n > 4 && strcmp((*argv)[i] + n - 4, ".mil") == 0 && seed_n < MOST_SEEDS)
+            read_seed((*argv)[i]);
+        else (*argv)[kept++] = (*argv)[i];
+    }
+    *argc = kept;
+    return 0;
+}
+
+static void take(const uint8_t *data, size_t n) {
+    const uint8_t *end = n > 0 ? memchr(data, 0, n) : NULL;
+    text_n = end != NULL ? (size_t)(end - data) : n;
+    file_n = end != NULL ? n - text_n - 1 : 0;
+    if (text_n > MOST_TEXT - 8192) text_n = MOST_TEXT - 8192;
+    if (file_n > MOST_FILE) file_n = MOST_FILE;
+    if (text_n > 0) memcpy(text, data, text_n);
+    if (file_n > 0) memcpy(file, end + 1, file_n);
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned seed) {
+    state = seed;
+    if (next() % 2) return LLVMFuzzerMutate(data, n, most);
+    take(data, n);
+    if (text_n == 0 || next() % 64 == 0) make_input();
+    else mutate();
+    if (text_n + 1 + file_n > most) return n;
+    memcpy(data, text, text_n);
+    data[text_n] = 0;
+    memcpy(data + text_n + 1, file, file_n);
+    return text_n + 1 + file_n;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
+    double start = now_ms();
+    take(data, n);
+    state = n;
+    for (size_t i = 0; i < n; i++) state = (state ^ data[i]) * UINT64_C(0x100000001b3); /* FNV-1a */
+    try_input();
+    if (now_ms() - start > SLOW_MS) die("an input takes too long");
+    return 0;
+}
+#else
 int main(int argc, char **argv) {
     if (argc < 5) die("usage: fuzz_mil SEED FIRST COUNT TEXT.mil...");
     __sanitizer_set_death_callback(on_death);
@@ -536,3 +595,4 @@ int main(int argc, char **argv) {
         (long long)usage.ru_maxrss);
     return 0;
 }
+#endif

@@ -222,7 +222,7 @@ def _run(command: list[str], verbose: bool) -> tuple[int, str]:
         stderr=None if verbose else subprocess.STDOUT,
         start_new_session=True,
     )
-    words = ["sh", "-c", 'read -r word || kill -s TERM -- "-$0"', str(process.pid)]
+    words = ["bash", "-c", 'read -r word || kill -s TERM -- "-$0"', str(process.pid)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as watch:
         try:
             output, _ = process.communicate()

@@ -212,12 +212,16 @@ class Library:
         ]
 
     def soft_places(self) -> list[str]:
-        """Return what an attack could write to or run: the stack, tables of calls."""
+        """Return what an attack could write to or run: the stack, tables of calls, buffers."""
         segments, dynamic = self._readelf("-l"), self._readelf("-d")
         stack = [line.split()[-2] for line in segments.splitlines() if "GNU_STACK" in line]
         found = [] if stack == ["RW"] else [f"its stack is {stack}, not RW"]
         found += [] if "GNU_RELRO" in segments else ["has no RELRO"]
-        return found + ([] if "NOW" in dynamic else ["binds late: its table of calls is writable"])
+        found += [] if "NOW" in dynamic else ["binds late: its table of calls is writable"]
+        found += [] if "__stack_chk_fail" in self.imported else ["has no guards on its stack"]
+        glibc = any(version.startswith("GLIBC_") for _, version, _ in self.symbols)
+        checked = any(re.fullmatch(r"__\w+_chk", name) for name in self.imported)
+        return found + (["does not check its buffers"] if glibc and not checked else [])
 
     def traces(self) -> list[str]:
         """Return what tells of the machine that built it: folders, debugging sections."""

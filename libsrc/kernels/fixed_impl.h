@@ -5,7 +5,7 @@
 
 #define FIXED_ZERO 192.0f /* 1.5 * 2^7: floats around it are multiples of 2^-16 */
 #define FIXED_BITS 0x43400000
-#define FIXED_FEW 1 /* products left out per step, of rows: beyond, masks cost less */
+#define FIXED_LIST 128 /* steps that are sorted at once */
 #define FIXED_PIECE 128
 #define FIXED_CODES 0x47800000 /* 65536, the first number beyond fp16 */
 
@@ -47,22 +47,21 @@ SIMD_TARGET static void SIMD_FN(fixed_bounds)(float *bounds, const float *a, con
     }
 }
 
-/* Rows of A times all columns, either each product (which small ones are left out of with masks),
- * or only those that are left out: the kernel takes all, and then these away, if they are few. */
+/* Some steps of rows of A times all columns; masks leave out products that do not count. */
 V_INLINE void fixed_rows(int32_t *c, const float *a, const float *least, int64_t lda,
-                         const float *b, int32_t k, const int masked) {
-    for (int column = 0; column < COLS; column += TILE_VECTORS * VL) {
+                         const float *b, const int32_t *steps, int32_t n, const int masked) {
+    for (int column = 0; column < COLS && n > 0; column += TILE_VECTORS * VL) {
         vf acc[ANEPY_FIXED_ROWS][TILE_VECTORS];
         ANEPY_UNROLL
         for (int i = 0; i < ANEPY_FIXED_ROWS; i++) {
             ANEPY_UNROLL
             for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = v_set(FIXED_ZERO);
         }
-        for (int32_t p = 0; p < k; p++) {
+        for (int32_t s = 0; s < n; s++) {
             vf col[TILE_VECTORS];
+            int64_t p = steps[s];
             ANEPY_UNROLL
-            for (int j = 0; j < TILE_VECTORS; j++)
-                col[j] = v_load(b + (int64_t)p * COLS + column + j * VL);
+            for (int j = 0; j < TILE_VECTORS; j++) col[j] = v_load(b + p * COLS + column + j * VL);
             ANEPY_UNROLL
             for (int i = 0; i < ANEPY_FIXED_ROWS; i++) {
                 vf x = v_set(a[i * lda + p]), from = v_set(masked ? least[i * lda + p] : 0.0f);
@@ -76,61 +75,44 @@ V_INLINE void fixed_rows(int32_t *c, const float *a, const float *least, int64_t
         for (int i = 0; i < ANEPY_FIXED_ROWS; i++) {
             ANEPY_UNROLL
             for (int j = 0; j < TILE_VECTORS; j++)
-                v_add_bits(c + i * COLS + column + j * VL, acc[i][j], FIXED_BITS, 0);
+                v_add_bits(c + i * COLS + column + j * VL, acc[i][j], FIXED_BITS);
         }
     }
 }
 
-/* Which of the steps [p, p + VL) of a row have a product that is left out and would not be rounded
- * to zero anyway, as bits. */
-V_INLINE uint32_t fixed_left_out(const float *a, const float *least, const float *smallest,
-                                 const float *largest, int32_t p, int32_t k) {
-    vf most = v_abs(v_mul(v_load(a + p), v_load(largest + p)));
-    uint32_t bits = v_below_bits(v_load(smallest + p), v_load(least + p)) &
-                    v_below_bits(v_set(0x1.fffffcp-18f), most);
-    return k - p < VL ? bits & ((1u << (k - p)) - 1) : bits;
-}
-
-/* Takes the products of a row that are left out away from its sums. */
-V_INLINE void fixed_take_away(int32_t *c, const float *a, const float *least, const float *b,
-                              const float *smallest, const float *largest, int32_t k) {
-    vf acc[COLS / VL];
-    int32_t any = 0;
+/* Which of the steps [p, p + VL) have a product in any row that is left out and would not be
+ * rounded to zero anyway, as bits. */
+V_INLINE uint32_t fixed_left_out(const float *a, const float *least, int64_t lda,
+                                 const float *smallest, const float *largest, int32_t p) {
+    vf small = v_load(smallest + p), large = v_load(largest + p);
+    uint32_t bits = 0;
     ANEPY_UNROLL
-    for (int j = 0; j < COLS / VL; j++) acc[j] = v_set(FIXED_ZERO);
-    for (int32_t p = 0; p < k; p += VL) {
-        uint32_t bits = fixed_left_out(a, least, smallest, largest, p, k);
-        for (; bits != 0; bits &= bits - 1) {
-            int32_t q = p + __builtin_ctz(bits);
-            vf x = v_set(a[q]), from = v_set(least[q]);
-            any = 1;
-            ANEPY_UNROLL
-            for (int j = 0; j < COLS / VL; j++) {
-                vf col = v_load(b + (int64_t)q * COLS + j * VL);
-                acc[j] = v_fma_below(x, col, acc[j], v_abs(col), from);
-            }
-        }
+    for (int i = 0; i < ANEPY_FIXED_ROWS; i++) {
+        vf most = v_abs(v_mul(v_load(a + i * lda + p), large));
+        bits |= v_below_bits(small, v_load(least + i * lda + p)) &
+                v_below_bits(v_set(0x1.fffffcp-18f), most);
     }
-    if (!any) return;
-    ANEPY_UNROLL
-    for (int j = 0; j < COLS / VL; j++) v_add_bits(c + j * VL, acc[j], FIXED_BITS, 1);
+    return bits;
 }
 
+/* Masks cost as much as products, so steps that need none are taken by themselves. Sums are exact:
+ * their order does not matter. */
 SIMD_TARGET static void SIMD_FN(fixed_tile)(int32_t *c, const float *a, const float *least,
                                             int64_t lda, const float *b, const float *smallest,
                                             const float *largest, int32_t k) {
-    int32_t left_out = 0;
-    for (int i = 0; i < ANEPY_FIXED_ROWS; i++)
-        for (int32_t p = 0; p < k; p += VL)
-            left_out += __builtin_popcount(
-                fixed_left_out(a + i * lda, least + i * lda, smallest, largest, p, k));
-    if (left_out > FIXED_FEW * k) {
-        fixed_rows(c, a, least, lda, b, k, 1);
-        return;
+    int32_t plain[FIXED_LIST + VL], masked[FIXED_LIST + VL];
+    for (int32_t p = 0, end; p < k; p = end) {
+        int32_t plain_n = 0, masked_n = 0;
+        end = k - p < FIXED_LIST ? k : p + FIXED_LIST;
+        for (; p < end; p += VL) {
+            uint32_t all = end - p < VL ? (1u << (end - p)) - 1 : ~0u >> (32 - VL);
+            uint32_t bits = all & fixed_left_out(a, least, lda, smallest, largest, p);
+            masked_n += v_list(masked + masked_n, p, bits);
+            plain_n += v_list(plain + plain_n, p, all & ~bits);
+        }
+        fixed_rows(c, a, least, lda, b, plain, plain_n, 0);
+        fixed_rows(c, a, least, lda, b, masked, masked_n, 1);
     }
-    fixed_rows(c, a, least, lda, b, k, 0);
-    for (int i = 0; i < ANEPY_FIXED_ROWS && left_out > 0; i++)
-        fixed_take_away(c + i * COLS, a + i * lda, least + i * lda, b, smallest, largest, k);
 }
 
 /* a without its last bit, times b, as a multiple of 2^-16. */
@@ -221,6 +203,8 @@ SIMD_TARGET static void SIMD_FN(fixed_to_half)(uint16_t *dst, const float *src, 
     }
 }
 
+#include "kernels/curves_impl.h"
+
 static const anepy_fixed_kernels SIMD_FN(fixed_set) = {
     .prepare = SIMD_FN(fixed_prepare),
     .bounds = SIMD_FN(fixed_bounds),
@@ -230,4 +214,7 @@ static const anepy_fixed_kernels SIMD_FN(fixed_set) = {
     .round = SIMD_FN(fixed_round),
     .from_half = SIMD_FN(fixed_from_half),
     .to_half = SIMD_FN(fixed_to_half),
+    .curve = SIMD_FN(curve_lines),
+    .exp = SIMD_FN(curve_exp),
+    .softmax = SIMD_FN(curve_softmax),
 };

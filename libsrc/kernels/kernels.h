@@ -28,6 +28,7 @@
 #define ANEPY_FIXED_ROWS 4     /* rows of C that fixed_tile computes at once */
 #define ANEPY_FIXED_STEPS 16   /* steps of the reduction that fixed_bounds takes together */
 #define ANEPY_FIXED_MOST 63.5f /* what sum |a b| + 2^-16 per step must stay below in fixed_tile */
+#define ANEPY_CURVE_POINTS 33  /* of the table of an activation */
 #define ANEPY_LOSS_ROWS 512    /* vocabulary rows in a piece of the loss; sums depend on it */
 
 typedef struct {
@@ -40,6 +41,16 @@ typedef struct {
     float grad_scale;  /* multiplies every gradient first */
     int32_t clear;     /* write zeros to g */
 } anepy_adam;
+
+/* How an activation goes over its table of 33 points: at x * scale points from the middle one, and
+ * not beyond the first and the last; where |x| is beyond `end`, straight to its limit in so much as
+ * `tail`. The limit is 1, or 0 on the left. */
+typedef struct {
+    float scale, end, tail;
+    int32_t middle; /* the point of x = 0 */
+    int32_t odd;    /* a table of |x|; the result has the sign of x */
+    int32_t linear; /* on the right the result is x */
+} anepy_curve;
 
 /* Arithmetic of the Neural Engine (docs/neural-engine.md#numerics). Its numbers are the values that
  * fp16 codes stand for, those of infinity and NaN read as 65536 to 131008; floats hold them
@@ -72,6 +83,12 @@ typedef struct {
     int64_t (*round)(float *p, int64_t n);
     void (*from_half)(float *dst, const uint16_t *src, int64_t n);
     void (*to_half)(uint16_t *dst, const float *src, int64_t n); /* of such numbers */
+    /* Activations over tables of fp16 numbers, results not yet rounded to one. y may be x. Of
+     * exp, 2^(x * factor), the product is rounded to fp16 and the table is that of 2^x in [0, 1]. */
+    void (*curve)(float *y, const float *x, const float *table, const anepy_curve *curve,
+                  int64_t n);
+    void (*exp)(float *y, const float *x, const float *table, float factor, int64_t n);
+    void (*softmax)(float *row, const float *table, float factor, int64_t n); /* in place */
 } anepy_fixed_kernels;
 
 /* Memory to prefetch: with every step of its reduction a matrix kernel fetches the cache line at

@@ -360,6 +360,10 @@ static void fixed_to_half__scalar(uint16_t *dst, const float *src, int64_t n) {
     }
 }
 
+#define SIMD_TARGET
+#define SIMD_FN(name) name##__scalar
+#include "kernels/curves_impl.h"
+
 static const anepy_fixed_kernels FIXED = {
     .prepare = fixed_prepare__scalar,
     .bounds = fixed_bounds__scalar,
@@ -369,6 +373,9 @@ static const anepy_fixed_kernels FIXED = {
     .round = fixed_round__scalar,
     .from_half = fixed_from_half__scalar,
     .to_half = fixed_to_half__scalar,
+    .curve = curve_lines__scalar,
+    .exp = curve_exp__scalar,
+    .softmax = curve_softmax__scalar,
 };
 
 const anepy_kernels anepy_kernels_scalar_set = {

@@ -45,22 +45,28 @@ V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
     return _mm256_and_ps(v, _mm256_cmp_ps(x, bound, _CMP_NLT_UQ));
 }
 V_INLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-/* c + a b where size >= from, or below it; else c */
+/* c + a b where size >= from; else c */
 V_INLINE vf v_fma_from(vf a, vf b, vf c, vf size, vf from) {
     return _mm256_fmadd_ps(a, _mm256_and_ps(b, _mm256_cmp_ps(size, from, _CMP_GE_OQ)), c);
-}
-V_INLINE vf v_fma_below(vf a, vf b, vf c, vf size, vf from) {
-    return _mm256_fmadd_ps(a, _mm256_and_ps(b, _mm256_cmp_ps(size, from, _CMP_LT_OQ)), c);
 }
 V_INLINE uint32_t v_below_bits(vf a, vf b) {
     return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
-/* p[i] += the bits of v, less `less`; or -= */
-V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less, const int away) {
+/* p[i] += the bits of v, less `less` */
+V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less) {
     __m256i *at = (__m256i *)(void *)p;
     __m256i bits = _mm256_sub_epi32(_mm256_castps_si256(v), _mm256_set1_epi32(less));
-    __m256i sum = _mm256_loadu_si256(at);
-    _mm256_storeu_si256(at, away ? _mm256_sub_epi32(sum, bits) : _mm256_add_epi32(sum, bits));
+    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), bits));
+}
+/* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
+V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
+    int32_t n = 0;
+    ANEPY_UNROLL
+    for (int32_t i = 0; i < VL; i++) {
+        list[n] = first + i;
+        n += bits >> i & 1;
+    }
+    return n;
 }
 V_INLINE float v_sum(vf v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -48,19 +48,22 @@ V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ), v);
 }
 V_INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
-/* c + a b where size >= from, or below it; else c */
+/* c + a b where size >= from; else c */
 V_INLINE vf v_fma_from(vf a, vf b, vf c, vf size, vf from) {
     return _mm512_mask3_fmadd_ps(a, b, c, _mm512_cmp_ps_mask(size, from, _CMP_GE_OQ));
 }
-V_INLINE vf v_fma_below(vf a, vf b, vf c, vf size, vf from) {
-    return _mm512_mask3_fmadd_ps(a, b, c, _mm512_cmp_ps_mask(size, from, _CMP_LT_OQ));
-}
 V_INLINE uint32_t v_below_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-/* p[i] += the bits of v, less `less`; or -= */
-V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less, const int away) {
+/* p[i] += the bits of v, less `less` */
+V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less) {
     __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(less));
-    __m512i at = _mm512_loadu_si512(p);
-    _mm512_storeu_si512(p, away ? _mm512_sub_epi32(at, bits) : _mm512_add_epi32(at, bits));
+    _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_loadu_si512(p), bits));
+}
+/* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
+V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i all = _mm512_add_epi32(places, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(list, _mm512_maskz_compress_epi32((__mmask16)bits, all));
+    return __builtin_popcount(bits);
 }
 V_INLINE float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
 V_INLINE float v_largest(vf v) { return _mm512_reduce_max_ps(v); }

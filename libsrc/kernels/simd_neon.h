@@ -50,23 +50,29 @@ V_INLINE vf v_zero_below(vf v, vf x, vf bound) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(x, bound)));
 }
 V_INLINE vf v_abs(vf a) { return vabsq_f32(a); }
-/* c + a b where size >= from, or below it; else c */
+/* c + a b where size >= from; else c */
 V_INLINE vf v_fma_from(vf a, vf b, vf c, vf size, vf from) {
     uint32x4_t kept = vandq_u32(vreinterpretq_u32_f32(b), vcgeq_f32(size, from));
-    return vfmaq_f32(c, a, vreinterpretq_f32_u32(kept));
-}
-V_INLINE vf v_fma_below(vf a, vf b, vf c, vf size, vf from) {
-    uint32x4_t kept = vandq_u32(vreinterpretq_u32_f32(b), vcltq_f32(size, from));
     return vfmaq_f32(c, a, vreinterpretq_f32_u32(kept));
 }
 V_INLINE uint32_t v_below_bits(vf a, vf b) {
     const uint32x4_t place = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vcltq_f32(a, b), place));
 }
-/* p[i] += the bits of v, less `less`; or -= */
-V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less, const int away) {
+/* p[i] += the bits of v, less `less` */
+V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less) {
     int32x4_t bits = vsubq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(less));
-    vst1q_s32(p, away ? vsubq_s32(vld1q_s32(p), bits) : vaddq_s32(vld1q_s32(p), bits));
+    vst1q_s32(p, vaddq_s32(vld1q_s32(p), bits));
+}
+/* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
+V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
+    int32_t n = 0;
+    ANEPY_UNROLL
+    for (int32_t i = 0; i < VL; i++) {
+        list[n] = first + i;
+        n += bits >> i & 1;
+    }
+    return n;
 }
 V_INLINE float v_sum(vf v) { return vaddvq_f32(v); }
 V_INLINE float v_largest(vf v) { return vmaxvq_f32(v); }

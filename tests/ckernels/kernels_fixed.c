@@ -112,6 +112,38 @@ static void check_round(const anepy_kernels *set) {
     CHECK(memcmp(x, y, sizeof x) == 0, "fixed %s: round", set->isa);
 }
 
+/* Activations of every code, and soft-maxes of all lengths around those that vectors take at once. */
+static void check_curves(const anepy_kernels *set) {
+    static const anepy_curve CURVES[] = {
+        {.scale = 2.0f, .end = 8.0f, .tail = 1.934f, .middle = 16},
+        {.scale = 8.0f, .end = 4.0f, .tail = 0x1p-100f, .odd = 1},
+        {.scale = 4.0f, .end = 4.0f, .tail = 2.2f, .middle = 16, .linear = 1},
+    };
+    static uint16_t codes[HALVES];
+    static float x[HALVES], y[HALVES], z[HALVES];
+    const anepy_fixed_kernels *plain = anepy_kernels_scalar()->fixed;
+    const anepy_fixed_kernels *fixed = KERNEL(set, fixed);
+    float table[ANEPY_CURVE_POINTS];
+    for (int i = 0; i < ANEPY_CURVE_POINTS; i++)
+        table[i] = anepy_from_half(anepy_to_half(exp2f((float)i / 32.0f)));
+    for (int i = 0; i < HALVES; i++) codes[i] = (uint16_t)i;
+    plain->from_half(x, codes, HALVES);
+    for (size_t i = 0; i < sizeof CURVES / sizeof *CURVES; i++) {
+        plain->curve(y, x, table, CURVES + i, HALVES);
+        fixed->curve(z, x, table, CURVES + i, HALVES);
+        CHECK(memcmp(y, z, sizeof y) == 0, "fixed %s: curve %d", set->isa, (int)i);
+    }
+    plain->exp(y, x, table, 1.4423828125f, HALVES);
+    fixed->exp(z, x, table, 1.4423828125f, HALVES);
+    CHECK(memcmp(y, z, sizeof y) == 0, "fixed %s: exp", set->isa);
+    for (int n = 1; n < 300; n += n < 40 ? 1 : 37) {
+        for (int i = 0; i < n; i++) y[i] = z[i] = draw(-8, 6);
+        plain->softmax(y, table, 1.4423828125f, n);
+        fixed->softmax(z, table, 1.4423828125f, n);
+        CHECK(memcmp(y, z, (size_t)n * sizeof *y) == 0, "fixed %s: soft-max of %d", set->isa, n);
+    }
+}
+
 void checks_fixed(void) {
     static const int EXPONENTS[][2] = {{-24, -14}, {-24, -4}, {-14, -1},
                                        {-10, 2},   {-24, 6},  {0, 16}};
@@ -123,6 +155,7 @@ void checks_fixed(void) {
                 check_sums(set, EXPONENTS[e][0], EXPONENTS[e][1]);
         check_codes(set);
         check_round(set);
+        check_curves(set);
     }
     anepy_fpmode_leave(fpmode);
 }

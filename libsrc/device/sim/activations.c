@@ -13,13 +13,19 @@
 
 #define LAST (MIL_TABLE_POINTS - 1)
 #define PI 3.14159265358979323846
-#define LOG2_E 1.4423828125 /* both as numbers of fp16 */
+#define LOG2_E 1.4423828125f /* both as numbers of fp16 */
 #define LN_2 0.693359375
 #define INFINITE 65536.0
-/* Beyond its table a curve runs straight to its limit in so much (inferred from errors there). */
-#define SIGMOID_TAIL 1.934
-#define ERF_TAIL 0.38
-#define SILU_TAIL 2.2
+
+/* How far beyond its table a curve reaches its limit is inferred from errors there. */
+#define AT_ONCE 0x1p-100f
+static const anepy_curve CURVES[MIL_TABLE_N] = {
+    [MIL_TABLE_SIGMOID] = {.middle = 16, .scale = 2.0f, .end = 8.0f, .tail = 1.934f},
+    [MIL_TABLE_TANH] = {.scale = 8.0f, .end = 4.0f, .tail = AT_ONCE, .odd = 1},
+    [MIL_TABLE_ERF] = {.scale = 16.0f, .end = 2.0f, .tail = 0.38f, .odd = 1},
+    [MIL_TABLE_SILU] = {.middle = 16, .scale = 2.0f, .end = 8.0f, .tail = 2.2f, .linear = 1},
+    [MIL_TABLE_GELU] = {.middle = 16, .scale = 4.0f, .end = 4.0f, .tail = AT_ONCE, .linear = 1},
+};
 
 /* Fitted by least squares; published are the middle number, the one behind it, and the largest
  * errors. The one before follows by symmetry. */
@@ -101,36 +107,11 @@ static double between(const float *table, double at) {
     return (double)table[i] + (at - i) * ((double)table[i + 1] - (double)table[i]);
 }
 
-static double limit(double x, double low, double high) {
-    return x < low ? low : x > high ? high : x;
-}
-
-/* Of a table on [-8, 8]: the lines, then a straight run to 0 or 1. */
-static double sigmoid(const float *t, double x) {
-    double beyond = limit((fabs(x) - 8.0) / SIGMOID_TAIL, 0.0, 1.0);
-    double y = between(t, limit(2.0 * (x + 8.0), 0.0, LAST));
-    return y + beyond * ((x > 0.0 ? 1.0 : 0.0) - y);
-}
-
-/* Of a table on [0, end], for an odd function with limit 1. */
-static double odd(const float *t, double x, double end, double tail) {
-    double size = fabs(x), y = between(t, limit(size * LAST / end, 0.0, LAST));
-    if (size > end) y = tail > 0.0 ? y + limit((size - end) / tail, 0.0, 1.0) * (1.0 - y) : 1.0;
-    return x < 0.0 ? -y : y;
-}
-
 /* Of a quarter of the period. */
 static double sine(const float *t, double x) {
     double at = fmod(fabs(x) * (64.0 / PI), 128.0), turn = at > 64.0 ? at - 64.0 : at;
     double y = between(t, turn > LAST ? 64.0 - turn : turn);
     return (x < 0.0) == (at > 64.0) ? y : -y;
-}
-
-static double exp_2(const float *t, double x) {
-    if (x >= 16.0) return INFINITE;
-    if (x < -26.0) return 0.0;
-    int whole = (int)x - (x < (double)(int)x);
-    return between(t, LAST * (x - whole)) * power(whole);
 }
 
 static double log_2(const float *t, double x) {
@@ -156,14 +137,6 @@ static double inverse(const float *t, double x) {
     double fraction = split(fabs(x), &exponent);
     double y = between(t, 64.0 * (fraction - 0.5)) * power(-exponent);
     return x < 0.0 ? -y : y;
-}
-
-/* Of a table on [-end, end], for a function that goes from 0 to x. */
-static double gate(const float *t, double x, double end, double tail) {
-    double y = between(t, limit((x + end) * (LAST / (2.0 * end)), 0.0, LAST));
-    if (x > end) return x;
-    if (x < -end) return tail > 0.0 ? y * (1.0 - limit((-x - end) / tail, 0.0, 1.0)) : 0.0;
-    return y;
 }
 
 void mil_tables_make(float *tables) {
@@ -194,21 +167,22 @@ void mil_tables_make(float *tables) {
     }                                                                                              \
     break
 
-void mil_table_run(const float *tables, mil_table which, float *y, const float *x, int64_t n) {
+void mil_table_run(const anepy_fixed_kernels *kernels, const float *tables, mil_table which,
+                   float *y, const float *x, int64_t n) {
     const float *t = tables + which * MIL_TABLE_POINTS;
     switch (which) {
-    case MIL_TABLE_SIGMOID: EACH(sigmoid(t, v));
-    case MIL_TABLE_TANH: EACH(odd(t, v, 4.0, 0.0));
-    case MIL_TABLE_ERF: EACH(odd(t, v, 2.0, ERF_TAIL));
     case MIL_TABLE_SIN: EACH(sine(t, v));
-    case MIL_TABLE_EXP: EACH(exp_2(t, to_half(v * LOG2_E)));
-    case MIL_TABLE_EXP2: EACH(exp_2(t, v));
+    case MIL_TABLE_EXP: kernels->exp(y, x, t, LOG2_E, n); break;
+    case MIL_TABLE_EXP2: kernels->exp(y, x, t, 1.0f, n); break;
     case MIL_TABLE_LOG: EACH(log_2(t, v) * LN_2);
     case MIL_TABLE_SQRT: EACH(root(t, v, 0));
     case MIL_TABLE_RSQRT: EACH(root(t, v, 1));
     case MIL_TABLE_INVERSE: EACH(inverse(t, v));
-    case MIL_TABLE_SILU: EACH(gate(t, v, 8.0, SILU_TAIL));
-    case MIL_TABLE_GELU: EACH(gate(t, v, 4.0, 0.0));
-    default: break;
+    default: kernels->curve(y, x, t, CURVES + which, n); break;
     }
+}
+
+void mil_table_softmax(const anepy_fixed_kernels *kernels, const float *tables, float *row,
+                       int64_t n) {
+    kernels->softmax(row, tables + MIL_TABLE_EXP * MIL_TABLE_POINTS, LOG2_E, n);
 }

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "kernels/kernels.h"
+
 typedef enum {
     MIL_TABLE_SIGMOID,
     MIL_TABLE_TANH,
@@ -20,11 +22,14 @@ typedef enum {
     MIL_TABLE_N
 } mil_table;
 
-#define MIL_TABLE_POINTS 33
+#define MIL_TABLE_POINTS ANEPY_CURVE_POINTS
 
 /* Computes the numbers of all tables, [MIL_TABLE_N][33]. */
 void mil_tables_make(float *tables);
 /* y[i] = f(x[i]) for numbers of fp16, not yet rounded to one. y may be x. */
-void mil_table_run(const float *tables, mil_table which, float *y, const float *x, int64_t n);
+void mil_table_run(const anepy_fixed_kernels *kernels, const float *tables, mil_table which,
+                   float *y, const float *x, int64_t n);
+void mil_table_softmax(const anepy_fixed_kernels *kernels, const float *tables, float *row,
+                       int64_t n);
 
 #endif

@@ -137,7 +137,7 @@ static void run_table(mil_run *r, const mil_op *op, mil_table which, float *y, c
     int shifted = which == MIL_TABLE_LOG || which == MIL_TABLE_RSQRT || which == MIL_TABLE_INVERSE;
     for (int64_t i = 0; shifted && i < n; i++) y[i] = x[i] + op->f[2];
     if (shifted) mil_round(r, y, n);
-    mil_table_run(r->mil->tables, which, y, shifted ? y : x, n);
+    mil_table_run(r->mil->kernels->fixed, r->mil->tables, which, y, shifted ? y : x, n);
 }
 
 static void unary_piece(void *context, int64_t first, int64_t n) {
@@ -330,12 +330,12 @@ static int32_t broadcast(mil_build *b, mil_op *op, mil_value *const *operands, i
     break
 
 /* pow is slow, and programs use exponents that have a direct form: roots by the same tables. */
-static void power(const float *tables, float *restrict y, const float *restrict a, int64_t sa,
+static void power(const anepy_mil *mil, float *restrict y, const float *restrict a, int64_t sa,
                   const float *restrict b, int64_t sb, int64_t n) {
     int root = sb == 0 && (*b == -0.5f || *b == 0.5f || *b == -1.0f);
-    if (tables != NULL && root) {
+    if (mil->tables != NULL && root) {
         for (int64_t i = 0; i < n; i++) y[i] = a[i * sa];
-        mil_table_run(tables,
+        mil_table_run(mil->kernels->fixed, mil->tables,
                       *b == 0.5f    ? MIL_TABLE_SQRT
                       : *b == -0.5f ? MIL_TABLE_RSQRT
                                     : MIL_TABLE_INVERSE,
@@ -353,7 +353,7 @@ static void power(const float *tables, float *restrict y, const float *restrict 
     }
 }
 
-static void binary(const float *tables, int32_t code, float *restrict y, const float *restrict a,
+static void binary(const anepy_mil *mil, int32_t code, float *restrict y, const float *restrict a,
                    int64_t sa, const float *restrict b, int64_t sb, int64_t n) {
     switch (code) {
     case ADD: PAIRS(u + v);
@@ -362,7 +362,7 @@ static void binary(const float *tables, int32_t code, float *restrict y, const f
     case DIV: PAIRS(u / v);
     case MAXIMUM: PAIRS(u > v ? u : v);
     case MINIMUM: PAIRS(u < v ? u : v);
-    case POW: power(tables, y, a, sa, b, sb, n); break;
+    case POW: power(mil, y, a, sa, b, sb, n); break;
     case FLOOR_DIV: PAIRS(floorf(u / v));
     case EQUAL: PAIRS(u == v ? 1.0f : 0.0f);
     case NOT_EQUAL: PAIRS(u != v ? 1.0f : 0.0f);
@@ -402,7 +402,7 @@ static void pair_piece(void *context, int64_t first, int64_t n) {
             for (int32_t k = 0; k < count; k++) p[k] += index * strides[k * MIL_RANK + i];
         }
         if (count == 2) {
-            binary(job->run->mil->tables, op->type->code, y + at, p[0], s[0], p[1], s[1], m);
+            binary(job->run->mil, op->type->code, y + at, p[0], s[0], p[1], s[1], m);
             continue;
         }
         for (int64_t i = 0; i < m; i++)

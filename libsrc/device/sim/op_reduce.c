@@ -193,22 +193,15 @@ static int32_t check_softmax(mil_build *b, mil_op *op) {
 /* Exponentials in place; on the hardware a table. */
 static void exponentials(const mil_run *r, float *x, int64_t n) {
     const anepy_mil *mil = r->mil;
-    if (mil->tables != NULL) mil_table_run(mil->tables, MIL_TABLE_EXP, x, x, n);
+    if (mil->tables != NULL)
+        mil_table_run(mil->kernels->fixed, mil->tables, MIL_TABLE_EXP, x, x, n);
     else mil->kernels->exp(x, x, n);
 }
 
 void mil_softmax_row(mil_run *r, float *row, int64_t n) {
-    if (r->mil->tables == NULL) {
-        r->mil->kernels->softmax_row(row, (int32_t)n, (int32_t)n, 1.0f);
-        return;
-    }
-    float largest = row[0];
-    double sum = 0.0;
-    for (int64_t i = 1; i < n; i++) largest = row[i] > largest ? row[i] : largest;
-    for (int64_t i = 0; i < n; i++) row[i] -= largest;
-    exponentials(r, row, n);
-    for (int64_t i = 0; i < n; i++) sum += (double)row[i];
-    for (int64_t i = 0; i < n; i++) row[i] = (float)((double)row[i] / sum);
+    const anepy_mil *mil = r->mil;
+    if (mil->tables != NULL) mil_table_softmax(mil->kernels->fixed, mil->tables, row, n);
+    else mil->kernels->softmax_row(row, (int32_t)n, (int32_t)n, 1.0f);
 }
 
 static void softmax_row(void *context, int32_t index, int32_t worker) {

@@ -4,7 +4,8 @@
 
 Per storage: milliseconds per token, one after the other, and for a prompt in one pass; and for
 float32 the same prompt token by token. A token reads every weight once, so the limit of a storage
-is its bytes. Before anything is timed, text of each must be that of its widened numbers.
+is its bytes, at the speed of the memory, which is measured in each round. Before anything is timed,
+text of each must be that of its widened numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from common import (
     progress,
     random_tokens,
     ratio,
+    read_speed,
     report,
     summary,
     timed,
@@ -77,6 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     token: dict[str, list[float]] = {storage: [] for storage in STORAGES}
     whole: dict[str, list[float]] = {storage: [] for storage in STORAGES}
     singles: list[float] = []
+    limit: dict[str, list[float]] = {storage: [] for storage in STORAGES}
     for turn in range(-1, options.rounds):
         for storage in STORAGES if turn % 2 else reversed(STORAGES):
             progress(f"round {turn + 1} of {options.rounds}, {storage}")
@@ -89,6 +92,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 token[storage].append(ms / count)
                 whole[storage].append(all_ms)
         if turn >= 0:
+            gbs = read_speed(options.threads)
+            for storage in STORAGES:
+                limit[storage].append(decoders[storage].model.arena.nbytes / gbs / 1e6)
             singles.append(timed(lambda: singly(decoders["f32"], ids[:prompt]))[0])
     progress("")
     result["settings"] = {
@@ -97,6 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result["ms_per_token"] = {s: summary(v) for s, v in token.items()}
     result["prompt_ms"] = {s: summary(v) for s, v in whole.items()}
     result["ratio"] = {s: ratio(token[s], token["f32"]) for s in STORAGES[1:]}
+    result["of_memory_speed"] = {s: ratio(limit[s], token[s]) for s in STORAGES}
     result["times_as_fast"] = ratio(singles, whole["f32"])
     return result
 
@@ -112,6 +119,9 @@ def print_table(result: dict[str, Any]) -> None:
             print(f"{label + ', ' + storage:24}" + "".join(f"{row[c]:9.2f}" for c in COLUMNS))
     for storage, row in result["ratio"].items():
         label = f"per token, {storage} / f32"
+        print(f"{label:24}" + "".join(f"{row[c]:9.3f}" for c in COLUMNS))
+    for storage, row in result["of_memory_speed"].items():
+        label = f"of the memory's, {storage}"
         print(f"{label:24}" + "".join(f"{row[c]:9.3f}" for c in COLUMNS))
     row = result["times_as_fast"]
     print(f"{'prompt, singly / at once':24}" + "".join(f"{row[c]:9.1f}" for c in COLUMNS))

@@ -47,12 +47,17 @@ KINDS = ("", "close", "step", "update", "evaluate", "save", "texts", "settled")
 
 
 class Job(Generic[T]):
-    """Communication under way; `wait` returns its result."""
+    """Communication under way; `wait` returns its result.
+
+    Attributes:
+        awaited: whether somebody waits for it.
+    """
 
     def __init__(self, steps: Steps[T]) -> None:
         self.steps = steps
         self._done = threading.Event()
         self._result: T | None = None
+        self.awaited = False
 
     def advance(self) -> bool | None:
         """Make the next calls; return whether something was done, None at the end."""
@@ -65,6 +70,7 @@ class Job(Generic[T]):
 
     def wait(self) -> T:
         """Return the result as soon as it is there."""
+        self.awaited = True
         self._done.wait()
         return self._result  # type: ignore[return-value]
 
@@ -233,7 +239,9 @@ class Ranks:
                     nap = _NAP_S[0]
                 elif len(jobs) > 1:
                     time.sleep(nap)
-                    nap = min(1.2 * nap, _NAP_S[1])
+                    # While somebody waits, nothing is computed that calls would keep from a core.
+                    awaited = any(job.awaited for job in jobs)
+                    nap = min(1.2 * nap, _NAP_S[0 if awaited else 1])
                 elif not self._posted:
                     self._wake.wait(_POLL_S)
                     self._wake.clear()

@@ -2,7 +2,6 @@
 
     python tests/peers/mpi.py                      # the stories110M shape, in turns
     python tests/peers/mpi.py --shard --wire bf16
-    python tests/peers/mpi.py --kills 50           # jobs whose ranks are killed at random moments
 
 Both train on the same windows. The reduction alone, with nothing to hide behind, is timed as well.
 ANEPY_TEST_MPIRUN names the launcher; needs the extra `mpi`.
@@ -13,14 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
-import tempfile
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from common import TESTS, summary
@@ -109,65 +104,6 @@ def measure(options: argparse.Namespace) -> None:
     print(f"reduction alone {alone_ms:.0f} ms, waited {waited:.0f} ms: {hidden:.1%} hidden")
 
 
-def started_all(job: Any, ranks: int) -> bool:
-    """Return whether all ranks of a job are there."""
-    return len(job.ranks()) == ranks
-
-
-def kill(options: argparse.Namespace) -> None:
-    """Kill a rank of many jobs at random moments; each ends, and its checkpoint goes on."""
-    import mpi
-    from commands import SMALL
-
-    from anepy.models.model import Model
-    from anepy.training.checkpoint import read_meta
-
-    rng = random.Random(options.seed)
-    slowest = 0.0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        Model.init(SMALL, seed=1).save(folder / "m.bin")
-        np.random.default_rng(0).integers(0, 259, 5000).astype("<u2").tofile(folder / "d.bin")
-        words = ["-m", "anepy", "train", "m.bin", "--data", "d.bin", "--device", "cpu",
-                 "--precision", "fp32", "--seq", "16", "--accum", "3"]  # fmt: skip
-        for number in range(options.kills):
-            ranks = rng.choice([2, 3, 4])
-            saved = folder / "k.npz"
-            saved.unlink(missing_ok=True)
-            more = ["--shard"] * rng.randrange(2) + ["--wire", rng.choice(["fp32", "bf16"])]
-            job = mpi.Running(
-                ranks, *words, *more, "--steps", 10**6, "--checkpoint-every", 1, "--ckpt", saved,
-                cwd=folder,
-            )  # fmt: skip
-            job.until(partial(started_all, job, ranks), "ranks")
-            if rng.random() < 0.8:
-                job.until(saved.exists, "a checkpoint")
-            time.sleep(rng.random() * 0.5)
-            victim = rng.randrange(ranks)
-            mpi.kill(job.ranks()[victim])
-            ended = job.end()
-            assert ended.code != 0, ended
-            slowest = max(slowest, ended.seconds)
-            step = -1
-            if saved.exists():
-                step = read_meta(saved).step
-            if step >= 0 and number % options.resume_every == 0:
-                results = []
-                for turn in ("a", "b"):  # the same checkpoint, twice
-                    copy, out = folder / f"{turn}.npz", folder / f"{turn}.bin"
-                    copy.write_bytes(saved.read_bytes())
-                    done = mpi.run(
-                        ranks, *words, *more, "--steps", step + 4, "--resume", copy,
-                        "--save", out, cwd=folder,
-                    )  # fmt: skip
-                    assert done.code == 0, done
-                    results.append(out.read_bytes())
-                assert results[0] == results[1], "other bits"
-            print(f"{number + 1}: {ranks} ranks, rank {victim} killed at step {step}, ended after "
-                  f"{ended.seconds:.1f} s {' '.join(more)}", flush=True)  # fmt: skip
-    print(f"{options.kills} jobs ended, the slowest after {slowest:.1f} s; nothing is left of them")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -181,15 +117,10 @@ def main() -> None:
     parser.add_argument("--wire", default="fp32", help="fp32 or bf16 (%(default)s)")
     parser.add_argument("--shard", action="store_true")
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill ranks of N jobs")
-    parser.add_argument("--resume-every", type=int, default=1, help="of these jobs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options)
-    elif options.kills:
-        kill(options)
     else:
         measure(options)
 

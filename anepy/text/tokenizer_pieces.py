@@ -17,6 +17,7 @@ that case to its sort. Zero bytes in a text are encoded like any byte; a C strin
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import re
 import struct
@@ -407,9 +408,12 @@ def _byte_ids(named: Mapping[bytes, int], pieces: Mapping[bytes, int], name: str
 def _joinable_bytes(pieces: Mapping[bytes, float]) -> npt.NDArray[np.bool_]:
     """Return a (256, 256) table: whether some piece holds these two bytes side by side."""
     inside = np.zeros((256, 256), dtype=np.bool_)
-    for piece in pieces:
-        codes = np.frombuffer(piece, np.uint8)
-        inside[codes[:-1], codes[1:]] = True
+    found = [piece for piece in pieces if piece]
+    codes = np.frombuffer(b"".join(found), np.uint8)
+    within = np.ones(len(codes), np.bool_)
+    within[np.cumsum([len(piece) for piece in found], dtype=np.int64) - 1] = False
+    first = np.flatnonzero(within)
+    inside[codes[first], codes[first + 1]] = True
     return inside
 
 
@@ -454,19 +458,22 @@ def _entries(
 ) -> tuple[list[bytes], list[float]]:
     entries: list[bytes] = []
     scores: list[float] = []
+    allowed = len(raw) if longest is None else longest
+
+    def wrong(what: str) -> TokenizerError:
+        return broken(f"token {len(entries)} at byte {offset} {what}")
+
     while offset < len(raw):
-        where = f"token {len(entries)} at byte {offset}"
         if offset + 8 > len(raw):
-            raise broken(f"{where} is cut off")
+            raise wrong("is cut off")
         score, length = struct.unpack_from("<fi", raw, offset)
-        offset += 8
-        if not np.isfinite(score):
-            raise broken(f"{where} has score {score}")
-        allowed = len(raw) if longest is None else longest
+        if not math.isfinite(score):
+            raise wrong(f"has score {score}")
         if not 0 <= length <= allowed:
-            raise broken(f"{where} has length {length}, allowed is 0 to {allowed}")
-        if offset + length > len(raw):
-            raise broken(f"{where} is cut off")
+            raise wrong(f"has length {length}, allowed is 0 to {allowed}")
+        if offset + 8 + length > len(raw):
+            raise wrong("is cut off")
+        offset += 8
         entries.append(raw[offset : offset + length])
         scores.append(score)
         offset += length

@@ -184,6 +184,7 @@ def _owned(request: Request, plan: Plan) -> Iterator[None]:
     if path is None or (request.run is None and not plan.save_at_end):
         yield
         return
+    path = Path(os.path.realpath(path))  # by whatever name another run has it
     what = f"the run in {request.run}" if request.run is not None else f"checkpoint {path}"
     with ExitStack() as stack:
         try:

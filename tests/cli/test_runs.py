@@ -147,6 +147,10 @@ def test_second_run_on_the_same_files_is_refused(
             trainer.save_checkpoint("r/checkpoint.npz")
     result = run(*TRAIN, *again, "--steps", 4)
     assert_one_line_error(result, f"in use by process {process.pid}")
+    if "--checkpoint" in words:  # by another name
+        os.symlink("c.npz", "link.npz")
+        result = run(*TRAIN, "--checkpoint", "link.npz", "--steps", 4)
+        assert_one_line_error(result, f"in use by process {process.pid}")
     process.kill()
     process.communicate()
     # The dead are no owners.

@@ -249,6 +249,21 @@ def small_disk(folder: Path, kbytes: int, *options: str) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@contextmanager
+def half_a_processor() -> Iterator[Path]:
+    """Make a control group whose processes get half a processor's time."""
+    group = Path("/sys/fs/cgroup/cpu/anepy-test-half")
+    try:
+        group.mkdir()
+    except OSError:
+        _missing("control groups of version 1, and a user who may make one")
+    try:
+        (group / "cpu.cfs_quota_us").write_text("50000")
+        yield group
+    finally:
+        group.rmdir()
+
+
 def held_by_permissions() -> None:
     """Ask for a user whom file permissions stop, which root is not."""
     if os.geteuid() == 0:

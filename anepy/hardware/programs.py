@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.handle import encoded
 from ..errors import ConfigError
 from ..models.model import Model, TensorTable
 from ..native import abi, find
@@ -101,7 +102,7 @@ def names() -> tuple[str, ...]:
 def _options(program: Description) -> abi.ProgramOptions:
     return abi.ProgramOptions(
         flags=int(program.live),
-        name=program.name.encode(),
+        name=encoded(program.name),
         width=program.width,
         layer=program.layer,
         part=program.part,
@@ -134,7 +135,7 @@ def describe(
         if not 0 <= value < 1 << 31:
             raise ConfigError(f"program {name}: {what} is {value}, expected a number >= 0")
     options = abi.ProgramOptions(
-        flags=int(live), name=name.encode(), width=width, layer=layer, part=part
+        flags=int(live), name=encoded(name), width=width, layer=layer, part=part
     )
     info = abi.ProgramInfo()
     table.lib.anepy_program_get_info(table.handle, info, options)

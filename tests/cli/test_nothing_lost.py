@@ -193,6 +193,8 @@ def test_names_that_are_no_utf8(run: Run, files: dict[str, Path]) -> None:
     assert first["model"] == model
     assert run("train", "--run", folder, "--resume", "--steps", 4).code == 0
     assert run("runs", folder).code == 0
+    for wrong in (["mil", os.fsdecode(b"\xff")], [*words, "--variant", os.fsdecode(b"\xff")]):
+        assert_one_line_error(run(*wrong), "unknown")
     assert run("plot", folder, "-o", os.fsdecode(b"p\xff.html")).code == 0
     assert run("plot", folder, "-o", "p.svg").code == 0
 

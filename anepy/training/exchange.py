@@ -33,13 +33,14 @@ _NAN = 0x7FC0  # of bfloat16
 
 @dataclass
 class Sum:
-    """A reduction under way."""
+    """A reduction under way; `gathered` counts the chunks whose sums have set out."""
 
     counted: int
     scale: float
     squares: float = 0.0
     nbytes: int = 0
     busy: float = 0.0
+    gathered: int = 0
 
 
 class Exchange:
@@ -165,7 +166,7 @@ class Exchange:
             while at < len(order) and len(live) < _FLIGHT and self._final(order[at][0], running):
                 slot = next(i for i in range(_FLIGHT) if all(i != used for used, _ in live))
                 began = time.perf_counter()
-                live.append((slot, self._chunk(slot, *order[at][1], factor, total)))
+                live.append((slot, self._chunk(slot, at, *order[at][1], factor, total)))
                 total.busy += time.perf_counter() - began
                 at, moved = at + 1, True
             for each in list(live):
@@ -205,7 +206,9 @@ class Exchange:
         ends = [*places[1:], end - begin]
         return [stop - at for at, stop in zip(places, ends, strict=True)], places
 
-    def _chunk(self, slot: int, begin: int, end: int, factor: float, total: Sum) -> Steps[None]:
+    def _chunk(
+        self, slot: int, number: int, begin: int, end: int, factor: float, total: Sum
+    ) -> Steps[None]:
         ranks, comm = self.ranks, self.ranks.bulk
         chunk = self.engine.arena[begin:end]
         if factor == 0.0:
@@ -251,7 +254,11 @@ class Exchange:
         if self.shard:
             return
         whole: npt.NDArray[Any] = sent if self._rounded else chunk
-        yield from waiting(comm.Iallgatherv(ranks.mpi.IN_PLACE, [whole, counts, places, mpi_kind]))
+        while total.gathered < number:  # all ranks must start these in one order
+            yield False
+        gathering = comm.Iallgatherv(ranks.mpi.IN_PLACE, [whole, counts, places, mpi_kind])
+        total.gathered += 1
+        yield from waiting(gathering)
         total.nbytes += own * (ranks.size - 1) * whole.itemsize
         if self._rounded:
             chunk[...] = _widened(whole)

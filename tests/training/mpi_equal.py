@@ -14,10 +14,12 @@ from anepy.engine.stats import StepStats
 from anepy.models.lora import Lora
 from anepy.models.model import ModelConfig
 from anepy.text.data import TokenData
+from anepy.training import exchange
 from anepy.training.config import TrainConfig
 from anepy.training.ranks import Ranks
 from anepy.training.trainer import Trainer
 
+exchange._SLICE = exchange._PAGE  # many chunks, also of small models
 TOKENS = np.random.default_rng(5).integers(0, 200, 4000)
 PLAIN = TokenData.from_array(TOKENS)
 MASKED = TokenData.from_array(TOKENS)

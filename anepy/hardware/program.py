@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.handle import Owner, encoded
-from ..errors import ConfigError, MilError, NativeError
+from ..errors import ConfigError, MilError, NativeError, UnsupportedError
 from ..native import abi, find
+from .packing import pack
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, bytes | bytearray | memoryview | Array]
@@ -26,6 +27,7 @@ _DTYPES = {"fp16": "float16", "fp32": "float32"}
 _RECORD_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4}
 _SURFACE = 65536  # every surface is a multiple of it: docs/neural-engine.md#surfaces
 _E_PROGRAM = -13
+_ONE_FILE = "one weight file only"  # device/ane/framework.m
 _REPORT, _ERROR, _DEFAULT = 1, 2, 255
 
 
@@ -135,17 +137,20 @@ class Program(Owner):
         files = _files(weights or {})
         actions = _actions(strict, rules or {})
         options = abi.SimOptions(
-            text=text,
-            text_n=len(text),
             actions=actions,
             action_n=len(actions),
             chip=0 if chip is None else CHIPS.index(chip) + 1,
             threads=threads or 0,
             device=encoded(device),
-            **_file_options(files),
         )
-        handle = ctypes.c_void_p()
-        self._checked(self._lib.anepy_sim_create, ctypes.byref(handle), ctypes.byref(options))
+        self._text: bytes | None = None  # of which one weight file is made at last
+        try:
+            handle = self._created(options, text, files)
+        except UnsupportedError as error:
+            if _ONE_FILE not in str(error) or len(files) < 2:
+                raise
+            self._text = text
+            handle = self._created(options, *pack(text, files))
         self._own(handle, self._lib.anepy_sim_free)
         self._functions: dict[str, _Function] = {}
         while name := self._lib.anepy_sim_function_name(handle, len(self._functions)):
@@ -153,6 +158,16 @@ class Program(Owner):
             self._functions[name.decode()] = _Function(
                 index, self._ports(index, 0), self._ports(index, 1)
             )
+
+    def _created(
+        self, options: abi.SimOptions, text: bytes, files: Mapping[str, Array]
+    ) -> ctypes.c_void_p:
+        options.text, options.text_n = text, len(text)
+        for name, value in _file_options(files).items():
+            setattr(options, name, value)
+        handle = ctypes.c_void_p()
+        self._checked(self._lib.anepy_sim_create, ctypes.byref(handle), ctypes.byref(options))
+        return handle
 
     @property
     def functions(self) -> tuple[str, ...]:
@@ -190,7 +205,10 @@ class Program(Owner):
 
         Whether it computes with them then is the device's affair; on the simulator it does not.
         """
-        options = abi.SimOptions(**_file_options(_files(weights)))
+        files = _files(weights)
+        if self._text is not None:
+            files = pack(self._text, files)[1]
+        options = abi.SimOptions(**_file_options(files))
         self._lib.anepy_sim_reload(self._open_handle(), ctypes.byref(options))
 
     def signature(self, function: str) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:

@@ -272,6 +272,11 @@ CONV = """program(1.3) { func main<ios18>(tensor<fp16, [1, 32, 1, 32]> x) {
     tensor<fp16, [1, 32, 1, 32]> y = conv(weight=w, x=x)[name=string("y")]; } -> (y); }"""
 
 
+TWO = CONV.replace("y = conv(weight=w, x=x)", "z = conv(weight=v, x=x)").replace('"y"', '"z"')
+TWO = TWO.replace("w.bin", "v.bin").replace(" w = ", " v = ").replace('string("w")', 'string("v")')
+TWO = TWO[: TWO.index(" } ->")] + CONV[CONV.index("\n") :].replace("x=x", "x=z")
+
+
 def caught(call: Any, *arguments: Any) -> str:
     try:
         call(*arguments)
@@ -306,6 +311,13 @@ def trial(settings: dict[str, int] | None = None, device: str = "ane") -> dict[s
         seen["name"] = caught(program.reload, {"@model_path/other.bin": new})
     fault("compileWithQoS:options:error:", 1, "refuse")
     seen["refused"] = caught(lambda: Program(CONV, {"w.bin": new}, device=device))
+    setting({"files": 1})
+    with Program(TWO, {"v.bin": new, "w.bin": old}, device=device) as program:
+        program.run_slots([one], [out])
+        seen["packed"] = float(out[0])  # 32 times a quarter, and of these 32 times a half
+        program.reload({"v.bin": old, "w.bin": old})
+        program.run_slots([one], [out])
+        seen["packed after"] = float(out[0])
     wide = "tensor<fp16, [1, 32]> i%02d"
     many = SUB.replace("tensor<fp16, [1, 32]> b", ", ".join(wide % i for i in range(36))).replace(
         "x=b", "x=i00"

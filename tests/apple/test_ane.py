@@ -105,6 +105,9 @@ REFUSED: list[tuple[dict[str, int], str]] = [
     ({"stride": 1}, r"256 bytes between channels of a_in, not 128"),
     ({"wide": 1}, r"w1_wq does not fit its surface"),
     ({"loads": 0}, "does not load: com.apple.appleneuralengine 6: createProgram"),
+    ({"files": 0}, r"does not load: \S+ 10 \(macOS 27 loads programs with one weight file only\)"),
+    ({"padded": 1}, r"procedure000: \S+ 42 \(a surface is too small for rows padded to 64 bytes\)"),
+    ({"types": 1}, r"has another -\[_ANEModel inputSymbolIndicesForProcedureIndex:\]"),
 ]
 
 Runner = Callable[..., Any]
@@ -322,6 +325,8 @@ def test_text_on_its_own_meets_the_engine_as_it_is(
     assert "the program is refused" in seen["refused"]
     assert "is not @model_path/weights/NAME" in seen["name"]
     assert "38 surfaces, 36 are the most" in seen["many"]
+    # Where one weight file loads only, several become one: 32 * 0.25 * 32 * 0.5.
+    assert (seen["packed"], seen["packed after"]) == (128.0, 128.0)
     assert {key: seen[key] for key in CLEAN} == CLEAN
 
 

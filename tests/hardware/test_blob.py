@@ -16,7 +16,11 @@ from typing import Any
 import needs
 import numpy as np
 import pytest
+from mil_text import blob, old_dialect, program
 from needs import CHECKOUT
+
+from anepy.hardware.packing import PACKED, pack
+from anepy.hardware.program import FOLDER, Program
 
 F16, F32, U8, I8 = 1, 2, 3, 4
 NAMES = {"f2": "fp16", "f4": "float", "u1": "uint8", "i1": "int8"}
@@ -341,3 +345,42 @@ def test_blob_reader_survives_random_damage(lib: ctypes.CDLL) -> None:
         except ValueError:
             refused += 1
     assert accepted > 1000 and refused > 1000
+
+
+def file_of(*arrays: Array) -> bytes:
+    """A weight file of several fp16 records."""
+    data = struct.pack("<II56x", len(arrays), 2)
+    for array in arrays:
+        record = struct.pack("<IIQQ40x", 0xDEADBEEF, F16, array.nbytes, len(data) + 64)
+        data += record + array.tobytes() + bytes(-array.nbytes % 64)
+    return data
+
+
+def test_several_files_become_one_that_computes_the_same() -> None:
+    """Two records of one file, one of another that is cut at its last byte, and an unknown path."""
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal((1, 1, 1, n)).astype(np.float16) for n in (32, 1, 32))
+    files = {"one.bin": file_of(a, b), "two.bin": file_of(c)[: 128 + c.nbytes]}
+    shapes = {"a": "1,1,1,32", "b": "1,1,1,1", "c": "1,1,1,32"}
+    places = {"a": ("one.bin", 64), "b": ("one.bin", 192), "c": ("two.bin", 64)}
+    body = "\n".join(blob(name, "fp16", shapes[name], *places[name]) for name in places)
+    for left, right, out in (("x", "a", "t"), ("t", "b", "u"), ("u", "c", "y")):
+        body += (
+            f'\ntensor<fp16, [1,1,1,32]> {out} = add(x={left}, y={right})[name=string("{out}")];'
+        )
+    text = program("tensor<fp16, [1,1,1,32]> x", body)
+    paths = {FOLDER + name: np.frombuffer(data, np.uint8) for name, data in files.items()}
+    packed, whole = pack(text.encode(), paths)
+    assert list(whole) == [PACKED] and b"one.bin" not in packed and packed.count(b"weight.bin") == 3
+    x = rng.standard_normal((1, 1, 1, 32)).astype(np.float16)
+    found = Program(packed, {PACKED: whole[PACKED].tobytes()})(x=x)
+    assert np.array_equal(found, Program(text, files)(x=x))
+    old, _ = pack(old_dialect(text).encode(), paths)
+    assert old.count(b"weight.bin") == 3 and b"two.bin" not in old
+
+
+@pytest.mark.parametrize("damage", [slice(0, 40), slice(0, 100), slice(0, 140)])
+def test_files_that_are_broken_are_left_to_the_reader(damage: slice) -> None:
+    whole = np.frombuffer(file_of(np.ones(32, np.float16)), np.uint8)
+    files = {"a": whole, "b": whole[damage]}
+    assert pack(b"text", files) == (b"text", files)

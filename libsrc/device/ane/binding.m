@@ -140,7 +140,8 @@ static int32_t find_procedure(anepy_ane_program *program, anepy_bound *bound, NS
 }
 
 int32_t anepy_bind_functions(anepy_ane_program *program) {
-    NSDictionary *attributes = kind([program->model modelAttributes], [NSDictionary class]);
+    id<AnepyLoadedModel> loaded = [program->model model]; /* to ask the wrapper may raise */
+    NSDictionary *attributes = kind([loaded modelAttributes], [NSDictionary class]);
     NSDictionary *description = dictionary(attributes, @"ANEFModelDescription");
     NSDictionary *ids = dictionary(description, @"kANEFModelProcedureNameToIDMapKey");
     NSArray *names[2] = {array(description, @"kANEFModelInputSymbolsArrayKey"),

@@ -26,6 +26,7 @@
 @protocol AnepyLoadedModel <NSObject>
 - (NSIndexSet *)inputSymbolIndicesForProcedureIndex:(unsigned int)index;
 - (NSIndexSet *)outputSymbolIndicesForProcedureIndex:(unsigned int)index;
+- (NSDictionary *)modelAttributes;
 @end
 
 @protocol AnepyModel <NSObject>
@@ -40,7 +41,6 @@
                 options:(NSDictionary *)options
                 request:(id)request
                   error:(NSError **)error;
-- (NSDictionary *)modelAttributes;
 - (id)model;
 @end
 
@@ -99,7 +99,8 @@ int32_t anepy_ane_forked(const anepy_ane *ane);
 int32_t anepy_ane_call(anepy_ane *ane, anepy_slot *slot, anepy_job *job, double seconds,
                        const char *what);
 
-/* "Domain 6: description" on one line; a failing call may give no NSError (nil). */
+/* "Domain 6: description" on one line, with what a code is known to mean before the description; a
+ * failing call may give no NSError (nil). */
 const char *anepy_ane_error(NSError *error);
 
 #endif

@@ -13,36 +13,47 @@
 #define FRAMEWORK "/System/Library/PrivateFrameworks/AppleNeuralEngine.framework/AppleNeuralEngine"
 #define FIRST_FAMILY 13 /* M1; older families take no MIL (docs/neural-engine.md#framework) */
 
+/* kinds: of what is returned and of each argument, B for BOOL, I for 32 bits, @ for an object, ^ for
+ * a pointer, v for nothing. */
 typedef struct {
-    const char *class_name, *selector;
+    const char *class_name, *selector, *kinds;
     int32_t of_class; /* "+" */
 } method;
 
 static const method METHODS[] = {
-    {"_ANEInMemoryModelDescriptor", "modelWithMILText:weights:optionsPlist:", 1},
-    {"_ANEInMemoryModel", "inMemoryModelWithDescriptor:", 1},
-    {"_ANEInMemoryModel", "setModelURL:", 0},
-    {"_ANEInMemoryModel", "compiledModelExists", 0},
-    {"_ANEInMemoryModel", "purgeCompiledModel", 0},
-    {"_ANEInMemoryModel", "compileWithQoS:options:error:", 0},
-    {"_ANEInMemoryModel", "loadWithQoS:options:error:", 0},
-    {"_ANEInMemoryModel", "unloadWithQoS:error:", 0},
-    {"_ANEInMemoryModel", "evaluateWithQoS:options:request:error:", 0},
-    {"_ANEInMemoryModel", "modelAttributes", 0},
-    {"_ANEInMemoryModel", "model", 0},
-    {"_ANEModel", "inputSymbolIndicesForProcedureIndex:", 0},
-    {"_ANEModel", "outputSymbolIndicesForProcedureIndex:", 0},
-    {"_ANEIOSurfaceObject", "objectWithIOSurface:", 1},
+    {"_ANEInMemoryModelDescriptor", "modelWithMILText:weights:optionsPlist:", "@@@@", 1},
+    {"_ANEInMemoryModel", "inMemoryModelWithDescriptor:", "@@", 1},
+    {"_ANEInMemoryModel", "setModelURL:", "v@", 0},
+    {"_ANEInMemoryModel", "compiledModelExists", "B", 0},
+    {"_ANEInMemoryModel", "purgeCompiledModel", "v", 0},
+    {"_ANEInMemoryModel", "compileWithQoS:options:error:", "BI@^", 0},
+    {"_ANEInMemoryModel", "loadWithQoS:options:error:", "BI@^", 0},
+    {"_ANEInMemoryModel", "unloadWithQoS:error:", "BI^", 0},
+    {"_ANEInMemoryModel", "evaluateWithQoS:options:request:error:", "BI@@^", 0},
+    {"_ANEInMemoryModel", "model", "@", 0},
+    {"_ANEModel", "modelAttributes", "@", 0},
+    {"_ANEModel", "inputSymbolIndicesForProcedureIndex:", "@I", 0},
+    {"_ANEModel", "outputSymbolIndicesForProcedureIndex:", "@I", 0},
+    {"_ANEIOSurfaceObject", "objectWithIOSurface:", "@^", 1},
     {"_ANERequest",
      "requestWithInputs:inputIndices:outputs:outputIndices:weightsBuffer:perfStats:procedureIndex:",
-     1},
+     "@@@@@@@@", 1},
 };
+
+/* What a code is known to mean (docs/neural-engine.md#errors), in brackets; or "". */
+static const char *meaning(NSError *error) {
+    const char *text = [[error description] UTF8String];
+    if ([error code] == 10 && text != NULL && strstr(text, "verifyBundle") != NULL)
+        return " (macOS 27 loads programs with one weight file only)";
+    if ([error code] == 42) return " (a surface is too small for rows padded to 64 bytes)";
+    return "";
+}
 
 const char *anepy_ane_error(NSError *error) {
     static _Thread_local char text[400];
     if (error == nil) return "no reason given";
-    snprintf(text, sizeof text, "%s %ld: %s", [[error domain] UTF8String], (long)[error code],
-             [[error description] UTF8String]);
+    snprintf(text, sizeof text, "%s %ld%s: %s", [[error domain] UTF8String], (long)[error code],
+             meaning(error), [[error description] UTF8String]);
     for (char *p = text; *p != '\0'; p++)
         if (*p == '\n') *p = ' ';
     return text;
@@ -114,6 +125,33 @@ static void open_drop(anepy_job *job) {
     free(job);
 }
 
+/* The kind of a type as compilers write it into a method; BOOL and the size of an int depend on the
+ * processor. */
+static char kind_of(const char *type) {
+    type += strspn(type, "rnNoORV");
+    switch (*type) {
+    case 'c':
+    case 'C': return 'B';
+    case 'i': return 'I';
+    case '#': return '@';
+    default: return *type;
+    }
+}
+
+/* Whether a method takes and returns what our protocols say; a call would crash otherwise. */
+static int is_as_known(Method found, const char *kinds) {
+    char type[64] = "";
+    size_t n = strlen(kinds) - 1;
+    if (method_getNumberOfArguments(found) != n + 2) return 0;
+    method_getReturnType(found, type, sizeof type);
+    int same = kind_of(type) == kinds[0];
+    for (size_t i = 0; i < n && same; i++) {
+        method_getArgumentType(found, (unsigned int)i + 2, type, sizeof type);
+        same = kind_of(type) == kinds[i + 1];
+    }
+    return same;
+}
+
 static int32_t check_methods(void) {
     for (size_t i = 0; i < sizeof METHODS / sizeof METHODS[0]; i++) {
         const method *m = &METHODS[i];
@@ -124,12 +162,17 @@ static int32_t check_methods(void) {
                               "this macOS has no class %s, so its Neural Engine interface is one "
                               "that anepy does not know: please send `anepy info --json`",
                               m->class_name);
-        if (m->of_class ? ![class respondsToSelector:selector]
-                        : ![class instancesRespondToSelector:selector])
+        int there = m->of_class ? [class respondsToSelector:selector]
+                                : [class instancesRespondToSelector:selector];
+        Method found = !there        ? NULL
+                       : m->of_class ? class_getClassMethod(class, selector)
+                                     : class_getInstanceMethod(class, selector);
+        if (found == NULL || !is_as_known(found, m->kinds))
             return anepy_fail(ANEPY_E_UNAVAILABLE,
-                              "this macOS has no %c[%s %s], so its Neural Engine interface is one "
+                              "this macOS has %s %c[%s %s], so its Neural Engine interface is one "
                               "that anepy does not know: please send `anepy info --json`",
-                              m->of_class ? '+' : '-', m->class_name, m->selector);
+                              found == NULL ? "no" : "another", m->of_class ? '+' : '-',
+                              m->class_name, m->selector);
     }
     return ANEPY_OK;
 }

@@ -52,7 +52,8 @@ static const struct {
 } OPTIONS[] = {{"family", 16}, {"engine", 1}, {"framework", 1},  {"reverse", 0},
                {"shuffle", 0}, {"suffix", 1}, {"procedures", 1}, {"dialect", 13},
                {"rename", 0},  {"stride", 0}, {"attributes", 1}, {"equal", 0},
-               {"wide", 0},    {"loads", 120}};
+               {"wide", 0},    {"loads", 120},  {"files", 64},    {"types", 0},
+               {"padded", 0}};
 #define OPTION_N ((int32_t)(sizeof OPTIONS / sizeof OPTIONS[0]))
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;

@@ -287,6 +287,12 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
     return [NSDictionary dictionaryWithObjectsAndKeys:description, @"ANEFModelDescription",
                                                       statuses, @"NetworkStatusList", nil];
 }
+- (NSDictionary *)modelAttributes {
+    ENTER("modelAttributes");
+    if (fault == STANDIN_LIE)
+        return [NSDictionary dictionaryWithObject:@"text" forKey:@"ANEFModelDescription"];
+    return fault == STANDIN_NIL || !standin_get("attributes") ? nil : [self attributes];
+}
 @end
 
 /* ----------------------------------------------------------------------------------------- model
@@ -297,7 +303,6 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
     NSString *name;
     NSURL *folder;
     _ANEModel *loaded;
-    NSDictionary *attributes;
 }
 @end
 
@@ -315,7 +320,6 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
     [name release];
     [folder release];
     [loaded release];
-    [attributes release];
     [super dealloc];
 }
 - (void)setModelURL:(NSURL *)url {
@@ -351,13 +355,15 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
     if (loaded != nil) standin_break_rule("a program was loaded twice");
     if (fault == STANDIN_LIE) return YES;
     anepy_mil *mil = NULL;
+    if (fault == STANDIN_NONE && (int64_t)[descriptor->weights count] > standin_get("files"))
+        return refuse(error, fault, @"com.apple.appleneuralengine", 10,
+                      @"verifyBundleAtPath: invalid model");
     if (fault == STANDIN_NONE && standin_loaded() < standin_get("loads"))
         mil = standin_instance(name);
     if (mil == NULL)
         return refuse(error, fault, @"com.apple.appleneuralengine", 6,
                       @"createProgramInstanceForModel 0x20004");
     loaded = [[_ANEModel alloc] initWithProgram:mil];
-    if (standin_get("attributes")) attributes = [[loaded attributes] retain];
     return YES;
 }
 - (BOOL)unloadWithQoS:(unsigned int)qos error:(NSError **)error {
@@ -369,17 +375,13 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
         standin_count_loaded(-1);
     }
     [loaded release];
-    [attributes release];
     loaded = nil;
-    attributes = nil;
     if (fault == STANDIN_NONE) return YES;
     return refuse(error, fault, @"com.apple.appleneuralengine", 9, @"unload: as told");
 }
 - (NSDictionary *)modelAttributes {
-    ENTER("modelAttributes");
-    if (fault == STANDIN_LIE)
-        return [NSDictionary dictionaryWithObject:@"text" forKey:@"ANEFModelDescription"];
-    return fault == STANDIN_NIL ? nil : attributes;
+    standin_break_rule("attributes were asked of the wrapper, which may raise");
+    return nil;
 }
 - (id)model {
     ENTER("model");
@@ -436,6 +438,8 @@ static NSDictionary *layout(const anepy_mil_value_info *info, NSString *symbol) 
                      [loaded functionOfProcedure:[request->procedure unsignedIntegerValue]],
                      (const void *const *)memory[0], nbytes[0], memory[1], nbytes[1]))
         reason = @"run";
+    if (reason == nil && standin_get("padded"))
+        return refuse(error, fault, @"com.apple.appleneuralengine", 42, @"no room for rows");
     if (reason == nil) return YES;
     return refuse(error, fault, @"com.apple.appleneuralengine", 8,
                   [NSString stringWithFormat:@"ANEProgramProcessRequestDirect() Failed with "

@@ -40,7 +40,23 @@ char *__wrap_dlerror(void) {
     return text;
 }
 
+/* A class of another macOS, where a selector of the same name takes something else. */
+@interface StandinOtherModel : NSObject
+@end
+
+@implementation StandinOtherModel
+- (NSDictionary *)modelAttributes {
+    return nil;
+}
+- (NSIndexSet *)inputSymbolIndicesForProcedureIndex:(NSNumber *)index {
+    standin_break_rule("a selector with other arguments was called");
+    return nil;
+}
+@end
+
 Class __wrap_NSClassFromString(NSString *name) {
+    if (standin_get("types") && [name isEqualToString:@"_ANEModel"])
+        name = @"StandinOtherModel";
     return standin_missing([name UTF8String]) ? Nil : __real_NSClassFromString(name);
 }
 

@@ -268,3 +268,13 @@ def test_precision_script_fails_when_bf16_ends_elsewhere(
         precision.main()
     shown = capsys.readouterr().out
     assert "largest difference of a pair: 0.60%" in shown and "95 % interval" in shown
+
+
+def test_numerics_script_holds_variants_against_float64() -> None:
+    words = ("numerics.py", "--wide", "--variant", "resident", "--steps", "2", "--length", "16")
+    result = subprocess.run(
+        [sys.executable, PEERS / words[0], *words[1:]], capture_output=True, text=True, check=True
+    )
+    rows = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert [row[:2] for row in rows] == [["resident", "exact"], ["resident", "fixed"]]
+    assert all(0.0 < float(row[2].rstrip("%")) < 1.0 and row[4] == "0" for row in rows)

@@ -128,14 +128,11 @@ static void open_drop(anepy_job *job) {
 /* The kind of a type as compilers write it into a method; BOOL and the size of an int depend on the
  * processor. */
 static char kind_of(const char *type) {
+    static const char *const ALIKE[] = {"BcC", "Ii", "@#"};
     type += strspn(type, "rnNoORV");
-    switch (*type) {
-    case 'c':
-    case 'C': return 'B';
-    case 'i': return 'I';
-    case '#': return '@';
-    default: return *type;
-    }
+    for (size_t i = 0; i < sizeof ALIKE / sizeof ALIKE[0]; i++)
+        if (memchr(ALIKE[i], *type, strlen(ALIKE[i])) != NULL) return ALIKE[i][0];
+    return *type;
 }
 
 /* Whether a method takes and returns what our protocols say; a call would crash otherwise. */

@@ -75,16 +75,21 @@ class Running:
         return self.files[0].read_text(), self.files[1].read_text()
 
     def end(self, seconds: float = PATIENCE) -> Ended:
-        """Wait for the end; kill everything and fail if it takes longer."""
-        since = time.monotonic()
-        left = self.ranks()
-        try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            for pid in left:
-                kill(pid)
-            raise AssertionError(("it hangs", *self.printed())) from None
+        """Wait for the end; kill everything and fail if it takes longer.
+
+        Time in which this process was stopped itself does not count as waiting.
+        """
+        since = last = time.monotonic()
+        left, waited = self.ranks(), 0.0
+        while (code := self.process.poll()) is None:
+            time.sleep(0.02)
+            now = time.monotonic()
+            waited, last = waited + min(now - last, 0.5), now
+            if waited > seconds:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                for pid in left:
+                    kill(pid)
+                raise AssertionError(("it hangs", *self.printed()))
         for pid in left:
             while alive(pid):
                 assert time.monotonic() - since < seconds, f"process {pid} is left"

@@ -10,7 +10,7 @@ from typing import Any
 import needs
 import numpy as np
 import pytest
-from mil_text import program
+from mil_text import blob, program
 
 from anepy.hardware.headroom import headroom
 from anepy.hardware.program import Program
@@ -219,6 +219,45 @@ def test_sums_follow_the_rules(spread: str) -> None:
         same(matmul(x, w), expected)
         started = [fixed_sum(x, row[:, None], float(b)) for row, b in zip(w, bias, strict=True)]
         same(conv(x, w, bias), np.array(started))
+
+
+def test_products_of_every_form_follow_the_rules() -> None:
+    """linear with a bias, a matmul of transposed factors, one of vectors, a conv of two groups."""
+    rng = np.random.default_rng(6)
+    k, n, m = 33, 16, 6
+    for low, high in SPREADS.values():
+        x, w = draw(rng, k, n, low=low, high=high), draw(rng, m, k, low=low, high=high)
+        bias = draw(rng, m, low=-20, high=15)
+        expected = np.array([fixed_sum(x, row[:, None]) for row in w])
+        text = blob("W", "fp16", f"{m},{k}", "w.bin") + blob("B", "fp16", f"{m}", "b.bin")
+        text += f'tensor<fp16, [{n},{m}]> y = linear(x=x, weight=W, bias=B)[name=string("y")];'
+        made = Program(program(f"tensor<fp16, [{n},{k}]> x", text), {"w.bin": w, "b.bin": bias})
+        started = [fixed_sum(x, row[:, None], float(b)) for row, b in zip(w, bias, strict=True)]
+        same(np.ascontiguousarray(made(x=x.T).T), np.array(started))
+        for inputs, out, flag, a, b in (
+            (f"[1,{k},{m}]> a, tensor<fp16, [1,{n},{k}]> b", f"1,{m},{n}", "true", w.T, x.T),
+            (f"[{n},{m},{k}]> a, tensor<fp16, [{n},{k},1]> b", f"{n},{m},1", "false", w, x.T),
+        ):
+            text = f'bool f = const()[name=string("f"), val=bool({flag})];'
+            text += f"tensor<fp16, [{out}]> y = matmul(transpose_x=f, transpose_y=f, x=a, y=b)"
+            made = Program(program("tensor<fp16, " + inputs, text + '[name=string("y")];'))
+            if flag == "true":
+                same(made(a=a[None], b=b[None])[0], expected)
+                continue
+            got = made(a=np.broadcast_to(a, (n, m, k)), b=b[:, :, None])[:, :, 0]
+            same(np.ascontiguousarray(got.T), expected)
+        groups = CONSTANTS.replace("int32(1)", "int32(2)") + blob(
+            "W", "fp16", f"{m},{k},1,1", "w.bin"
+        )
+        groups += f"tensor<fp16, [1,{m},1,{n}]> y = conv(dilations=st, groups=gr, pad=pd, "
+        groups += 'pad_type=pt, strides=st, weight=W, x=x)[name=string("y")];'
+        made = Program(
+            program(f"tensor<fp16, [1,{2 * k},1,{n}]> x", groups), {"w.bin": w.reshape(m, k, 1, 1)}
+        )
+        other = x[::-1]
+        half = [fixed_sum(other, row[:, None]) for row in w[m // 2 :]]
+        both = np.concatenate([x, other])[None, :, None]
+        same(made(x=both)[0, :, 0], np.array([*expected[: m // 2], *half]))
 
 
 def test_sums_near_the_limit_depend_on_their_order() -> None:

@@ -18,7 +18,8 @@
 #define MAX_WORKERS 256
 #define SPIN_MS 0.1 /* longer than the gaps between loops of a step, shorter than a time slice */
 
-#define SPINS 1000 /* spins before the processor is offered to other threads */
+#define SPINS 1000  /* spins before the processor is offered to other threads */
+#define MOVE_MS 4.0 /* between two moves of a worker: about a time slice */
 
 typedef struct {
     anepy_pool *pool;
@@ -42,6 +43,8 @@ struct anepy_pool {
     _Atomic uint32_t epoch;      /* counts added loops; spinning workers watch it */
     _Atomic uint32_t interrupts; /* counts foreground loops; a change calls workers back to them */
     _Atomic int64_t busy_ns;
+    _Atomic int32_t
+        places[MAX_WORKERS]; /* 1 + the processor that a thread works on; 0: it sleeps */
     worker_arg workers[MAX_WORKERS];
 };
 
@@ -130,6 +133,34 @@ static void take_indices(anepy_pool *pool, anepy_loop *loop, int32_t worker, uin
         atomic_fetch_add(&pool->busy_ns, (int64_t)((anepy_now_ms() - start) * 1e6));
 }
 
+#ifdef __linux__
+/* Where a busy neighbour has a processor, the system may leave two threads of the pool on another
+ * one for long. A worker that finds one of those before it on its own processor goes to any other
+ * that it may use, and may use the same ones afterwards. */
+static void keep_apart(anepy_pool *pool, int32_t worker, double *next) {
+    int32_t own = sched_getcpu() + 1, shared = 0;
+    cpu_set_t usable, free_ones;
+    atomic_store_explicit(&pool->places[worker], own, memory_order_relaxed);
+    for (int32_t i = 0; i < worker; i++)
+        shared |= atomic_load_explicit(&pool->places[i], memory_order_relaxed) == own;
+    double now = shared ? anepy_now_ms() : 0.0;
+    if (!shared || now < *next) return;
+    *next = now + MOVE_MS;
+    if (sched_getaffinity(0, sizeof usable, &usable) != 0) return;
+    free_ones = usable;
+    for (int32_t i = 0; i < worker; i++) {
+        int32_t taken = atomic_load_explicit(&pool->places[i], memory_order_relaxed);
+        if (taken > 0) CPU_CLR((size_t)(taken - 1), &free_ones);
+    }
+    if (CPU_COUNT(&free_ones) > 0 && sched_setaffinity(0, sizeof free_ones, &free_ones) == 0)
+        sched_setaffinity(0, sizeof usable, &usable);
+}
+#else
+static void keep_apart(anepy_pool *pool, int32_t worker, double *next) {
+    (void)pool, (void)worker, (void)next;
+}
+#endif
+
 /* Runs one loop; returns 0 if there is none. The mutex is held before and after. */
 static int work_once(anepy_pool *pool, int32_t worker) {
     anepy_loop *loop = find_loop(pool);
@@ -160,14 +191,17 @@ static void *worker_main(void *argument) {
 #ifdef __APPLE__
     pthread_set_qos_class_self_np(QOS_CLASS_USER_INITIATED, 0); /* off the efficiency cores */
 #endif
+    double next_move = 0.0;
     pthread_mutex_lock(&pool->mutex);
     while (!pool->stop) {
         uint32_t seen = atomic_load(&pool->epoch);
+        keep_apart(pool, arg->worker, &next_move);
         if (work_once(pool, arg->worker)) continue;
         pthread_mutex_unlock(&pool->mutex);
         spin_for_epoch(pool, seen);
         pthread_mutex_lock(&pool->mutex);
         if (atomic_load(&pool->epoch) != seen || pool->stop) continue;
+        atomic_store_explicit(&pool->places[arg->worker], 0, memory_order_relaxed);
         pool->sleepers++;
         pthread_cond_wait(&pool->work, &pool->mutex);
         pool->sleepers--;
@@ -257,6 +291,7 @@ void anepy_pool_run(anepy_pool *pool, int32_t count, anepy_loop_fn fn, void *con
     atomic_fetch_add(&pool->interrupts, 1);
     publish(pool);
     pthread_mutex_unlock(&pool->mutex);
+    keep_apart(pool, 0, NULL);
     take_indices(pool, &loop, 0, 0);
     pthread_mutex_lock(&pool->mutex);
     pool->foreground = NULL;

@@ -234,6 +234,14 @@ def proc() -> None:
         _missing("/proc")
 
 
+def processors(least: int) -> set[int]:
+    """Return the processors that this process may use, at least so many."""
+    usable: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if len(usable) < least:
+        _missing(f"{least} processors")
+    return usable
+
+
 @contextmanager
 def small_disk(folder: Path, kbytes: int, *options: str) -> Iterator[None]:
     """Make a folder a disk of this size, mounted so; takes a user who may mount one."""

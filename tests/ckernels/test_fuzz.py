@@ -122,8 +122,19 @@ def run_guided(harness: Path, texts: list[str], count: int) -> None:
 
 def run(harness: Path, seeds: list[str], seed: int, first: int, count: int) -> dict[str, float]:
     """Run a stretch of inputs; returns the figures."""
+    # Through a shell that starts another process: Linux counts the largest memory of a process on
+    # from the one that started it, and this one may be large.
     done = subprocess.run(
-        [str(harness), str(seed), str(first), str(count), *seeds],
+        [
+            "bash",
+            "-c",
+            '"$0" "$@"; exit $?',
+            str(harness),
+            str(seed),
+            str(first),
+            str(count),
+            *seeds,
+        ],
         cwd=harness.parent,
         capture_output=True,
         text=True,

@@ -279,7 +279,7 @@ def _fill(
                 continue
         try:
             values = dequantize(stored.data, stored.tensor_type).reshape(tensor.shape)
-        except NotImplementedError:
+        except NotImplementedError:  # from the package, for types that it does not know
             raise ModelError(
                 f"{where} is {stored.tensor_type.name}, which the package gguf cannot read; get "
                 "the model in F16, Q8_0 or a K type"

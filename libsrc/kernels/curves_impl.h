@@ -11,32 +11,20 @@
 #define BELOW_16 15.9921875f
 #define CURVE_LANES 16 /* sums of a soft-max side by side, on every set */
 
-ANEPY_INLINE uint32_t curve_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-ANEPY_INLINE float curve_number(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 /* x * factor as numbers of fp16, halves away from zero, without a limit above. What the product
  * loses to rounding settles halves. */
 SIMD_TARGET static void SIMD_FN(curve_halves)(float *restrict y, const float *restrict x,
                                               float factor, int32_t n) {
     for (int32_t i = 0; i < n; i++) {
         float product = x[i] * factor, rest = fmaf(x[i], factor, -product);
-        uint32_t bits = curve_bits(product), differ = (curve_bits(rest) ^ bits) >> 31;
+        uint32_t bits = anepy_float_bits(product), differ = (anepy_float_bits(rest) ^ bits) >> 31;
         uint32_t size = (bits & 0x7fffffff) - (differ & (rest != 0.0f));
-        float least = curve_number(size < 0x38800000 ? size : 0x38800000) * 0x1p24f;
+        float least = anepy_bits_float(size < 0x38800000 ? size : 0x38800000) * 0x1p24f;
         int32_t whole = (int32_t)least;
         float small = (float)(whole + (least - (float)whole >= 0.5f)) * 0x1p-24f;
         uint32_t large = (size + 0x1000) & ~0x1fffu, is_large = 0u - (size >= 0x38800000);
-        uint32_t rounded = (curve_bits(small) & ~is_large) | (large & is_large);
-        y[i] = curve_number(rounded | (bits & 0x80000000));
+        uint32_t rounded = (anepy_float_bits(small) & ~is_large) | (large & is_large);
+        y[i] = anepy_bits_float(rounded | (bits & 0x80000000));
     }
 }
 
@@ -51,7 +39,7 @@ SIMD_TARGET static void SIMD_FN(curve_powers)(float *restrict y, const float *re
         float at = (float)CURVE_LAST * (y[i] - (float)whole);
         int32_t p = (int32_t)at;
         float line = fmaf(at - (float)p, table[p + 1] - table[p], table[p]);
-        y[i] = line * curve_number((uint32_t)(whole + 127) << 23);
+        y[i] = line * anepy_bits_float((uint32_t)(whole + 127) << 23);
     }
     for (int32_t i = 0; i < n; i++) y[i] = x[i] < -26.0f ? 0.0f : y[i];
     for (int32_t i = 0; i < n; i++) y[i] = x[i] >= 16.0f ? CURVE_INFINITE : y[i];
@@ -97,7 +85,8 @@ SIMD_TARGET static void SIMD_FN(curve_on_lines)(float *restrict line, float *res
     int32_t middle = c->middle, last = CURVE_LAST - 1 - middle;
     uint32_t sign = c->odd ? 0x7fffffff : 0xffffffff;
     for (int32_t i = 0; i < n; i++) {
-        float at = curve_number(curve_bits(x[i]) & sign) * scale, low = at < least ? least : at;
+        float at = anepy_bits_float(anepy_float_bits(x[i]) & sign) * scale,
+              low = at < least ? least : at;
         float in = low > (float)(last + 1) ? (float)(last + 1) : low;
         int32_t p = (int32_t)in;
         p -= in < (float)p ? 1 : 0;

@@ -9,18 +9,6 @@
 #define FIXED_PIECE 128
 #define FIXED_CODES 0x47800000 /* 65536, the first number beyond fp16 */
 
-ANEPY_INLINE uint32_t fixed_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-ANEPY_INLINE float fixed_number(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 /* The exponent of the smallest |b| is -16 less that of a; a subnormal b counts as 2^-14. */
 SIMD_TARGET static void SIMD_FN(fixed_prepare)(float *restrict a, float *restrict least,
                                                float *restrict largest, const float *restrict x,
@@ -28,12 +16,12 @@ SIMD_TARGET static void SIMD_FN(fixed_prepare)(float *restrict a, float *restric
     for (int64_t i = 0; i < n; i++) {
         float size = fabsf(x[i]);
         largest[i] = size > largest[i] ? size : largest[i];
-        uint32_t bits = fixed_bits(x[i]), exponent = bits >> 23 & 0xff;
+        uint32_t bits = anepy_float_bits(x[i]), exponent = bits >> 23 & 0xff;
         exponent = exponent < 113 ? 113 : exponent;
         uint32_t bound = exponent >= /* mutate: fixed-least */ 125 ? 0 : (238 - exponent) << 23;
         bound = (bits << 1) != 0 ? bound : 0;
-        least[i] = fixed_number(bound);
-        a[i] = fixed_number(bits + /* mutate: fixed-halves */ ((bits << 1) != 0));
+        least[i] = anepy_bits_float(bound);
+        a[i] = anepy_bits_float(bits + /* mutate: fixed-halves */ ((bits << 1) != 0));
     }
 }
 
@@ -46,6 +34,19 @@ SIMD_TARGET static void SIMD_FN(fixed_bounds)(float *bounds, const float *a, con
         bounds[p / ANEPY_FIXED_STEPS] = v_sum(sum);
     }
 }
+
+#ifndef V_LIST /* no instruction does it */
+/* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
+V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
+    int32_t n = 0;
+    ANEPY_UNROLL
+    for (int32_t i = 0; i < VL; i++) {
+        list[n] = first + i;
+        n += bits >> i & 1;
+    }
+    return n;
+}
+#endif
 
 /* Some steps of rows of A times all columns; masks leave out products that do not count. */
 V_INLINE void fixed_rows(int32_t *c, const float *a, const float *least, int64_t lda,
@@ -117,7 +118,7 @@ SIMD_TARGET static void SIMD_FN(fixed_tile)(int32_t *c, const float *a, const fl
 
 /* a without its last bit, times b, as a multiple of 2^-16. */
 ANEPY_INLINE double fixed_product(float a, float least, float b) {
-    double size = fabs((double)fixed_number(fixed_bits(a) & ~1u) * (double)b) * 0x1p16;
+    double size = fabs((double)anepy_bits_float(anepy_float_bits(a) & ~1u) * (double)b) * 0x1p16;
     double whole = floor(size + 0.5);
     whole = fabsf(b) >= least ? whole : 0.0;
     return (a < 0.0f) == (b < 0.0f) ? whole : -whole;
@@ -151,7 +152,8 @@ SIMD_TARGET static void SIMD_FN(fixed_finish)(float *y, const int32_t *x, int32_
         uint32_t size = x[i] < 0 ? (uint32_t)-x[i] : (uint32_t)x[i];
         /* Bits that a float has no room for do not matter to rounding away from zero. */
         size = size < 1u << 24 ? size : size & ~0xffu;
-        float value = fixed_number(fixed_round_bits(fixed_bits((float)(int32_t)size))) * 0x1p-16f;
+        float value =
+            anepy_bits_float(fixed_round_bits(anepy_float_bits((float)(int32_t)size))) * 0x1p-16f;
         y[i] = x[i] < 0 ? -value : value;
     }
 }
@@ -163,8 +165,8 @@ SIMD_TARGET static uint32_t SIMD_FN(fixed_round_piece)(uint32_t *restrict out,
     for (int i = 0; i < FIXED_PIECE; i++) {
         uint32_t bits = in[i], size = bits & 0x7fffffff, large = fixed_round_bits(size);
         /* Below 2^-14 numbers are multiples of 2^-24, the last bit of floats around 0.75. */
-        float small = fixed_number(size + (size != 0)) + 0.75f;
-        uint32_t rounded = fixed_bits(small - 0.75f);
+        float small = anepy_bits_float(size + (size != 0)) + 0.75f;
+        uint32_t rounded = anepy_float_bits(small - 0.75f);
         beyond += large >= FIXED_CODES ? 1u : 0u;
         large = large > FIXED_CODES ? FIXED_CODES : large;
         out[i] = (size < 0x38800000 ? rounded : large) | (bits & 0x80000000);
@@ -189,15 +191,16 @@ SIMD_TARGET static void SIMD_FN(fixed_from_half)(float *dst, const uint16_t *src
     for (int64_t i = 0; i < n; i++) {
         uint32_t half = src[i], size = half & 0x7fff;
         float small = (float)(int32_t)size * 0x1p-24f;
-        uint32_t bits = size < 0x400 ? fixed_bits(small) : (size << 13) + (112u << 23);
-        dst[i] = fixed_number(bits | (half & 0x8000) << 16);
+        uint32_t bits = size < 0x400 ? anepy_float_bits(small) : (size << 13) + (112u << 23);
+        dst[i] = anepy_bits_float(bits | (half & 0x8000) << 16);
     }
 }
 
 SIMD_TARGET static void SIMD_FN(fixed_to_half)(uint16_t *dst, const float *src, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = fixed_bits(src[i]), size = bits & 0x7fffffff;
-        uint32_t small = (uint32_t)(int32_t)(fixed_number(size < 0x38800000 ? size : 0) * 0x1p24f);
+        uint32_t bits = anepy_float_bits(src[i]), size = bits & 0x7fffffff;
+        uint32_t small =
+            (uint32_t)(int32_t)(anepy_bits_float(size < 0x38800000 ? size : 0) * 0x1p24f);
         uint32_t half = size < 0x38800000 ? small : (size - (112u << 23)) >> 13;
         dst[i] = (uint16_t)(half | (bits >> 16 & 0x8000));
     }

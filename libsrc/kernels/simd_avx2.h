@@ -58,16 +58,6 @@ V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less) {
     __m256i bits = _mm256_sub_epi32(_mm256_castps_si256(v), _mm256_set1_epi32(less));
     _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), bits));
 }
-/* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
-V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
-    int32_t n = 0;
-    ANEPY_UNROLL
-    for (int32_t i = 0; i < VL; i++) {
-        list[n] = first + i;
-        n += bits >> i & 1;
-    }
-    return n;
-}
 V_INLINE float v_sum(vf v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

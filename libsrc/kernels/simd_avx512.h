@@ -59,6 +59,7 @@ V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less) {
     _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_loadu_si512(p), bits));
 }
 /* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
+#define V_LIST
 V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
     const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i all = _mm512_add_epi32(places, _mm512_set1_epi32(first));

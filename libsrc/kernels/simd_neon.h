@@ -64,16 +64,6 @@ V_INLINE void v_add_bits(int32_t *p, vf v, int32_t less) {
     int32x4_t bits = vsubq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(less));
     vst1q_s32(p, vaddq_s32(vld1q_s32(p), bits));
 }
-/* Lists first + i for the bits i that are set; room for VL is needed. Returns how many. */
-V_INLINE int32_t v_list(int32_t *list, int32_t first, uint32_t bits) {
-    int32_t n = 0;
-    ANEPY_UNROLL
-    for (int32_t i = 0; i < VL; i++) {
-        list[n] = first + i;
-        n += bits >> i & 1;
-    }
-    return n;
-}
 V_INLINE float v_sum(vf v) { return vaddvq_f32(v); }
 V_INLINE float v_largest(vf v) { return vmaxvq_f32(v); }
 typedef struct {

@@ -76,8 +76,7 @@ void anepy_weights_to_half(const anepy_kernels *kernels, uint16_t *dst, anepy_st
 /* ------------------------------------------------------------------------------------- storing */
 
 static uint16_t round_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    uint32_t bits = anepy_float_bits(x);
     if (isnan(x)) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }

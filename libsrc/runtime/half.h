@@ -7,12 +7,22 @@
 
 #include "runtime/common.h"
 
+ANEPY_INLINE uint32_t anepy_float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+ANEPY_INLINE float anepy_bits_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* Round to nearest even; NaN stays NaN (quiet), beyond 65504 (after rounding) becomes infinite. */
 static inline uint16_t anepy_to_half(float x) {
-    uint32_t bits, sign, magnitude;
-    memcpy(&bits, &x, sizeof bits);
-    sign = bits >> 16 & 0x8000;
-    magnitude = bits & 0x7fffffff;
+    uint32_t bits = anepy_float_bits(x);
+    uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));
     if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00); /* 65536 and above */
     if (magnitude < 0x33000000) return (uint16_t)sign;             /* below half the smallest */
@@ -34,25 +44,18 @@ static inline uint16_t anepy_to_half(float x) {
 
 static inline float anepy_from_half(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
-    float x;
     if (magnitude >= 0x7c00) {
         bits = 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0);
     } else if (magnitude >= 0x0400) {
         bits = (magnitude << 13) + (112u << 23);
     } else { /* subnormal: magnitude * 2^-24, exact */
-        x = (float)magnitude * 0x1p-24f;
-        memcpy(&bits, &x, sizeof bits);
+        bits = anepy_float_bits((float)magnitude * 0x1p-24f);
     }
-    bits |= sign;
-    memcpy(&x, &bits, sizeof x);
-    return x;
+    return anepy_bits_float(bits | sign);
 }
 
 static inline float anepy_from_bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
+    return anepy_bits_float((uint32_t)half << 16);
 }
 
 /* Mixes the bits of a number so that each bit of it changes each bit of the result in half of all
@@ -66,8 +69,7 @@ static inline uint32_t anepy_mixed(uint32_t x) {
 /* Rounds up with a probability of the part that is cut off, and so to x on average; infinities and
  * NaN stay. The bits of `random` decide, of which the lower 16 count. */
 static inline uint16_t anepy_to_bf16_randomly(float x, uint32_t random) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    uint32_t bits = anepy_float_bits(x);
     uint32_t finite = 0u - (uint32_t)((bits & 0x7f800000) != 0x7f800000);
     return (uint16_t)((bits + /* mutate: random-rounding */ (random & 0xffff & finite)) >> 16);
 }
